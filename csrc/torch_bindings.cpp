@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// Schemas of the int4 MoE ops, a fragment of the _rocm_C namespace (in the fork they live in vLLM's own
+// _rocm_C). Implementations register themselves per dispatch key: csrc/cpu, csrc/rocm.
+// Argument by argument documentation: vllm/model_executor/layers/fused_moe/hybrid_w4a16_ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
+  m.def(
+      "fused_moe_wvSplitK_int4_gemm(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
+      "Tensor expert_ids, int block_size_m, int cu_count, int group_size, "
+      "Tensor? zero_points=None, Tensor? sorted_token_ids=None, int top_k=1) -> ()");
+  m.def(
+      "fused_moe_wvSplitK_int4_gate_up(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
+      "Tensor topk_ids, str activation, int cu_count, int group_size, "
+      "Tensor? zero_points=None, Tensor? expert_map=None, "
+      "float alpha=1.0, float beta=0.0, float? limit=None) -> ()");
+  m.def(
+      "fused_moe_wvSplitK_int4_down(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
+      "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
+      "Tensor? zero_points=None, Tensor? expert_map=None) -> ()");
+}
