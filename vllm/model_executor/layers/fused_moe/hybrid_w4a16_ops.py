@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The int4 MoE ops: loading, fake implementations, typed wrappers.
+
+Notation: M tokens, E experts that live on this rank, K the reduction size, N output
+rows, G the group size, I the intermediate size per partition, H the hidden size.
+
+Weights of every op (packed by ``hybrid_w4a16_moe_helper``)::
+
+    w            int32 [E, N, K//8], ExLlama-shuffled: bits of a word are
+                 v0 | v2<<4 | v4<<8 | v6<<12 | v1<<16 | v3<<20 | v5<<24 | v7<<28;
+                 strides (any, multiple of 4 words >= K//8, 1), 16-byte aligned
+    scales       activation dtype [E, N, K//G], innermost stride 1
+    zero_points  int32 [E, N//8, K//G], row n at word n//8, bits 4*(n%8), innermost
+                 stride 1; ``None``: symmetric, zero point 8
+    dequantized  w[n, k] = (q[n, k] - zp[n, k//G]) * scales[n, k//G]
+
+Activations are fp16 or bf16, accumulation is fp32. All tensors of a call are on one
+device; row strides are honoured everywhere. An argument that does not fit raises
+``RuntimeError`` naming the argument, what was expected and what came.
+"""
+
+import functools
+import os
+
+import torch
+
+_LIBRARY = "_hybrid_w4a16_C.so"
+_OPS = (
+    "fused_moe_wvSplitK_int4_gemm",
+    "fused_moe_wvSplitK_int4_gate_up",
+    "fused_moe_wvSplitK_int4_down",
+)
+
+
+def _ops_registered() -> bool:
+    return all(hasattr(torch.ops._rocm_C, op) for op in _OPS)
+
+
+@functools.cache
+def load_error() -> str | None:
+    """Load the op library once.
+
+    In an overlay install it is a file of its own at the root of the ``vllm`` package
+    tree that holds this module; in a fork build the ops are part of ``vllm._rocm_C``.
+
+    Returns ``None`` when the ops are registered, else why they are not.
+    """
+    if not _ops_registered():
+        package_root = os.path.abspath(__file__)
+        for _ in range(4):  # vllm/model_executor/layers/fused_moe/<this file>
+            package_root = os.path.dirname(package_root)
+        path = os.path.join(package_root, _LIBRARY)
+        if not os.path.exists(path):
+            return f"the op library {path} does not exist"
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            return f"the op library {path} does not load: {error}"
+    for op in _OPS:
+        torch.library.register_fake(f"_rocm_C::{op}", _no_output)
+    return None
+
+
+def _no_output(*args: object, **kwargs: object) -> None:
+    """Fake implementation: the ops return nothing, they write their argument ``c``."""
+
+
+def build_info() -> dict[str, tuple[str, ...]]:
+    """What the loaded op library can run on, by device type.
+
+    For example ``{"cpu": ("avx512_bf16",), "hip": ("gfx1100", "gfx1151")}``: for the
+    CPU the instruction sets that the processor at hand offers, best first; for GPUs
+    the architectures that code objects were built for.
+
+    Raises ``RuntimeError`` when the library is not loaded.
+    """
+    error = load_error()
+    if error is not None:
+        raise RuntimeError(error)
+    lines = torch.ops._rocm_C.hybrid_w4a16_build_info().splitlines()
+    return {kind: tuple(rest) for kind, *rest in (line.split() for line in lines)}
+
+
+def fused_moe_wvSplitK_int4_gemm(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    c: torch.Tensor,
+    expert_ids: torch.Tensor,
+    block_size_m: int,
+    cu_count: int,
+    group_size: int,
+    zero_points: torch.Tensor | None = None,
+    sorted_token_ids: torch.Tensor | None = None,
+    top_k: int = 1,
+) -> None:
+    """Grouped skinny GEMM over blocks of rows that share an expert.
+
+    Block ``b`` covers the row ids ``sorted_token_ids[b*block_size_m + j]`` (without
+    ``sorted_token_ids``: ``b*block_size_m + j``), ``0 <= j < block_size_m``. For each
+    id below ``M*top_k``: ``c[id] = w[expert_ids[b]] @ a[id // top_k]``. Ids from
+    ``M*top_k`` on are padding; a block whose expert id is -1 is skipped; rows of ``c``
+    that no block covers are not written.
+
+    Args:
+        a: fp16/bf16 [M, K], innermost stride 1.
+        w: packed weights [E, N, K//8].
+        scales: [E, N, K//G] in ``a``'s dtype.
+        c: output, ``a``'s dtype [M*top_k, N], innermost stride 1.
+        expert_ids: int32 [num_blocks], each -1 or 0..E-1.
+        block_size_m: rows per block, 1..5.
+        cu_count: compute units to spread the grid over, at least 1; no effect on CPU.
+        group_size: G, 32, 64 or 128; K is a multiple of it.
+        zero_points: [E, N//8, K//G] or ``None``.
+        sorted_token_ids: int32, num_blocks*block_size_m entries or more.
+        top_k: experts per token, at least 1.
+    """
+    torch.ops._rocm_C.fused_moe_wvSplitK_int4_gemm(
+        a,
+        w,
+        scales,
+        c,
+        expert_ids,
+        block_size_m,
+        cu_count,
+        group_size,
+        zero_points,
+        sorted_token_ids,
+        top_k,
+    )
+
+
+def fused_moe_wvSplitK_int4_gate_up(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    c: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    cu_count: int,
+    group_size: int,
+    zero_points: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    limit: float | None = None,
+) -> None:
+    """First half of a decode step: gate and up projections, activation applied.
+
+    For token ``m``, slot ``t``, local expert ``e``, with ``y = w[e] @ a[m]`` in fp32:
+    ``c[m*top_k + t, i] = act(min(y[i], limit)) * (clamp(y[I+i], +-limit) + beta)``.
+    Rows of pairs whose expert is not here are not written.
+
+    Args:
+        a: fp16/bf16 [M, H], innermost stride 1.
+        w: packed w13 [E, 2*I, H//8], rows 0..I-1 gate, I..2*I-1 up.
+        scales: [E, 2*I, H//G] in ``a``'s dtype.
+        c: output, ``a``'s dtype [M*top_k, I], innermost stride 1.
+        topk_ids: int32/int64 [M, top_k], innermost stride 1.
+        activation: "silu" (``x * sigmoid(alpha * x)``), "swigluoai" (the same
+            formula), "gelu" (erf) or "gelu_tanh".
+        cu_count: as in ``fused_moe_wvSplitK_int4_gemm``.
+        group_size: G, 32, 64 or 128; H is a multiple of it.
+        zero_points: [E, 2*I//8, H//G] or ``None``.
+        expert_map: int32 [global experts], global to local expert, -1: not here.
+            Without it the ids are local; ids outside 0..E-1 are skipped.
+        alpha, beta, limit: parameters of the formula; ``None``: no clamp. gpt-oss
+            uses 1.702, 1.0, 7.0 (vLLM's ``SWIGLUOAI``).
+    """
+    torch.ops._rocm_C.fused_moe_wvSplitK_int4_gate_up(
+        a,
+        w,
+        scales,
+        c,
+        topk_ids,
+        activation,
+        cu_count,
+        group_size,
+        zero_points,
+        expert_map,
+        alpha,
+        beta,
+        limit,
+    )
+
+
+def fused_moe_wvSplitK_int4_down(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    c: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    cu_count: int,
+    group_size: int,
+    zero_points: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+) -> None:
+    """Second half of a decode step: down projection, weighted and summed over top-k.
+
+    ``c[m] = sum_t topk_weights[m, t] * (w[e(m, t)] @ a[m*top_k + t])`` in fp32, in a
+    fixed order, over the pairs whose expert is here; 0 where there is none. Every
+    element of ``c`` is written.
+
+    Args:
+        a: fp16/bf16 [M*top_k, I], innermost stride 1: what gate_up wrote.
+        w: packed w2 [E, H, I//8].
+        scales: [E, H, I//G] in ``a``'s dtype.
+        c: output, ``a``'s dtype [M, H], innermost stride 1.
+        topk_ids: int32/int64 [M, top_k], innermost stride 1.
+        topk_weights: fp32 [M, top_k], innermost stride 1; ``None``: weight 1 (the
+            router weight was applied to the input).
+        cu_count: as in ``fused_moe_wvSplitK_int4_gemm``.
+        group_size: G, 32, 64 or 128; I is a multiple of it.
+        zero_points: [E, H//8, I//G] or ``None``.
+        expert_map: as in ``fused_moe_wvSplitK_int4_gate_up``.
+    """
+    torch.ops._rocm_C.fused_moe_wvSplitK_int4_down(
+        a,
+        w,
+        scales,
+        c,
+        topk_ids,
+        topk_weights,
+        cu_count,
+        group_size,
+        zero_points,
+        expert_map,
+    )
