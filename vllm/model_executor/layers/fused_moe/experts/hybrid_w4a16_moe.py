@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Modular-kernel experts over the int4 wvSplitK ops.
+
+Weights are those that ``setup_hybrid_w4a16_moe`` leaves behind (layout in
+``hybrid_w4a16_ops``): w1 int32 [E, 2*I, H//8], w2 int32 [E, H, I//8]; E counts the
+experts of this rank. From router output to layer output a step is two op calls: gate
+and up with the activation applied, then down, weighted and summed over top-k.
+"""
+
+import torch
+
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig,
+    FusedMoEParallelConfig,
+    FusedMoEQuantConfig,
+)
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
+    DeviceFamily,
+    device_family,
+)
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
+    TopKWeightAndReduceNoOP,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    QuantKey,
+    kInt4Static,
+    kInt4Static32,
+    kInt4Static32Asym,
+    kInt4StaticAsym,
+)
+
+# Formula of the op per activation. Not SWIGLUOAI: it expects gate and up rows of w13
+# interleaved, as only gpt-oss stores them (and gpt-oss's experts have a bias).
+_OP_ACTIVATION = {
+    MoEActivation.SILU: "silu",
+    MoEActivation.GELU: "gelu",
+    MoEActivation.GELU_TANH: "gelu_tanh",
+    MoEActivation.SWIGLUOAI_UNINTERLEAVE: "swigluoai",
+}
+
+
+class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
+    """W4A16 experts: fp16/bf16 activations, int4 weights, fp32 accumulation.
+
+    Raises ``ValueError`` when constructed on a device that the op library does not
+    support.
+    """
+
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        quant_config: FusedMoEQuantConfig,
+    ) -> None:
+        super().__init__(moe_config, quant_config)
+        family = device_family()
+        if not isinstance(family, DeviceFamily):
+            raise ValueError(f"HybridW4A16MoEExperts: {family}")
+        assert quant_config.block_shape is not None
+        self.cu_count = family.cu_count
+        self.group_size = quant_config.block_shape[1]
+
+    @staticmethod
+    def activation_format() -> mk.FusedMoEActivationFormat:
+        return mk.FusedMoEActivationFormat.Standard
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return isinstance(device_family(), DeviceFamily)
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return False
+
+    @staticmethod
+    def _supports_quant_scheme(
+        weight_key: QuantKey | None, activation_key: QuantKey | None
+    ) -> bool:
+        int4 = (kInt4Static, kInt4Static32, kInt4StaticAsym, kInt4Static32Asym)
+        return activation_key is None and weight_key in int4
+
+    @staticmethod
+    def _supports_activation(activation: MoEActivation) -> bool:
+        return activation in _OP_ACTIVATION
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
+        return not moe_parallel_config.use_batched_activation_format
+
+    def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
+        return TopKWeightAndReduceNoOP()
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        # workspace13 doubles as the output, so what lies between the two calls is
+        # in workspace2
+        return (0,), (M, topk, N // 2), (M, K)
+
+    def _activation_arguments(
+        self, activation: MoEActivation
+    ) -> tuple[float, float, float | None]:
+        """alpha, beta and limit of the op's formula."""
+        config = self.activation_config
+        if activation == MoEActivation.SWIGLUOAI_UNINTERLEAVE:
+            return config.alpha, config.beta, config.clamp_limit
+        if activation == MoEActivation.SILU:
+            return 1.0, 0.0, config.clamp_limit
+        return 1.0, 0.0, None
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """Run the routed experts.
+
+        Args:
+            output: fp16/bf16 [M, H], every element is written.
+            hidden_states: [M, H] in the same dtype.
+            w1, w2: packed weights, see the module's docstring.
+            topk_weights: [M, top_k]; not used when ``apply_router_weight_on_input``,
+                in which case they are already part of ``hidden_states``.
+            topk_ids: int32/int64 [M, top_k], global expert ids.
+            expert_map: int32 [global experts] to local expert or -1, or ``None``.
+            workspace2: [M, top_k, I], what gate_up hands to down.
+        """
+        assert self.w1_scale is not None and self.w2_scale is not None
+        gate_up = workspace2.flatten(0, 1)
+        alpha, beta, limit = self._activation_arguments(activation)
+        ops.fused_moe_wvSplitK_int4_gate_up(
+            hidden_states,
+            w1,
+            self.w1_scale,
+            gate_up,
+            topk_ids,
+            _OP_ACTIVATION[activation],
+            self.cu_count,
+            self.group_size,
+            self.w1_zp,
+            expert_map,
+            alpha,
+            beta,
+            limit,
+        )
+        ops.fused_moe_wvSplitK_int4_down(
+            gate_up,
+            w2,
+            self.w2_scale,
+            output,
+            topk_ids,
+            None if apply_router_weight_on_input else topk_weights.float(),
+            self.cu_count,
+            self.group_size,
+            self.w2_zp,
+            expert_map,
+        )

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Which device runs the int4 MoE ops, and with which kernels.
+
+The only place in the Python code that asks for the platform. A GPU architecture is
+supported when the op library holds code for it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.platforms import current_platform
+
+
+@dataclass(frozen=True)
+class DeviceFamily:
+    """A kind of device, as far as the choice of kernels goes."""
+
+    name: str
+    """What the log calls it."""
+    decode: str
+    """Kernels that take a few tokens."""
+    prefill: str
+    """Kernels that take many tokens."""
+    opt_in: bool
+    """Only on request (``VLLM_HYBRID_W4A16_MOE=1``), not by default."""
+    cu_count: int
+    """Compute units that a GPU grid is spread over; 1 on the CPU."""
+
+
+def device_family() -> DeviceFamily | str:
+    """The device at hand, or the reason why the ops do not run on it."""
+    error = ops.load_error()
+    if error is not None:
+        return error
+    built = ops.build_info()
+    if current_platform.is_cpu():
+        # the CPU ops group tokens by expert and pick the kernel per expert
+        kernels = f"C++ {built['cpu'][0]}"
+        return DeviceFamily("cpu", kernels, kernels, opt_in=False, cu_count=1)
+    if current_platform.is_rocm():
+        arch = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+        return _gpu_family(arch, built.get("hip", ()), "HIP wvSplitK", opt_in=False)
+    if current_platform.is_cuda():
+        major, minor = torch.cuda.get_device_capability()
+        arch = f"sm_{major}{minor}"
+        return _gpu_family(arch, built.get("cuda", ()), "CUDA wvSplitK", opt_in=True)
+    return f"platform {current_platform.device_name!r} has no int4 MoE kernels"
+
+
+def _gpu_family(
+    arch: str, built: tuple[str, ...], kernels: str, opt_in: bool
+) -> DeviceFamily | str:
+    if arch not in built:
+        return (
+            f"the op library holds no code for {arch} "
+            f"(it was built for: {', '.join(built) or 'no GPU of this vendor'})"
+        )
+    cu_count = torch.cuda.get_device_properties().multi_processor_count
+    return DeviceFamily(arch, kernels, kernels, opt_in, cu_count)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""int4 (W4A16) MoE layers on a hybrid path: skinny-GEMM decode, grouped-GEMM prefill.
+
+``register`` is what vLLM's ``vllm.general_plugins`` entry point leads to.
+"""
+
+import vllm
+from vllm.logger import init_logger
+from vllm.plugins.hybrid_w4a16 import hooks, switch
+
+logger = init_logger(__name__)
+
+
+def register() -> None:
+    """Register the switch and, unless it is off, apply the hooks.
+
+    Called by vLLM in every process, possibly more than once. Where the hooks do not fit
+    the installed vLLM, vLLM is left as it was and the log says which hook failed; under
+    ``VLLM_HYBRID_W4A16_MOE=require`` that is a ``HookError``.
+    """
+    switch.register()
+    if switch.value() == "0":
+        return
+    try:
+        hooks.apply_hooks()
+    except hooks.HookError as error:
+        if switch.value() == "require":
+            raise
+        logger.warning(
+            "HybridW4A16 MoE is off: its hooks do not fit vLLM %s: %s",
+            vllm.__version__,
+            error,
+        )

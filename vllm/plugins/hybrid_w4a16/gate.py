@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Which MoE layers go hybrid, and the log of it.
+
+Every hook asks ``accept``. A layer that is declined goes vLLM's own way, with one log
+line per distinct reason; once the last accepted layer is ready, one line sums up.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm.logger import init_logger
+from vllm.plugins.hybrid_w4a16 import switch
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+logger = init_logger(__name__)
+
+GROUP_SIZES = (32, 64, 128)
+
+_accepted: set[str] = set()
+_ready: set[str] = set()
+_declined: set[str] = set()
+_reasons_logged: set[str] = set()
+
+
+def accept(
+    layer: "RoutedExperts",
+    prefix: str,
+    bits: int,
+    group_size: int | tuple[int, int],
+    unsupported: str | None = None,
+) -> bool:
+    """Whether the routed experts of ``prefix`` go hybrid.
+
+    Args:
+        layer: the layer under construction; its ``moe_config`` is complete.
+        prefix: the layer's name.
+        bits, group_size: of the layer's weights.
+        unsupported: what the format's own hook found to be in the way, if anything.
+
+    Raises ``ValueError`` with the reason where a decline is not allowed
+    (``VLLM_HYBRID_W4A16_MOE=require``).
+    """
+    reason = unsupported or decline_reason(layer, bits, group_size)
+    if reason is None:
+        _declined.discard(prefix)
+        _accepted.add(prefix)
+        return True
+    _accepted.discard(prefix)
+    _declined.add(prefix)
+    if switch.value() == "require":
+        raise ValueError(
+            f"{switch.NAME}=require, but MoE layer {prefix} is declined: {reason}"
+        )
+    if reason not in _reasons_logged:
+        _reasons_logged.add(reason)
+        logger.warning(
+            "HybridW4A16 MoE: layer %s goes vLLM's own way: %s (said once per reason)",
+            prefix,
+            reason,
+        )
+    return False
+
+
+def decline_reason(
+    layer: "RoutedExperts", bits: int, group_size: int | tuple[int, int]
+) -> str | None:
+    """Why the layer cannot go hybrid, or ``None``."""
+    # local imports: they need a platform, which plugins must not settle
+    from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
+        HybridW4A16MoEExperts,
+    )
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
+        DeviceFamily,
+        device_family,
+    )
+
+    config = layer.moe_config
+    family = device_family()
+    if not isinstance(family, DeviceFamily):
+        return family
+    if switch.value() == "auto":
+        if family.opt_in:
+            return f"on {family.name} it is opt-in, set {switch.NAME}=1"
+        if config.moe_backend != "auto":
+            return f"--moe-backend {config.moe_backend} was asked for"
+    if bits != 4:
+        return f"{bits}-bit weights, supported: 4"
+    if group_size not in GROUP_SIZES:
+        return f"group size {group_size}, supported: {GROUP_SIZES}"
+    for name, size in (
+        ("hidden size", config.hidden_dim),
+        ("intermediate size per partition", config.intermediate_size_per_partition),
+    ):
+        if size % group_size:
+            return f"{name} {size} is not a multiple of the group size {group_size}"
+    if config.in_dtype not in (torch.float16, torch.bfloat16):
+        return f"activations in {config.in_dtype}, supported: fp16 and bf16"
+    if not HybridW4A16MoEExperts._supports_activation(config.activation):
+        return f"activation {config.activation.value!r}"
+    if not HybridW4A16MoEExperts._supports_parallel_config(
+        config.moe_parallel_config
+    ):
+        return "the all-to-all backend hands over batches per expert"
+    if config.has_bias:
+        return "experts have a bias"
+    if config.is_lora_enabled:
+        return "LoRA is enabled"
+    if config.moe_parallel_config.enable_eplb:
+        return "expert load balancing (EPLB) is enabled"
+    return None
+
+
+def report_ready(prefix: str) -> None:
+    """Count the layer as ready to run; after the last one, log the summary."""
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
+        DeviceFamily,
+        device_family,
+    )
+
+    if prefix in _ready:  # weights were loaded anew
+        return
+    _ready.add(prefix)
+    if not _accepted <= _ready:
+        return
+    family = device_family()
+    assert isinstance(family, DeviceFamily)
+    logger.info(
+        "HybridW4A16 MoE: %d/%d layers (decode: %s, prefill: %s), %d declined",
+        len(_accepted),
+        len(_accepted) + len(_declined),
+        family.decode,
+        family.prefill,
+        len(_declined),
+    )

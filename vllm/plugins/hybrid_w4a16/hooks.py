@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The hook table, and its application at run time.
+
+A hook is a prologue on a vLLM method factory: the handler is called with the factory's
+own arguments; what it returns, unless ``None``, is the result; otherwise the factory's
+own body runs, untouched. A further checkpoint format is one more row.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A prologue on one method factory of vLLM."""
+
+    module: str
+    owner: str
+    """Class in ``module``."""
+    factory: str
+    """Method of ``owner``, static methods included."""
+    parameters: tuple[str, ...]
+    """Names that the factory's parameters must have, in order."""
+    handler: str
+    """``module:function`` with the same parameters in the same order."""
+    why: str
+    """Why the hook exists, and when it can go."""
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.owner}.{self.factory}"
+
+
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        module=f"{_QUANTIZATION}.inc.schemes.inc_wna16_scheme",
+        owner="INCWna16Scheme",
+        factory="get_moe_method",
+        parameters=("self", "config", "layer", "prefix", "layer_config"),
+        handler=f"{_QUANTIZATION}.inc_moe:inc_moe_method",
+        why=(
+            "AutoRound int4 MoE runs on the Triton WNA16 path on ROCm and does not "
+            "load on the CPU. Can go when vLLM selects HybridW4A16MoEExperts itself."
+        ),
+    ),
+)
+
+_MARK = "_hybrid_w4a16_hook"
+
+
+class HookError(RuntimeError):
+    """Targets of the hook table that this vLLM does not offer as expected."""
+
+
+def apply_hooks(hooks: tuple[Hook, ...] = HOOKS) -> None:
+    """Wrap the factories of the table; those that are wrapped already stay as they are.
+
+    All or nothing: raises ``HookError`` naming every hook that does not fit, with vLLM
+    left as it was.
+    """
+    resolved, failures = [], []
+    for hook in hooks:
+        try:
+            resolved.append((hook, *_resolve(hook)))
+        except HookError as error:
+            failures.append(f"{hook.target}: {error}")
+    if failures:
+        raise HookError("; ".join(failures))
+    for hook, owner, original in resolved:
+        if not hasattr(inspect.unwrap(original, stop=_is_ours), _MARK):
+            _install(hook, owner, original)
+
+
+def _is_ours(function: Callable[..., Any]) -> bool:
+    return hasattr(function, _MARK)
+
+
+def _resolve(hook: Hook) -> tuple[type, Callable[..., Any]]:
+    """The class to patch and the function that is there, signature checked."""
+    try:
+        owner = getattr(importlib.import_module(hook.module), hook.owner)
+    except (ImportError, AttributeError) as error:
+        raise HookError(str(error)) from error
+    attribute = vars(owner).get(hook.factory)
+    if attribute is None:
+        raise HookError(f"{hook.owner} has no {hook.factory}")
+    original = attribute.__func__ if _is_static(attribute) else attribute
+    found = tuple(inspect.signature(original).parameters)
+    if found != hook.parameters:
+        raise HookError(f"parameters are {found}, expected {hook.parameters}")
+    return owner, original
+
+
+def _is_static(attribute: object) -> bool:
+    return isinstance(attribute, staticmethod)
+
+
+def _install(hook: Hook, owner: type, original: Callable[..., Any]) -> None:
+    @functools.wraps(original)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        result = _load_handler(hook.handler)(*args, **kwargs)
+        return original(*args, **kwargs) if result is None else result
+
+    setattr(factory, _MARK, hook)
+    static = _is_static(vars(owner)[hook.factory])
+    setattr(owner, hook.factory, staticmethod(factory) if static else factory)
+
+
+@functools.cache
+def _load_handler(handler: str) -> Callable[..., Any]:
+    # at the first call, not when plugins load: handlers import the MoE layers
+    module, _, name = handler.partition(":")
+    return getattr(importlib.import_module(module), name)

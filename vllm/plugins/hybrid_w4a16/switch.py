@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The switch ``VLLM_HYBRID_W4A16_MOE``, one of vLLM's environment variables.
+
+=========== ==========================================================================
+auto        default: on for ROCm gfx11/gfx12 and CPU, unless ``--moe-backend`` names one
+1           on, also on CUDA, and against ``--moe-backend``
+0           off: vLLM as if the package were not installed
+require     like 1, and an int4 MoE layer that is declined is an error
+=========== ==========================================================================
+"""
+
+from vllm import envs
+
+NAME = "VLLM_HYBRID_W4A16_MOE"
+CHOICES = ["auto", "1", "0", "require"]
+
+
+def register() -> None:
+    """Make the switch known to ``vllm.envs``.
+
+    vLLM warns about ``VLLM_*`` variables that it does not know, refuses them under
+    ``--fail-on-environ-validation``, and makes the known ones part of the key of its
+    compile cache.
+    """
+    envs.environment_variables.setdefault(
+        NAME, envs.env_with_choices(NAME, "auto", CHOICES)
+    )
+
+
+def value() -> str:
+    """The switch's value; ``ValueError`` naming the choices for any other."""
+    return getattr(envs, NAME)
