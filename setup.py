@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Build of the overlay distribution vllm-hybrid-w4a16 (metadata: pyproject.toml).
+
+A wheel holds vllm_hybrid_w4a16.py, a .pth file that runs it when Python starts, our
+modules at their in-tree paths below ``vllm/``, and the op library. An editable install
+holds only a .pth file that names this checkout; the op library is put into it.
+
+Environment variables:
+    HYBRID_W4A16_SKIP_VLLM_CHECK=1   build without a supported vLLM at hand
+    HYBRID_W4A16_PREBUILT=FILE       use this op library instead of building one
+    MAX_JOBS=N                       parallel compile jobs (default: all processors)
+"""
+
+import base64
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+CHECKOUT = Path(__file__).resolve().parent
+sys.path.insert(0, str(CHECKOUT / "tools"))
+
+import overlay_target as target  # noqa: E402
+
+BOOTSTRAP = "vllm_hybrid_w4a16"
+LIBRARY = "_hybrid_w4a16_C.so"
+BUILD_DIR = CHECKOUT / "build" / "overlay"
+
+
+def our_modules() -> list[str]:
+    """Our files below ``vllm/``, relative to it: Python modules, nothing built."""
+    root = CHECKOUT / "vllm"
+    return sorted(str(file.relative_to(root)) for file in root.rglob("*.py"))
+
+
+def checked_target() -> tuple[target.Package, target.GpuPlan]:
+    """Print what the build found; exit with a message where it cannot go on."""
+    path = target.search_path()
+    try:
+        vllm = target.find_vllm(path)
+        torch = target.find_torch(path)
+        if vllm is not None:
+            target.refuse_overwriting(vllm, [*our_modules(), LIBRARY], path)
+    except target.TargetError as error:
+        sys.exit(f"\nerror: cannot build {target.DISTRIBUTION}:\n  {error}\n")
+    gpu = target.plan_gpu(torch, (CHECKOUT / "csrc/rocm/CMakeLists.txt").exists())
+    found = f"{vllm.version} ({vllm.folder})" if vllm else "none (check skipped)"
+    prebuilt = os.environ.get("HYBRID_W4A16_PREBUILT")
+    print(f"------ {target.DISTRIBUTION} ------")
+    print(f"vLLM         {found}")
+    print(f"torch        {torch.version} ({torch.folder})")
+    if prebuilt:
+        print(f"op library   not built: copied from {prebuilt}")
+    else:
+        print("CPU kernels  built")
+        print(f"HIP kernels  {gpu.hip}")
+        print(f"CUDA kernels {gpu.cuda}")
+    print("-" * (14 + len(target.DISTRIBUTION)), flush=True)
+    return torch, gpu
+
+
+def build_library(destination: Path) -> None:
+    """Compile the op library, or copy a prebuilt one, to ``destination``."""
+    torch, gpu = checked_target()
+    library = os.environ.get("HYBRID_W4A16_PREBUILT")
+    if not library:
+        run_cmake(torch, gpu)
+        library = str(BUILD_DIR / LIBRARY)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    # A new file, not new contents: a process may have the old library mapped.
+    destination.unlink(missing_ok=True)
+    shutil.copyfile(library, destination)
+
+
+def run_cmake(torch: target.Package, gpu: target.GpuPlan) -> None:
+    tools_path = os.pathsep.join(
+        [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+    )
+    cmake = shutil.which("cmake", path=tools_path)
+    ninja = shutil.which("ninja", path=tools_path)
+    if cmake is None:
+        sys.exit("\nerror: cmake >= 3.25 not found: install it (pip install cmake)\n")
+    configure = [cmake, "-S", str(CHECKOUT), "-B", str(BUILD_DIR)]
+    if ninja:
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    cache = BUILD_DIR / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_COMMAND:INTERNAL={cmake}\n" not in cache.read_text():
+        configure.append("--fresh")  # another CMake made it, perhaps gone by now
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    for command in (
+        [
+            *configure,
+            f"-DTORCH_DIR={torch.folder}",
+            f"-DHYBRID_W4A16_GPU={gpu.kind}",
+            f"-DHYBRID_W4A16_GPU_COMPILER={gpu.compiler}",
+        ],
+        [cmake, "--build", str(BUILD_DIR), "--parallel", jobs],
+    ):
+        if subprocess.run(command).returncode != 0:
+            sys.exit(f"\nerror: this command failed, see above: {' '.join(command)}\n")
+
+
+class BuildOverlay(build_py):
+    """Adds our files below ``vllm/``, the op library and the .pth file to a wheel.
+
+    They are no ``packages`` of the distribution: it would then claim the top-level
+    name ``vllm`` in its metadata, which belongs to vLLM.
+    """
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # modules since removed
+        super().run()
+        root = Path(self.build_lib)
+        build_library(root / "vllm" / LIBRARY)
+        for module in our_modules():
+            copy = root / "vllm" / module
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(CHECKOUT / "vllm" / module, copy)
+        (root / f"{BOOTSTRAP}.pth").write_text(
+            f"import {BOOTSTRAP}; {BOOTSTRAP}.extend_vllm_path()\n"
+        )
+
+
+class OverlayWheel(bdist_wheel):
+    """Tags the wheel for any Python 3: the op library uses no Python ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+class EditableOverlay(Command):
+    """PEP 660 wheel: a .pth file that loads the bootstrap from this checkout.
+
+    The checkout must not get onto ``sys.path``, nor ``vllm`` be mapped to it: either
+    would hide a vLLM that is itself installed in editable mode.
+    """
+
+    description = "create the wheel of an editable install"
+    user_options = [
+        ("dist-dir=", "d", "folder of the wheel"),
+        ("dist-info-dir=", "I", "folder of the prepared metadata"),
+    ]
+
+    def initialize_options(self) -> None:
+        self.dist_dir: str | None = None
+        self.dist_info_dir: str | None = None
+
+    def finalize_options(self) -> None:
+        self.dist_dir = self.dist_dir or str(CHECKOUT / "dist")
+
+    def run(self) -> None:
+        build_library(CHECKOUT / "vllm" / LIBRARY)
+        if self.dist_info_dir is None:
+            dist_info = self.reinitialize_command("dist_info", output_dir=self.dist_dir)
+            self.run_command("dist_info")
+            self.dist_info_dir = dist_info.dist_info_dir
+        wheel = self.get_finalized_command("bdist_wheel")
+        tag = "-".join(wheel.get_tag())
+        metadata = Path(self.dist_info_dir)
+        wheel.write_wheelfile(str(metadata))
+        contents = {f"{BOOTSTRAP}.pth": self._pth().encode()}
+        for file in sorted(metadata.rglob("*")):
+            if file.is_file() and file.name != "RECORD":
+                name = f"{metadata.name}/{file.relative_to(metadata)}"
+                contents[name] = file.read_bytes()
+        stem = metadata.name.removesuffix(".dist-info")
+        write_wheel(Path(self.dist_dir, f"{stem}-0.editable-{tag}.whl"), contents)
+
+    @staticmethod
+    def _pth() -> str:
+        file = str(CHECKOUT / f"{BOOTSTRAP}.py")
+        return (
+            "import sys, importlib.util as util; "
+            f"spec = util.spec_from_file_location({BOOTSTRAP!r}, {file!r}); "
+            "module = util.module_from_spec(spec); sys.modules[spec.name] = module; "
+            "spec.loader.exec_module(module); module.extend_vllm_path()\n"
+        )
+
+
+def write_wheel(path: Path, contents: dict[str, bytes]) -> None:
+    """Write a wheel of ``contents`` (name to bytes) with its RECORD."""
+    dist_info = next(name.split("/")[0] for name in contents if ".dist-info/" in name)
+    record = []
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for name, data in contents.items():
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest())
+            digest_text = digest.rstrip(b"=").decode()
+            record.append(f"{name},sha256={digest_text},{len(data)}\n")
+            wheel.writestr(name, data)
+        record_name = f"{dist_info}/RECORD"
+        wheel.writestr(record_name, "".join([*record, f"{record_name},,\n"]))
+
+
+class OverlayDistribution(Distribution):
+    """Has a compiled part, which is no Python extension: a platform wheel."""
+
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+setup(
+    py_modules=[BOOTSTRAP],
+    distclass=OverlayDistribution,
+    cmdclass={
+        "build_py": BuildOverlay,
+        "bdist_wheel": OverlayWheel,
+        "editable_wheel": EditableOverlay,
+    },
+)

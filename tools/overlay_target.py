@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""What the overlay is built for: the vLLM, the torch and the GPU compiler at hand.
+
+Used by setup.py, standard library only. Packages are found by path, never by import:
+under pip's build isolation the target environment is not importable, but its folders
+are where ``sysconfig`` says; and importing vLLM or torch takes seconds.
+"""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+DISTRIBUTION = "vllm-hybrid-w4a16"
+SKIP_VLLM_CHECK = "HYBRID_W4A16_SKIP_VLLM_CHECK"
+SUPPORTED_VLLM = ((0, 32), (0, 33))
+# First release whose stable ABI has all that csrc/ uses (TORCH_TARGET_VERSION).
+MINIMUM_TORCH = (2, 11)
+
+_ISOLATION_HINT = (
+    f"Looked in the environment of {sys.executable}. If it is installed in another "
+    "one, use that one's Python; if a front end other than pip builds in a temporary "
+    "environment, pass --no-build-isolation."
+)
+
+
+class TargetError(Exception):
+    """The environment cannot take the overlay; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed package: its folder and its version."""
+
+    folder: Path
+    version: str
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """Major and minor version; empty when the version has no such form."""
+        match = re.match(r"(\d+)\.(\d+)", self.version)
+        return tuple(int(part) for part in match.groups()) if match else ()
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """Which GPU kernels get built: ``hip``, ``cuda`` or ``none``, and why."""
+
+    kind: str
+    compiler: str
+    hip: str
+    cuda: str
+
+
+def search_path() -> list[Path]:
+    """Folders that the target environment imports packages from, in its order."""
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    folders += site.getsitepackages()
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    folders += [entry for entry in sys.path if entry]
+    found: dict[Path, None] = {}
+    for folder in map(Path, folders):
+        found[folder] = None
+        for pth in sorted(folder.glob("*.pth")):
+            for line in pth.read_text(errors="replace").splitlines():
+                if line.strip() and not line.startswith(("#", "import ", "import\t")):
+                    found[folder / line.strip()] = None
+    return [folder for folder in found if folder.is_dir()]
+
+
+def _editable_projects(name: str, path: list[Path]) -> Iterator[Path]:
+    """Source folders of the distribution ``name`` where it is installed editable."""
+    for dist in importlib.metadata.distributions(name=name, path=[str(p) for p in path]):
+        direct_url = json.loads(dist.read_text("direct_url.json") or "{}")
+        if direct_url.get("dir_info", {}).get("editable"):
+            yield Path(unquote(urlparse(direct_url["url"]).path))
+
+
+def find_package(name: str, version_file: str, path: list[Path]) -> Package | None:
+    """The installed package ``name`` without importing it, ``None`` if there is none.
+
+    The version is read from ``version_file`` in the package, else from the metadata of
+    the distribution of the same name.
+    """
+    for folder in [*path, *_editable_projects(name, path)]:
+        package = folder / name
+        if (package / "__init__.py").is_file():
+            return Package(package, _version(package / version_file, name, path))
+    return None
+
+
+def _version(version_file: Path, name: str, path: list[Path]) -> str:
+    if version_file.is_file():
+        text = version_file.read_text()
+        match = re.search(r"^__version__\b.*= *['\"](.+?)['\"]", text, re.MULTILINE)
+        if match:
+            return match[1]
+    for dist in importlib.metadata.distributions(name=name, path=[str(p) for p in path]):
+        return dist.version
+    return "of unknown version"
+
+
+def find_torch(path: list[Path]) -> Package:
+    """torch of the target environment; ``TargetError`` if missing or too old."""
+    torch = find_package("torch", "version.py", path)
+    minimum = ".".join(map(str, MINIMUM_TORCH))
+    if torch is None:
+        raise TargetError(
+            f"torch is not installed, torch >= {minimum} is needed to build the op "
+            f"library. Install vLLM with its torch first. {_ISOLATION_HINT}"
+        )
+    if torch.release < MINIMUM_TORCH:
+        raise TargetError(
+            f"torch {torch.version} ({torch.folder}) is too old: its stable ABI lacks "
+            f"what the op library needs. Supported: torch >= {minimum}."
+        )
+    return torch
+
+
+def find_vllm(path: list[Path]) -> Package | None:
+    """vLLM of the target environment; ``TargetError`` if missing or unsupported.
+
+    With the environment variable HYBRID_W4A16_SKIP_VLLM_CHECK=1, for building a wheel
+    that another machine installs, whatever is there is returned unchecked.
+    """
+    vllm = find_package("vllm", "_version.py", path)
+    if os.environ.get(SKIP_VLLM_CHECK) == "1":
+        return vllm
+    supported = " and ".join(".".join(map(str, v)) + ".x" for v in SUPPORTED_VLLM)
+    advice = (
+        f"Supported: vLLM {supported}. Install one of them first (a wheel, a source or "
+        "an editable install, for ROCm, CUDA or the CPU). To build a wheel for another "
+        f"machine, set {SKIP_VLLM_CHECK}=1."
+    )
+    if vllm is None:
+        raise TargetError(f"vLLM is not installed. {advice} {_ISOLATION_HINT}")
+    if vllm.release not in SUPPORTED_VLLM:
+        raise TargetError(
+            f"vLLM {vllm.version} ({vllm.folder}) is not supported. {advice}"
+        )
+    return vllm
+
+
+def refuse_overwriting(vllm: Package, files: list[str], path: list[Path]) -> None:
+    """``TargetError`` if vLLM has one of our ``files`` (relative to its folder).
+
+    Files that an earlier install of this distribution put there are ours.
+    """
+    ours: set[Path] = set()
+    for dist in importlib.metadata.distributions(
+        name=DISTRIBUTION, path=[str(p) for p in path]
+    ):
+        ours |= {Path(str(file.locate())).resolve() for file in dist.files or ()}
+    clashes = [
+        file
+        for file in files
+        if (vllm.folder / file).exists() and (vllm.folder / file).resolve() not in ours
+    ]
+    if clashes:
+        raise TargetError(
+            f"vLLM {vllm.version} ({vllm.folder}) already has {', '.join(clashes)}. "
+            "Nothing is overwritten: if this vLLM is built from the hybrid-w4a16 fork "
+            "branch, it needs no overlay; otherwise remove these files or reinstall "
+            "vLLM first."
+        )
+
+
+def _find_tool(names: tuple[str, ...], homes: tuple[str, ...]) -> str | None:
+    """First of ``names`` in ``bin`` of the homes, on PATH, or beside Python."""
+    folders = [os.path.join(home, "bin") for home in homes if home]
+    folders += [os.environ.get("PATH", ""), sysconfig.get_path("scripts")]
+    for name in names:
+        tool = shutil.which(name, path=os.pathsep.join(folders))
+        if tool:
+            return tool
+    return None
+
+
+def _torch_toolkit(torch: Package, kind: str) -> str | None:
+    """Version of ``cuda`` or ``hip`` that torch was built with, ``None`` if not."""
+    text = (torch.folder / "version.py").read_text()
+    match = re.search(rf"^{kind}\b.*= *['\"](.+?)['\"]", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def plan_gpu(torch: Package, has_gpu_sources: bool) -> GpuPlan:
+    """Decide which GPU kernels to build, with the reason for the build log."""
+    hip, cuda = _torch_toolkit(torch, "hip"), _torch_toolkit(torch, "cuda")
+    no_hip = f"not built: torch {torch.version} is not a ROCm build"
+    no_cuda = f"not built: torch {torch.version} is not a CUDA build"
+    if not has_gpu_sources:
+        reason = "not built: this source tree has no csrc/rocm/CMakeLists.txt"
+        return GpuPlan("none", "", reason, reason)
+    if hip:
+        homes = (os.environ.get("ROCM_PATH", ""), os.environ.get("HIP_PATH", ""))
+        tool = _find_tool(("amdclang++", "hipcc"), (*homes, "/opt/rocm"))
+        if tool:
+            return GpuPlan("hip", tool, f"built with {tool}, ROCm {hip} torch", no_cuda)
+        return GpuPlan(
+            "none", "", "NOT BUILT: found neither amdclang++ nor hipcc", no_cuda
+        )
+    if cuda:
+        homes = (os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""))
+        tool = _find_tool(("nvcc",), (*homes, "/usr/local/cuda"))
+        if not tool:
+            return GpuPlan("none", "", no_hip, "NOT BUILT: found no nvcc")
+        release = _nvcc_release(tool)
+        if release.split(".")[0] == cuda.split(".")[0]:
+            return GpuPlan("cuda", tool, no_hip, f"built with {tool} ({release})")
+        return GpuPlan(
+            "none",
+            "",
+            no_hip,
+            f"NOT BUILT: torch needs nvcc {cuda.split('.')[0]}.x, {tool} is {release}",
+        )
+    return GpuPlan("none", "", no_hip, no_cuda)
+
+
+def _nvcc_release(nvcc: str) -> str:
+    output = subprocess.run(
+        [nvcc, "--version"], capture_output=True, text=True, check=False
+    ).stdout
+    match = re.search(r"release (\d+\.\d+)", output)
+    return match[1] if match else "of unknown version"
