@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// The only file that tells HIP, CUDA and a host build apart. Kernels see waves of 32 lanes in
+// one-dimensional blocks and the primitives of namespace gpu; they use no vendor header.
+//
+// Every platform offers, with the same meaning (the host branch implements exactly this list):
+//
+//   GPU_DEVICE                 attribute of a function that kernels call (inline)
+//   GPU_KERNEL(max_threads)    attribute of an entry point, `extern "C" GPU_KERNEL(256) void
+//   name(...)` kHasMma                    constexpr bool: mma_16x8x16 is the fast product here. The
+//   host takes
+//                              it from the macro GPU_HOST_MMA (0 or 1), so that tests run both.
+//
+//   per lane, no cooperation:
+//   int lane()                 0..31
+//   int wave()                 wave of the block, 0..; wave-uniform
+//   int block_x/_y/_z()        block in the grid
+//   char* dynamic_lds()        the block's LDS, 16-byte aligned, LaunchShape::lds_bytes long,
+//                              uninitialised (the host poisons it)
+//   int uniform(int v)         v, which is the same in all lanes; may move it to a scalar register
+//   U32x4 load_weights(p)      16 bytes from global memory, 16-byte aligned, read once
+//   (non-temporal) U32x4 load_16(p)           16 bytes from global memory or LDS, 16-byte aligned,
+//   cached float half_to_float(uint16_t), uint16_t float_to_half(float)       fp16 bits, round to
+//   nearest even float exp2_fast(float), rcp_fast(float)                            2^x and 1/x,
+//   error below 2^-20 float dot2(Half, uint32_t a, uint32_t b, float c)                  c +
+//   a.lo*b.lo + a.hi*b.hi, fp32 sum float dot2(BFloat16, uint32_t a, uint32_t b, float c) the same
+//   for bf16 pairs void prefetch_l2(p)        hint: the 128 bytes around global address p will be
+//   read; no effect
+//                              on results for any p that may be read
+//   void allow_next_grid()     the next grid of the stream may start (CUDA with
+//   LaunchShape::overlap;
+//                              else nothing)
+//   void wait_previous_grid()  returns when everything that the previous grid wrote is visible
+//
+//   wave-collective (all 32 lanes of a wave arrive, none has left the kernel):
+//   uint32_t wave_ballot(bool)                bit i: lane i's argument
+//   T shuffle_xor<Mask>(T v)                  value of lane() ^ Mask, Mask 1, 2, 4, 8, 16; T int or
+//   float void wave_barrier()                       LDS written before by any lane of the wave is
+//   seen
+//                                             after by all of them, and reads before come first
+//   void mma_16x8x16(DT, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
+//       d += A B for A [16, 16], B [16, 8] in DT, d in fp32. With g = lane / 4, t = lane % 4:
+//       a[0] = A[g][2t, 2t+1]    a[1] = A[g+8][2t, 2t+1]    b[0] = B[2t, 2t+1][g]
+//       a[2] = A[g][2t+8, 2t+9]  a[3] = A[g+8][2t+8, 2t+9]  b[1] = B[2t+8, 2t+9][g]
+//       d[0], d[1] = D[g][2t, 2t+1]    d[2], d[3] = D[g+8][2t, 2t+1]     (low half first)
+//       Only where kHasMma.
+//
+//   block-collective (all lanes of the block arrive, none has left the kernel):
+//   void block_barrier()                      as wave_barrier, for the block
+//
+//   code that starts kernels (plain C++ compiled with HYBRID_W4A16_CUDA or HYBRID_W4A16_HIP):
+//   Stream                                    opaque stream handle
+//   void launch(kernel, const LaunchShape&, Stream, args...)  runs kernel(args...) over the shape
+//                                             (CUDA, HIP: on the stream); throws std::runtime_error
+//                                             with the vendor's message. The host runs it to the
+//                                             end.
+//   std::string current_arch()                "gfx1151", "sm_90", "host": the current device
+#pragma once
+
+#include <cstdint>
+
+namespace gpu {
+
+constexpr int kWaveSize = 32;
+
+struct Half {};  // tags: the 16-bit types are bit containers, uint16_t and uint32_t (a pair)
+struct BFloat16 {};
+
+struct alignas(16) U32x4 {
+  uint32_t v[4];
+};
+
+struct LaunchShape {
+  int grid_x, grid_y, grid_z;
+  int threads;    // a multiple of kWaveSize
+  int lds_bytes;  // dynamic LDS per block
+  bool overlap;   // may start before the previous grid ends: the kernel calls wait_previous_grid
+};
+
+}  // namespace gpu
+
+#if defined(__CUDACC__)
+// ---------------------------------------------------------------------------------------- CUDA
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define GPU_DEVICE __device__ __forceinline__
+#define GPU_KERNEL(max_threads) __global__ __launch_bounds__(max_threads)
+
+namespace gpu {
+
+constexpr bool kHasMma = true;
+
+GPU_DEVICE int lane() { return threadIdx.x & (kWaveSize - 1); }
+GPU_DEVICE int wave() { return threadIdx.x / kWaveSize; }
+GPU_DEVICE int block_x() { return blockIdx.x; }
+GPU_DEVICE int block_y() { return blockIdx.y; }
+GPU_DEVICE int block_z() { return blockIdx.z; }
+GPU_DEVICE char* dynamic_lds() {
+  extern __shared__ __align__(16) char lds[];
+  return lds;
+}
+GPU_DEVICE int uniform(int v) { return v; }
+
+GPU_DEVICE U32x4 load_weights(const void* p) {
+  U32x4 r;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.v[0]), "=r"(r.v[1]), "=r"(r.v[2]), "=r"(r.v[3])
+               : "l"(p));
+  return r;
+}
+GPU_DEVICE U32x4 load_16(const void* p) {
+  const uint4 r = *static_cast<const uint4*>(p);
+  return {{r.x, r.y, r.z, r.w}};
+}
+
+GPU_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+GPU_DEVICE uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+GPU_DEVICE float exp2_fast(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+GPU_DEVICE float rcp_fast(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+GPU_DEVICE float dot2(Half, uint32_t a, uint32_t b, float c) {
+  const float2 x = __half22float2(reinterpret_cast<const __half2&>(a));
+  const float2 y = __half22float2(reinterpret_cast<const __half2&>(b));
+  return fmaf(x.y, y.y, fmaf(x.x, y.x, c));
+}
+GPU_DEVICE float dot2(BFloat16, uint32_t a, uint32_t b, float c) {
+  const float low = __uint_as_float(a << 16) * __uint_as_float(b << 16);
+  return fmaf(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u), c + low);
+}
+
+GPU_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+GPU_DEVICE void allow_next_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+GPU_DEVICE void wait_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+GPU_DEVICE uint32_t wave_ballot(bool p) { return __ballot_sync(0xffffffffu, p); }
+template <int Mask, typename T>
+GPU_DEVICE T shuffle_xor(T v) {
+  return __shfl_xor_sync(0xffffffffu, v, Mask);
+}
+GPU_DEVICE void wave_barrier() { __syncwarp(); }
+GPU_DEVICE void block_barrier() { __syncthreads(); }
+
+GPU_DEVICE void mma_16x8x16(Half, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
+                            const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+}  // namespace gpu
+
+#elif defined(__HIP__)
+// ----------------------------------------------------------------------------------------- HIP
+// No HIP header: plain clang compiles kernels with -nogpuinc -nogpulib --offload-device-only.
+#define GPU_DEVICE __attribute__((device)) inline __attribute__((always_inline))
+#define GPU_KERNEL(max_threads) \
+  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads)))
+
+namespace gpu {
+
+constexpr bool kHasMma = false;
+
+GPU_DEVICE int lane() { return __builtin_amdgcn_workitem_id_x() & (kWaveSize - 1); }
+GPU_DEVICE int uniform(int v) { return __builtin_amdgcn_readfirstlane(v); }
+GPU_DEVICE int wave() { return uniform(__builtin_amdgcn_workitem_id_x() / kWaveSize); }
+GPU_DEVICE int block_x() { return __builtin_amdgcn_workgroup_id_x(); }
+GPU_DEVICE int block_y() { return __builtin_amdgcn_workgroup_id_y(); }
+GPU_DEVICE int block_z() { return __builtin_amdgcn_workgroup_id_z(); }
+extern __attribute__((shared)) __attribute__((aligned(16))) char lds[];
+GPU_DEVICE char* dynamic_lds() { return lds; }
+
+using Vec4 = uint32_t __attribute__((ext_vector_type(4)));
+using Half2 = _Float16 __attribute__((ext_vector_type(2)));
+using BFloat2 = __bf16 __attribute__((ext_vector_type(2)));
+
+GPU_DEVICE U32x4 load_weights(const void* p) {
+  return __builtin_bit_cast(U32x4, __builtin_nontemporal_load(static_cast<const Vec4*>(p)));
+}
+GPU_DEVICE U32x4 load_16(const void* p) {
+  return __builtin_bit_cast(U32x4, *static_cast<const Vec4*>(p));
+}
+
+GPU_DEVICE float half_to_float(uint16_t bits) {
+  return static_cast<float>(__builtin_bit_cast(_Float16, bits));
+}
+GPU_DEVICE uint16_t float_to_half(float x) {
+  return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
+}
+GPU_DEVICE float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }
+GPU_DEVICE float rcp_fast(float x) { return __builtin_amdgcn_rcpf(x); }
+GPU_DEVICE float dot2(Half, uint32_t a, uint32_t b, float c) {
+  return __builtin_amdgcn_fdot2(__builtin_bit_cast(Half2, a), __builtin_bit_cast(Half2, b), c,
+                                false);
+}
+GPU_DEVICE float dot2(BFloat16, uint32_t a, uint32_t b, float c) {
+  return __builtin_amdgcn_fdot2_f32_bf16(__builtin_bit_cast(BFloat2, a),
+                                         __builtin_bit_cast(BFloat2, b), c, false);
+}
+
+GPU_DEVICE void prefetch_l2(const void*) {}
+GPU_DEVICE void allow_next_grid() {}
+GPU_DEVICE void wait_previous_grid() {}
+
+GPU_DEVICE uint32_t wave_ballot(bool p) { return __builtin_amdgcn_ballot_w32(p); }
+template <int Mask, typename T>
+GPU_DEVICE T shuffle_xor(T v) {
+  const int bits = __builtin_bit_cast(int, v);
+  if constexpr (Mask < 16) {  // row_xmask: a VALU operand modifier, no LDS traffic
+    return __builtin_bit_cast(T,
+                              __builtin_amdgcn_update_dpp(0, bits, 0x160 + Mask, 0xf, 0xf, true));
+  } else {  // swizzle, bit-mask mode: xor in bits 10..14, and-mask in bits 0..4
+    return __builtin_bit_cast(T, __builtin_amdgcn_ds_swizzle(bits, (Mask << 10) | 0x1f));
+  }
+}
+GPU_DEVICE void wave_barrier() {  // LDS is in order within a wave: only the compiler must not move
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront", "local");
+  __builtin_amdgcn_wave_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront", "local");
+}
+GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate the vector cache
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup", "local");
+  __builtin_amdgcn_s_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup", "local");
+}
+
+}  // namespace gpu
+
+#elif defined(HYBRID_W4A16_CUDA) || defined(HYBRID_W4A16_HIP)
+// ---------------------------------------------------- plain C++ that starts CUDA or HIP kernels
+// An entry point is declared as an ordinary function: its address is the vendor's handle.
+#include <stdexcept>
+#include <string>
+
+#define GPU_KERNEL(max_threads)
+
+#if defined(HYBRID_W4A16_CUDA)
+#include <cuda_runtime_api.h>
+#else
+#include <hip/hip_runtime_api.h>
+#endif
+
+namespace gpu {
+
+using Stream = void*;
+
+#if defined(HYBRID_W4A16_CUDA)
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.grid_x, shape.grid_y, shape.grid_z);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.lds_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = shape.overlap ? 1 : 0;
+  check(cudaLaunchKernelExC(&config, kernel, args), "kernel launch");
+}
+
+inline std::string current_arch() {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "cudaDeviceGetAttribute");
+  return "sm_" + std::to_string(major * 10 + minor);
+}
+#else
+inline void check(hipError_t error, const char* what) {
+  if (error != hipSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + hipGetErrorString(error));
+  }
+}
+
+inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {
+  check(hipLaunchKernel(kernel, dim3(shape.grid_x, shape.grid_y, shape.grid_z), dim3(shape.threads),
+                        args, shape.lds_bytes, static_cast<hipStream_t>(stream)),
+        "kernel launch");
+}
+
+inline std::string current_arch() {
+  int device = 0;
+  hipDeviceProp_t properties;
+  check(hipGetDevice(&device), "hipGetDevice");
+  check(hipGetDeviceProperties(&properties, device), "hipGetDeviceProperties");
+  const std::string name = properties.gcnArchName;  // "gfx1151:sramecc-:xnack-"
+  return name.substr(0, name.find(':'));
+}
+#endif
+
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream, A... args) {
+  static_assert(sizeof...(P) == sizeof...(A), "one argument per parameter of the kernel");
+  const auto start = [&](P... values) {
+    void* pointers[] = {&values...};
+    start_kernel(reinterpret_cast<const void*>(kernel), shape, stream, pointers);
+  };
+  start(static_cast<P>(args)...);
+}
+
+}  // namespace gpu
+
+#else
+// ---------------------------------------------------------------------------------------- host
+#include "host/gpu_host.h"
+#endif
