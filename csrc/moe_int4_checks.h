@@ -157,28 +157,38 @@ class ArgumentChecks {
 
   [[noreturn]] void fail(const std::string& argument, const std::string& expected,
                          const std::string& got) const {
-    throw std::runtime_error(std::string(op_) + ": " + argument + ": expected " + expected +
-                             ", got " + got);
+    std::ostringstream message;
+    message << op_ << ": " << argument << ": expected " << expected << ", got " << got;
+    throw std::runtime_error(message.str());
   }
 
  private:
   static std::string name(const Device& device) {
-    if (device.type() == DeviceType::CPU) return "cpu";
-    const std::string index = device.index() < 0 ? "" : ":" + std::to_string(device.index());
-    if (device.type() == DeviceType::CUDA) return "cuda" + index;  // HIP devices too
-    return "device type " + std::to_string(static_cast<int>(device.type())) + index;
+    std::ostringstream out;
+    if (device.type() == DeviceType::CPU) {
+      out << "cpu";
+      return out.str();
+    }
+    if (device.type() == DeviceType::CUDA) {  // HIP devices too
+      out << "cuda";
+    } else {
+      out << "device type " << static_cast<int>(device.type());
+    }
+    if (device.index() >= 0) out << ':' << device.index();
+    return out.str();
   }
 
   void check_dtype(const char* argument, const Tensor& t,
                    std::initializer_list<ScalarType> dtypes) const {
-    std::string expected;
+    std::ostringstream expected;
+    const char* separator = "";
     for (ScalarType dtype : dtypes) {
       if (t.scalar_type() == dtype) return;
-      expected +=
-          (expected.empty() ? "" : " or ") + std::string(torch::headeronly::toString(dtype));
-      if (dtype == dtype_) expected += " as a";
+      expected << separator << torch::headeronly::toString(dtype);
+      if (dtype == dtype_) expected << " as a";
+      separator = " or ";
     }
-    fail(argument, "dtype " + expected, torch::headeronly::toString(t.scalar_type()));
+    fail(argument, "dtype " + expected.str(), torch::headeronly::toString(t.scalar_type()));
   }
 
   void check_shape(const char* argument, const Tensor& t, std::initializer_list<Dim> dims) const {
@@ -190,18 +200,20 @@ class ArgumentChecks {
     }
     if (fits) return;
     std::ostringstream expected, got;
-    const char* separator = "";
+    const char* separator = "[";
     for (const Dim& dim : dims) {
       expected << separator << dim.name;
       if (dim.size != Dim::kAny) expected << " = " << dim.size;
       separator = ", ";
     }
-    separator = "";
+    separator = "[";
     for (int64_t size : t.sizes()) {
       got << separator << size;
       separator = ", ";
     }
-    fail(argument, "shape [" + expected.str() + "]", "[" + got.str() + "]");
+    expected << "]";
+    got << (t.dim() == 0 ? "[]" : "]");
+    fail(argument, "shape " + expected.str(), got.str());
   }
 
   const char* op_;

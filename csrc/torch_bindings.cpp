@@ -1,10 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Schemas of the int4 MoE ops, a fragment of the _rocm_C namespace (in the fork they live in vLLM's own
-// _rocm_C). Implementations register themselves per dispatch key: csrc/cpu, csrc/rocm.
-// Argument by argument documentation: vllm/model_executor/layers/fused_moe/hybrid_w4a16_ops.py.
+// Schemas of the int4 MoE ops, a fragment of the _rocm_C namespace (in the fork they live in vLLM's
+// own _rocm_C). Implementations register themselves per dispatch key: csrc/cpu, csrc/rocm. Argument
+// by argument documentation: vllm/model_executor/layers/fused_moe/hybrid_w4a16_ops.py.
 #include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+#if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
+#include "rocm/build_info.h"
+#endif
+
+namespace {
+
+// One line per device type that the library has kernels for: its name, then the CPU's instruction
+// sets, best first, or the GPU architectures.
+std::string build_info() {
+  std::string info = "cpu " + moe_int4::cpu::available_isas();
+#if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
+  info += "\n" + moe_int4::gpu::build_info();
+#endif
+  return info;
+}
+
+std::string cpu_isa(std::string isa) { return moe_int4::cpu::select_isa(isa); }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
   m.def(
@@ -20,4 +43,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "fused_moe_wvSplitK_int4_down(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
       "Tensor? zero_points=None, Tensor? expert_map=None) -> ()");
+  m.def("hybrid_w4a16_build_info() -> str");
+  // For tests and benchmarks: puts an instruction set in force on the CPU ("": the best one) and
+  // returns its name.
+  m.def("hybrid_w4a16_cpu_isa(str isa) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
+  m.impl("hybrid_w4a16_build_info", TORCH_BOX(&build_info));
+  m.impl("hybrid_w4a16_cpu_isa", TORCH_BOX(&cpu_isa));
 }

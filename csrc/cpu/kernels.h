@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// What an instruction set offers to the CPU ops: one table of functions per instruction set. The
+// driver (moe_int4_cpu.cpp) groups rows by expert and cuts the work into tiles; a kernel
+// multiplies one tile. Kernels know nothing of torch, of threads or of routing.
+//
+// Each kernels_*.cpp is compiled with its own flags, so it shares no inline function with other
+// files: helpers live in anonymous namespaces, and std:: function templates are not used there.
+#pragma once
+
+#include <cstdint>
+
+#include "moe_int4_args.h"
+
+namespace moe_int4::cpu {
+
+// Rows of activations in the order and precision that the kernels multiply with, and for each
+// row its sum over every group of k (for zero points), padded with zeros to kSumsPadding.
+constexpr int32_t kSumsPadding = 16;
+struct PreparedRows {
+  const char* data;
+  int64_t stride;  // bytes
+  const float* sums;
+  int64_t sums_stride;
+};
+
+// out[r][j] = sum over k of dequantized w[first + j][k] * row rows[r], for r < m, j < columns.
+struct Tile {
+  DType dtype;
+  const uint32_t* q;  // packed weights, scales and zero points of one expert, from its row 0
+  int64_t q_stride;
+  const void* scales;
+  int64_t s_stride;
+  const uint32_t* zeros;  // null: symmetric
+  int64_t z_stride;
+  int32_t first, columns, k, group_size;
+  PreparedRows a;
+  const int32_t* rows;
+  int32_t m;
+  float* out;
+  int64_t out_stride;
+  void* scratch;  // scratch_bytes(k, group_size), 64-byte aligned
+};
+
+struct Kernels {
+  const char* name;
+  bool (*available)();
+  int64_t (*row_bytes)(DType dtype, int32_t k);
+  int64_t (*scratch_bytes)(int32_t k, int32_t group_size);
+  // Converts one row of k activations; row and sums are 64-byte aligned.
+  void (*prepare)(DType dtype, const void* a, int32_t k, int32_t group_size, char* row,
+                  float* sums);
+  void (*multiply)(const Tile& tile);
+  // c[i] = act(min(gate[i], limit)) * (clamp(up[i], -limit, limit) + beta), i < n.
+  void (*activate)(const GateUpArgs& args, const float* gate, const float* up, int32_t n, void* c);
+  void (*store)(DType dtype, const float* y, int32_t n, void* c);
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+#endif
+
+}  // namespace moe_int4::cpu

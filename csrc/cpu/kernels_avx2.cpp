@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// The fp32 kernels for AVX2 and FMA.
+#define MOE_INT4_LANES 8
+#include "kernels_fma.h"
+
+namespace moe_int4::cpu {
+namespace {
+
+bool available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+}  // namespace
+
+const Kernels kAvx2 = {"avx2",  available, row_bytes, scratch_bytes,
+                       prepare, multiply,  activate,  store};
+
+}  // namespace moe_int4::cpu

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// The fp32 kernels for AVX-512.
+#define MOE_INT4_LANES 16
+#include "kernels_fma.h"
+
+namespace moe_int4::cpu {
+namespace {
+
+bool available() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+}  // namespace
+
+const Kernels kAvx512 = {"avx512", available, row_bytes, scratch_bytes,
+                         prepare,  multiply,  activate,  store};
+
+}  // namespace moe_int4::cpu

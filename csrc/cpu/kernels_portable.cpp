@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// The fp32 kernels for portable C++ (SSE2 or NEON by the compiler's vector extensions).
+#define MOE_INT4_LANES 4
+#include "kernels_fma.h"
+
+namespace moe_int4::cpu {
+namespace {
+
+bool available() { return true; }
+
+}  // namespace
+
+const Kernels kPortable = {"portable", available, row_bytes, scratch_bytes,
+                           prepare,    multiply,  activate,  store};
+
+}  // namespace moe_int4::cpu
