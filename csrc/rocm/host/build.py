@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Builds the GPU kernels as a sanitized host program and prints its path.
+
+``python csrc/rocm/host/build.py [--mma] [--cache DIR] [SOURCE ...]``
+
+--mma: kernels use matrix instructions, as on NVIDIA; else they do not, as on gfx11.
+Without SOURCE: the kernel sources of csrc/rocm and runner.cpp. With SOURCE: only those.
+scheduler.cpp is always in. Objects and programs are cached by the hash of the compiler,
+its flags and the preprocessed source, so a second call costs a second.
+
+Exit status 2: no compiler, or one that failed (its output is passed on).
+"""
+
+import argparse
+import concurrent.futures
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HOST_DIR = Path(__file__).resolve().parent
+ROCM_DIR = HOST_DIR.parent
+CSRC_DIR = ROCM_DIR.parent
+DEFAULT_CACHE = CSRC_DIR.parent / "build" / "gpu_host"
+
+COMPILERS = ("clang++-22", "g++", "clang++")
+# -O1: ASan's reports stay readable and builds short. Uninitialised locals become a
+# pattern that spoils results instead of a lucky zero.
+FLAGS = (
+    "-std=c++17 -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined "
+    "-fno-sanitize-recover=all -ftrivial-auto-var-init=pattern "
+    f"-I{CSRC_DIR} -I{ROCM_DIR} -I{HOST_DIR} -Wall -Wextra"
+).split()
+
+
+def kernel_sources() -> list[Path]:
+    """The translation units of csrc/rocm that hold kernels and their launchers."""
+    return sorted(ROCM_DIR.glob("*.hip"))
+
+
+def _run(command: list[str]) -> bytes:
+    run = subprocess.run(command, capture_output=True, check=False)
+    if run.returncode:
+        sys.stderr.write(f"{' '.join(command)}\n{run.stderr.decode(errors='replace')}")
+        sys.exit(2)
+    return run.stdout
+
+
+def _key(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _compile(compiler: str, source: Path, mma: bool, cache: Path) -> Path:
+    command = [compiler, *FLAGS, f"-DGPU_HOST_MMA={int(mma)}", "-x", "c++"]
+    preprocessed = _run([*command, "-E", str(source)])
+    identity = _run([compiler, "--version"]) + " ".join(FLAGS).encode()
+    out = cache / f"{source.stem}-{_key(identity, preprocessed)}.o"
+    if not out.exists():
+        partial = out.with_suffix(f".{os.getpid()}")
+        _run([*command, "-c", str(source), "-o", str(partial)])
+        partial.rename(out)  # atomic: a parallel build finds all of it or nothing
+    return out
+
+
+def build(sources: list[Path], mma: bool, cache: Path) -> Path:
+    """Compiles and links `sources` with scheduler.cpp; returns the program's path.
+
+    `mma`: whether gpu::kHasMma holds. Exits with status 2 as the module's docstring says.
+    """
+    if platform.machine() != "x86_64":
+        sys.exit(f"the host build needs x86-64, this is {platform.machine()}")
+    compiler = next(filter(shutil.which, COMPILERS), None)
+    if compiler is None:
+        sys.stderr.write(
+            f"none of {', '.join(COMPILERS)} found; Debian: g++ or clang-22\n"
+        )
+        sys.exit(2)
+    cache.mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(_compile, compiler, source, mma, cache)
+            for source in [*sources, HOST_DIR / "scheduler.cpp"]
+        ]
+        objects = [job.result() for job in jobs]
+    key = _key(compiler.encode(), *(o.name.encode() for o in objects))
+    program = cache / f"{sources[-1].stem}-{key}"
+    if not program.exists():
+        partial = program.with_suffix(f".{os.getpid()}")
+        link = [
+            compiler,
+            "-fsanitize=address,undefined",
+            "-rdynamic",
+            *map(str, objects),
+        ]
+        _run([*link, "-o", str(partial)])
+        partial.rename(program)
+    return program
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE")
+    parser.add_argument("--mma", action="store_true")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    options = parser.parse_args()
+    default = [*kernel_sources(), HOST_DIR / "runner.cpp"]
+    print(build(options.sources or default, options.mma, options.cache.resolve()))

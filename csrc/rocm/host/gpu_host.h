@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// The host branch of gpu_compat.cuh, which documents each of these: the same primitives over the
+// lanes of scheduler.h. Misaligned 16-byte accesses and divergent collectives are errors here.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "scheduler.h"
+
+#ifndef GPU_HOST_MMA
+#error "define GPU_HOST_MMA as 0 or 1: whether kernels use matrix instructions in this build"
+#endif
+
+#define GPU_DEVICE inline
+// A section of their own, so that tests find all kernels of a program.
+#define GPU_KERNEL(max_threads) __attribute__((section("gpu_kernels")))
+
+namespace gpu {
+
+constexpr bool kHasMma = GPU_HOST_MMA;
+
+using Stream = void*;
+
+inline int lane() { return gpu_host::thread_index() % kWaveSize; }
+inline int wave() { return gpu_host::thread_index() / kWaveSize; }
+inline int block_x() { return gpu_host::block_index().x; }
+inline int block_y() { return gpu_host::block_index().y; }
+inline int block_z() { return gpu_host::block_index().z; }
+inline char* dynamic_lds() { return gpu_host::dynamic_lds(); }
+inline int uniform(int v) { return v; }
+
+inline U32x4 load_16(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) gpu_host::fail("misaligned 16-byte load");
+  return *static_cast<const U32x4*>(p);
+}
+inline U32x4 load_weights(const void* p) { return load_16(p); }
+
+template <typename To, typename From>
+To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline float half_to_float(uint16_t bits) { return static_cast<float>(bit_cast<_Float16>(bits)); }
+inline uint16_t float_to_half(float x) { return bit_cast<uint16_t>(static_cast<_Float16>(x)); }
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float rcp_fast(float x) { return 1.0f / x; }
+
+inline float to_float(Half, uint32_t bits) { return half_to_float(static_cast<uint16_t>(bits)); }
+inline float to_float(BFloat16, uint32_t bits) { return bit_cast<float>(bits << 16); }
+
+template <typename DT>
+float dot2(DT dtype, uint32_t a, uint32_t b, float c) {
+  const float low = std::fma(to_float(dtype, a), to_float(dtype, b), c);
+  return std::fma(to_float(dtype, a >> 16), to_float(dtype, b >> 16), low);
+}
+
+// Reads the byte, so that AddressSanitizer sees a hint that points nowhere.
+inline void prefetch_l2(const void* p) { (void)*static_cast<const volatile char*>(p); }
+inline void allow_next_grid() {}
+inline void wait_previous_grid() {}
+
+inline uint32_t wave_ballot(bool p) {
+  const uint64_t* all = gpu_host::wave_gather(p, "wave_ballot");
+  uint32_t bits = 0;
+  for (int i = 0; i < kWaveSize; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
+  return bits;
+}
+template <int Mask, typename T>
+T shuffle_xor(T v) {
+  static_assert(sizeof(T) == 4 && (Mask == 1 || Mask == 2 || Mask == 4 || Mask == 8 || Mask == 16));
+  const uint64_t* all = gpu_host::wave_gather(bit_cast<uint32_t>(v), "shuffle_xor");
+  return bit_cast<T>(static_cast<uint32_t>(all[lane() ^ Mask]));
+}
+inline void wave_barrier() { gpu_host::wave_gather(0, "wave_barrier"); }
+inline void block_barrier() { gpu_host::block_barrier(); }
+
+template <typename DT>
+void mma_16x8x16(DT dtype, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  uint32_t all[6][kWaveSize];  // registers a[0..3], b[0..1] of every lane
+  for (int r = 0; r < 6; ++r) {
+    const uint64_t* values = gpu_host::wave_gather(r < 4 ? a[r] : b[r - 4], "mma_16x8x16");
+    for (int i = 0; i < kWaveSize; ++i) all[r][i] = static_cast<uint32_t>(values[i]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + (i / 2) * 8, column = lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int quad = k / 2 % 4, shift = k % 2 * 16;
+      const uint32_t x = all[row / 8 + k / 8 * 2][row % 8 * 4 + quad] >> shift;
+      const uint32_t y = all[4 + k / 8][column * 4 + quad] >> shift;
+      d[i] = std::fma(to_float(dtype, x), to_float(dtype, y), d[i]);
+    }
+  }
+}
+
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), const LaunchShape& shape, Stream, A... args) {
+  static_assert(sizeof...(P) == sizeof...(A), "one argument per parameter of the kernel");
+  Dl_info info{};  // the program is linked with -rdynamic, so that kernels have names at run time
+  const bool known = dladdr(reinterpret_cast<const void*>(kernel), &info) != 0;
+  gpu_host::launch(known && info.dli_sname ? info.dli_sname : "(no symbol)",
+                   {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads, shape.lds_bytes,
+                   [&] { kernel(static_cast<P>(args)...); });
+}
+
+inline std::string current_arch() { return "host"; }
+
+}  // namespace gpu

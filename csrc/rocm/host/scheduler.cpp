@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// The scheduler behind scheduler.h. One thread runs everything: the scheduler switches into a
+// lane's fiber, the lane runs until it must meet others (or ends) and switches back.
+#include "scheduler.h"
+
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+
+#if !defined(__x86_64__)
+#error "the fiber switch below is written for x86-64"
+#endif
+
+// void gpu_host_switch(void** save_sp, void* load_sp): saves the callee-saved registers of the
+// System V ABI on this stack and restores them from the other one. ucontext would do, but
+// AddressSanitizer wipes the shadow of the whole target stack in swapcontext, and with it the
+// red zones of the frames that live there.
+extern "C" void gpu_host_switch(void** save_sp, void* load_sp);
+asm(R"(
+.text
+.globl gpu_host_switch
+.type gpu_host_switch,@function
+gpu_host_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size gpu_host_switch,.-gpu_host_switch
+)");
+
+namespace gpu_host {
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;  // instrumented frames are large; pages come on demand
+constexpr size_t kGuardBytes = 4096;
+constexpr int kFailExit = 70;  // EX_SOFTWARE; AddressSanitizer and UBSan exit with 1
+
+enum class State { kReady, kAtWave, kAtBarrier, kDone };
+
+struct Fiber {
+  void* sp = nullptr;
+  char* stack = nullptr;  // lowest usable byte
+  void* fake_stack = nullptr;
+  State state = State::kDone;
+  const char* what = "";
+  int parity = 0;
+};
+
+struct Wave {
+  uint64_t values[2][kWaveSize];  // two: a lane may be one meeting ahead of another
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Wave> waves;
+  std::vector<std::string> launched;
+  Order order;
+  std::mt19937_64 rng;
+  std::string kernel;  // empty: none runs
+  const std::function<void()>* lane = nullptr;
+  Dim3 block;
+  int num_threads = 0;
+  int current = -1;  // lane that runs, -1: the scheduler
+  char* lds = nullptr;
+  size_t lds_bytes = 0;
+  void* scheduler_sp = nullptr;
+  void* scheduler_fake = nullptr;
+  const void* scheduler_bottom = nullptr;
+  size_t scheduler_size = 0;
+};
+
+Machine& machine() {
+  static Machine& m = *new Machine;  // never destroyed: fail() may run at any time
+  return m;
+}
+
+std::string where() {
+  const Machine& m = machine();
+  if (m.kernel.empty()) return "outside a kernel";
+  std::string text = "kernel " + m.kernel + ", block (" + std::to_string(m.block.x) + ", " +
+                     std::to_string(m.block.y) + ", " + std::to_string(m.block.z) + ")";
+  if (m.current >= 0) {
+    text += ", wave " + std::to_string(m.current / kWaveSize) + ", lane " +
+            std::to_string(m.current % kWaveSize);
+  }
+  return text;
+}
+
+void fiber_main() {
+  Machine& m = machine();
+  __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_bottom, &m.scheduler_size);
+  Fiber& self = m.fibers[m.current];
+  (*m.lane)();
+  self.state = State::kDone;
+  self.what = "";
+  __sanitizer_start_switch_fiber(nullptr, m.scheduler_bottom, m.scheduler_size);
+  gpu_host_switch(&self.sp, m.scheduler_sp);
+  std::abort();  // a finished fiber is never resumed
+}
+
+void reset_fiber(Fiber& f) {
+  if (f.stack == nullptr) {
+    void* p = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED || mprotect(p, kGuardBytes, PROT_NONE) != 0) fail("no memory for a stack");
+    f.stack = static_cast<char*>(p) + kGuardBytes;
+  }
+  // A lane that ended has taken its frames' red zones away with it: the shadow is clean.
+  void** top = reinterpret_cast<void**>(f.stack + kStackBytes);
+  *--top = nullptr;  // aligns the stack as after a call
+  *--top = reinterpret_cast<void*>(&fiber_main);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  f.sp = top;
+  f.state = State::kReady;
+  f.parity = 0;
+}
+
+void resume(int index) {
+  Machine& m = machine();
+  Fiber& f = m.fibers[index];
+  m.current = index;
+  __sanitizer_start_switch_fiber(&m.scheduler_fake, f.stack, kStackBytes);
+  gpu_host_switch(&m.scheduler_sp, f.sp);
+  __sanitizer_finish_switch_fiber(m.scheduler_fake, nullptr, nullptr);
+  m.current = -1;
+}
+
+void wait(State state, const char* what) {
+  Machine& m = machine();
+  Fiber& f = m.fibers[m.current];
+  f.state = state;
+  f.what = what;
+  __sanitizer_start_switch_fiber(&f.fake_stack, m.scheduler_bottom, m.scheduler_size);
+  gpu_host_switch(&f.sp, m.scheduler_sp);
+  __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
+}
+
+// Finds LDS accesses of different waves that no barrier orders. What a wave wrote shows as changed
+// bytes; they are poisoned for every other wave until the next barrier, so that AddressSanitizer
+// reports the access itself. Works in units of 2 bytes; AddressSanitizer can hide a suffix of an
+// aligned 8-byte granule but no prefix: there only a second write is found, here, and reads show in
+// the results.
+class RaceDetector {
+ public:
+  RaceDetector(char* lds, size_t bytes)
+      : lds_(lds), bytes_(bytes), before_(bytes), owner_(bytes / 2, -1) {}
+
+  void start() { remember(); }
+
+  void wave_ran(int wave) {
+    ASAN_UNPOISON_MEMORY_REGION(lds_, bytes_);
+    if (std::memcmp(lds_, before_.data(), bytes_) == 0) return;
+    for (size_t i = 0; i < owner_.size(); ++i) {
+      if (std::memcmp(lds_ + 2 * i, &before_[2 * i], 2) == 0) continue;
+      if (owner_[i] >= 0 && owner_[i] != wave) {
+        fail("LDS race: waves " + std::to_string(owner_[i]) + " and " + std::to_string(wave) +
+             " both wrote byte " + std::to_string(2 * i) + " since the last barrier");
+      }
+      owner_[i] = wave;
+    }
+    any_ = true;
+    remember();
+  }
+
+  void hide_from(int wave) {
+    if (!any_) return;
+    const auto foreign = [&](size_t i) { return owner_[i] >= 0 && owner_[i] != wave; };
+    for (size_t granule = 0; granule + 4 <= owner_.size(); granule += 4) {
+      size_t first = granule + 4;
+      while (first > granule && foreign(first - 1)) --first;
+      if (first < granule + 4) {
+        ASAN_POISON_MEMORY_REGION(lds_ + 2 * first, 2 * (granule + 4 - first));
+      }
+    }
+  }
+
+  void barrier() {
+    std::fill(owner_.begin(), owner_.end(), -1);
+    any_ = false;
+  }
+
+ private:
+  void remember() {
+    if (bytes_ != 0) std::memcpy(before_.data(), lds_, bytes_);
+  }
+
+  char* lds_;
+  size_t bytes_;
+  std::vector<char> before_;
+  std::vector<int> owner_;
+  bool any_ = false;
+};
+
+// Runs the lanes of `wave` until each of them waits or is done, then says what they wait for.
+State run_wave(int wave) {
+  Machine& m = machine();
+  int lanes[kWaveSize];
+  std::iota(lanes, lanes + kWaveSize, wave * kWaveSize);
+  if (m.order.schedule == Schedule::kBackward) std::reverse(lanes, lanes + kWaveSize);
+  if (m.order.schedule == Schedule::kRandom) std::shuffle(lanes, lanes + kWaveSize, m.rng);
+  for (int lane : lanes) resume(lane);
+
+  const Fiber& first = m.fibers[lanes[0]];
+  for (int lane : lanes) {
+    const Fiber& f = m.fibers[lane];
+    if (f.state == first.state && std::strcmp(f.what, first.what) == 0) continue;
+    const auto describe = [](const Fiber& x) {
+      return x.state == State::kDone ? std::string("has ended") : "is at " + std::string(x.what);
+    };
+    m.current = lane;
+    fail((f.state == State::kAtWave || first.state == State::kAtWave
+              ? "cross-lane operation with lanes missing: lane "
+              : "divergent barrier: lane ") +
+         std::to_string(lanes[0] % kWaveSize) + " " + describe(first) + ", lane " +
+         std::to_string(lane % kWaveSize) + " " + describe(f));
+  }
+  return first.state;
+}
+
+void run_block(size_t lds_bytes) {
+  Machine& m = machine();
+  const int num_waves = m.num_threads / kWaveSize;
+  // Exactly sized: AddressSanitizer's red zone begins at the first byte past the end.
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  const std::unique_ptr<char, Free> lds(lds_bytes ? static_cast<char*>(std::malloc(lds_bytes))
+                                                  : nullptr);
+  if (lds_bytes != 0) std::memset(lds.get(), 0xff, lds_bytes);
+  m.lds = lds.get();
+  m.lds_bytes = lds_bytes;
+  for (int i = 0; i < m.num_threads; ++i) reset_fiber(m.fibers[i]);
+
+  RaceDetector races(m.lds, lds_bytes);
+  races.start();
+  // Forward and backward together put each of two conflicting accesses first once, which is what
+  // the detector needs; the other orders are there for what only shows in the results.
+  const bool whole_turns =
+      m.order.schedule == Schedule::kForward || m.order.schedule == Schedule::kBackward;
+  const bool detect = whole_turns && lds_bytes != 0;
+  std::vector<int> ready(num_waves);
+  std::iota(ready.begin(), ready.end(), 0);
+  if (m.order.schedule == Schedule::kBackward) std::reverse(ready.begin(), ready.end());
+  std::vector<int> waiting, ended;
+  while (!ready.empty()) {
+    const size_t turn = m.order.schedule == Schedule::kRandom ? m.rng() % ready.size() : 0;
+    const int wave = ready[turn];
+    ready.erase(ready.begin() + turn);
+    if (detect) races.hide_from(wave);
+    State state = run_wave(wave);
+    while (state == State::kAtWave) {
+      for (int i = 0; i < kWaveSize; ++i) m.fibers[wave * kWaveSize + i].state = State::kReady;
+      if (!whole_turns) break;
+      state = run_wave(wave);
+    }
+    if (detect) races.wave_ran(wave);
+    if (state == State::kAtWave) ready.push_back(wave);
+    if (state == State::kAtBarrier) waiting.push_back(wave);
+    if (state == State::kDone) ended.push_back(wave);
+    if (!ready.empty() || waiting.empty()) continue;
+    if (!ended.empty()) {
+      fail("divergent barrier: wave " + std::to_string(waiting[0]) + " waits, wave " +
+           std::to_string(ended[0]) + " has ended");
+    }
+    std::sort(waiting.begin(), waiting.end());
+    if (m.order.schedule == Schedule::kBackward) std::reverse(waiting.begin(), waiting.end());
+    ready.swap(waiting);
+    races.barrier();
+  }
+  m.lds = nullptr;
+}
+
+}  // namespace
+
+int thread_index() { return machine().current; }
+Dim3 block_index() { return machine().block; }
+char* dynamic_lds() { return machine().lds; }
+
+void block_barrier() { wait(State::kAtBarrier, "a block barrier"); }
+
+const uint64_t* wave_gather(uint64_t value, const char* what) {
+  Machine& m = machine();
+  const int self = m.current;
+  Wave& wave = m.waves[self / kWaveSize];
+  const int parity = m.fibers[self].parity ^= 1;
+  wave.values[parity][self % kWaveSize] = value;
+  wait(State::kAtWave, what);
+  return wave.values[parity];
+}
+
+void fail(const std::string& message) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "gpu_host: %s: %s\n", where().c_str(), message.c_str());
+  _exit(kFailExit);
+}
+
+void launch(const std::string& kernel, Dim3 grid, int threads, size_t lds_bytes,
+            const std::function<void()>& lane) {
+  Machine& m = machine();
+  m.kernel = kernel;
+  m.lane = &lane;
+  m.num_threads = threads;
+  if (threads <= 0 || threads % kWaveSize != 0 || threads > 1024) {
+    fail("block of " + std::to_string(threads) + " lanes; need a multiple of 32 up to 1024");
+  }
+  if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) fail("empty grid");
+  if (lds_bytes > 64 * 1024) fail(std::to_string(lds_bytes) + " bytes of LDS; 65536 are the most");
+  m.fibers.resize(std::max<size_t>(m.fibers.size(), threads));
+  m.waves.resize(threads / kWaveSize);
+  m.rng.seed(m.order.seed);
+
+  std::vector<int64_t> blocks(int64_t{grid.x} * grid.y * grid.z);
+  std::iota(blocks.begin(), blocks.end(), int64_t{0});
+  if (m.order.schedule == Schedule::kBackward) std::reverse(blocks.begin(), blocks.end());
+  if (m.order.schedule == Schedule::kRandom) std::shuffle(blocks.begin(), blocks.end(), m.rng);
+  for (int64_t b : blocks) {
+    m.block = {static_cast<int>(b % grid.x), static_cast<int>(b / grid.x % grid.y),
+               static_cast<int>(b / grid.x / grid.y)};
+    run_block(lds_bytes);
+  }
+  m.launched.push_back(kernel);
+  m.kernel.clear();
+}
+
+void set_order(Order order) { machine().order = order; }
+const std::vector<std::string>& launched_kernels() { return machine().launched; }
+
+}  // namespace gpu_host
+
+// Sanitizer hooks. Fake stacks would double the cost of a switch and find nothing more here.
+extern "C" const char* __asan_default_options() {
+  return "detect_stack_use_after_return=0:detect_leaks=0:redzone=2048";
+}
+extern "C" const char* __ubsan_default_options() { return "print_stacktrace=1"; }
+extern "C" void __ubsan_on_report() {
+  std::fprintf(stderr, "gpu_host: %s: UBSan found this:\n", gpu_host::where().c_str());
+}
+extern "C" void __asan_on_error() {
+  // Bytes of LDS are out of reach only where the race detector hid them.
+  const auto& m = gpu_host::machine();
+  const char* first = static_cast<const char*>(__asan_get_report_address());
+  const bool race = m.lds != nullptr && first >= m.lds &&
+                    first + __asan_get_report_access_size() <= m.lds + m.lds_bytes;
+  std::fprintf(stderr, "gpu_host: %s: %s\n", gpu_host::where().c_str(),
+               race ? "LDS race: another wave wrote these bytes since the last barrier:"
+                    : "AddressSanitizer found this:");
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// A GPU block on the host: one fiber per lane, waves of 32 lanes that meet at cross-lane
+// operations, real block barriers, LDS as a heap block of exactly the size that the launch asked
+// for. Every misuse that hardware would
+// answer with garbage or a hang is an error here, which names the kernel, the block and the lane:
+//   - a cross-lane operation that not all 32 lanes of the wave reach,
+//   - a barrier that not all lanes of the block reach,
+//   - LDS bytes that one wave writes and another touches between the same two barriers,
+//   - a block that is no whole number of waves, or wants more than 64 KiB of LDS.
+// LDS starts as 0xff bytes (NaN in fp16, bf16 and fp32), so reads of unwritten LDS spoil the
+// result. Out-of-bounds accesses are AddressSanitizer's to find: build with
+// -fsanitize=address,undefined.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace gpu_host {
+
+constexpr int kWaveSize = 32;
+
+struct Dim3 {
+  int x = 1, y = 1, z = 1;
+};
+
+// The order in which the lanes of a launch run between two points where they must meet.
+enum class Schedule {
+  kForward,     // each wave as far as it can go, first wave, first lane and first block first
+  kBackward,    // the same from the last wave, lane and block
+  kRoundRobin,  // waves change at every cross-lane operation
+  kRandom       // a seeded draw of the next wave, lane order and block
+};
+
+struct Order {
+  Schedule schedule = Schedule::kForward;
+  uint64_t seed = 0;
+};
+
+// Where the running lane is. Valid inside a kernel only.
+int thread_index();
+Dim3 block_index();
+char* dynamic_lds();  // null where the launch asked for none
+
+// Meets all lanes of the block.
+void block_barrier();
+
+// Meets the 32 lanes of the wave; returns the 32 values that they brought, by lane. The array holds
+// until the lane's next meeting but one. `what` names the operation and must agree between lanes.
+const uint64_t* wave_gather(uint64_t value, const char* what);
+
+// Reports `message` with the kernel, block and lane that run now, and ends the process.
+[[noreturn]] void fail(const std::string& message);
+
+// Runs `lane` once per thread of every block, in the order that set_order() chose last.
+// `threads` must be a multiple of 32. Appends `kernel` to launched_kernels().
+void launch(const std::string& kernel, Dim3 grid, int threads, size_t lds_bytes,
+            const std::function<void()>& lane);
+
+void set_order(Order order);
+const std::vector<std::string>& launched_kernels();
+
+}  // namespace gpu_host
