@@ -101,9 +101,7 @@ def decline_reason(
         return f"activations in {config.in_dtype}, supported: fp16 and bf16"
     if not HybridW4A16MoEExperts._supports_activation(config.activation):
         return f"activation {config.activation.value!r}"
-    if not HybridW4A16MoEExperts._supports_parallel_config(
-        config.moe_parallel_config
-    ):
+    if not HybridW4A16MoEExperts._supports_parallel_config(config.moe_parallel_config):
         return "the all-to-all backend hands over batches per expert"
     if config.has_bias:
         return "experts have a bias"

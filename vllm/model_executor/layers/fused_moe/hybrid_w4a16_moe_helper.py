@@ -73,16 +73,21 @@ def shuffle_exllama_(words: torch.Tensor) -> torch.Tensor:
     return words
 
 
+def _transposed_copy(matrix: torch.Tensor) -> torch.Tensor:
+    # a copy also where the transpose of a single row or column would be a mere view
+    return matrix.t().clone(memory_format=torch.contiguous_format)
+
+
 def gptq_to_exllama(qweight: torch.Tensor) -> torch.Tensor:
     """GPTQ words int32 [K//8, N], nibble i is k = 8*k8+i, to ExLlama [N, K//8]."""
-    return shuffle_exllama_(qweight.t().contiguous())
+    return shuffle_exllama_(_transposed_copy(qweight))
 
 
 def gptq_to_row_zeros(qzeros: torch.Tensor) -> torch.Tensor:
     """GPTQ v1 zero points int32 [K//G, N//8], stored minus one, to [N//8, K//G]."""
     # adds 1 to every nibble, modulo 16, without carries between nibbles
     plus_one = ((qzeros & 0x77777777) + 0x11111111) ^ (qzeros & ~0x77777777)
-    return plus_one.t().contiguous()
+    return _transposed_copy(plus_one)
 
 
 GPTQ_V1 = CheckpointPacking(
@@ -116,13 +121,9 @@ def setup_hybrid_w4a16_moe(
             for name in zeros:
                 _convert(layer, name, packing.to_row_zeros)
         for name in ("w13", "w2"):
-            _convert(layer, f"{name}_{packing.scales}", _transpose)
+            _convert(layer, f"{name}_{packing.scales}", _transposed_copy)
             _convert(layer, f"{name}_{packing.qweight}", packing.to_exllama)
     _install_kernel(method, layer)
-
-
-def _transpose(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.t().contiguous()
 
 
 def _convert(
@@ -137,6 +138,7 @@ def _convert(
         converted = convert(source)
         packed = stored.view(-1, *converted.shape)
         packed[expert] = converted
+        del converted  # before the next expert's
     setattr(packed, _PACKED, True)
     replace_parameter(layer, name, packed)
 

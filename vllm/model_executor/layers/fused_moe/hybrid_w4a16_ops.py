@@ -30,6 +30,7 @@ _OPS = (
     "fused_moe_wvSplitK_int4_gemm",
     "fused_moe_wvSplitK_int4_gate_up",
     "fused_moe_wvSplitK_int4_down",
+    "hybrid_w4a16_build_info",
 )
 
 
@@ -57,7 +58,9 @@ def load_error() -> str | None:
             torch.ops.load_library(path)
         except OSError as error:
             return f"the op library {path} does not load: {error}"
-    for op in _OPS:
+        if not _ops_registered():
+            return f"the op library {path} is of another version: it lacks ops"
+    for op in _OPS[:-1]:
         torch.library.register_fake(f"_rocm_C::{op}", _no_output)
     return None
 

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""These tests look at layers as a vLLM process with the plugin builds them."""
+
+import pytest
+
+from vllm.plugins.hybrid_w4a16 import register
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hooks_applied():
+    register()

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""What goes hybrid, what is declined, and what the log says of it."""
+
+import dataclasses
+import logging
+import re
+
+import pytest
+import torch
+from moe_layers import LAYER_NAME, Checkpoint, Shape, inc_config, make_layer
+
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.quantization.inc_moe import INCHybridW4A16MoEMethod
+from vllm.plugins.hybrid_w4a16 import gate, switch
+
+
+@pytest.fixture(autouse=True)
+def fresh_gate(monkeypatch):
+    """An empty record per test, and log lines that caplog sees."""
+    for record in ("_accepted", "_ready", "_declined", "_reasons_logged"):
+        monkeypatch.setattr(gate, record, set())
+    monkeypatch.delenv(switch.NAME, raising=False)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+
+
+EPLB = dataclasses.replace(FusedMoEParallelConfig.make_no_parallel(), enable_eplb=True)
+BATCHED = dataclasses.replace(
+    FusedMoEParallelConfig.make_no_parallel(),
+    dp_size=2,
+    ep_size=2,
+    use_ep=True,
+    all2all_backend="deepep_low_latency",
+)
+
+# what differs from a layer that is accepted, and the reason that names it
+DECLINED = {
+    "bits": ({"bits": 8}, {}, "8-bit weights, supported: 4"),
+    "group size": (
+        {"group_size": 16},
+        {},
+        r"group size 16, supported: \(32, 64, 128\)",
+    ),
+    "one group per row": ({"group_size": -1}, {}, "group size -1, supported"),
+    "packing": (
+        {"packing_format": "auto_round:auto_awq"},
+        {},
+        "packing_format is 'auto_round:auto_awq', supported: 'auto_round:auto_gptq'",
+    ),
+    "hidden size": (
+        {},
+        {"hidden_dim": 288},
+        "hidden size 288 is not a multiple of the group size 64",
+    ),
+    "intermediate size": (
+        {},
+        {"intermediate_size": 96},
+        "intermediate size per partition 96 is not a multiple of the group size 64",
+    ),
+    "activation dtype": ({}, {"in_dtype": torch.float32}, "activations in torch.float"),
+    "activation": ({}, {"activation": MoEActivation.RELU2}, "activation 'relu2'"),
+    "interleaved gate and up": (
+        {},
+        {"activation": MoEActivation.SWIGLUOAI},
+        "activation 'swigluoai'",
+    ),
+    "bias": ({}, {"has_bias": True}, "experts have a bias"),
+    "LoRA": ({}, {"is_lora_enabled": True}, "LoRA is enabled"),
+    "EPLB": ({}, {"moe_parallel_config": EPLB}, "EPLB.* is enabled"),
+    "batched experts": ({}, {"moe_parallel_config": BATCHED}, "batches per expert"),
+}
+
+
+def decline_kwargs(case):
+    quant, moe, reason = DECLINED[case]
+    return inc_config(**quant), moe, reason
+
+
+class Declined(Exception):
+    """Raised in place of what vLLM's own path would do with the layer."""
+
+
+@pytest.fixture
+def stock_path(monkeypatch):
+    """Stop where the factory's own body takes over: it is vLLM's business."""
+    from vllm.model_executor.layers.quantization.inc.schemes import inc_wna16_scheme
+
+    def is_cpu():
+        raise Declined
+
+    stand_in = type("Platform", (), {"is_cpu": staticmethod(is_cpu)})
+    monkeypatch.setattr(inc_wna16_scheme, "current_platform", stand_in)
+
+
+@pytest.mark.parametrize("case", DECLINED)
+def test_declined_layer_goes_vllms_own_way_and_the_log_says_why(
+    case, stock_path, caplog
+):
+    config, moe, reason = decline_kwargs(case)
+    for _ in range(2):
+        with caplog.at_level(logging.INFO), pytest.raises(Declined):
+            make_layer(Shape(), config, **moe)
+    lines = [r.getMessage() for r in caplog.records if "HybridW4A16" in r.getMessage()]
+    assert len(lines) == 1, "one line per reason"
+    assert lines[0].startswith(f"HybridW4A16 MoE: layer {LAYER_NAME} goes vLLM's own")
+    assert re.search(reason, lines[0])
+
+
+@pytest.mark.parametrize("case", DECLINED)
+def test_declined_layer_is_an_error_under_require(case, stock_path, monkeypatch):
+    monkeypatch.setenv(switch.NAME, "require")
+    config, moe, reason = decline_kwargs(case)
+    message = f"{switch.NAME}=require, but MoE layer {LAYER_NAME} is declined: .*"
+    with pytest.raises(ValueError, match=message + reason):
+        make_layer(Shape(), config, **moe)
+
+
+@pytest.mark.parametrize("value", ["auto", "1", "require"])
+def test_supported_layer_is_accepted(value, monkeypatch, caplog):
+    monkeypatch.setenv(switch.NAME, value)
+    layer = make_layer(Shape(), inc_config())
+    assert type(layer.quant_method) is INCHybridW4A16MoEMethod
+    assert "goes vLLM's own way" not in caplog.text
+
+
+def test_explicit_moe_backend_wins_over_auto(stock_path, caplog):
+    with pytest.raises(Declined):
+        make_layer(Shape(), inc_config(), moe_backend="triton")
+    assert "--moe-backend triton was asked for" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["1", "require"])
+def test_explicit_switch_wins_over_moe_backend(value, monkeypatch):
+    monkeypatch.setenv(switch.NAME, value)
+    layer = make_layer(Shape(), inc_config(), moe_backend="triton")
+    assert type(layer.quant_method) is INCHybridW4A16MoEMethod
+
+
+def test_missing_op_library_is_a_reason(monkeypatch, caplog):
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+
+    monkeypatch.setattr(ops, "load_error", lambda: "the op library X does not exist")
+    layer = make_layer(Shape(), inc_config())
+    assert type(layer.quant_method) is UnquantizedFusedMoEMethod
+    assert "the op library X does not exist" in caplog.text
+
+
+def test_16_bit_experts_of_a_mixed_recipe_are_not_our_business(caplog):
+    config = inc_config(extra_config={LAYER_NAME: {"bits": 16, "data_type": "fp"}})
+    layer = make_layer(Shape(), config)
+    assert type(layer.quant_method) is UnquantizedFusedMoEMethod
+    assert "HybridW4A16" not in caplog.text
+
+
+def test_summary_once_the_last_layer_is_ready(stock_path, caplog):
+    names = [f"model.layers.{i}.mlp.experts" for i in range(3)]
+    layers = [make_layer(Shape(), inc_config(), name=name) for name in names[:2]]
+    with pytest.raises(Declined):
+        make_layer(Shape(), inc_config(bits=8), name=names[2])
+    with caplog.at_level(logging.INFO):
+        Checkpoint(Shape()).load_into(layers[0])
+        assert "declined" not in caplog.text
+        Checkpoint(Shape()).load_into(layers[1])
+    summaries = [r.getMessage() for r in caplog.records if "layers (" in r.getMessage()]
+    assert len(summaries) == 1
+    assert summaries[0].startswith("HybridW4A16 MoE: 2/3 layers (decode: ")
+    assert summaries[0].endswith(", 1 declined")
