@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Where the kernel tests run: every device that the op library has kernels for."""
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+
+
+def _devices() -> list[str]:
+    if ops.load_error() is not None:
+        return ["cpu"]  # the tests then fail and say why
+    gpu = {"hip", "cuda"} & set(ops.build_info()) and torch.cuda.is_available()
+    return ["cpu", "cuda"] if gpu else ["cpu"]
+
+
+@pytest.fixture(params=_devices(), scope="session")
+def device(request):
+    assert ops.load_error() is None, ops.load_error()
+    return request.param
+
+
+@pytest.fixture
+def every_isa(device):
+    """Iterates over the CPU's instruction sets; on a GPU there is nothing to choose."""
+    select = torch.ops._rocm_C.hybrid_w4a16_cpu_isa
+
+    def isas():
+        for isa in ops.build_info()["cpu"] if device == "cpu" else ("",):
+            if device == "cpu":
+                assert select(isa) == isa
+            yield isa
+
+    yield isas
+    select("")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads and restores it afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
