@@ -75,10 +75,11 @@ def build_library(destination: Path) -> None:
     if not library:
         run_cmake(torch, gpu)
         library = str(BUILD_DIR / LIBRARY)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    # A new file, not new contents: a process may have the old library mapped.
-    destination.unlink(missing_ok=True)
-    shutil.copyfile(library, destination)
+    # Replaced as a whole: a running process may have the old file mapped.
+    new = destination.with_suffix(".new")
+    new.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(library, new)
+    new.replace(destination)
 
 
 def run_cmake(torch: target.Package, gpu: target.GpuPlan) -> None:
@@ -151,15 +152,15 @@ class EditableOverlay(Command):
     ]
 
     def initialize_options(self) -> None:
-        self.dist_dir: str | None = None
-        self.dist_info_dir: str | None = None
+        self.dist_dir = str(CHECKOUT / "dist")
+        self.dist_info_dir = ""
 
     def finalize_options(self) -> None:
-        self.dist_dir = self.dist_dir or str(CHECKOUT / "dist")
+        pass
 
     def run(self) -> None:
         build_library(CHECKOUT / "vllm" / LIBRARY)
-        if self.dist_info_dir is None:
+        if not self.dist_info_dir:
             dist_info = self.reinitialize_command("dist_info", output_dir=self.dist_dir)
             self.run_command("dist_info")
             self.dist_info_dir = dist_info.dist_info_dir

@@ -81,7 +81,9 @@ def search_path() -> list[Path]:
 
 def _editable_projects(name: str, path: list[Path]) -> Iterator[Path]:
     """Source folders of the distribution ``name`` where it is installed editable."""
-    for dist in importlib.metadata.distributions(name=name, path=[str(p) for p in path]):
+    for dist in importlib.metadata.distributions(
+        name=name, path=[str(p) for p in path]
+    ):
         direct_url = json.loads(dist.read_text("direct_url.json") or "{}")
         if direct_url.get("dir_info", {}).get("editable"):
             yield Path(unquote(urlparse(direct_url["url"]).path))
@@ -106,7 +108,9 @@ def _version(version_file: Path, name: str, path: list[Path]) -> str:
         match = re.search(r"^__version__\b.*= *['\"](.+?)['\"]", text, re.MULTILINE)
         if match:
             return match[1]
-    for dist in importlib.metadata.distributions(name=name, path=[str(p) for p in path]):
+    for dist in importlib.metadata.distributions(
+        name=name, path=[str(p) for p in path]
+    ):
         return dist.version
     return "of unknown version"
 

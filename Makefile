@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+#
+# Thin wrappers; each line is a command that can be run by hand.
+
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: help venv demo test pytest lint format bench isa clean
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+venv:  ## make or update .venv: vLLM for the CPU, this project built and installed
+	@$(PYTHON) tools/make_venv.py --venv $(VENV)
+
+demo: venv  ## serve the bundled checkpoint with vLLM and show a completion
+	@$(RUN) tools/demo.py $(ARGS)
+
+test: venv lint pytest  ## everything that CI runs
+
+pytest: venv  ## the tests alone; ARGS="-k packaging" and the like go to pytest
+	@$(VENV)/bin/pytest $(ARGS)
+
+lint: venv  ## ruff, clang-format and mypy
+	@$(RUN) tools/lint.py
+
+format: venv  ## rewrite the sources as `make lint` wants them
+	@$(RUN) tools/lint.py --fix
+
+bench: venv  ## time the experts call on this machine's CPU
+	@$(RUN) benchmarks/benchmark_moe.py --device cpu $(ARGS)
+
+isa: venv  ## compile the GPU kernels for AMD, report registers and loads
+	@$(RUN) benchmarks/isa_report.py $(ARGS)
+
+clean:  ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info vllm/_hybrid_w4a16_C.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Check style and types: ruff, ruff format, clang-format, mypy.
+
+python tools/lint.py          report what is wrong, exit status 1 if anything is
+python tools/lint.py --fix    rewrite what can be rewritten, then check
+"""
+
+import argparse
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+CXX_SUFFIXES = {".h", ".cpp", ".cuh", ".cu", ".hip"}
+
+
+def cxx_sources() -> list[str]:
+    files = (CHECKOUT / "csrc").rglob("*")
+    return sorted(str(file) for file in files if file.suffix in CXX_SUFFIXES)
+
+
+def commands(fix: bool) -> list[list[str]]:
+    """The checks in order; with ``fix`` the first three rewrite files instead."""
+    clang_format = ["-i"] if fix else ["--dry-run", "-Werror"]
+    return [
+        ["ruff", "check", *(["--fix"] if fix else [])],
+        ["ruff", "format", *([] if fix else ["--check"])],
+        ["clang-format", *clang_format, *cxx_sources()],
+        ["mypy"],
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fix", action="store_true", help="rewrite files")
+    scripts = Path(sysconfig.get_path("scripts"))
+    failed = []
+    for tool, *arguments in commands(parser.parse_args().fix):
+        print(f"== {tool} {' '.join(arguments[:2])}", flush=True)
+        run = subprocess.run([scripts / tool, *arguments], cwd=CHECKOUT, check=False)
+        if run.returncode != 0:
+            failed.append(tool)
+    if failed:
+        print(f"FAILED: {', '.join(failed)} (make format rewrites what it can)")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
