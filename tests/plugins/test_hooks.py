@@ -161,6 +161,16 @@ def test_table_fits_the_installed_vllm(hook):
     assert len(inspect.signature(handler).parameters) == len(hook.parameters)
 
 
+@pytest.mark.parametrize("held", [["awq"], ["awq", "inc"]])
+def test_rocm_is_made_to_accept_autoround(held):
+    platform = type("RocmPlatform", (), {"supported_quantization": held})
+    other = type("CudaPlatform", (), {"supported_quantization": []})
+    hooks.add_list_entries(platform())
+    hooks.add_list_entries(other())
+    assert platform.supported_quantization == ["awq", "inc"]
+    assert other.supported_quantization == []
+
+
 PROBE = """
 import inspect
 from vllm.plugins import load_general_plugins

@@ -7,6 +7,7 @@
 
 import vllm
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.plugins.hybrid_w4a16 import hooks, switch
 
 logger = init_logger(__name__)
@@ -24,6 +25,7 @@ def register() -> None:
         return
     try:
         hooks.apply_hooks()
+        hooks.add_list_entries(current_platform)
     except hooks.HookError as error:
         if switch.value() == "require":
             raise

@@ -36,6 +36,17 @@ class Hook:
         return f"{self.module}.{self.owner}.{self.factory}"
 
 
+@dataclass(frozen=True)
+class ListEntry:
+    """A value that a list attribute of the platform at hand has to hold."""
+
+    platform: str
+    """Name of the platform class that it is about."""
+    attribute: str
+    value: str
+    why: str
+
+
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 
 HOOKS: tuple[Hook, ...] = (
@@ -49,6 +60,15 @@ HOOKS: tuple[Hook, ...] = (
             "AutoRound int4 MoE runs on the Triton WNA16 path on ROCm and does not "
             "load on the CPU. Can go when vLLM selects HybridW4A16MoEExperts itself."
         ),
+    ),
+)
+
+LIST_ENTRIES: tuple[ListEntry, ...] = (
+    ListEntry(
+        platform="RocmPlatform",
+        attribute="supported_quantization",
+        value="inc",
+        why="Without it vLLM refuses AutoRound on ROCm. 0.32 holds it already.",
     ),
 )
 
@@ -76,6 +96,15 @@ def apply_hooks(hooks: tuple[Hook, ...] = HOOKS) -> None:
     for hook, owner, original in resolved:
         if not hasattr(inspect.unwrap(original, stop=_is_ours), _MARK):
             _install(hook, owner, original)
+
+
+def add_list_entries(platform: object) -> None:
+    """Add the entries that the class of ``platform`` is missing."""
+    for entry in LIST_ENTRIES:
+        if type(platform).__name__ == entry.platform:
+            values = getattr(platform, entry.attribute)
+            if entry.value not in values:
+                values.append(entry.value)
 
 
 def _is_ours(function: Callable[..., Any]) -> bool:
