@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Memory bandwidth of the machine: the ceilings that results are held against.
+
+Each ceiling is the best of several methods, each at its best of several passes over
+buffers far larger than any cache, and says which method that was.
+"""
+
+import mmap
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+PASSES = 10
+CPU_BYTES = 1 << 30
+GPU_BYTES = 4 << 30
+
+
+def measure_ceilings(device: torch.device, threads: int) -> dict[str, Any]:
+    """Read and copy ceilings in GB/s (10**9 bytes), with all methods tried.
+
+    ``copy_gbps`` counts the bytes read plus the bytes written.
+    """
+    if device.type == "cpu":
+        read, copy = _cpu_reads(threads), _cpu_copies()
+    else:
+        read, copy = _gpu_reads(), _gpu_copies()
+    read_method = max(read, key=lambda method: read[method])
+    copy_method = max(copy, key=lambda method: copy[method])
+    return {
+        "read_gbps": read[read_method],
+        "copy_gbps": copy[copy_method],
+        "read_method": read_method,
+        "copy_method": copy_method,
+        "methods": {"read": read, "copy": copy},
+    }
+
+
+def _best_gbps(run: Callable[[], object], num_bytes: int) -> float:
+    run()
+    best = float("inf")
+    for _ in range(PASSES):
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return num_bytes / best / 1e9
+
+
+def _cpu_reads(threads: int) -> dict[str, float]:
+    normal = torch.ones(CPU_BYTES // 8, dtype=torch.int64)
+    results = {"torch.sum, int64": _best_gbps(normal.sum, CPU_BYTES)}
+    try:
+        from moe_bench.cpu_read import read_sum
+    except ImportError:
+        return results
+    for pages, data in (("normal", normal.numpy()), ("huge", _ones_on_huge_pages())):
+        for streams in (1, 4):
+            method = f"numba, {streams} stream(s) a thread, {pages} pages"
+            if read_sum(data, streams, threads) != data.size:
+                raise RuntimeError(f"read ceiling, {method}: the sum is wrong")
+            results[method] = _best_gbps(
+                lambda: read_sum(data, streams, threads),  # noqa: B023
+                CPU_BYTES,
+            )
+    return results
+
+
+def _ones_on_huge_pages() -> npt.NDArray[np.int64]:
+    pages = mmap.mmap(-1, CPU_BYTES)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    data = np.frombuffer(pages, dtype=np.int64)
+    data[:] = 1
+    return data
+
+
+def _cpu_copies() -> dict[str, float]:
+    source = torch.ones(CPU_BYTES // 8, dtype=torch.int64)
+    target = torch.zeros_like(source)
+    return {
+        "torch copy_": _best_gbps(lambda: target.copy_(source), 2 * CPU_BYTES),
+    }
+
+
+def _best_gpu_gbps(run: Callable[[], object], num_bytes: int) -> float:
+    run()
+    times = []
+    for _ in range(PASSES):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return num_bytes / min(times) / 1e9
+
+
+def _gpu_reads() -> dict[str, float]:
+    data = torch.ones(GPU_BYTES // 4, dtype=torch.int32, device="cuda")
+    results = {"torch.sum, int32": _best_gpu_gbps(data.sum, GPU_BYTES)}
+    try:
+        from moe_bench.triton_read import read_sum
+    except ImportError:
+        return results
+    for programs_per_unit in (2, 4, 8):
+        for words in (2048, 4096, 8192):
+            method = f"Triton, {programs_per_unit} programs a unit, {words} words"
+            results[method] = _best_gpu_gbps(
+                lambda: read_sum(data, programs_per_unit, words),  # noqa: B023
+                GPU_BYTES,
+            )
+            total = int(read_sum(data, programs_per_unit, words))
+            if total != data.numel():
+                raise RuntimeError(f"read ceiling, {method}: the sum is wrong")
+    return results
+
+
+def _gpu_copies() -> dict[str, float]:
+    source = torch.ones(GPU_BYTES // 4, dtype=torch.int32, device="cuda")
+    target = torch.zeros_like(source)
+    return {
+        "torch copy_": _best_gpu_gbps(lambda: target.copy_(source), 2 * GPU_BYTES),
+    }

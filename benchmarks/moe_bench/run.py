@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The run itself: build the backends, check them, time them, report."""
+
+import argparse
+import gc
+import os
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_bench import ceilings, machine, timing
+from moe_bench.arguments import DTYPES, split_names
+from moe_bench.backends import BACKENDS, Call
+from moe_bench.inputs import (
+    ROUTINGS,
+    Batch,
+    Case,
+    Int4Layer,
+    make_batches,
+    random_layer,
+)
+from moe_bench.reference import reference_rows, relative_error
+from moe_bench.report import table_header, table_line, write_json, write_plot
+from moe_bench.vllm_experts import Unavailable
+
+# No more than this share of the free memory is taken by weights.
+MEMORY_SHARE = 0.8
+# Different routings per number on the CPU.
+MAX_BATCHES = 64
+
+
+def check_names(args: argparse.Namespace) -> None:
+    """Check the device and the names that depend on it; splits the lists in place.
+
+    Raises ``ValueError`` naming the option, the value and what was expected.
+    """
+    args.routing = split_names("--routing", args.routing, ROUTINGS)
+    offered = [name for name, b in BACKENDS.items() if args.device in b.devices]
+    args.backends = split_names(
+        "--backends", args.backends or ",".join(offered), offered
+    )
+    if args.device != "cpu":
+        vendor = torch.version.hip if args.device == "rocm" else torch.version.cuda
+        if vendor is None or not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {args.device}: torch {torch.__version__} sees no such GPU"
+            )
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A backend at work: its call and how many copies of the layer it has."""
+
+    call: Call
+    copies: int
+
+    def step(self, batches: list[Batch]) -> timing.Step:
+        """Call number ``i`` takes the next copy of the layer and the next batch."""
+
+        def step(i: int) -> object:
+            return self.call(i % self.copies, batches[i % len(batches)])
+
+        return step
+
+
+class Benchmark:
+    """One run: its arguments, and the results as they come in."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+
+        self.args = args
+        self.wrong_results = False
+        self.device = torch.device("cpu" if args.device == "cpu" else "cuda")
+        threads = args.threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads)
+        facts = machine.describe(args.device, threads)
+        if args.device == "cpu":
+            facts["cpu_isa"] = machine.select_cpu_isa(args.cpu_isa)
+        facts["command"] = args.command
+        facts["note"] = args.note
+        say(
+            f"machine: {facts.get('gpu') or facts['cpu']}, {threads} CPU threads, "
+            f"load average {facts['load_average']:.1f}"
+        )
+        found = ceilings.measure_ceilings(self.device, threads)
+        say(
+            f"ceilings: read {found['read_gbps']:.1f} GB/s ({found['read_method']}), "
+            f"copy {found['copy_gbps']:.1f} GB/s ({found['copy_method']})"
+        )
+        self.cache_bytes = facts["cache_bytes"]
+        self.result: dict[str, Any] = {
+            "machine": facts,
+            "ceilings": found,
+            "rows": [],
+            "unavailable": [],
+        }
+
+    def run(self) -> None:
+        """Measure everything; results are on disk after every shape."""
+
+        for shape in self.args.shapes:
+            for group_size in self.args.group_size:
+                dtype = getattr(torch, DTYPES[self.args.dtype])
+                self._run_case(Case(shape, dtype, group_size, self.device))
+                _free_memory()
+                if self.args.json is not None:
+                    write_json(self.args.json, self.result)
+        if self.args.plot is not None and self.result["rows"]:
+            write_plot(self.args.plot, self.result)
+
+    def _run_case(self, case: Case) -> None:
+
+        shape = case.shape
+        say(
+            f"\n{shape.name}: {shape.num_experts} experts, top-{shape.top_k}, hidden "
+            f"{shape.hidden}, intermediate {shape.intermediate}, group "
+            f"{case.group_size}, {self.args.dtype}"
+        )
+        layer = random_layer(case)
+        running = {}
+        for name in self.args.backends:
+            try:
+                running[name] = self._build(case, layer, name)
+            except Unavailable as reason:
+                self._drop(case, name, f"does not run here: {reason}")
+        say(table_header())
+        for routing in self.args.routing:
+            for tokens in self.args.tokens:
+                self._run_cell(case, layer, running, routing, tokens)
+
+    def _build(self, case: Case, layer: Int4Layer, name: str) -> Rotation:
+        backend = BACKENDS[name]
+        expert = backend.expert_bytes(case.shape, case.group_size)
+        copies = copies_to_rotate(expert * case.shape.top_k, self.cache_bytes)
+        needed = copies * case.shape.num_experts * expert
+        usable = machine.available_bytes(self.args.device) * MEMORY_SHARE
+        if needed > usable:
+            raise Unavailable(
+                f"{copies} layers take {needed / 2**30:.1f} GiB, "
+                f"{usable / 2**30:.1f} GiB of memory can be used"
+            )
+        rotation = Rotation(backend.build(case, layer, copies), copies)
+        say(f"  {name}: {copies} layers, {needed / 2**20:.0f} MiB of weights")
+        return rotation
+
+    def _drop(self, case: Case, name: str, reason: str) -> None:
+        say(f"  {name}: {reason}")
+        self.result["unavailable"].append(
+            {
+                "backend": name,
+                "shape": case.shape.name,
+                "group_size": case.group_size,
+                "reason": reason,
+            }
+        )
+
+    def _run_cell(
+        self,
+        case: Case,
+        layer: Int4Layer,
+        running: dict[str, Rotation],
+        routing: str,
+        tokens: int,
+    ) -> None:
+        on_cpu = case.device.type == "cpu"
+        count = min(self.args.repeats, MAX_BATCHES) if on_cpu else timing.GRAPH_CALLS
+        batches = make_batches(case, routing, tokens, count)
+        expected = reference_rows(layer, batches[0])
+        errors = {}
+        for name, rotation in list(running.items()):
+            # the last copy: a bad copy would show too
+            output = rotation.call(rotation.copies - 1, batches[0])
+            errors[name] = relative_error(output, batches[0], expected)
+            bound = BACKENDS[name].max_error
+            if not errors[name] <= bound:
+                del running[name]
+                self.wrong_results = True
+                self._drop(
+                    case,
+                    name,
+                    f"WRONG at {tokens} tokens: relative error {errors[name]:.3g}, "
+                    f"at most {bound} is expected; not timed",
+                )
+        steps = {name: rotation.step(batches) for name, rotation in running.items()}
+        measure = timing.time_on_cpu if on_cpu else timing.time_on_gpu
+        samples = measure(steps, self.args.repeats)
+        hybrid = statistics.median(samples["hybrid"]) if "hybrid" in samples else None
+        for name, times in samples.items():
+            # a graph runs all batches, a single call one of them
+            used = batches[: len(times)] if on_cpu else batches
+            distinct = statistics.mean(batch.distinct_experts for batch in used)
+            num_bytes = distinct * case.shape.int4_bytes(case.group_size)
+            us = statistics.median(times)
+            gbps = num_bytes / us / 1e3
+            deciles = statistics.quantiles(times, n=10, method="inclusive")
+            row = {
+                "shape": case.shape.name,
+                "tokens": tokens,
+                "routing": routing,
+                "backend": name,
+                "dtype": self.args.dtype,
+                "group_size": case.group_size,
+                "us": us,
+                "us_p10": deciles[0],
+                "us_p90": deciles[-1],
+                "samples": len(times),
+                "gbps": gbps,
+                "pct_read": 100 * gbps / self.result["ceilings"]["read_gbps"],
+                "ratio_to_hybrid": None if hybrid is None else us / hybrid,
+                "rel_error": errors[name],
+                "distinct_experts": distinct,
+                "weight_bytes": num_bytes,
+                "layers_rotated": running[name].copies,
+            }
+            self.result["rows"].append(row)
+            say(table_line(row))
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def copies_to_rotate(call_bytes: int, cache_bytes: int) -> int:
+    """Layer copies, so that twice the cache is read between two uses of a weight."""
+    return max(2, 1 + -(-2 * cache_bytes // call_bytes))

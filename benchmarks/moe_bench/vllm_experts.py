@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""vLLM's modular experts classes, ours among them, called the way vLLM calls them.
+
+Imports vLLM only when asked to: the torch reference runs without it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from moe_bench.inputs import Batch, Case, Int4Layer
+
+
+class Unavailable(Exception):
+    """A backend does not run here; the message says why."""
+
+
+@contextlib.contextmanager
+def vllm_config() -> Iterator[None]:
+    """vLLM's experts ask for a current config; does nothing where vLLM is missing."""
+    try:
+        from vllm.config import VllmConfig, set_current_vllm_config
+    except ImportError:
+        yield
+        return
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+def build_hybrid(
+    case: Case, layer: Int4Layer, copies: int
+) -> Callable[[int, Batch], torch.Tensor]:
+    """``HybridW4A16MoEExperts`` on weights in its packed layout."""
+    moe_config = _moe_config(case)
+    try:
+        from vllm.model_executor.layers.fused_moe.config import (
+            int4_w4a16_moe_quant_config,
+        )
+        from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
+            HybridW4A16MoEExperts,
+        )
+        from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
+            shuffle_exllama_,
+        )
+    except ImportError as error:
+        raise Unavailable(
+            f"the overlay is not installed beside vLLM: {error}"
+        ) from None
+    _require_support(HybridW4A16MoEExperts, moe_config, _hybrid_needs())
+    packed = [shuffle_exllama_(layer.w13.clone()), shuffle_exllama_(layer.w2.clone())]
+
+    def experts(w13_scale: torch.Tensor, w2_scale: torch.Tensor) -> Any:
+        quant_config = int4_w4a16_moe_quant_config(
+            w13_scale, w2_scale, block_shape=[0, case.group_size]
+        )
+        return HybridW4A16MoEExperts(moe_config, quant_config)
+
+    return _ExpertsCall(case, experts, [*packed, layer.s13, layer.s2], copies)
+
+
+def build_peer(
+    backend_name: str, needs: str
+) -> Callable[[Case, Int4Layer, int], Callable[[int, Batch], torch.Tensor]]:
+    """The class of vLLM's ``WNA16MoEBackend.<backend_name>``.
+
+    Weights are converted by vLLM's own loading code. ``needs`` is told when the class
+    does not support the device: vLLM's own reason does not say what would.
+    """
+
+    def build(
+        case: Case, layer: Int4Layer, copies: int
+    ) -> Callable[[int, Batch], torch.Tensor]:
+        moe_config = _moe_config(case)
+        from compressed_tensors.quantization import QuantizationArgs
+
+        import vllm.model_executor.layers.fused_moe.oracle.int_wna16 as oracle
+
+        backend = oracle.WNA16MoEBackend[backend_name]
+        experts_class = oracle.backend_to_kernel_cls(backend)[0]
+        _require_support(experts_class, moe_config, needs)
+        # of the layer the conversion asks for its width alone
+        width: Any = SimpleNamespace(
+            intermediate_size_per_partition=case.shape.intermediate
+        )
+        converted: Any = oracle.convert_to_wna16_moe_kernel_format(
+            backend=backend,
+            layer=width,
+            quant_config=QuantizationArgs(
+                num_bits=4, type="int", strategy="group", group_size=case.group_size
+            ),
+            input_dtype=None,
+            w13=layer.w13,
+            w2=layer.w2,
+            w13_scale=layer.s13,
+            w2_scale=layer.s2,
+        )
+
+        def experts(
+            w13_scale: torch.Tensor,
+            w2_scale: torch.Tensor,
+            w13_zeros: torch.Tensor | None = None,
+            w2_zeros: torch.Tensor | None = None,
+        ) -> Any:
+            quant_config = oracle.make_wna16_moe_quant_config(
+                w1_scale=w13_scale,
+                w2_scale=w2_scale,
+                group_size=case.group_size,
+                num_bits=4,
+                w1_zp=w13_zeros,
+                w2_zp=w2_zeros,
+            )
+            return experts_class(moe_config=moe_config, quant_config=quant_config)
+
+        w13, w2, s13, s2, *zeros = converted[:6]
+        zeros = [zero for zero in zeros if zero is not None]
+        return _ExpertsCall(case, experts, [w13, w2, s13, s2, *zeros], copies)
+
+    return build
+
+
+def _moe_config(case: Case) -> Any:
+    """``FusedMoEConfig`` of one rank without parallelism."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise Unavailable(f"vLLM is not installed: {error}") from None
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+        RoutingMethodType,
+    )
+
+    shape = case.shape
+    return FusedMoEConfig(
+        num_experts=shape.num_experts,
+        experts_per_token=shape.top_k,
+        hidden_dim=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_local_experts=shape.num_experts,
+        num_logical_experts=shape.num_experts,
+        activation=MoEActivation.SILU,
+        device=case.device,
+        routing_method=RoutingMethodType.Renormalize,
+        moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+        in_dtype=case.dtype,
+    )
+
+
+def _hybrid_needs() -> str:
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import device_family
+
+    family = device_family()
+    return family if isinstance(family, str) else f"runs on {family.name}"
+
+
+def _require_support(experts_class: Any, moe_config: Any, needs: str) -> None:
+    """Ask vLLM's own check whether the class runs on this device."""
+    from vllm.model_executor.layers.fused_moe.modular_kernel import (
+        FusedMoEActivationFormat,
+    )
+    from vllm.model_executor.layers.quantization.utils.quant_utils import kInt4Static
+
+    supported, reason = experts_class.is_supported_config(
+        experts_class, moe_config, kInt4Static, None, FusedMoEActivationFormat.Standard
+    )
+    if not supported:
+        raise Unavailable(f"{experts_class.__name__}: {reason} ({needs})")
+
+
+class _ExpertsCall:
+    """``apply`` of an experts class over several copies of a layer.
+
+    ``tensors``: w13, w2 and what ``make_experts`` takes (scales, zero points). Copies
+    are equal in value and apart in memory. Workspaces are made once per batch size, as
+    vLLM's workspace manager does; the output is one of them.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        make_experts: Callable[..., Any],
+        tensors: list[torch.Tensor],
+        copies: int,
+    ) -> None:
+        self._case = case
+        self._workspaces: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._layers = []
+        for index in range(copies):
+            mine = tensors if index == 0 else [tensor.clone() for tensor in tensors]
+            self._layers.append((make_experts(*mine[2:]), mine[0], mine[1]))
+
+    def _workspace(
+        self, experts: Any, w13: torch.Tensor, w2: torch.Tensor, batch: Batch
+    ) -> tuple[torch.Tensor, ...]:
+        tokens = batch.x.shape[0]
+        if tokens not in self._workspaces:
+            num_experts = self._case.shape.num_experts
+            _, m, n, k, top_k = experts.moe_problem_size(
+                batch.x, w13, w2, batch.topk_ids
+            )
+            shapes = experts.workspace_shapes(
+                m,
+                n,
+                k,
+                top_k,
+                num_experts,
+                num_experts,
+                None,
+                experts.moe_config.activation,
+            )
+            dtype = experts.workspace_dtype(batch.x.dtype)
+            self._workspaces[tokens] = tuple(
+                torch.empty(shape, dtype=dtype, device=batch.x.device)
+                for shape in shapes
+            )
+        return self._workspaces[tokens]
+
+    def __call__(self, index: int, batch: Batch) -> torch.Tensor:
+        experts, w13, w2 = self._layers[index]
+        workspace13, workspace2, output = self._workspace(experts, w13, w2, batch)
+        experts.apply(
+            output=output,
+            hidden_states=batch.x,
+            w1=w13,
+            w2=w2,
+            topk_weights=batch.topk_weights,
+            topk_ids=batch.topk_ids,
+            activation=experts.moe_config.activation,
+            global_num_experts=self._case.shape.num_experts,
+            expert_map=None,
+            a1q_scale=None,
+            a2_scale=None,
+            workspace13=workspace13,
+            workspace2=workspace2,
+            expert_tokens_meta=None,
+            apply_router_weight_on_input=False,
+        )
+        return output
