@@ -46,7 +46,7 @@ extern "C" GPU_KERNEL(128) void block_sum(const char* fault, const float* in,
   sum += gpu::shuffle_xor<2>(sum);
   sum += gpu::shuffle_xor<1>(sum);
   const bool written = !broken("uninitialised LDS") || wave != 2;
-  if (lane == 0 && written) lds[broken("LDS overrun") ? wave + 1 : wave] = sum;
+  if (lane == 0 && written) lds[broken("LDS overrun") ? wave + 129 : wave] = sum;
   if (broken("barrier in one wave")) {
     if (wave != 1) return;
     gpu::block_barrier();
@@ -59,6 +59,14 @@ extern "C" GPU_KERNEL(128) void block_sum(const char* fault, const float* in,
   for (int i = 0; i < 4; ++i) total += lds[i];
   if (broken("LDS reuse without barrier") && lane == 0) lds[3 - wave] = 0;
   if (broken("same word from all waves") && lane == 1) lds[0] = total;
+  // Waves change places through LDS of their own: 128 words from word 4 on.
+  float* own = lds + 4 + thread;
+  *own = total;
+  if (broken("shuffle for a barrier")) gpu::shuffle_xor<1>(total);
+  if (!broken("missing wave barrier") && !broken("shuffle for a barrier")) {
+    gpu::wave_barrier();
+  }
+  total = lds[4 + (thread ^ 7)];
   if (thread == 0) out[gpu::block_x()] = total;
 }
 
@@ -73,7 +81,7 @@ int main(int, char** argv) {
     for (int i = 0; i < 512; ++i) in[i] = static_cast<float>(i % 128 + i / 128);
     gpu_host::set_order(order);
     const bool odd = std::strcmp(argv[1], "odd block") == 0;
-    const gpu::LaunchShape shape{4, 1, 1, odd ? 100 : 128, 4 * sizeof(float), false};
+    const gpu::LaunchShape shape{4, 1, 1, odd ? 100 : 128, 132 * sizeof(float), false};
     gpu::launch(block_sum, shape, nullptr, argv[1], in.data(), out.data());
     for (float value : out) std::printf("%g ", value);
     std::printf("\n");
@@ -92,10 +100,12 @@ FAULTS = {
     "ballot beside shuffle": "cross-lane operation with lanes missing",
     "LDS overrun": "heap-buffer-overflow",
     "barrier in one wave": "divergent barrier: wave 1 waits, wave 0 has ended",
-    "barrier in half a wave": "divergent barrier: lane 0 is at a block barrier",
+    "barrier in half a wave": "divergent barrier: lane 0 is at block_barrier",
     "missing barrier": "LDS race",
     "LDS reuse without barrier": "LDS race",
     "same word from all waves": "LDS race",
+    "missing wave barrier": "LDS race",
+    "shuffle for a barrier": "LDS race",
     "odd block": "block of 100 lanes",
 }
 

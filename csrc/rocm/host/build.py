@@ -38,8 +38,8 @@ FLAGS = (
 
 
 def kernel_sources() -> list[Path]:
-    """The translation units of csrc/rocm that hold kernels and their launchers."""
-    return sorted(ROCM_DIR.glob("*.hip"))
+    """The translation units of csrc/rocm that need no torch: kernels and launchers."""
+    return [*sorted(ROCM_DIR.glob("*.hip")), ROCM_DIR / "launch.cpp"]
 
 
 def _run(command: list[str]) -> bytes:
@@ -69,7 +69,7 @@ def _compile(compiler: str, source: Path, mma: bool, cache: Path) -> Path:
 def build(sources: list[Path], mma: bool, cache: Path) -> Path:
     """Compiles and links `sources` with scheduler.cpp; returns the program's path.
 
-    `mma`: whether gpu::kHasMma holds. Exits with status 2 as the module's docstring says.
+    `mma`: whether gpu::kHasMma holds. Exits with status 2 as documented above.
     """
     if platform.machine() != "x86_64":
         sys.exit(f"the host build needs x86-64, this is {platform.machine()}")

@@ -40,6 +40,11 @@ inline U32x4 load_16(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) gpu_host::fail("misaligned 16-byte load");
   return *static_cast<const U32x4*>(p);
 }
+inline U32x4 load_16_any(const uint16_t* p) {
+  U32x4 r;
+  for (int i = 0; i < 4; ++i) r.v[i] = p[2 * i] | static_cast<uint32_t>(p[2 * i + 1]) << 16;
+  return r;
+}
 inline U32x4 load_weights(const void* p) { return load_16(p); }
 
 template <typename To, typename From>
@@ -81,7 +86,7 @@ T shuffle_xor(T v) {
   const uint64_t* all = gpu_host::wave_gather(bit_cast<uint32_t>(v), "shuffle_xor");
   return bit_cast<T>(static_cast<uint32_t>(all[lane() ^ Mask]));
 }
-inline void wave_barrier() { gpu_host::wave_gather(0, "wave_barrier"); }
+inline void wave_barrier() { gpu_host::wave_barrier(); }
 inline void block_barrier() { gpu_host::block_barrier(); }
 
 template <typename DT>

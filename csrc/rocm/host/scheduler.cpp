@@ -57,7 +57,7 @@ constexpr size_t kStackBytes = 256 * 1024;  // instrumented frames are large; pa
 constexpr size_t kGuardBytes = 4096;
 constexpr int kFailExit = 70;  // EX_SOFTWARE; AddressSanitizer and UBSan exit with 1
 
-enum class State { kReady, kAtWave, kAtBarrier, kDone };
+enum class State { kReady, kAtExchange, kAtWaveBarrier, kAtBlockBarrier, kDone };
 
 struct Fiber {
   void* sp = nullptr;
@@ -157,70 +157,86 @@ void wait(State state, const char* what) {
   __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
 }
 
-// Finds LDS accesses of different waves that no barrier orders. What a wave wrote shows as changed
-// bytes; they are poisoned for every other wave until the next barrier, so that AddressSanitizer
-// reports the access itself. Works in units of 2 bytes; AddressSanitizer can hide a suffix of an
-// aligned 8-byte granule but no prefix: there only a second write is found, here, and reads show in
+// Finds LDS accesses of different lanes that no barrier orders. What a lane wrote shows as changed
+// bytes. Until the barrier they are poisoned while other lanes run, so that AddressSanitizer
+// reports the access itself. Forward and backward order together put each of two conflicting
+// accesses first once. Works in units of 2 bytes; AddressSanitizer can hide the end of an aligned
+// 8-byte granule but not its beginning alone: there only a second write is found, and reads show in
 // the results.
 class RaceDetector {
  public:
   RaceDetector(char* lds, size_t bytes)
-      : lds_(lds), bytes_(bytes), before_(bytes), owner_(bytes / 2, -1) {}
+      : lds_(lds), bytes_(bytes), before_(lds, lds + bytes), owner_(bytes / 2, kNobody) {}
 
-  void start() { remember(); }
-
-  void wave_ran(int wave) {
-    ASAN_UNPOISON_MEMORY_REGION(lds_, bytes_);
-    if (std::memcmp(lds_, before_.data(), bytes_) == 0) return;
-    for (size_t i = 0; i < owner_.size(); ++i) {
-      if (std::memcmp(lds_ + 2 * i, &before_[2 * i], 2) == 0) continue;
-      if (owner_[i] >= 0 && owner_[i] != wave) {
-        fail("LDS race: waves " + std::to_string(owner_[i]) + " and " + std::to_string(wave) +
-             " both wrote byte " + std::to_string(2 * i) + " since the last barrier");
-      }
-      owner_[i] = wave;
-    }
-    any_ = true;
-    remember();
-  }
-
-  void hide_from(int wave) {
-    if (!any_) return;
-    const auto foreign = [&](size_t i) { return owner_[i] >= 0 && owner_[i] != wave; };
-    for (size_t granule = 0; granule + 4 <= owner_.size(); granule += 4) {
-      size_t first = granule + 4;
-      while (first > granule && foreign(first - 1)) --first;
-      if (first < granule + 4) {
-        ASAN_POISON_MEMORY_REGION(lds_ + 2 * first, 2 * (granule + 4 - first));
-      }
+  void before_lane(int thread) {
+    for (size_t granule = first_ / 4 * 4; granule < last_; granule += 4) {
+      const size_t end = std::min(granule + 4, owner_.size());
+      size_t hidden = end;
+      while (hidden > granule && foreign(owner_[hidden - 1], thread)) --hidden;
+      if (hidden < end) ASAN_POISON_MEMORY_REGION(lds_ + 2 * hidden, 2 * (end - hidden));
     }
   }
 
-  void barrier() {
-    std::fill(owner_.begin(), owner_.end(), -1);
-    any_ = false;
+  void after_lane(int thread) {
+    if (first_ < last_) ASAN_UNPOISON_MEMORY_REGION(lds_, bytes_);
+    constexpr size_t kChunk = 512;
+    for (size_t at = 0; at < bytes_; at += kChunk) {
+      const size_t size = std::min(kChunk, bytes_ - at);
+      if (std::memcmp(lds_ + at, &before_[at], size) == 0) continue;
+      for (size_t unit = at / 2; unit < (at + size) / 2; ++unit) changed(unit, thread);
+      std::memcpy(&before_[at], lds_ + at, size);
+    }
+  }
+
+  // What the wave's lanes wrote so far is now theirs in common.
+  void wave_barrier(int wave) {
+    for (size_t i = first_; i < last_; ++i) {
+      if (owner_[i] >= 0 && owner_[i] / kWaveSize == wave) owner_[i] = shared_by(wave);
+    }
+  }
+
+  void block_barrier() {
+    std::fill(owner_.begin(), owner_.end(), kNobody);
+    first_ = last_ = 0;
   }
 
  private:
-  void remember() {
-    if (bytes_ != 0) std::memcpy(before_.data(), lds_, bytes_);
+  static constexpr int kNobody = -1;  // else a thread, or shared_by(wave)
+  static int shared_by(int wave) { return -2 - wave; }
+  static bool foreign(int owner, int thread) {
+    return owner != kNobody && owner != thread && owner != shared_by(thread / kWaveSize);
+  }
+
+  void changed(size_t unit, int thread) {
+    if (std::memcmp(lds_ + 2 * unit, &before_[2 * unit], 2) == 0) return;
+    if (foreign(owner_[unit], thread)) {
+      fail("LDS race: thread " + std::to_string(thread) + " wrote byte " +
+           std::to_string(2 * unit) + ", another lane did, with no barrier between");
+    }
+    owner_[unit] = thread;
+    first_ = first_ < last_ ? std::min(first_, unit) : unit;
+    last_ = std::max(last_, unit + 1);
   }
 
   char* lds_;
   size_t bytes_;
   std::vector<char> before_;
-  std::vector<int> owner_;
-  bool any_ = false;
+  std::vector<int> owner_;       // per unit
+  size_t first_ = 0, last_ = 0;  // units that have an owner lie in [first_, last_)
 };
 
 // Runs the lanes of `wave` until each of them waits or is done, then says what they wait for.
-State run_wave(int wave) {
+State run_wave(int wave, RaceDetector& races) {
   Machine& m = machine();
   int lanes[kWaveSize];
   std::iota(lanes, lanes + kWaveSize, wave * kWaveSize);
   if (m.order.schedule == Schedule::kBackward) std::reverse(lanes, lanes + kWaveSize);
   if (m.order.schedule == Schedule::kRandom) std::shuffle(lanes, lanes + kWaveSize, m.rng);
-  for (int lane : lanes) resume(lane);
+  for (int lane : lanes) {
+    races.before_lane(lane);
+    resume(lane);
+    races.after_lane(lane);
+  }
 
   const Fiber& first = m.fibers[lanes[0]];
   for (int lane : lanes) {
@@ -230,12 +246,13 @@ State run_wave(int wave) {
       return x.state == State::kDone ? std::string("has ended") : "is at " + std::string(x.what);
     };
     m.current = lane;
-    fail((f.state == State::kAtWave || first.state == State::kAtWave
-              ? "cross-lane operation with lanes missing: lane "
-              : "divergent barrier: lane ") +
-         std::to_string(lanes[0] % kWaveSize) + " " + describe(first) + ", lane " +
-         std::to_string(lane % kWaveSize) + " " + describe(f));
+    const bool exchange = f.state == State::kAtExchange || first.state == State::kAtExchange;
+    fail(
+        (exchange ? "cross-lane operation with lanes missing: lane " : "divergent barrier: lane ") +
+        std::to_string(lanes[0] % kWaveSize) + " " + describe(first) + ", lane " +
+        std::to_string(lane % kWaveSize) + " " + describe(f));
   }
+  if (first.state == State::kAtWaveBarrier) races.wave_barrier(wave);
   return first.state;
 }
 
@@ -254,12 +271,8 @@ void run_block(size_t lds_bytes) {
   for (int i = 0; i < m.num_threads; ++i) reset_fiber(m.fibers[i]);
 
   RaceDetector races(m.lds, lds_bytes);
-  races.start();
-  // Forward and backward together put each of two conflicting accesses first once, which is what
-  // the detector needs; the other orders are there for what only shows in the results.
   const bool whole_turns =
       m.order.schedule == Schedule::kForward || m.order.schedule == Schedule::kBackward;
-  const bool detect = whole_turns && lds_bytes != 0;
   std::vector<int> ready(num_waves);
   std::iota(ready.begin(), ready.end(), 0);
   if (m.order.schedule == Schedule::kBackward) std::reverse(ready.begin(), ready.end());
@@ -268,17 +281,15 @@ void run_block(size_t lds_bytes) {
     const size_t turn = m.order.schedule == Schedule::kRandom ? m.rng() % ready.size() : 0;
     const int wave = ready[turn];
     ready.erase(ready.begin() + turn);
-    if (detect) races.hide_from(wave);
-    State state = run_wave(wave);
-    while (state == State::kAtWave) {
-      for (int i = 0; i < kWaveSize; ++i) m.fibers[wave * kWaveSize + i].state = State::kReady;
-      if (!whole_turns) break;
-      state = run_wave(wave);
+    State state;
+    do {
+      state = run_wave(wave, races);
+    } while (whole_turns && state != State::kAtBlockBarrier && state != State::kDone);
+    if (state == State::kDone) {
+      ended.push_back(wave);
+    } else {
+      (state == State::kAtBlockBarrier ? waiting : ready).push_back(wave);
     }
-    if (detect) races.wave_ran(wave);
-    if (state == State::kAtWave) ready.push_back(wave);
-    if (state == State::kAtBarrier) waiting.push_back(wave);
-    if (state == State::kDone) ended.push_back(wave);
     if (!ready.empty() || waiting.empty()) continue;
     if (!ended.empty()) {
       fail("divergent barrier: wave " + std::to_string(waiting[0]) + " waits, wave " +
@@ -287,7 +298,7 @@ void run_block(size_t lds_bytes) {
     std::sort(waiting.begin(), waiting.end());
     if (m.order.schedule == Schedule::kBackward) std::reverse(waiting.begin(), waiting.end());
     ready.swap(waiting);
-    races.barrier();
+    races.block_barrier();
   }
   m.lds = nullptr;
 }
@@ -298,7 +309,8 @@ int thread_index() { return machine().current; }
 Dim3 block_index() { return machine().block; }
 char* dynamic_lds() { return machine().lds; }
 
-void block_barrier() { wait(State::kAtBarrier, "a block barrier"); }
+void block_barrier() { wait(State::kAtBlockBarrier, "block_barrier"); }
+void wave_barrier() { wait(State::kAtWaveBarrier, "wave_barrier"); }
 
 const uint64_t* wave_gather(uint64_t value, const char* what) {
   Machine& m = machine();
@@ -306,7 +318,7 @@ const uint64_t* wave_gather(uint64_t value, const char* what) {
   Wave& wave = m.waves[self / kWaveSize];
   const int parity = m.fibers[self].parity ^= 1;
   wave.values[parity][self % kWaveSize] = value;
-  wait(State::kAtWave, what);
+  wait(State::kAtExchange, what);
   return wave.values[parity];
 }
 
@@ -364,6 +376,6 @@ extern "C" void __asan_on_error() {
   const bool race = m.lds != nullptr && first >= m.lds &&
                     first + __asan_get_report_access_size() <= m.lds + m.lds_bytes;
   std::fprintf(stderr, "gpu_host: %s: %s\n", gpu_host::where().c_str(),
-               race ? "LDS race: another wave wrote these bytes since the last barrier:"
+               race ? "LDS race: another lane wrote these bytes with no barrier between:"
                     : "AddressSanitizer found this:");
 }

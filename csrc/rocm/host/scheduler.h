@@ -7,7 +7,7 @@
 // answer with garbage or a hang is an error here, which names the kernel, the block and the lane:
 //   - a cross-lane operation that not all 32 lanes of the wave reach,
 //   - a barrier that not all lanes of the block reach,
-//   - LDS bytes that one wave writes and another touches between the same two barriers,
+//   - LDS bytes that one lane writes and another touches with no barrier between,
 //   - a block that is no whole number of waves, or wants more than 64 KiB of LDS.
 // LDS starts as 0xff bytes (NaN in fp16, bf16 and fp32), so reads of unwritten LDS spoil the
 // result. Out-of-bounds accesses are AddressSanitizer's to find: build with
@@ -46,11 +46,13 @@ int thread_index();
 Dim3 block_index();
 char* dynamic_lds();  // null where the launch asked for none
 
-// Meets all lanes of the block.
+// Meets all lanes of the block, or of the wave, and orders their LDS accesses.
 void block_barrier();
+void wave_barrier();
 
-// Meets the 32 lanes of the wave; returns the 32 values that they brought, by lane. The array holds
-// until the lane's next meeting but one. `what` names the operation and must agree between lanes.
+// Meets the 32 lanes of the wave, but orders no memory; returns the 32 values that they brought, by
+// lane. The array holds until the lane's next meeting but one. `what` names the operation and must
+// agree between lanes.
 const uint64_t* wave_gather(uint64_t value, const char* what);
 
 // Reports `message` with the kernel, block and lane that run now, and ends the process.

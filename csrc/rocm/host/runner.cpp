@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// Runs the GPU launchers on the host, over a stream: each record on stdin is one op call, each
+// record on stdout its result. A record is a uint32 count of fields; a field is a uint32 length
+// and its name, a uint64 size and its bytes. Scalars are int64 or double fields, strides and
+// shapes are named as in moe_int4_args.h; "op" is gemm, gate_up or down. A tensor that is
+// absent is a null pointer; "NAME.offset" moves it that many bytes off a 16-byte boundary.
+// The call runs once per order of lanes and waves; the outputs must agree bit for bit.
+// The reply has "c" and "kernels" (the launched kernels' names, one a line).
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "launch.h"
+#include "scheduler.h"
+
+namespace {
+
+using namespace moe_int4;
+
+constexpr gpu_host::Order kOrders[] = {{gpu_host::Schedule::kForward},
+                                       {gpu_host::Schedule::kBackward},
+                                       {gpu_host::Schedule::kRoundRobin},
+                                       {gpu_host::Schedule::kRandom, 1},
+                                       {gpu_host::Schedule::kRandom, 2}};
+
+[[noreturn]] void die(const std::string& message) {
+  std::fprintf(stderr, "runner: %s\n", message.c_str());
+  std::exit(2);
+}
+
+// A heap block of exactly the field's size, so that AddressSanitizer sees the first byte past it.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const char* bytes, size_t size, size_t offset) : size_(size), offset_(offset) {
+    block_.reset(static_cast<char*>(std::malloc(offset + size)));
+    std::memset(block_.get(), 0xff, offset);
+    if (size != 0) std::memcpy(data(), bytes, size);
+  }
+  char* data() const { return block_.get() + offset_; }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> block_;
+  size_t size_ = 0, offset_ = 0;
+};
+
+bool read_exactly(void* to, size_t size) {
+  const size_t got = std::fread(to, 1, size, stdin);
+  if (got != size && got != 0) die("the input ends inside a record");
+  return got == size;
+}
+
+template <typename T>
+T read_value() {
+  T value;
+  if (!read_exactly(&value, sizeof(value))) die("the input ends inside a record");
+  return value;
+}
+
+std::string read_string(size_t size) {
+  std::string text(size, '\0');
+  if (size != 0 && !read_exactly(text.data(), size)) die("the input ends inside a record");
+  return text;
+}
+
+class Call {
+ public:
+  // Reads the next record; false at the end of the input.
+  bool read() {
+    uint32_t count;
+    if (!read_exactly(&count, sizeof(count))) return false;
+    fields_.clear();
+    buffers_.clear();
+    for (uint32_t i = 0; i < count; ++i) {
+      const std::string name = read_string(read_value<uint32_t>());
+      fields_[name] = read_string(read_value<uint64_t>());
+    }
+    return true;
+  }
+
+  const std::string& text(const std::string& name) const {
+    const auto found = fields_.find(name);
+    if (found == fields_.end()) die("field " + name + " is missing");
+    return found->second;
+  }
+
+  template <typename T>
+  T scalar(const std::string& name) const {
+    const std::string& bytes = text(name);
+    T value;
+    if (bytes.size() != sizeof(T)) die("field " + name + " has the wrong size");
+    std::memcpy(&value, bytes.data(), sizeof(T));
+    return value;
+  }
+  int64_t i64(const std::string& name) const { return scalar<int64_t>(name); }
+  int32_t i32(const std::string& name) const { return static_cast<int32_t>(i64(name)); }
+
+  // A fresh copy of the tensor, or null where it is absent.
+  template <typename T>
+  T* tensor(const std::string& name) {
+    if (fields_.count(name) == 0) return nullptr;
+    const size_t offset = fields_.count(name + ".offset") ? i64(name + ".offset") : 0;
+    const std::string& bytes = text(name);
+    return reinterpret_cast<T*>(
+        (buffers_[name] = Buffer(bytes.data(), bytes.size(), offset)).data());
+  }
+  std::string bytes(const std::string& name) const {
+    const Buffer& buffer = buffers_.at(name);
+    return std::string(buffer.data(), buffer.size());
+  }
+
+  Weights weights() {
+    Weights w{};
+    w.q = tensor<uint32_t>("q");
+    w.q_stride_e = i64("q_stride_e");
+    w.q_stride_n = i64("q_stride_n");
+    w.scales = tensor<void>("scales");
+    w.s_stride_e = i64("s_stride_e");
+    w.s_stride_n = i64("s_stride_n");
+    w.zeros = tensor<uint32_t>("zeros");
+    w.z_stride_e = i64("z_stride_e");
+    w.z_stride_n8 = i64("z_stride_n8");
+    w.num_experts = i32("num_experts");
+    w.n = i32("n");
+    w.k = i32("k");
+    w.group_size = i32("group_size");
+    return w;
+  }
+
+  Routing routing() {
+    Routing r{};
+    r.ids = tensor<void>("ids");
+    r.ids_are_int64 = i64("ids_are_int64") != 0;
+    r.ids_stride_m = i64("ids_stride_m");
+    r.expert_map = tensor<int32_t>("expert_map");
+    r.map_size = i32("map_size");
+    r.num_tokens = i32("num_tokens");
+    r.top_k = i32("top_k");
+    return r;
+  }
+
+  template <typename Args>
+  void common(Args& args) {
+    args.dtype = static_cast<DType>(i64("dtype"));
+    args.a = tensor<void>("a");
+    args.a_stride_m = i64("a_stride_m");
+    args.w = weights();
+    args.c = tensor<void>("c");
+    args.c_stride_m = i64("c_stride_m");
+    args.cu_count = i32("cu_count");
+  }
+
+  void run() {
+    const std::string& op = text("op");
+    if (op == "gemm") {
+      GemmArgs args{};
+      common(args);
+      args.expert_ids = tensor<int32_t>("expert_ids");
+      args.sorted_token_ids = tensor<int32_t>("sorted_token_ids");
+      args.num_blocks = i32("num_blocks");
+      args.block_size_m = i32("block_size_m");
+      args.num_rows = i32("num_rows");
+      args.top_k = i32("top_k");
+      launch_gemm(args, nullptr);
+    } else if (op == "gate_up") {
+      GateUpArgs args{};
+      common(args);
+      args.routing = routing();
+      args.activation = static_cast<Activation>(i64("activation"));
+      args.alpha = static_cast<float>(scalar<double>("alpha"));
+      args.beta = static_cast<float>(scalar<double>("beta"));
+      args.limit = static_cast<float>(scalar<double>("limit"));
+      launch_gate_up(args, nullptr);
+    } else if (op == "down") {
+      DownArgs args{};
+      common(args);
+      args.routing = routing();
+      args.topk_weights = tensor<float>("topk_weights");
+      args.tw_stride_m = i64("tw_stride_m");
+      launch_down(args, nullptr);
+    } else {
+      die("unknown op " + op);
+    }
+  }
+
+ private:
+  std::map<std::string, std::string> fields_;
+  std::map<std::string, Buffer> buffers_;
+};
+
+void write_field(const std::string& name, const std::string& bytes) {
+  const uint32_t length = static_cast<uint32_t>(name.size());
+  const uint64_t size = bytes.size();
+  std::fwrite(&length, sizeof(length), 1, stdout);
+  std::fwrite(name.data(), 1, length, stdout);
+  std::fwrite(&size, sizeof(size), 1, stdout);
+  std::fwrite(bytes.data(), 1, size, stdout);
+}
+
+}  // namespace
+
+int main() {
+  Call call;
+  while (call.read()) {
+    std::string result;
+    const size_t first_launch = gpu_host::launched_kernels().size();
+    for (const gpu_host::Order& order : kOrders) {
+      gpu_host::set_order(order);
+      call.run();
+      const std::string now = call.bytes("c");
+      if (&order != &kOrders[0] && now != result) {
+        die("the order of waves changes the result of " + gpu_host::launched_kernels().back() +
+            " (schedule " + std::to_string(static_cast<int>(order.schedule)) + ")");
+      }
+      result = now;
+    }
+    std::string kernels;
+    for (size_t i = first_launch; i < gpu_host::launched_kernels().size(); ++i) {
+      kernels += gpu_host::launched_kernels()[i] + "\n";
+    }
+    const uint32_t fields = 2;
+    std::fwrite(&fields, sizeof(fields), 1, stdout);
+    write_field("c", result);
+    write_field("kernels", kernels);
+    std::fflush(stdout);
+  }
+  return 0;
+}
