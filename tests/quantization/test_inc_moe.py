@@ -15,6 +15,7 @@ from moe_layers import (
     run_layer,
 )
 
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
     HybridW4A16MoEExperts,
 )
@@ -51,6 +52,48 @@ def test_layer_against_float64(group_size, dtype, symmetric, tokens):
     # the scales of a bf16 layer are rounded to bf16 when they are loaded
     tolerance = TOLERANCE[dtype]
     assert relative_error(output, checkpoint.forward(x, weights, ids)) < tolerance
+
+
+def clamped_swiglu(alpha, beta, limit):
+    def activation(gate, up):
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + beta)
+
+    return activation
+
+
+def gelu_and_mul(approximate):
+    return lambda gate, up: torch.nn.functional.gelu(gate, approximate=approximate) * up
+
+
+@pytest.mark.parametrize(
+    ("config", "reference"),
+    [
+        ({"activation": MoEActivation.GELU}, gelu_and_mul("none")),
+        ({"activation": MoEActivation.GELU_TANH}, gelu_and_mul("tanh")),
+        ({"swiglu_limit": 0.75}, clamped_swiglu(1.0, 0.0, 0.75)),
+        (
+            {
+                "activation": MoEActivation.SWIGLUOAI_UNINTERLEAVE,
+                "swiglu_limit": 0.75,
+                "swiglu_alpha": 1.702,
+                "swiglu_beta": 1.0,
+            },
+            clamped_swiglu(1.702, 1.0, 0.75),
+        ),
+    ],
+    ids=["gelu", "gelu_tanh", "silu with clamp", "swigluoai"],
+)
+def test_activations(config, reference):
+    shape = Shape()
+    layer, checkpoint = loaded_layer(shape, torch.float16, **config)
+    x = hidden_states(6, shape, torch.float16)
+    weights, ids = random_routing(6, shape)
+    output = run_layer(layer, x, weights, ids)
+    expected = checkpoint.forward(x, weights, ids, reference)
+    assert relative_error(output, expected) < TOLERANCE[torch.float16]
+    # the parameters matter: plain silu is something else
+    assert relative_error(checkpoint.forward(x, weights, ids), expected) > 0.05
 
 
 def test_expert_parallel_ranks_add_up():

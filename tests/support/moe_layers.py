@@ -3,7 +3,7 @@
 """Routed-experts layers as vLLM builds them, and checkpoints to load into them."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -136,6 +136,10 @@ def random_gptq_linear(
     )
 
 
+def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
 class Checkpoint:
     """Random experts of one layer, in the ``auto_round:auto_gptq`` format."""
 
@@ -168,9 +172,13 @@ class Checkpoint:
         layer.quant_method.process_weights_after_loading(layer)
 
     def forward(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = silu_and_mul,
     ) -> torch.Tensor:
-        """float64 [M, H]: silu MoE over the dequantized weights."""
+        """float64 [M, H]: the MoE layer over the dequantized weights."""
         result = torch.zeros(x.shape, dtype=torch.float64)
         for m, row in enumerate(x.double()):
             for weight, e in zip(topk_weights[m], topk_ids[m], strict=True):
@@ -178,8 +186,7 @@ class Checkpoint:
                     name: torch.from_numpy(linear.weight)
                     for name, linear in self.experts[int(e)].items()
                 }
-                gate = torch.nn.functional.silu(w["gate_proj"] @ row)
-                hidden = gate * (w["up_proj"] @ row)
+                hidden = activation(w["gate_proj"] @ row, w["up_proj"] @ row)
                 result[m] += weight.double() * (w["down_proj"] @ hidden)
         return result
 
