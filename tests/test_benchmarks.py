@@ -36,7 +36,7 @@ def moe_bench(monkeypatch):
     import moe_bench.run
 
     monkeypatch.setattr(moe_bench.ceilings, "CPU_BYTES", 1 << 22)
-    monkeypatch.setattr(moe_bench.ceilings, "GPU_BYTES", 1 << 26)
+    monkeypatch.setattr(moe_bench.ceilings, "GPU_BYTES", 1 << 30)
     monkeypatch.setattr(moe_bench.ceilings, "PASSES", 1)
     monkeypatch.setattr(moe_bench.machine, "cache_bytes", lambda device: 1 << 18)
     threads = torch.get_num_threads()

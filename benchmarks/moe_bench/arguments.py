@@ -35,6 +35,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=pathlib.Path, help="write results to this file")
     parser.add_argument("--plot", type=pathlib.Path, help="draw them into this file")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="layer copies to rotate (default: as many as the caches ask for)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument(
         "--repeats", type=int, default=40, help="samples per number, if time allows"
@@ -69,7 +74,7 @@ def check_arguments(args: argparse.Namespace) -> None:
                     f"--group-size: {group_size} does not divide hidden {shape.hidden} "
                     f"and intermediate {shape.intermediate} of shape {shape.name}"
                 )
-    for option in ("threads", "repeats"):
+    for option in ("layers", "threads", "repeats"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option}: {value} is not a positive number")

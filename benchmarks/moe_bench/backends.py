@@ -70,7 +70,7 @@ def _build_torch(case: Case, layer: Int4Layer, copies: int) -> Call:
 BACKENDS = {
     "hybrid": Backend(("cpu", "cuda", "rocm"), 4, 0.02, vllm_experts.build_hybrid),
     "cpu-int4": Backend(
-        ("cpu",), 4, 0.1, vllm_experts.build_peer("CPU", "needs x86 with AMX")
+        ("cpu",), 4, 0.05, vllm_experts.build_peer("CPU", "needs x86 with AMX")
     ),
     "marlin": Backend(
         ("cuda", "rocm"), 4, 0.02, vllm_experts.build_peer("MARLIN", "needs CUDA")

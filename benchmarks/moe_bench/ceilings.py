@@ -7,6 +7,7 @@ buffers far larger than any cache, and says which method that was.
 """
 
 import mmap
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from moe_bench.timing import time_on_gpu
 
 PASSES = 10
 CPU_BYTES = 1 << 30
@@ -23,15 +26,19 @@ GPU_BYTES = 4 << 30
 def measure_ceilings(device: torch.device, threads: int) -> dict[str, Any]:
     """Read and copy ceilings in GB/s (10**9 bytes), with all methods tried.
 
-    ``copy_gbps`` counts the bytes read plus the bytes written.
+    ``copy_gbps`` counts the bytes read plus the bytes written. On a GPU ``launch_us``
+    is what one near-empty kernel of a graph takes in microseconds.
     """
     if device.type == "cpu":
         read, copy = _cpu_reads(threads), _cpu_copies()
     else:
         read, copy = _gpu_reads(), _gpu_copies()
+    result: dict[str, Any] = {}
+    if device.type != "cpu":
+        result["launch_us"] = _launch_us()
     read_method = max(read, key=lambda method: read[method])
     copy_method = max(copy, key=lambda method: copy[method])
-    return {
+    return result | {
         "read_gbps": read[read_method],
         "copy_gbps": copy[copy_method],
         "read_method": read_method,
@@ -106,16 +113,16 @@ def _gpu_reads() -> dict[str, float]:
         from moe_bench.triton_read import read_sum
     except ImportError:
         return results
-    for programs_per_unit in (2, 4, 8):
+    # from a few programs per multiprocessor that stay to many short ones
+    for programs in (512, 1024, 4096, 32768):
         for words in (2048, 4096, 8192):
-            method = f"Triton, {programs_per_unit} programs a unit, {words} words"
+            method = f"Triton, {programs} programs, {4 * words >> 10} KiB blocks"
+            if int(read_sum(data, programs, words)) != data.numel():
+                raise RuntimeError(f"read ceiling, {method}: the sum is wrong")
             results[method] = _best_gpu_gbps(
-                lambda: read_sum(data, programs_per_unit, words),  # noqa: B023
+                lambda: read_sum(data, programs, words),  # noqa: B023
                 GPU_BYTES,
             )
-            total = int(read_sum(data, programs_per_unit, words))
-            if total != data.numel():
-                raise RuntimeError(f"read ceiling, {method}: the sum is wrong")
     return results
 
 
@@ -125,3 +132,10 @@ def _gpu_copies() -> dict[str, float]:
     return {
         "torch copy_": _best_gpu_gbps(lambda: target.copy_(source), 2 * GPU_BYTES),
     }
+
+
+def _launch_us() -> float:
+    """A chain of dependent kernels over 256 numbers."""
+    numbers = torch.zeros(256, device="cuda")
+    samples = time_on_gpu({"launch": lambda i: numbers.add_(1)}, PASSES)
+    return statistics.median(samples["launch"])

@@ -93,6 +93,7 @@ class Benchmark:
         say(
             f"ceilings: read {found['read_gbps']:.1f} GB/s ({found['read_method']}), "
             f"copy {found['copy_gbps']:.1f} GB/s ({found['copy_method']})"
+            + (f", launch {found['launch_us']:.2f} us" if "launch_us" in found else "")
         )
         self.cache_bytes = facts["cache_bytes"]
         self.result: dict[str, Any] = {
@@ -138,7 +139,9 @@ class Benchmark:
     def _build(self, case: Case, layer: Int4Layer, name: str) -> Rotation:
         backend = BACKENDS[name]
         expert = backend.expert_bytes(case.shape, case.group_size)
-        copies = copies_to_rotate(expert * case.shape.top_k, self.cache_bytes)
+        copies = self.args.layers or copies_to_rotate(
+            expert * case.shape.top_k, self.cache_bytes
+        )
         needed = copies * case.shape.num_experts * expert
         usable = machine.available_bytes(self.args.device) * MEMORY_SHARE
         if needed > usable:

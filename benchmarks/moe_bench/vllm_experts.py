@@ -28,6 +28,10 @@ def vllm_config() -> Iterator[None]:
         yield
         return
     with set_current_vllm_config(VllmConfig()):
+        if torch.cuda.is_available():
+            from vllm.v1.worker.workspace import init_workspace_manager
+
+            init_workspace_manager(torch.device("cuda"))
         yield
 
 
