@@ -34,6 +34,7 @@ struct Tile {
   int64_t s_stride;
   const uint32_t* zeros;  // null: symmetric
   int64_t z_stride;
+  const uint32_t* next;  // the packed row that the thread will read after this tile
   int32_t first, columns, k, group_size;
   PreparedRows a;
   const int32_t* rows;

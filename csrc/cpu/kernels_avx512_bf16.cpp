@@ -166,11 +166,14 @@ void multiply_rows(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch)
   }
   const int32_t words_per_row = t.k / 8;
   const float* scales = scratch.scales;
+  // The next R rows are fetched in the order of their addresses: that is what memory is best at.
+  const char* ahead = row_ahead(t, n + R);
   int64_t offset = 0;
   for (int32_t word = 0; word < words_per_row; word += kChunkWords) {
     const __mmask16 mask = first_lanes(words_per_row - word);
     __m512i words[R];
     __m512 acc[R][T] = {};
+    for (int32_t r = 0; r < R; ++r, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T0);
     for (int32_t r = 0; r < R; ++r) {
       words[r] = _mm512_maskz_loadu_epi32(mask, q + r * t.q_stride + word);
     }
@@ -280,6 +283,8 @@ struct Block {
   __mmask16 mask[2];
   const float *scales, *zeros;  // [group][32], from group 0
   const char* weights;          // [word][i][32] pairs, from group g0
+  const char* ahead;            // weights to fetch meanwhile, ahead_step bytes a word
+  int64_t ahead_step;
 };
 
 template <int32_t P, int32_t T>
@@ -288,12 +293,15 @@ void multiply_block(const Tile& t, int32_t r0, const Block& block) {
   const char* a[T];
   for (int32_t i = 0; i < T; ++i) a[i] = t.a.data + t.rows[r0 + i] * t.a.stride;
   const char* b = block.weights;
+  const char* ahead = block.ahead;
   for (int32_t g = block.g0; g < block.g1; ++g) {
     __m512 acc[T][2] = {};
     const int32_t word0 = g * words;
     // A group is a run of words inside one chunk.
     const int64_t offset = int64_t{word0 / kChunkWords} * P * kPlaneBytes + word0 % kChunkWords * 4;
-    for (int32_t word = 0; word < words; ++word) {
+    for (int32_t word = 0; word < words; ++word, ahead += block.ahead_step) {
+      _mm_prefetch(ahead, _MM_HINT_T1);
+      _mm_prefetch(ahead + 64, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int32_t i = 0; i < 4; ++i, b += 128) {
         const __m512bh b0 = (__m512bh)_mm512_load_si512(b);
@@ -347,22 +355,26 @@ void multiply_many(const Tile& t, const Scratch& scratch) {
         scratch.zeros[g * kColumns + j] = scratch.row_zeros[g];
       }
     }
-    Block block{column,
-                0,
-                0,
-                {first_lanes(count), first_lanes(count - 16)},
-                scratch.scales,
-                scratch.zeros,
-                scratch.weights};
-    for (block.g0 = 0; block.g0 < groups; block.g0 = block.g1) {
+    Block block{};
+    block.column = column;
+    block.mask[0] = first_lanes(count);
+    block.mask[1] = first_lanes(count - 16);
+    block.scales = scratch.scales;
+    block.zeros = scratch.zeros;
+    block.weights = scratch.weights;
+    for (; block.g0 < groups; block.g0 = block.g1) {
       block.g1 = block.g0 + groups_per_block < groups ? block.g0 + groups_per_block : groups;
       const int32_t words = t.group_size / 8;
       dequantize(t, t.first + column, block.g0 * words, (block.g1 - block.g0) * words,
                  scratch.weights);
+      // A word of kColumns rows is two cache lines; the next rows come in the order of addresses.
+      block.ahead = row_ahead(t, t.first + column + kColumns) + block.g0 * words * 4 * kColumns;
+      block.ahead_step = 4 * kColumns;
       const int32_t blocks = (t.m + kMaxBlock - 1) / kMaxBlock;
       for (int32_t i = 0; i < blocks; ++i) {  // as even as possible
         const int32_t begin = t.m * i / blocks, end = t.m * (i + 1) / blocks;
         multiply_block_of<P>(end - begin, t, begin, block);
+        block.ahead_step = 0;  // fetched
       }
     }
   }

@@ -22,6 +22,7 @@ constexpr int32_t kLanes = MOE_INT4_LANES;
 constexpr int32_t kChunk = 8 * kLanes;  // weights in one vector of words
 constexpr int32_t kMaxRows = 4;         // activation rows per pass
 constexpr int32_t kWeightRows = 4;      // dequantized weight rows per pass
+constexpr int32_t kRowsAhead = 4;       // weight rows between prefetch and use
 constexpr int32_t kManyRows = 8;        // from here on dequantizing first is faster
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -131,7 +132,9 @@ void multiply_row(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch) 
       total[i] -= load<Floats>(scratch.zeros + g) * load<Floats>(sums + g);
     }
   }
+  const char* ahead = row_ahead(t, n + kRowsAhead);
   for (int32_t word = 0; word < t.k / 8; word += kLanes) {
+    if (r0 == 0) __builtin_prefetch(ahead + 4 * word);
     Floats acc[T] = {};
     accumulate<0, T>(load_words(q + word, t.k / 8 - word), a, 8 * word, acc);
     const Floats scale = load<Floats>(scratch.word_scales + word);
@@ -164,7 +167,9 @@ inline void dequantize_chunk(Words w, Floats zero, Floats scale, float* to) {
 void dequantize_row(const Tile& t, int32_t n, const Scratch& scratch, float* to) {
   const uint32_t* q = t.q + n * t.q_stride;
   load_row_scales(t, n, scratch);
+  const char* ahead = row_ahead(t, n + kRowsAhead);
   for (int32_t word = 0; word < t.k / 8; word += kLanes) {
+    __builtin_prefetch(ahead + 4 * word);
     Floats zero;
     for (int32_t lane = 0; lane < kLanes; ++lane) {
       const int32_t at = word + lane < t.k / 8 ? word + lane : t.k / 8 - 1;

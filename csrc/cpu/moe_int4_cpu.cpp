@@ -130,6 +130,12 @@ void for_each_thread(int64_t units, const Work& work) {
   });
 }
 
+// Weight rows (columns of the output) of one expert.
+struct Part {
+  const Grouping::Expert* expert;
+  int32_t first, columns;
+};
+
 // A call's converted activations and per-thread scratch, and the tile that all its tiles start
 // from.
 class Call {
@@ -170,15 +176,18 @@ class Call {
     return reinterpret_cast<float*>(scratch_.get() + thread * thread_bytes_ + kernel_scratch_);
   }
 
-  // out[r][j] for all rows r of the expert and columns first + j.
-  void multiply(const Grouping::Expert& expert, int32_t first, int32_t columns, float* out,
-                int64_t out_stride, int64_t thread) const {
+  // out[r][j] for all rows r of the expert and columns first + j. `next` is what this thread will
+  // multiply afterwards.
+  void multiply(const Part& part, const Part& next, float* out, int64_t out_stride,
+                int64_t thread) const {
+    const Grouping::Expert& expert = *part.expert;
     Tile tile = tile_;
     tile.q = w_.q + expert.id * w_.q_stride_e;
     tile.scales = static_cast<const uint16_t*>(w_.scales) + expert.id * w_.s_stride_e;
     tile.zeros = w_.zeros == nullptr ? nullptr : w_.zeros + expert.id * w_.z_stride_e;
-    tile.first = first;
-    tile.columns = columns;
+    tile.next = w_.q + next.expert->id * w_.q_stride_e + next.first * w_.q_stride_n;
+    tile.first = part.first;
+    tile.columns = part.columns;
     tile.rows = grouping_.inputs.data() + expert.begin;
     tile.m = expert.count;
     tile.out = out;
@@ -202,15 +211,16 @@ uint16_t* row_of(void* c, int64_t stride, int64_t row) {
   return static_cast<uint16_t*>(c) + row * stride;
 }
 
-// Work of gemm and gate_up: tiles of kTileColumns output columns, expert by expert.
+// Runs work(part, next, thread) over parts of kTileColumns output columns, expert by expert.
 template <typename Work>
-void for_each_tile(const Grouping& grouping, int32_t columns, const Work& work) {
+void for_each_part(const Grouping& grouping, int32_t columns, const Work& work) {
   const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
+  const auto part = [&](int64_t i) {
+    const auto first = static_cast<int32_t>(i % tiles * kTileColumns);
+    return Part{&grouping.experts[i / tiles], first, std::min(kTileColumns, columns - first)};
+  };
   for_each_thread(tiles * grouping.experts.size(), [&](int64_t begin, int64_t end, int64_t thread) {
-    for (int64_t i = begin; i < end; ++i) {
-      const auto first = static_cast<int32_t>(i % tiles * kTileColumns);
-      work(grouping.experts[i / tiles], first, std::min(kTileColumns, columns - first), thread);
-    }
+    for (int64_t i = begin; i < end; ++i) work(part(i), part(std::min(i + 1, end - 1)), thread);
   });
 }
 
@@ -219,16 +229,15 @@ void gemm(const GemmArgs& args) {
   if (grouping.experts.empty()) return;
   const Call call(args.dtype, args.a, args.a_stride_m, args.num_rows / args.top_k, args.w, grouping,
                   int64_t{grouping.max_count} * kTileColumns);
-  for_each_tile(grouping, args.w.n,
-                [&](const Grouping::Expert& expert, int32_t first, int32_t n, int64_t thread) {
-                  float* y = call.floats(thread);
-                  call.multiply(expert, first, n, y, kTileColumns, thread);
-                  for (int32_t r = 0; r < expert.count; ++r) {
-                    const int32_t row = grouping.outputs[expert.begin + r];
-                    call.isa().store(args.dtype, y + r * kTileColumns, n,
-                                     row_of(args.c, args.c_stride_m, row) + first);
-                  }
-                });
+  for_each_part(grouping, args.w.n, [&](const Part& part, const Part& next, int64_t thread) {
+    float* y = call.floats(thread);
+    call.multiply(part, next, y, kTileColumns, thread);
+    for (int32_t r = 0; r < part.expert->count; ++r) {
+      const int32_t row = grouping.outputs[part.expert->begin + r];
+      call.isa().store(args.dtype, y + r * kTileColumns, part.columns,
+                       row_of(args.c, args.c_stride_m, row) + part.first);
+    }
+  });
 }
 
 void gate_up(const GateUpArgs& args) {
@@ -238,18 +247,18 @@ void gate_up(const GateUpArgs& args) {
   const int32_t columns = args.w.n / 2;
   const Call call(args.dtype, args.a, args.a_stride_m, args.routing.num_tokens, args.w, grouping,
                   2 * half);
-  for_each_tile(grouping, columns,
-                [&](const Grouping::Expert& expert, int32_t first, int32_t n, int64_t thread) {
-                  float* gate = call.floats(thread);
-                  float* up = gate + half;
-                  call.multiply(expert, first, n, gate, kTileColumns, thread);
-                  call.multiply(expert, columns + first, n, up, kTileColumns, thread);
-                  for (int32_t r = 0; r < expert.count; ++r) {
-                    const int32_t row = grouping.outputs[expert.begin + r];
-                    call.isa().activate(args, gate + r * kTileColumns, up + r * kTileColumns, n,
-                                        row_of(args.c, args.c_stride_m, row) + first);
-                  }
-                });
+  for_each_part(grouping, columns, [&](const Part& part, const Part& next, int64_t thread) {
+    float* gate = call.floats(thread);
+    float* up = gate + half;
+    const Part up_part{part.expert, columns + part.first, part.columns};
+    call.multiply(part, up_part, gate, kTileColumns, thread);
+    call.multiply(up_part, next, up, kTileColumns, thread);
+    for (int32_t r = 0; r < part.expert->count; ++r) {
+      const int32_t row = grouping.outputs[part.expert->begin + r];
+      call.isa().activate(args, gate + r * kTileColumns, up + r * kTileColumns, part.columns,
+                          row_of(args.c, args.c_stride_m, row) + part.first);
+    }
+  });
 }
 
 // A thread owns columns of the output and adds the experts to them in ascending order.
@@ -257,32 +266,44 @@ void down(const DownArgs& args) {
   const int32_t tokens = args.routing.num_tokens, top_k = args.routing.top_k, n = args.w.n;
   if (tokens == 0) return;
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, false);
+  const auto experts = static_cast<int64_t>(grouping.experts.size());
   const int64_t sums = int64_t{tokens} * kTileColumns;
   const Call call(args.dtype, args.a, args.a_stride_m, int64_t{tokens} * top_k, args.w, grouping,
                   sums + int64_t{grouping.max_count} * kTileColumns);
+  const auto weight_of = [&](int32_t pair) {
+    return args.topk_weights == nullptr
+               ? 1.0f
+               : args.topk_weights[pair / top_k * args.tw_stride_m + pair % top_k];
+  };
+  const auto add_expert = [&](const Part& part, const float* y, float* total) {
+    for (int32_t r = 0; r < part.expert->count; ++r) {
+      const int32_t pair = grouping.outputs[part.expert->begin + r];
+      const float weight = weight_of(pair);
+      float* to = total + pair / top_k * kTileColumns;
+      for (int32_t j = 0; j < part.columns; ++j) to[j] += weight * y[r * kTileColumns + j];
+    }
+  };
   const int64_t tiles = (n + kTileColumns - 1) / kTileColumns;
   for_each_thread(tiles, [&](int64_t begin, int64_t end, int64_t thread) {
     float* total = call.floats(thread);
     float* y = total + sums;
+    const auto part = [&](int64_t tile, int64_t expert) {
+      if (expert == experts) {
+        expert = 0;
+        tile = std::min(tile + 1, end - 1);
+      }
+      const auto first = static_cast<int32_t>(tile * kTileColumns);
+      return Part{&grouping.experts[expert], first, std::min(kTileColumns, n - first)};
+    };
     for (int64_t tile = begin; tile < end; ++tile) {
       const auto first = static_cast<int32_t>(tile * kTileColumns);
-      const int32_t columns = std::min(kTileColumns, n - first);
       std::fill_n(total, sums, 0.0f);
-      for (const Grouping::Expert& expert : grouping.experts) {
-        call.multiply(expert, first, columns, y, kTileColumns, thread);
-        for (int32_t r = 0; r < expert.count; ++r) {
-          const int32_t pair = grouping.outputs[expert.begin + r];
-          const int32_t m = pair / top_k;
-          const float weight = args.topk_weights == nullptr
-                                   ? 1.0f
-                                   : args.topk_weights[m * args.tw_stride_m + pair % top_k];
-          for (int32_t j = 0; j < columns; ++j) {
-            total[m * kTileColumns + j] += weight * y[r * kTileColumns + j];
-          }
-        }
+      for (int64_t e = 0; e < experts; ++e) {
+        call.multiply(part(tile, e), part(tile, e + 1), y, kTileColumns, thread);
+        add_expert(part(tile, e), y, total);
       }
       for (int32_t m = 0; m < tokens; ++m) {
-        call.isa().store(args.dtype, total + m * kTileColumns, columns,
+        call.isa().store(args.dtype, total + m * kTileColumns, std::min(kTileColumns, n - first),
                          row_of(args.c, args.c_stride_m, m) + first);
       }
     }
