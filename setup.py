@@ -9,12 +9,15 @@ holds only a .pth file that names this checkout; the op library is put into it.
 Environment variables:
     HYBRID_W4A16_SKIP_VLLM_CHECK=1   build without a supported vLLM at hand
     HYBRID_W4A16_PREBUILT=FILE       use this op library instead of building one
+    HYBRID_W4A16_GPU=none            build no GPU kernels although they could be built
+    HYBRID_W4A16_GPU_ARCHS=...       GPU architectures, such as "gfx1151" or "sm_90"
     MAX_JOBS=N                       parallel compile jobs (default: all processors)
 """
 
 import base64
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +36,6 @@ import overlay_target as target  # noqa: E402
 
 BOOTSTRAP = "vllm_hybrid_w4a16"
 LIBRARY = "_hybrid_w4a16_C.so"
-BUILD_DIR = CHECKOUT / "build" / "overlay"
 
 
 def our_modules() -> list[str]:
@@ -42,8 +44,11 @@ def our_modules() -> list[str]:
     return sorted(str(file.relative_to(root)) for file in root.rglob("*.py"))
 
 
-def checked_target() -> tuple[target.Package, target.GpuPlan]:
-    """Print what the build found; exit with a message where it cannot go on."""
+def build_library(destination: Path) -> None:
+    """Compile the op library, or copy a prebuilt one, to ``destination``.
+
+    Prints what was found and what is built; exits with a message where that fails.
+    """
     path = target.search_path()
     try:
         vllm = target.find_vllm(path)
@@ -52,29 +57,16 @@ def checked_target() -> tuple[target.Package, target.GpuPlan]:
             target.refuse_overwriting(vllm, [*our_modules(), LIBRARY], path)
     except target.TargetError as error:
         sys.exit(f"\nerror: cannot build {target.DISTRIBUTION}:\n  {error}\n")
-    gpu = target.plan_gpu(torch, (CHECKOUT / "csrc/rocm/CMakeLists.txt").exists())
-    found = f"{vllm.version} ({vllm.folder})" if vllm else "none (check skipped)"
+    report = [
+        f"vLLM         {f'{vllm.version} ({vllm.folder})' if vllm else 'none'}",
+        f"torch        {torch.version} ({torch.folder})",
+    ]
     prebuilt = os.environ.get("HYBRID_W4A16_PREBUILT")
-    print(f"------ {target.DISTRIBUTION} ------")
-    print(f"vLLM         {found}")
-    print(f"torch        {torch.version} ({torch.folder})")
     if prebuilt:
-        print(f"op library   not built: copied from {prebuilt}")
+        print_report([*report, f"op library   not built: copied from {prebuilt}"])
+        library = Path(prebuilt)
     else:
-        print("CPU kernels  built")
-        print(f"HIP kernels  {gpu.hip}")
-        print(f"CUDA kernels {gpu.cuda}")
-    print("-" * (14 + len(target.DISTRIBUTION)), flush=True)
-    return torch, gpu
-
-
-def build_library(destination: Path) -> None:
-    """Compile the op library, or copy a prebuilt one, to ``destination``."""
-    torch, gpu = checked_target()
-    library = os.environ.get("HYBRID_W4A16_PREBUILT")
-    if not library:
-        run_cmake(torch, gpu)
-        library = str(BUILD_DIR / LIBRARY)
+        library = run_cmake(torch, report)
     # Replaced as a whole: a running process may have the old file mapped.
     new = destination.with_suffix(".new")
     new.parent.mkdir(parents=True, exist_ok=True)
@@ -82,32 +74,52 @@ def build_library(destination: Path) -> None:
     new.replace(destination)
 
 
-def run_cmake(torch: target.Package, gpu: target.GpuPlan) -> None:
-    tools_path = os.pathsep.join(
-        [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
-    )
-    cmake = shutil.which("cmake", path=tools_path)
-    ninja = shutil.which("ninja", path=tools_path)
+def print_report(lines: list[str]) -> None:
+    title = f"------ {target.DISTRIBUTION} ------"
+    print("\n".join([title, *lines, "-" * len(title)]), flush=True)
+
+
+def run_cmake(torch: target.Package, report: list[str]) -> Path:
+    """Configure, complete and print the report, compile; returns the library."""
+    tools = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+    cmake = shutil.which("cmake", path=os.pathsep.join(tools))
+    ninja = shutil.which("ninja", path=os.pathsep.join(tools))
     if cmake is None:
         sys.exit("\nerror: cmake >= 3.25 not found: install it (pip install cmake)\n")
-    configure = [cmake, "-S", str(CHECKOUT), "-B", str(BUILD_DIR)]
+    gpu = target.plan_gpu(torch, (CHECKOUT / "csrc/rocm/CMakeLists.txt").exists())
+    build = CHECKOUT / "build" / f"overlay-gpu-{gpu.kind}"
+    cache = build / "CMakeCache.txt"
+    archs = os.environ.get("HYBRID_W4A16_GPU_ARCHS", "").replace(" ", ";")
+
+    configure = [cmake, "-S", str(CHECKOUT), "-B", str(build)]
+    if cache.exists() and f"CMAKE_COMMAND:INTERNAL={cmake}\n" not in cache.read_text():
+        configure += ["--fresh"]  # another CMake made it, perhaps gone by now
     if ninja:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    cache = BUILD_DIR / "CMakeCache.txt"
-    if cache.exists() and f"CMAKE_COMMAND:INTERNAL={cmake}\n" not in cache.read_text():
-        configure.append("--fresh")  # another CMake made it, perhaps gone by now
+    configure += [
+        f"-DTORCH_DIR={torch.folder}",
+        f"-DHYBRID_W4A16_GPU={gpu.kind}",
+        f"-DHYBRID_W4A16_GPU_COMPILER={gpu.compiler}",
+        f"-DHYBRID_W4A16_GPU_ARCHS={archs}" if archs else "-UHYBRID_W4A16_GPU_ARCHS",
+    ]
+    run_or_exit(configure)
+    report += [
+        "CPU kernels  built",
+        f"HIP kernels  {gpu.hip}",
+        f"CUDA kernels {gpu.cuda}",
+    ]
+    chosen = re.search(r"^HYBRID_W4A16_GPU_ARCHS:\w+=(.*)$", cache.read_text(), re.M)
+    if chosen:
+        report += [f"GPU targets  {chosen[1].replace(';', ' ')}"]
+    print_report(report)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    for command in (
-        [
-            *configure,
-            f"-DTORCH_DIR={torch.folder}",
-            f"-DHYBRID_W4A16_GPU={gpu.kind}",
-            f"-DHYBRID_W4A16_GPU_COMPILER={gpu.compiler}",
-        ],
-        [cmake, "--build", str(BUILD_DIR), "--parallel", jobs],
-    ):
-        if subprocess.run(command).returncode != 0:
-            sys.exit(f"\nerror: this command failed, see above: {' '.join(command)}\n")
+    run_or_exit([cmake, "--build", str(build), "--parallel", jobs])
+    return build / LIBRARY
+
+
+def run_or_exit(command: list[str]) -> None:
+    if subprocess.run(command).returncode != 0:
+        sys.exit(f"\nerror: this command failed, see above: {' '.join(command)}\n")
 
 
 class BuildOverlay(build_py):

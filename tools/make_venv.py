@@ -4,8 +4,8 @@
 
     python3.11 tools/make_venv.py [--venv .venv]
 
-Needs Python 3.11, a C++ compiler and CMake. Each step is skipped when what it depends on
-has not changed since it last succeeded, so that calling this again takes a moment.
+Needs Python 3.11, a C++ compiler and CMake. Each step is skipped when what it depends
+on has not changed since it last succeeded, so that calling this again takes a moment.
 """
 
 import argparse
@@ -20,12 +20,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = [CHECKOUT / "requirements" / name for name in ("cpu.txt", "dev.txt")]
 LIBRARY = CHECKOUT / "vllm" / "_hybrid_w4a16_C.so"
-BUILD_INPUTS = (
-    "CMakeLists.txt",
-    "setup.py",
-    "pyproject.toml",
-    "tools/overlay_target.py",
-)
+INPUTS = ["CMakeLists.txt", "setup.py", "pyproject.toml", "tools/overlay_target.py"]
 PROGRESS_SECONDS = 5
 LOG_LINES_SHOWN = 30
 
@@ -93,7 +88,7 @@ def hash_of(files: Iterable[Path]) -> str:
 
 def build_inputs() -> list[Path]:
     """What the op library and the installed metadata are made from."""
-    files = [CHECKOUT / name for name in BUILD_INPUTS] + REQUIREMENTS
+    files = [*REQUIREMENTS, *(CHECKOUT / name for name in INPUTS)]
     files += [path for path in (CHECKOUT / "csrc").rglob("*") if path.is_file()]
     return [path for path in files if "__pycache__" not in path.parts]
 

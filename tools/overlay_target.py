@@ -7,7 +7,6 @@ under pip's build isolation the target environment is not importable, but its fo
 are where ``sysconfig`` says; and importing vLLM or torch takes seconds.
 """
 
-import importlib.metadata
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -54,9 +54,9 @@ class Package:
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """Which GPU kernels get built: ``hip``, ``cuda`` or ``none``, and why."""
+    """Which GPU kernels get built, and the lines for the build log that say why."""
 
-    kind: str
+    kind: str  # "hip", "cuda" or "none"
     compiler: str
     hip: str
     cuda: str
@@ -79,11 +79,13 @@ def search_path() -> list[Path]:
     return [folder for folder in found if folder.is_dir()]
 
 
+def _distributions(name: str, path: list[Path]) -> Iterator[Distribution]:
+    yield from distributions(name=name, path=[str(folder) for folder in path])
+
+
 def _editable_projects(name: str, path: list[Path]) -> Iterator[Path]:
     """Source folders of the distribution ``name`` where it is installed editable."""
-    for dist in importlib.metadata.distributions(
-        name=name, path=[str(p) for p in path]
-    ):
+    for dist in _distributions(name, path):
         direct_url = json.loads(dist.read_text("direct_url.json") or "{}")
         if direct_url.get("dir_info", {}).get("editable"):
             yield Path(unquote(urlparse(direct_url["url"]).path))
@@ -102,17 +104,19 @@ def find_package(name: str, version_file: str, path: list[Path]) -> Package | No
     return None
 
 
+def _assigned_string(variable: str, file: Path) -> str | None:
+    """The string that a Python file assigns to ``variable`` at top level."""
+    pattern = rf"^{variable}\b.*= *['\"](.+?)['\"]"
+    match = re.search(pattern, file.read_text(), re.MULTILINE)
+    return match[1] if match else None
+
+
 def _version(version_file: Path, name: str, path: list[Path]) -> str:
+    version = None
     if version_file.is_file():
-        text = version_file.read_text()
-        match = re.search(r"^__version__\b.*= *['\"](.+?)['\"]", text, re.MULTILINE)
-        if match:
-            return match[1]
-    for dist in importlib.metadata.distributions(
-        name=name, path=[str(p) for p in path]
-    ):
-        return dist.version
-    return "of unknown version"
+        version = _assigned_string("__version__", version_file)
+    from_metadata = (dist.version for dist in _distributions(name, path))
+    return version or next(from_metadata, "of unknown version")
 
 
 def find_torch(path: list[Path]) -> Package:
@@ -161,11 +165,11 @@ def refuse_overwriting(vllm: Package, files: list[str], path: list[Path]) -> Non
 
     Files that an earlier install of this distribution put there are ours.
     """
-    ours: set[Path] = set()
-    for dist in importlib.metadata.distributions(
-        name=DISTRIBUTION, path=[str(p) for p in path]
-    ):
-        ours |= {Path(str(file.locate())).resolve() for file in dist.files or ()}
+    ours = {
+        Path(str(file.locate())).resolve()
+        for dist in _distributions(DISTRIBUTION, path)
+        for file in dist.files or ()
+    }
     clashes = [
         file
         for file in files
@@ -180,60 +184,56 @@ def refuse_overwriting(vllm: Package, files: list[str], path: list[Path]) -> Non
         )
 
 
-def _find_tool(names: tuple[str, ...], homes: tuple[str, ...]) -> str | None:
-    """First of ``names`` in ``bin`` of the homes, on PATH, or beside Python."""
-    folders = [os.path.join(home, "bin") for home in homes if home]
-    folders += [os.environ.get("PATH", ""), sysconfig.get_path("scripts")]
-    for name in names:
-        tool = shutil.which(name, path=os.pathsep.join(folders))
-        if tool:
-            return tool
-    return None
-
-
-def _torch_toolkit(torch: Package, kind: str) -> str | None:
-    """Version of ``cuda`` or ``hip`` that torch was built with, ``None`` if not."""
-    text = (torch.folder / "version.py").read_text()
-    match = re.search(rf"^{kind}\b.*= *['\"](.+?)['\"]", text, re.MULTILINE)
-    return match[1] if match else None
-
-
 def plan_gpu(torch: Package, has_gpu_sources: bool) -> GpuPlan:
-    """Decide which GPU kernels to build, with the reason for the build log."""
-    hip, cuda = _torch_toolkit(torch, "hip"), _torch_toolkit(torch, "cuda")
+    """Decide which GPU kernels to build: those of torch's own kind of GPU."""
+    version_file = torch.folder / "version.py"
+    torch_hip = _assigned_string("hip", version_file)
+    torch_cuda = _assigned_string("cuda", version_file)
     no_hip = f"not built: torch {torch.version} is not a ROCm build"
     no_cuda = f"not built: torch {torch.version} is not a CUDA build"
+    if os.environ.get("HYBRID_W4A16_GPU") == "none":
+        unwanted = "not built: HYBRID_W4A16_GPU=none"
+        return GpuPlan("none", "", unwanted, unwanted)
     if not has_gpu_sources:
-        reason = "not built: this source tree has no csrc/rocm/CMakeLists.txt"
-        return GpuPlan("none", "", reason, reason)
-    if hip:
-        homes = (os.environ.get("ROCM_PATH", ""), os.environ.get("HIP_PATH", ""))
-        tool = _find_tool(("amdclang++", "hipcc"), (*homes, "/opt/rocm"))
-        if tool:
-            return GpuPlan("hip", tool, f"built with {tool}, ROCm {hip} torch", no_cuda)
-        return GpuPlan(
-            "none", "", "NOT BUILT: found neither amdclang++ nor hipcc", no_cuda
-        )
-    if cuda:
-        homes = (os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""))
-        tool = _find_tool(("nvcc",), (*homes, "/usr/local/cuda"))
-        if not tool:
-            return GpuPlan("none", "", no_hip, "NOT BUILT: found no nvcc")
-        release = _nvcc_release(tool)
-        if release.split(".")[0] == cuda.split(".")[0]:
-            return GpuPlan("cuda", tool, no_hip, f"built with {tool} ({release})")
-        return GpuPlan(
-            "none",
-            "",
-            no_hip,
-            f"NOT BUILT: torch needs nvcc {cuda.split('.')[0]}.x, {tool} is {release}",
-        )
+        no_sources = "not built: this source tree has no csrc/rocm/CMakeLists.txt"
+        return GpuPlan("none", "", no_sources, no_sources)
+    if torch_hip:
+        compiler, reason = _hip_compiler()
+        return GpuPlan("hip" if compiler else "none", compiler, reason, no_cuda)
+    if torch_cuda:
+        compiler, reason = _cuda_compiler(torch_cuda)
+        return GpuPlan("cuda" if compiler else "none", compiler, no_hip, reason)
     return GpuPlan("none", "", no_hip, no_cuda)
 
 
-def _nvcc_release(nvcc: str) -> str:
-    output = subprocess.run(
-        [nvcc, "--version"], capture_output=True, text=True, check=False
-    ).stdout
-    match = re.search(r"release (\d+\.\d+)", output)
-    return match[1] if match else "of unknown version"
+def _hip_compiler() -> tuple[str, str]:
+    """Path of the HIP compiler, empty if there is none; line for the build log."""
+    homes = [os.environ.get("ROCM_PATH", ""), os.environ.get("HIP_PATH", "")]
+    tool = _find_tool("amdclang++", homes, "/opt/rocm")
+    tool = tool or _find_tool("hipcc", homes, "/opt/rocm")
+    if not tool:
+        return "", "NOT BUILT: found neither amdclang++ nor hipcc (set ROCM_PATH)"
+    return tool, f"built with {tool}"
+
+
+def _cuda_compiler(torch_cuda: str) -> tuple[str, str]:
+    """Path of the nvcc that fits torch, empty if there is none; line for the log."""
+    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
+    tool = _find_tool("nvcc", homes, "/usr/local/cuda")
+    if not tool:
+        return "", "NOT BUILT: found no nvcc (set CUDA_HOME)"
+    run = subprocess.run([tool, "--version"], capture_output=True, text=True)
+    match = re.search(r"release (\d+)\.\d+", run.stdout)
+    major = torch_cuda.split(".")[0]
+    if not match or match[1] != major:
+        found = match[0] if match else "of unknown version"
+        return "", f"NOT BUILT: torch needs nvcc release {major}, {tool} is {found}"
+    return tool, f"built with {tool} ({match[0]})"
+
+
+def _find_tool(name: str, homes: list[str], default_home: str) -> str | None:
+    """``name`` in ``bin`` of the homes, on PATH, beside Python, in the default home."""
+    folders = [os.path.join(home, "bin") for home in homes if home]
+    folders += [os.environ.get("PATH", ""), sysconfig.get_path("scripts")]
+    folders += [os.path.join(default_home, "bin")]
+    return shutil.which(name, path=os.pathsep.join(folders))

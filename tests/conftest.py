@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Settings for the whole run, before any test imports vLLM."""
+
+import importlib.util
+import os
+
+import pytest
+
+# Nothing is fetched: tests use the bundled checkpoint and ones that they make.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# GiB; vLLM's default on a CPU machine is a share of the memory that tests do not need.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def pytest_configure() -> None:
+    for module in ("vllm", "vllm_hybrid_w4a16"):
+        if importlib.util.find_spec(module) is None:
+            pytest.exit(
+                f"{module} is not installed here: run `make test`, or install vLLM and "
+                "then this project (pip install --no-build-isolation -e .)",
+                returncode=4,
+            )
