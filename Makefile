@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help venv demo test pytest lint format bench isa clean
+.PHONY: help venv clang demo test pytest lint format bench isa clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -18,7 +18,10 @@ venv:  ## make or update .venv: vLLM for the CPU, this project built and install
 demo: venv  ## serve the bundled checkpoint with vLLM and show a completion
 	@$(RUN) tools/demo.py $(ARGS)
 
-test: venv lint pytest  ## everything that CI runs
+clang:
+	@tools/install_clang.sh
+
+test: clang venv lint pytest  ## everything that CI runs
 
 pytest: venv  ## the tests alone; ARGS="-k packaging" and the like go to pytest
 	@$(VENV)/bin/pytest $(ARGS)
