@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Servers on the bundled checkpoint, and what it should compute."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from reference_model import ReferenceModel
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(CHECKOUT / "tools"))
+
+from api_client import Client  # noqa: E402
+from vllm_server import VllmServer  # noqa: E402
+
+START_TIMEOUT_S = 300.0
+
+# What each server is started with: vLLM's defaults with the switch at its default, and
+# eager mode under "require". The cache of compiled code is thrown away with the
+# server, so that what runs is what the sources say now.
+MODES: dict[str, tuple[list[str], str | None]] = {
+    "compiled": ([], None),
+    "eager": (["--enforce-eager"], "require"),
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The bundled checkpoint."""
+    return CHECKOUT / "demo/int4-autoround-g128"
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path) -> ReferenceModel:
+    return ReferenceModel(checkpoint)
+
+
+@pytest.fixture(scope="session", params=MODES)
+def client(
+    request: pytest.FixtureRequest,
+    checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Client]:
+    """A client of a server in each of the modes."""
+    arguments, switch = MODES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    environment = {"VLLM_HYBRID_W4A16_MOE": switch, "VLLM_CACHE_ROOT": str(folder)}
+    with VllmServer(
+        checkpoint,
+        folder / "server.log",
+        ["--dtype=bfloat16", "--no-enable-prefix-caching", *arguments],
+        environment,
+    ) as server:
+        server.wait_ready(START_TIMEOUT_S)
+        yield Client(server)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Serve the bundled checkpoint with vLLM and stream a completion from it.
+
+Exit status: 0; 1 when a step failed; 2 when the server works but its MoE layers did
+not all go to the hybrid method; 130 after Ctrl-C.
+"""
+
+import argparse
+import importlib
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from vllm_server import MODEL_NAME, ServerError, VllmServer
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKPOINT = CHECKOUT / "demo/int4-autoround-g128"
+LOG = CHECKOUT / "build/demo/server.log"
+
+PROMPT = 'def copyfile(src, dst):\n    """'
+MAX_TOKENS = 96
+MAX_MODEL_LEN = 2048
+
+START_TIMEOUT_S = 300.0
+REQUEST_TIMEOUT_S = 120.0
+LOG_TAIL_LINES = 25
+
+# What the plugin logs once a model's MoE layers are ready (vllm/plugins/hybrid_w4a16).
+SUMMARY = re.compile(
+    r"HybridW4A16 MoE: (?P<taken>\d+)/(?P<all>\d+) layers "
+    r"\(decode: (?P<decode>.+), prefill: (?P<prefill>.+)\), \d+ declined"
+)
+DECLINED = re.compile(r"HybridW4A16 MoE: (layer .*)")
+# A line of the server's log that contains the text on the left shows this progress.
+MILESTONES = {
+    "non-default args": "API server process is up",
+    "Initializing a V1 LLM engine": "engine process is up",
+    "Starting to load model": "worker process is up, loads the weights",
+    "HybridW4A16 MoE:": "int4 experts repacked for the hybrid kernels",
+    "init engine": "engine is warmed up",
+}
+
+
+class Progress:
+    """Prints steps with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.current = ""
+
+    def step(self, text: str) -> None:
+        """Begin a step; ``current`` is the one that a failure belongs to."""
+        self.current = text
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._start:5.1f} s] {text}", flush=True)
+
+
+class MilestoneWatch:
+    """Turns a growing server log into progress messages, each said once."""
+
+    def __init__(self, server: VllmServer, progress: Progress) -> None:
+        self._server = server
+        self._progress = progress
+        self._pending = dict(MILESTONES)
+
+    def __call__(self) -> None:
+        log = self._server.log_text()
+        for text in [text for text in self._pending if text in log]:
+            self._progress.say(f"  {self._pending.pop(text)}")
+
+
+def stream_completion(
+    openai: ModuleType, server: VllmServer, prompt: str
+) -> tuple[int, float, float]:
+    """Print a completion as it arrives.
+
+    Returns the number of tokens, the seconds to the first and to the last.
+    Raises ``openai.OpenAIError``.
+    """
+    client = openai.OpenAI(
+        base_url=f"{server.url}/v1",
+        api_key="none",
+        timeout=REQUEST_TIMEOUT_S,
+        max_retries=0,
+    )
+    print(f"\n{prompt}", end="", flush=True)
+    started = time.monotonic()
+    arrivals = []
+    tokens = 0
+    for chunk in client.completions.create(
+        model=MODEL_NAME,
+        prompt=prompt,
+        stream=True,
+        stream_options={"include_usage": True},
+        max_tokens=MAX_TOKENS,
+        temperature=0.6,  # greedy decoding of so small a model soon repeats itself
+        top_p=0.9,
+        seed=0,
+    ):
+        if chunk.usage is not None:
+            tokens = chunk.usage.completion_tokens
+        if chunk.choices:
+            arrivals.append(time.monotonic())
+            print(chunk.choices[0].text, end="", flush=True)
+    print("\n")
+    return tokens, arrivals[0] - started, arrivals[-1] - started
+
+
+def show_method(log: str) -> bool:
+    """Say which method and kernels run the MoE layers; whether all are hybrid."""
+    summaries = list(SUMMARY.finditer(log))
+    for found in summaries:
+        print(
+            f"MoE layers   {found['taken']} of {found['all']} on the hybrid int4 path\n"
+            f"  decode     {found['decode']}\n"
+            f"  prefill    {found['prefill']}"
+        )
+    for line in DECLINED.findall(log):
+        print(f"  declined   {line}")
+    if not summaries:
+        print("MoE layers   none on the hybrid int4 path")
+    return bool(summaries) and all(s["taken"] == s["all"] for s in summaries)
+
+
+def run(options: argparse.Namespace, progress: Progress) -> int:
+    """The demo; returns its exit status.
+
+    Raises ``ServerError``, ``ImportError`` without the OpenAI client.
+    """
+    arguments = [f"--max-model-len={MAX_MODEL_LEN}"]
+    if options.enforce_eager:
+        arguments.append("--enforce-eager")
+    mode = "eager" if options.enforce_eager else "compiled"
+    progress.step(f"vllm serve {options.model} ({mode} mode)")
+    with VllmServer(options.model, LOG, arguments, port=options.port) as server:
+        openai = importlib.import_module("openai")  # slow, so while the server starts
+        server.wait_ready(START_TIMEOUT_S, MilestoneWatch(server, progress))
+        progress.step(f"completion through the OpenAI API at {server.url}/v1")
+        try:
+            tokens, first_s, total_s = stream_completion(openai, server, options.prompt)
+        except openai.OpenAIError as error:
+            raise ServerError(f"the request failed: {error}") from error
+        print(f"prompt       first token after {first_s * 1e3:.0f} ms")
+        print(f"completion   {tokens} tokens, {tokens / total_s:.0f} tokens/s")
+        hybrid = show_method(server.log_text())
+        if options.keep:
+            progress.step(f'serving "{MODEL_NAME}" until Ctrl-C')
+            status = server.wait_exit(None)
+            raise ServerError(f"the server exited with status {status}")
+        progress.step("stopping the server")
+    progress.say("done")
+    return 0 if hybrid else 2
+
+
+def explain_failure(error: Exception, progress: Progress) -> None:
+    """Say which step failed, why, and what to do."""
+    if LOG.exists():
+        lines = LOG.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        print("\n".join(["", f"--- end of {LOG}", *lines, "---"]), file=sys.stderr)
+    print(
+        f"\nFAILED at: {progress.current}\n"
+        f"why:       {error}\n"
+        f"what now:  the whole log is {LOG}; after a change to the code or the "
+        f"environment run `make demo`, which rebuilds and reinstalls",
+        file=sys.stderr,
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=CHECKPOINT, help="checkpoint folder")
+    parser.add_argument("--port", type=int, default=0, help="default: any free one")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument(
+        "--enforce-eager",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="without torch.compile: starts sooner (default); --no-enforce-eager is "
+        "vLLM's own default",
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the server running until Ctrl-C"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse_arguments()
+    # Ends like Ctrl-C does, so that the server is stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    progress = Progress()
+    LOG.unlink(missing_ok=True)
+    try:
+        return run(options, progress)
+    except (ServerError, ImportError) as error:
+        explain_failure(error, progress)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted, the server is stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""``vllm serve`` as a child process that is always stopped again.
+
+Used by the demo and by the end-to-end tests. Standard library only.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+LOOPBACK = "127.0.0.1"
+MODEL_NAME = "demo"
+
+# A small model needs a small KV cache, and neither telemetry nor a network.
+_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+_POLL_S = 0.2
+_STOP_GRACE_S = 20.0
+_ERROR_LINE = re.compile(r"(?:^|\s)([\w.]*(?:Error|Exception): .*)")
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or died."""
+
+
+def free_port() -> int:
+    """A loopback TCP port that is free now, chosen by the operating system."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+class VllmServer:
+    """A context manager: ``vllm serve`` runs inside, and nothing of it afterwards.
+
+    It listens on the loopback interface only and runs in a process group of its own,
+    which is killed as a whole if it does not stop when asked to.
+
+    Args:
+        model: checkpoint folder, served under the name ``MODEL_NAME``.
+        log: file for everything the server prints; overwritten.
+        arguments: further ``vllm serve`` arguments.
+        environment: variables on top of this process's own; ``None`` removes one.
+        port: TCP port; 0 lets the operating system choose.
+
+    Raises ``ServerError`` when the ``vllm`` command is not beside the running Python.
+    """
+
+    def __init__(
+        self,
+        model: Path | str,
+        log: Path,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str | None] | None = None,
+        port: int = 0,
+    ) -> None:
+        program = Path(sys.executable).with_name("vllm")
+        if not program.exists():
+            raise ServerError(
+                f"there is no vllm command at {program}: install the project's "
+                f"requirements into this Python, or run `make demo`"
+            )
+        self.port = port or free_port()
+        self.log = log
+        self.command = [
+            str(program),
+            "serve",
+            str(model),
+            f"--host={LOOPBACK}",
+            f"--port={self.port}",
+            f"--served-model-name={MODEL_NAME}",
+            *arguments,
+        ]
+        merged = {**os.environ, **_ENVIRONMENT, **(environment or {})}
+        self._environment = {k: v for k, v in merged.items() if v is not None}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{LOOPBACK}:{self.port}"
+
+    def __enter__(self) -> "VllmServer":
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                self.command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def wait_ready(
+        self, timeout_s: float, on_poll: Callable[[], None] = lambda: None
+    ) -> None:
+        """Return once the server answers ``/health``.
+
+        Args:
+            timeout_s: seconds until ``ServerError``.
+            on_poll: called several times a second while waiting.
+
+        Raises ``ServerError``, with the cause found in the log, when the server exits
+        or is not ready in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._healthy():
+            on_poll()
+            status = self.exit_status()
+            if status is not None:
+                raise ServerError(
+                    f"the server exited with status {status}{self._why()}"
+                )
+            if time.monotonic() > deadline:
+                raise ServerError(f"not ready after {timeout_s:.0f} s{self._why()}")
+            time.sleep(_POLL_S)
+        on_poll()
+
+    def wait_exit(self, timeout_s: float | None) -> int:
+        """Wait until the server exits by itself; returns its exit status.
+
+        Raises ``ServerError`` when it still runs after ``timeout_s`` seconds; ``None``
+        waits for ever.
+        """
+        assert self._process is not None
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ServerError(f"still running after {timeout_s:.0f} s") from None
+
+    def exit_status(self) -> int | None:
+        """``None`` while the server runs."""
+        assert self._process is not None
+        return self._process.poll()
+
+    def log_text(self) -> str:
+        """Everything the server has printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """Ask the server to stop, kill what is left of it after a grace time."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_GRACE_S)
+        finally:  # also when a second Ctrl-C ends the wait
+            with contextlib.suppress(ProcessLookupError):  # nothing is left
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _why(self) -> str:
+        # The first error is the cause, later ones are its echoes in other processes.
+        match = _ERROR_LINE.search(self.log_text())
+        return f": {match[1]}" if match else ""
