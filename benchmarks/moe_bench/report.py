@@ -9,6 +9,8 @@ from typing import Any
 Row = dict[str, Any]
 
 _COLUMNS = (
+    ("shape", "shape", "{:s}", 15),
+    ("group", "group_size", "{:d}", 5),
     ("tokens", "tokens", "{:d}", 6),
     ("routing", "routing", "{:s}", 8),
     ("experts", "distinct_experts", "{:.1f}", 7),
@@ -21,6 +23,15 @@ _COLUMNS = (
     ("x hybrid", "ratio_to_hybrid", "{:.2f}", 8),
     ("rel. error", "rel_error", "{:.1e}", 10),
 )
+
+
+def ceilings_line(ceilings: dict[str, Any]) -> str:
+    launch = ceilings.get("launch_us")
+    return (
+        f"ceilings: read {ceilings['read_gbps']:.1f} GB/s ({ceilings['read_method']}), "
+        f"copy {ceilings['copy_gbps']:.1f} GB/s ({ceilings['copy_method']})"
+        + ("" if launch is None else f", launch {launch:.2f} us")
+    )
 
 
 def table_header() -> str:
