@@ -6,7 +6,7 @@ Backends take turns in rounds, so that a machine that slows down for a while (an
 process, a lower clock) slows all of them.
 """
 
-import functools
+import itertools
 import time
 from collections.abc import Callable
 
@@ -30,14 +30,7 @@ def time_on_cpu(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
         step(0)
     for _ in range(ROUNDS):
         for name, step in steps.items():
-            taken = samples[name]
-
-            def sample(step: Step = step, taken: list[float] = taken) -> float:
-                start = time.perf_counter_ns()
-                step(len(taken))
-                return (time.perf_counter_ns() - start) / 1e3
-
-            _fill_round(taken, sample, repeats)
+            _time_round(step, samples[name], samples_per_round(repeats))
     return samples
 
 
@@ -47,22 +40,31 @@ def time_on_gpu(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
     Device events around each replay; about ``repeats`` replays per backend.
     """
     graphs = {name: _capture(step) for name, step in steps.items()}
+    counts = {}
+    for name, graph in graphs.items():
+        seconds = max(_replay(graph, MIN_SAMPLES)) * GRAPH_CALLS / 1e6
+        in_time = max(MIN_SAMPLES, int(ROUND_SECONDS / seconds))
+        counts[name] = min(in_time, samples_per_round(repeats))
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    for graph in graphs.values():
-        _replay_us(graph)
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
-            _fill_round(samples[name], functools.partial(_replay_us, graph), repeats)
+            samples[name] += _replay(graph, counts[name])
     return samples
 
 
-def _fill_round(taken: list[float], sample: Callable[[], float], repeats: int) -> None:
-    start = time.perf_counter()
-    wanted = max(MIN_SAMPLES, -(-repeats // ROUNDS))
+def samples_per_round(repeats: int) -> int:
+    """Samples of one round when time allows."""
+    return max(MIN_SAMPLES, -(-repeats // ROUNDS))
+
+
+def _time_round(step: Step, taken: list[float], wanted: int) -> None:
+    round_start = time.perf_counter()
     for count in range(wanted):
-        if count >= MIN_SAMPLES and time.perf_counter() - start > ROUND_SECONDS:
+        if count >= MIN_SAMPLES and time.perf_counter() - round_start > ROUND_SECONDS:
             break
-        taken.append(sample())
+        start = time.perf_counter_ns()
+        step(len(taken))
+        taken.append((time.perf_counter_ns() - start) / 1e3)
 
 
 def _capture(step: Step) -> torch.cuda.CUDAGraph:
@@ -79,10 +81,20 @@ def _capture(step: Step) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+def _replay(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+    """Microseconds per call of ``count`` replays, one after another.
+
+    They are queued at once behind an untimed one, so that the host's work of launching
+    a graph is hidden behind the replay before it.
+    """
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / GRAPH_CALLS
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    events[-1].synchronize()
+    return [
+        start.elapsed_time(end) * 1e3 / GRAPH_CALLS
+        for start, end in itertools.pairwise(events)
+    ]
