@@ -3,7 +3,7 @@
 #
 # Thin wrappers; each line is a command that can be run by hand.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
