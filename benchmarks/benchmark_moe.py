@@ -19,8 +19,8 @@ from moe_bench.arguments import check_arguments, make_parser
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark.
 
-    Returns 0, or 1 when a backend's results were wrong (it is not timed then). A bad
-    argument ends the process with status 2 and a message.
+    Returns 0, or 1 when a backend broke or its results were wrong (it is not timed
+    then). A bad argument ends the process with status 2 and a message.
     """
     parser = make_parser(__doc__)
     if arguments is None:
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         stack.enter_context(vllm_config())
         benchmark = Benchmark(args)
         benchmark.run()
-    return 1 if benchmark.wrong_results else 0
+    return 1 if benchmark.failed else 0
 
 
 if __name__ == "__main__":

@@ -199,8 +199,31 @@ def test_wrong_results_are_reported_and_not_timed(
     result = json.loads(file.read_text())
     assert result["rows"] == []
     (entry,) = result["unavailable"]
-    assert entry["reason"].startswith("WRONG at 1 tokens: relative error 0.1")
-    assert "torch: WRONG at 1 tokens" in capsys.readouterr().out
+    assert entry["reason"].startswith(
+        "FAILED: ArithmeticError: wrong at 1 tokens: relative error 0.1"
+    )
+    assert "torch: FAILED: ArithmeticError: wrong at 1 tokens" in (
+        capsys.readouterr().out
+    )
+
+
+def test_broken_backend_does_not_stop_the_others(
+    main, moe_bench, monkeypatch, tmp_path
+):
+    def build_broken(case, layer, copies):
+        raise RuntimeError("no such kernel")
+
+    broken = moe_bench.backends.Backend(("cpu",), 4, 0.03, build_broken)
+    monkeypatch.setitem(moe_bench.backends.BACKENDS, "hybrid", broken)
+    file = tmp_path / "result.json"
+    arguments = f"--shapes {SHAPE} --tokens 2 --routing few --backends hybrid,torch"
+    assert main([*arguments.split(), "--repeats", "2", "--json", str(file)]) == 1
+    result = json.loads(file.read_text())
+    assert [row["backend"] for row in result["rows"]] == ["torch"]
+    assert result["rows"][0]["ratio_to_hybrid"] is None
+    (entry,) = result["unavailable"]
+    assert entry["backend"] == "hybrid"
+    assert entry["reason"] == "FAILED: RuntimeError: no such kernel"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 import gc
 import os
 import statistics
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.wrong_results = False
+        self.failed = False
         self.device = torch.device("cpu" if args.device == "cpu" else "cuda")
         self.threads = args.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self.threads)
@@ -150,6 +151,8 @@ class Benchmark:
                 running[name] = self._build(case, layer, name)
             except Unavailable as reason:
                 self._drop(case, name, f"does not run here: {reason}")
+            except Exception as error:
+                self._fail(case, name, error)
         say(table_header())
         for routing in self.args.routing:
             for tokens in self.args.tokens:
@@ -171,6 +174,12 @@ class Benchmark:
         rotation = Rotation(backend.build(case, layer, copies), copies)
         say(f"  {name}: {copies} layers, {needed / 2**20:.0f} MiB of weights")
         return rotation
+
+    def _fail(self, case: Case, name: str, error: Exception) -> None:
+        """Go on without a backend that broke: the others' results are worth having."""
+        self.failed = True
+        traceback.print_exception(error)
+        self._drop(case, name, f"FAILED: {type(error).__name__}: {error}")
 
     def _drop(self, case: Case, name: str, reason: str) -> None:
         say(f"  {name}: {reason}")
@@ -197,19 +206,11 @@ class Benchmark:
         expected = reference_rows(layer, batches[0])
         errors = {}
         for name, rotation in list(running.items()):
-            # the last copy: a bad copy would show too
-            output = rotation.call(rotation.copies - 1, batches[0])
-            errors[name] = relative_error(output, batches[0], expected)
-            bound = BACKENDS[name].max_error
-            if not errors[name] <= bound:
+            try:
+                errors[name] = check(name, rotation, batches[0], expected)
+            except Exception as error:
                 del running[name]
-                self.wrong_results = True
-                self._drop(
-                    case,
-                    name,
-                    f"WRONG at {tokens} tokens: relative error {errors[name]:.3g}, "
-                    f"at most {bound} is expected; not timed",
-                )
+                self._fail(case, name, error)
         steps = {name: rotation.step(batches) for name, rotation in running.items()}
         measure = timing.time_on_cpu if on_cpu else timing.time_on_gpu
         samples = measure(steps, self.args.repeats)
@@ -243,6 +244,20 @@ class Benchmark:
             }
             self.result["rows"].append(row)
             say(table_line(row))
+
+
+def check(name: str, rotation: Rotation, batch: Batch, expected: torch.Tensor) -> float:
+    """Relative error on a batch; raises ``ArithmeticError`` above the bound."""
+    # the last copy: a bad copy would show too
+    output = rotation.call(rotation.copies - 1, batch)
+    error = relative_error(output, batch, expected)
+    bound = BACKENDS[name].max_error
+    if not error <= bound:
+        raise ArithmeticError(
+            f"wrong at {batch.x.shape[0]} tokens: relative error {error:.3g}, at most "
+            f"{bound} is expected"
+        )
+    return error
 
 
 def _free_memory() -> None:
