@@ -19,7 +19,7 @@ from vllm_server import MODEL_NAME, ServerError, VllmServer
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CHECKPOINT = CHECKOUT / "demo/int4-autoround-g128"
-LOG = CHECKOUT / "build/demo/server.log"
+LOG = CHECKOUT / "build/demo.log"
 
 PROMPT = 'def copyfile(src, dst):\n    """'
 MAX_TOKENS = 96
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
         arguments.append("--enforce-eager")
     mode = "eager" if options.enforce_eager else "compiled"
     progress.step(f"vllm serve {options.model} ({mode} mode)")
-    with VllmServer(options.model, LOG, arguments, port=options.port) as server:
+    with VllmServer(options.model, options.log, arguments, port=options.port) as server:
         openai = importlib.import_module("openai")  # slow, so while the server starts
         server.wait_ready(START_TIMEOUT_S, MilestoneWatch(server, progress))
         progress.step(f"completion through the OpenAI API at {server.url}/v1")
@@ -158,22 +158,22 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
     return 0 if hybrid else 2
 
 
-def explain_failure(error: Exception, progress: Progress) -> None:
+def explain_failure(step: str, error: Exception, log: Path) -> None:
     """Say which step failed, why, and what to do."""
-    if LOG.exists():
-        lines = LOG.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        print("\n".join(["", f"--- end of {LOG}", *lines, "---"]), file=sys.stderr)
+    if log.exists():
+        lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        print("\n".join([f"--- end of {log}", *lines, "---"]), file=sys.stderr)
     print(
-        f"\nFAILED at: {progress.current}\n"
-        f"why:       {error}\n"
-        f"what now:  the whole log is {LOG}; after a change to the code or the "
-        f"environment run `make demo`, which rebuilds and reinstalls",
+        f"\nFAILED      {step}\n"
+        f"why         {error}\n"
+        f"what to do  read {log}; `make demo` rebuilds and reinstalls what has changed",
         file=sys.stderr,
     )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--log", type=Path, default=LOG, help="file for its output")
     parser.add_argument("--model", default=CHECKPOINT, help="checkpoint folder")
     parser.add_argument("--port", type=int, default=0, help="default: any free one")
     parser.add_argument("--prompt", default=PROMPT)
@@ -195,11 +195,11 @@ def main() -> int:
     # Ends like Ctrl-C does, so that the server is stopped.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     progress = Progress()
-    LOG.unlink(missing_ok=True)
+    options.log.unlink(missing_ok=True)
     try:
         return run(options, progress)
     except (ServerError, ImportError) as error:
-        explain_failure(error, progress)
+        explain_failure(progress.current, error, options.log)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted, the server is stopped", file=sys.stderr)

@@ -22,8 +22,12 @@ from types import TracebackType
 LOOPBACK = "127.0.0.1"
 MODEL_NAME = "demo"
 
-# A small model needs a small KV cache, and neither telemetry nor a network.
-_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, enough for small models
+    "VLLM_NO_USAGE_STATS": "1",
+    # Three processes import all of vLLM, one after the other: keep compiled bytecode.
+    "PYTHONDONTWRITEBYTECODE": "",
+}
 
 _POLL_S = 0.2
 _STOP_GRACE_S = 20.0

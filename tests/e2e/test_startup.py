@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""``vllm serve`` where it must not come up, and with another group size and dtype."""
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from api_client import Client
+from checkpoints import WEIGHTS, copy_checkpoint, requantize, save_weights
+from reference_model import ReferenceModel
+from safetensors.torch import load_file
+from vllm_server import VllmServer
+
+from demo import SUMMARY
+
+pytestmark = pytest.mark.e2e
+
+EXIT_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 300.0
+
+
+def logs_of_failed_starts(
+    folder: Path, attempts: Mapping[str, tuple[Path, Mapping[str, str | None]]]
+) -> dict[str, str]:
+    """Start servers at the same time; each must exit by itself, not with status 0.
+
+    Args:
+        folder: for the logs.
+        attempts: name to checkpoint and environment.
+    """
+    with ExitStack() as stack:
+        servers = {
+            name: stack.enter_context(
+                VllmServer(
+                    checkpoint,
+                    folder / f"{name}.log",
+                    ["--enforce-eager"],
+                    {"VLLM_HYBRID_W4A16_MOE": None, **environment},
+                )
+            )
+            for name, (checkpoint, environment) in attempts.items()
+        }
+        for name, server in servers.items():
+            assert server.wait_exit(EXIT_TIMEOUT_S) != 0, name
+        return {name: server.log_text() for name, server in servers.items()}
+
+
+def test_switched_off_is_stock_vllm(checkpoint: Path, tmp_path: Path) -> None:
+    logs = logs_of_failed_starts(
+        tmp_path,
+        {
+            "off": (checkpoint, {"VLLM_HYBRID_W4A16_MOE": "0"}),
+            "not loaded": (checkpoint, {"VLLM_PLUGINS": ""}),
+        },
+    )
+    chosen = {name: re.findall(r"\] (Using .*)", log) for name, log in logs.items()}
+    assert chosen["off"] == chosen["not loaded"] != []
+    for log in logs.values():
+        assert "HybridW4A16" not in log
+        # Stock vLLM 0.32 does not load the checkpoint's experts on a CPU.
+        assert "no parameter 'w2_qweight'" in log
+
+
+def test_broken_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    asymmetric = copy_checkpoint(checkpoint, tmp_path / "asymmetric")
+    tensors = load_file(asymmetric / WEIGHTS)
+    zeros = tensors["model.layers.2.mlp.experts.5.down_proj.qzeros"]
+    zeros[1, 3] ^= 0x10  # the second nibble: 6 for 7
+    save_weights(tensors, asymmetric)
+
+    truncated = copy_checkpoint(checkpoint, tmp_path / "truncated")
+    with (truncated / WEIGHTS).open("r+b") as file:
+        file.truncate(6_000_000)
+
+    logs = logs_of_failed_starts(
+        tmp_path,
+        {"asymmetric": (asymmetric, {}), "truncated": (truncated, {})},
+    )
+    assert re.search(
+        r"ValueError: layer model\.layers\.2\.mlp\.experts\S*: w2_qzeros of expert 5 "
+        r"holds 0x77777767",
+        logs["asymmetric"],
+    )
+    assert "SafetensorError" in logs["truncated"]
+    assert "incomplete metadata, file not fully covered" in logs["truncated"]
+
+
+def test_group_32_in_fp16(checkpoint: Path, tmp_path: Path) -> None:
+    folder = requantize(checkpoint, tmp_path / "g32", group_size=32)
+    reference = ReferenceModel(folder)
+    source = Path(re.__file__).read_text()
+    tokens = reference.tokenizer.encode(source, verbose=False)[:512]
+    with VllmServer(
+        folder,
+        tmp_path / "server.log",
+        ["--dtype=float16", "--enforce-eager"],
+        {"VLLM_HYBRID_W4A16_MOE": "require"},
+    ) as server:
+        server.wait_ready(START_TIMEOUT_S)
+        served = torch.tensor(Client(server).text_logprobs(tokens))
+        assert [found[:2] for found in SUMMARY.findall(server.log_text())] == [
+            ("6", "6")
+        ]
+    difference = served - reference.text_logprobs(tokens)
+    print(f"absolute difference {difference.abs().mean():.5f} nats")
+    # fp16 has 8 times the precision of bf16, see test_serving.
+    assert difference.abs().mean() < 0.005
