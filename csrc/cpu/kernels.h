@@ -15,17 +15,25 @@
 
 namespace moe_int4::cpu {
 
-// Rows of activations in the order and precision that the kernels multiply with, and for each
-// row its sum over every group of k (for zero points), padded with zeros to kSumsPadding.
+// The activation rows of one expert, converted by prepare().
+constexpr int32_t kPreparedTogether = 16;  // rows a call of prepare() converts at most
 constexpr int32_t kSumsPadding = 16;
 struct PreparedRows {
-  const char* data;
+  char* data;  // layout is the kernels' own; prepared calls lie kPreparedTogether * stride apart
   int64_t stride;  // bytes
-  const float* sums;
+  float* sums;     // of each row, over every group of k, padded with zeros to kSumsPadding
   int64_t sums_stride;
 };
 
-// out[r][j] = sum over k of dequantized w[first + j][k] * row rows[r], for r < m, j < columns.
+// Rows [begin, begin + count) of an expert that has m rows; begin is a multiple of
+// kPreparedTogether. a[i] is row begin + i.
+struct Source {
+  DType dtype;
+  const uint16_t* a[kPreparedTogether];
+  int32_t begin, count, m, k, group_size;
+};
+
+// out[r][j] = sum over k of dequantized w[first + j][k] * row r, for r < m, j < columns.
 struct Tile {
   DType dtype;
   const uint32_t* q;  // packed weights, scales and zero points of one expert, from its row 0
@@ -37,7 +45,6 @@ struct Tile {
   const uint32_t* next;  // the packed row that the thread will read after this tile
   int32_t first, columns, k, group_size;
   PreparedRows a;
-  const int32_t* rows;
   int32_t m;
   float* out;
   int64_t out_stride;
@@ -46,12 +53,10 @@ struct Tile {
 
 struct Kernels {
   const char* name;
-  bool (*available)();
-  int64_t (*row_bytes)(DType dtype, int32_t k);
+  int64_t (*row_bytes)(DType dtype, int32_t k);       // of a prepared row, stride at least
+  int32_t (*rows_allocated)(DType dtype, int32_t m);  // for an expert that has m rows
   int64_t (*scratch_bytes)(int32_t k, int32_t group_size);
-  // Converts one row of k activations; row and sums are 64-byte aligned.
-  void (*prepare)(DType dtype, const void* a, int32_t k, int32_t group_size, char* row,
-                  float* sums);
+  void (*prepare)(const Source& source, const PreparedRows& rows);
   void (*multiply)(const Tile& tile);
   // c[i] = act(min(gate[i], limit)) * (clamp(up[i], -limit, limit) + beta), i < n.
   void (*activate)(const GateUpArgs& args, const float* gate, const float* up, int32_t n, void* c);
@@ -60,7 +65,7 @@ struct Kernels {
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmxBf16;
 #endif
 
 }  // namespace moe_int4::cpu

@@ -6,13 +6,8 @@
 #include "kernels_fma.h"
 
 namespace moe_int4::cpu {
-namespace {
 
-bool available() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
-}  // namespace
-
-const Kernels kAvx2 = {"avx2",  available, row_bytes, scratch_bytes,
-                       prepare, multiply,  activate,  store};
+const Kernels kAvx2 = {"avx2",  row_bytes, as_many_rows, scratch_bytes,
+                       prepare, multiply,  activate,     store};
 
 }  // namespace moe_int4::cpu

@@ -6,16 +6,8 @@
 #include "kernels_fma.h"
 
 namespace moe_int4::cpu {
-namespace {
 
-bool available() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-
-}  // namespace
-
-const Kernels kAvx512 = {"avx512", available, row_bytes, scratch_bytes,
-                         prepare,  multiply,  activate,  store};
+const Kernels kAvx512 = {"avx512", row_bytes, as_many_rows, scratch_bytes,
+                         prepare,  multiply,  activate,     store};
 
 }  // namespace moe_int4::cpu

@@ -16,6 +16,7 @@
 #include <immintrin.h>
 
 #include "kernels_common.h"
+#include "transpose_avx512.h"
 
 namespace moe_int4::cpu {
 namespace {
@@ -46,10 +47,6 @@ inline __m512bh pairs(__m512i words, __m512i table) {
   return (__m512bh)_mm512_permutexvar_epi16(index, table);
 }
 
-inline __mmask16 first_lanes(int32_t count) {
-  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
-}
-
 int64_t row_bytes(DType dtype, int32_t k) {
   return round_up<int64_t>(k, kChunk) / kChunk * kPlaneBytes * planes_of(dtype);
 }
@@ -63,18 +60,17 @@ void store_plane(const uint16_t* values, char* to) {
   memcpy(to, ordered, sizeof(ordered));
 }
 
-void prepare(DType dtype, const void* a, int32_t k, int32_t group_size, char* row, float* sums) {
-  const auto* x = static_cast<const uint16_t*>(a);
-  const int32_t groups = k / group_size;
+void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums) {
+  const int32_t k = source.k, groups = k / source.group_size;
   for (int32_t g = 0; g < round_up(groups, kSumsPadding); ++g) sums[g] = 0;
   for (int32_t begin = 0; begin < k; begin += kChunk) {
     const int32_t count = k - begin < kChunk ? k - begin : kChunk;
     uint16_t high[kChunk] = {};
     float values[kChunk];
-    memcpy(high, x + begin, 2 * count);
-    to_float(dtype, high, kChunk, values);
-    add_sums(values, begin, count, group_size, sums);
-    if (dtype == DType::kHalf) {
+    memcpy(high, a + begin, 2 * count);
+    to_float(source.dtype, high, kChunk, values);
+    add_sums(values, begin, count, source.group_size, sums);
+    if (source.dtype == DType::kHalf) {
       uint16_t low[kChunk];
       for (int32_t i = 0; i < kChunk; ++i) {
         high[i] = float_to_bf16(values[i]);
@@ -88,6 +84,13 @@ void prepare(DType dtype, const void* a, int32_t k, int32_t group_size, char* ro
       store_plane(high, row);
       row += kPlaneBytes;
     }
+  }
+}
+
+void prepare(const Source& source, const PreparedRows& rows) {
+  for (int32_t i = 0; i < source.count; ++i) {
+    prepare_row(source, source.a[i], rows.data + (source.begin + i) * rows.stride,
+                rows.sums + (source.begin + i) * rows.sums_stride);
   }
 }
 
@@ -152,10 +155,10 @@ void multiply_rows(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch)
   const uint32_t* q = t.q + n * t.q_stride;
   const char* a[T];
   __m512 total[R][T] = {};
-  for (int32_t i = 0; i < T; ++i) a[i] = t.a.data + t.rows[r0 + i] * t.a.stride;
+  for (int32_t i = 0; i < T; ++i) a[i] = t.a.data + (r0 + i) * t.a.stride;
   if (t.zeros != nullptr) {
     for (int32_t i = 0; i < T; ++i) {
-      const float* sums = t.a.sums + t.rows[r0 + i] * t.a.sums_stride;
+      const float* sums = t.a.sums + (r0 + i) * t.a.sums_stride;
       for (int32_t g = 0; g < groups_of(t); g += 16) {
         for (int32_t r = 0; r < R; ++r) {
           total[r][i] = _mm512_fmadd_ps(_mm512_load_ps(scratch.zeros + r * scratch.groups + g),
@@ -225,31 +228,6 @@ void multiply_few(const Tile& t, const Scratch& scratch) {
   for (; n < end; ++n) multiply_all<P, 1>(t, n, scratch);
 }
 
-// Transposes 16 vectors of 16 words.
-inline void transpose(__m512i (&v)[16]) {
-  __m512i w[16];
-  for (int32_t i = 0; i < 16; i += 2) {
-    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int32_t i = 0; i < 16; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
-  }
-  for (int32_t i = 0; i < 4; ++i) {
-    w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-    w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-    w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-    w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  for (int32_t i = 0; i < 8; ++i) {
-    v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd);
-  }
-}
-
 // Dequantizes words [word0, word0 + count) of kColumns weight rows from n on into
 // [word][i 0..3][weight row 0..31] pairs. Rows past the last one repeat it.
 void dequantize(const Tile& t, int32_t n, int32_t word0, int32_t count, char* to) {
@@ -291,7 +269,7 @@ template <int32_t P, int32_t T>
 void multiply_block(const Tile& t, int32_t r0, const Block& block) {
   const int32_t words = t.group_size / 8;
   const char* a[T];
-  for (int32_t i = 0; i < T; ++i) a[i] = t.a.data + t.rows[r0 + i] * t.a.stride;
+  for (int32_t i = 0; i < T; ++i) a[i] = t.a.data + (r0 + i) * t.a.stride;
   const char* b = block.weights;
   const char* ahead = block.ahead;
   for (int32_t g = block.g0; g < block.g1; ++g) {
@@ -325,7 +303,7 @@ void multiply_block(const Tile& t, int32_t r0, const Block& block) {
         __m512 total = _mm512_maskz_loadu_ps(block.mask[h], out);
         total = _mm512_fmadd_ps(acc[r][h], scale, total);
         if (t.zeros != nullptr) {
-          const float sum = t.a.sums[t.rows[r0 + r] * t.a.sums_stride + g];
+          const float sum = t.a.sums[(r0 + r) * t.a.sums_stride + g];
           total = _mm512_fmadd_ps(_mm512_set1_ps(sum),
                                   _mm512_load_ps(block.zeros + g * kColumns + 16 * h), total);
         }
@@ -389,14 +367,9 @@ void multiply(const Tile& t) {
   }
 }
 
-bool available() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-
 }  // namespace
 
-const Kernels kAvx512Bf16 = {"avx512_bf16", available, row_bytes, scratch_bytes,
-                             prepare,       multiply,  activate,  store};
+const Kernels kAvx512Bf16 = {"avx512_bf16", row_bytes, as_many_rows, scratch_bytes,
+                             prepare,       multiply,  activate,     store};
 
 }  // namespace moe_int4::cpu

@@ -75,6 +75,8 @@ void store(DType dtype, const float* y, int32_t n, void* to) {
   }
 }
 
+inline int32_t as_many_rows(DType, int32_t m) { return m; }
+
 // Sum of 32 values, in an order that vectorises.
 inline float sum_of_32(const float* values) {
   float lanes[8] = {};

@@ -63,21 +63,23 @@ inline Words load_words(const uint32_t* from, int32_t count) {
 
 int64_t row_bytes(DType, int32_t k) { return round_up<int64_t>(k, kChunk) * 4; }
 
-void prepare(DType dtype, const void* a, int32_t k, int32_t group_size, char* row, float* sums) {
-  const auto* x = static_cast<const uint16_t*>(a);
-  auto* to = reinterpret_cast<float*>(row);
-  const int32_t groups = k / group_size;
-  for (int32_t g = 0; g < round_up(groups, kSumsPadding); ++g) sums[g] = 0;
-  for (int32_t begin = 0; begin < round_up(k, kChunk); begin += kChunk, to += kChunk) {
-    float values[kChunk] = {};
-    const int32_t count = k - begin < kChunk ? k - begin : kChunk;
-    to_float(dtype, x + begin, count, values);
-    for (int32_t p = 0; p < 8; ++p) {
-      for (int32_t lane = 0; lane < kLanes; ++lane) {
-        to[p * kLanes + lane] = values[8 * lane + kValueAtNibble[p]] * (1.0f / kNibbleWeight[p]);
+void prepare(const Source& source, const PreparedRows& rows) {
+  const int32_t k = source.k, groups = k / source.group_size;
+  for (int32_t r = 0; r < source.count; ++r) {
+    auto* to = reinterpret_cast<float*>(rows.data + (source.begin + r) * rows.stride);
+    float* sums = rows.sums + (source.begin + r) * rows.sums_stride;
+    for (int32_t g = 0; g < round_up(groups, kSumsPadding); ++g) sums[g] = 0;
+    for (int32_t begin = 0; begin < round_up(k, kChunk); begin += kChunk, to += kChunk) {
+      float values[kChunk] = {};
+      const int32_t count = k - begin < kChunk ? k - begin : kChunk;
+      to_float(source.dtype, source.a[r] + begin, count, values);
+      for (int32_t p = 0; p < 8; ++p) {
+        for (int32_t lane = 0; lane < kLanes; ++lane) {
+          to[p * kLanes + lane] = values[8 * lane + kValueAtNibble[p]] * (1.0f / kNibbleWeight[p]);
+        }
       }
+      add_sums(values, begin, count, source.group_size, sums);
     }
-    add_sums(values, begin, count, group_size, sums);
   }
 }
 
@@ -125,8 +127,8 @@ void multiply_row(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch) 
   const float* a[T];
   Floats total[T];
   for (int32_t i = 0; i < T; ++i) {
-    a[i] = reinterpret_cast<const float*>(t.a.data + t.rows[r0 + i] * t.a.stride);
-    const float* sums = t.a.sums + t.rows[r0 + i] * t.a.sums_stride;
+    a[i] = reinterpret_cast<const float*>(t.a.data + (r0 + i) * t.a.stride);
+    const float* sums = t.a.sums + (r0 + i) * t.a.sums_stride;
     total[i] = Floats{};
     for (int32_t g = 0; g < groups_of(t); g += kLanes) {
       total[i] -= load<Floats>(scratch.zeros + g) * load<Floats>(sums + g);
@@ -186,7 +188,7 @@ void multiply_block(const Tile& t, int32_t r0, const float* weights, float* out)
   const int64_t padded = round_up(t.k, kChunk);
   const float* a[T];
   for (int32_t i = 0; i < T; ++i) {
-    a[i] = reinterpret_cast<const float*>(t.a.data + t.rows[r0 + i] * t.a.stride);
+    a[i] = reinterpret_cast<const float*>(t.a.data + (r0 + i) * t.a.stride);
   }
   Floats acc[T][N] = {};
   for (int64_t k = 0; k < padded; k += kLanes) {

@@ -6,13 +6,8 @@
 #include "kernels_fma.h"
 
 namespace moe_int4::cpu {
-namespace {
 
-bool available() { return true; }
-
-}  // namespace
-
-const Kernels kPortable = {"portable", available, row_bytes, scratch_bytes,
-                           prepare,    multiply,  activate,  store};
+const Kernels kPortable = {"portable", row_bytes, as_many_rows, scratch_bytes,
+                           prepare,    multiply,  activate,     store};
 
 }  // namespace moe_int4::cpu

@@ -10,10 +10,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -39,24 +40,20 @@ Buffer allocate(int64_t bytes) {
   return Buffer(p);
 }
 
-// A row to compute: which row of a goes in, and which row of the output (or which pair of token
-// and slot) it belongs to.
-struct Row {
-  int32_t input, output;
-};
-
-// Rows sorted by expert; the rows of an expert keep their order.
+// The rows of a call, sorted by expert; the rows of an expert keep their order.
 struct Grouping {
   struct Expert {
     int32_t id, begin, count;
   };
   std::vector<Expert> experts;
-  std::vector<int32_t> inputs, outputs;  // of the rows, sorted
+  // Of each row: which row of a goes in, and which row of c (gemm, gate_up) or which pair of token
+  // and slot (down) it belongs to.
+  std::vector<int32_t> inputs, outputs;
   int32_t max_count = 0;
 
-  // `experts_of[i]` is the expert of rows[i], or negative: skipped.
-  Grouping(const std::vector<int32_t>& experts_of, const std::vector<Row>& rows,
-           int32_t num_experts) {
+  // `input` and `output` of rows in any order, and their experts; a negative expert: skipped.
+  Grouping(const std::vector<int32_t>& experts_of, const std::vector<int32_t>& input,
+           const std::vector<int32_t>& output, int32_t num_experts) {
     std::vector<int32_t> next(num_experts + 1, 0);
     for (int32_t e : experts_of) {
       if (e >= 0) ++next[e + 1];
@@ -69,11 +66,11 @@ struct Grouping {
     }
     inputs.resize(next[num_experts]);
     outputs.resize(next[num_experts]);
-    for (size_t i = 0; i < rows.size(); ++i) {
+    for (size_t i = 0; i < experts_of.size(); ++i) {
       if (experts_of[i] < 0) continue;
       const int32_t at = next[experts_of[i]]++;
-      inputs[at] = rows[i].input;
-      outputs[at] = rows[i].output;
+      inputs[at] = input[i];
+      outputs[at] = output[i];
     }
   }
 };
@@ -86,46 +83,51 @@ int32_t local_expert(int64_t id, const Routing& routing, int32_t num_experts) {
   return id >= 0 && id < num_experts ? static_cast<int32_t>(id) : -1;
 }
 
-// One row per pair of token and slot; its input row is the token or the pair itself.
+// One row per pair of token and slot; its input row is the token (gate_up) or the pair (down).
 Grouping group_pairs(const Routing& routing, int32_t num_experts, bool input_is_token) {
   const int32_t pairs = routing.num_tokens * routing.top_k;
-  std::vector<int32_t> experts_of(pairs);
-  std::vector<Row> rows(pairs);
+  std::vector<int32_t> experts_of(pairs), input(pairs), output(pairs);
   for (int32_t m = 0, pair = 0; m < routing.num_tokens; ++m) {
     for (int32_t t = 0; t < routing.top_k; ++t, ++pair) {
       const int64_t at = m * routing.ids_stride_m + t;
       const int64_t id = routing.ids_are_int64 ? static_cast<const int64_t*>(routing.ids)[at]
                                                : static_cast<const int32_t*>(routing.ids)[at];
       experts_of[pair] = local_expert(id, routing, num_experts);
-      rows[pair] = {input_is_token ? m : pair, pair};
+      input[pair] = input_is_token ? m : pair;
+      output[pair] = pair;
     }
   }
-  return Grouping(experts_of, rows, num_experts);
+  return Grouping(experts_of, input, output, num_experts);
 }
 
 Grouping group_blocks(const GemmArgs& args) {
-  std::vector<int32_t> experts_of;
-  std::vector<Row> rows;
+  std::vector<int32_t> experts_of, input, output;
   for (int32_t b = 0, slot = 0; b < args.num_blocks; ++b) {
     const int32_t expert = args.expert_ids[b];
     for (int32_t j = 0; j < args.block_size_m; ++j, ++slot) {
       const int32_t id = args.sorted_token_ids != nullptr ? args.sorted_token_ids[slot] : slot;
       if (id < 0 || id >= args.num_rows) continue;
       experts_of.push_back(expert < args.w.num_experts ? expert : -1);
-      rows.push_back({id / args.top_k, id});
+      input.push_back(id / args.top_k);
+      output.push_back(id);
     }
   }
-  return Grouping(experts_of, rows, args.w.num_experts);
+  return Grouping(experts_of, input, output, args.w.num_experts);
 }
 
-// Runs work(begin, end, thread) over `units` units of work, cut evenly into one range per thread.
+// Runs work(begin, end, thread) over units of work. Threads take a few units at a time, so that a
+// slow one does not hold up the others, but as many as still read a long run of memory.
 template <typename Work>
 void for_each_thread(int64_t units, const Work& work) {
+  constexpr int64_t kTurnsPerThread = 8;
   const int64_t threads = torch::stable::get_num_threads();
+  const int64_t step = std::max<int64_t>(1, units / (threads * kTurnsPerThread));
+  std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) {
-      const int64_t begin = units * t / threads, end = units * (t + 1) / threads;
-      if (begin < end) work(begin, end, t);
+    for (int64_t thread = first; thread < last; ++thread) {
+      for (int64_t begin = next.fetch_add(step); begin < units; begin = next.fetch_add(step)) {
+        work(begin, std::min(begin + step, units), thread);
+      }
     }
   });
 }
@@ -136,38 +138,26 @@ struct Part {
   int32_t first, columns;
 };
 
-// A call's converted activations and per-thread scratch, and the tile that all its tiles start
-// from.
+// A call's converted activations and the scratch of its threads.
 class Call {
  public:
-  Call(DType dtype, const void* a, int64_t a_stride_m, int64_t a_rows, const Weights& w,
-       const Grouping& grouping, int64_t floats_per_thread)
-      : kernels_(kernels()), w_(w), grouping_(grouping) {
-    const int64_t row_bytes = aligned(kernels_.row_bytes(dtype, w.k));
-    const int64_t sums = (w.k / w.group_size + kSumsPadding - 1) / kSumsPadding * kSumsPadding;
-    rows_ = allocate(a_rows * (row_bytes + sums * 4));
-    auto* all_sums = reinterpret_cast<float*>(rows_.get() + a_rows * row_bytes);
-    std::vector<bool> used(a_rows, false);
-    for (int32_t row : grouping.inputs) used[row] = true;
-    constexpr int64_t kRowsPerThread = 8;  // fewer are not worth another thread
-    torch::stable::parallel_for(0, a_rows, kRowsPerThread, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        if (!used[r]) continue;
-        kernels_.prepare(dtype, static_cast<const uint16_t*>(a) + r * a_stride_m, w.k, w.group_size,
-                         rows_.get() + r * row_bytes, all_sums + r * sums);
-      }
-    });
+  Call(DType dtype, const void* a, int64_t a_stride_m, const Weights& w, const Grouping& grouping,
+       int64_t floats_per_thread)
+      : kernels_(kernels()), dtype_(dtype), w_(w), grouping_(grouping) {
+    // The odd line keeps the same place of several rows out of the same set of the cache.
+    row_stride_ = aligned(kernels_.row_bytes(dtype, w.k)) + kAlignment;
+    sums_stride_ = (w.k / w.group_size + kSumsPadding - 1) / kSumsPadding * kSumsPadding;
+    int64_t rows = 0;
+    for (const Grouping::Expert& expert : grouping.experts) {
+      first_rows_.push_back(rows);
+      rows += kernels_.rows_allocated(dtype, expert.count);
+    }
+    rows_ = allocate(rows * row_stride_);
+    sums_ = allocate(rows * sums_stride_ * 4);
+    prepare(static_cast<const uint16_t*>(a), a_stride_m);
     kernel_scratch_ = aligned(kernels_.scratch_bytes(w.k, w.group_size));
     thread_bytes_ = kernel_scratch_ + aligned(4 * floats_per_thread);
     scratch_ = allocate(thread_bytes_ * torch::stable::get_num_threads());
-    tile_ = {};
-    tile_.dtype = dtype;
-    tile_.q_stride = w.q_stride_n;
-    tile_.s_stride = w.s_stride_n;
-    tile_.z_stride = w.z_stride_n8;
-    tile_.k = w.k;
-    tile_.group_size = w.group_size;
-    tile_.a = {rows_.get(), row_bytes, all_sums, sums};
   }
 
   const Kernels& isa() const { return kernels_; }
@@ -180,16 +170,22 @@ class Call {
   // multiply afterwards.
   void multiply(const Part& part, const Part& next, float* out, int64_t out_stride,
                 int64_t thread) const {
-    const Grouping::Expert& expert = *part.expert;
-    Tile tile = tile_;
-    tile.q = w_.q + expert.id * w_.q_stride_e;
-    tile.scales = static_cast<const uint16_t*>(w_.scales) + expert.id * w_.s_stride_e;
-    tile.zeros = w_.zeros == nullptr ? nullptr : w_.zeros + expert.id * w_.z_stride_e;
+    const int32_t id = part.expert->id;
+    Tile tile{};
+    tile.dtype = dtype_;
+    tile.q = w_.q + id * w_.q_stride_e;
+    tile.q_stride = w_.q_stride_n;
+    tile.scales = static_cast<const uint16_t*>(w_.scales) + id * w_.s_stride_e;
+    tile.s_stride = w_.s_stride_n;
+    tile.zeros = w_.zeros == nullptr ? nullptr : w_.zeros + id * w_.z_stride_e;
+    tile.z_stride = w_.z_stride_n8;
     tile.next = w_.q + next.expert->id * w_.q_stride_e + next.first * w_.q_stride_n;
     tile.first = part.first;
     tile.columns = part.columns;
-    tile.rows = grouping_.inputs.data() + expert.begin;
-    tile.m = expert.count;
+    tile.k = w_.k;
+    tile.group_size = w_.group_size;
+    tile.a = prepared(*part.expert);
+    tile.m = part.expert->count;
     tile.out = out;
     tile.out_stride = out_stride;
     tile.scratch = scratch_.get() + thread * thread_bytes_;
@@ -197,29 +193,61 @@ class Call {
   }
 
  private:
+  PreparedRows prepared(const Grouping::Expert& expert) const {
+    const int64_t row = first_rows_[&expert - grouping_.experts.data()];
+    return {rows_.get() + row * row_stride_, row_stride_,
+            reinterpret_cast<float*>(sums_.get()) + row * sums_stride_, sums_stride_};
+  }
+
+  void prepare(const uint16_t* a, int64_t a_stride_m) const {
+    std::vector<std::pair<const Grouping::Expert*, int32_t>> blocks;
+    for (const Grouping::Expert& expert : grouping_.experts) {
+      for (int32_t r = 0; r < expert.count; r += kPreparedTogether) blocks.push_back({&expert, r});
+    }
+    constexpr int64_t kBlocksPerThread = 16;  // fewer are not worth another thread
+    const auto count = static_cast<int64_t>(blocks.size());
+    torch::stable::parallel_for(0, count, kBlocksPerThread, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto& [expert, row] = blocks[i];
+        Source source{};
+        source.dtype = dtype_;
+        source.begin = row;
+        source.count = std::min(kPreparedTogether, expert->count - row);
+        source.m = expert->count;
+        source.k = w_.k;
+        source.group_size = w_.group_size;
+        for (int32_t r = 0; r < source.count; ++r) {
+          source.a[r] = a + grouping_.inputs[expert->begin + row + r] * a_stride_m;
+        }
+        kernels_.prepare(source, prepared(*expert));
+      }
+    });
+  }
+
   const Kernels& kernels_;
+  const DType dtype_;
   const Weights& w_;
   const Grouping& grouping_;
-  Buffer rows_, scratch_;
-  int64_t kernel_scratch_, thread_bytes_;
-  Tile tile_;
+  std::vector<int64_t> first_rows_;  // of each expert
+  int64_t row_stride_, sums_stride_, kernel_scratch_, thread_bytes_;
+  Buffer rows_, sums_, scratch_;
 };
 
-constexpr int32_t kTileColumns = 32;
+constexpr int32_t kPartColumns = 32;
 
 uint16_t* row_of(void* c, int64_t stride, int64_t row) {
   return static_cast<uint16_t*>(c) + row * stride;
 }
 
-// Runs work(part, next, thread) over parts of kTileColumns output columns, expert by expert.
+// Runs work(part, next, thread) over parts of kPartColumns output columns, expert by expert.
 template <typename Work>
 void for_each_part(const Grouping& grouping, int32_t columns, const Work& work) {
-  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
+  const int64_t parts = (columns + kPartColumns - 1) / kPartColumns;
   const auto part = [&](int64_t i) {
-    const auto first = static_cast<int32_t>(i % tiles * kTileColumns);
-    return Part{&grouping.experts[i / tiles], first, std::min(kTileColumns, columns - first)};
+    const auto first = static_cast<int32_t>(i % parts * kPartColumns);
+    return Part{&grouping.experts[i / parts], first, std::min(kPartColumns, columns - first)};
   };
-  for_each_thread(tiles * grouping.experts.size(), [&](int64_t begin, int64_t end, int64_t thread) {
+  for_each_thread(parts * grouping.experts.size(), [&](int64_t begin, int64_t end, int64_t thread) {
     for (int64_t i = begin; i < end; ++i) work(part(i), part(std::min(i + 1, end - 1)), thread);
   });
 }
@@ -227,14 +255,14 @@ void for_each_part(const Grouping& grouping, int32_t columns, const Work& work) 
 void gemm(const GemmArgs& args) {
   const Grouping grouping = group_blocks(args);
   if (grouping.experts.empty()) return;
-  const Call call(args.dtype, args.a, args.a_stride_m, args.num_rows / args.top_k, args.w, grouping,
-                  int64_t{grouping.max_count} * kTileColumns);
+  const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping,
+                  int64_t{grouping.max_count} * kPartColumns);
   for_each_part(grouping, args.w.n, [&](const Part& part, const Part& next, int64_t thread) {
     float* y = call.floats(thread);
-    call.multiply(part, next, y, kTileColumns, thread);
+    call.multiply(part, next, y, kPartColumns, thread);
     for (int32_t r = 0; r < part.expert->count; ++r) {
       const int32_t row = grouping.outputs[part.expert->begin + r];
-      call.isa().store(args.dtype, y + r * kTileColumns, part.columns,
+      call.isa().store(args.dtype, y + r * kPartColumns, part.columns,
                        row_of(args.c, args.c_stride_m, row) + part.first);
     }
   });
@@ -243,67 +271,72 @@ void gemm(const GemmArgs& args) {
 void gate_up(const GateUpArgs& args) {
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, true);
   if (grouping.experts.empty()) return;
-  const int64_t half = int64_t{grouping.max_count} * kTileColumns;
+  const int64_t half = int64_t{grouping.max_count} * kPartColumns;
   const int32_t columns = args.w.n / 2;
-  const Call call(args.dtype, args.a, args.a_stride_m, args.routing.num_tokens, args.w, grouping,
-                  2 * half);
+  const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping, 2 * half);
   for_each_part(grouping, columns, [&](const Part& part, const Part& next, int64_t thread) {
     float* gate = call.floats(thread);
     float* up = gate + half;
     const Part up_part{part.expert, columns + part.first, part.columns};
-    call.multiply(part, up_part, gate, kTileColumns, thread);
-    call.multiply(up_part, next, up, kTileColumns, thread);
+    call.multiply(part, up_part, gate, kPartColumns, thread);
+    call.multiply(up_part, next, up, kPartColumns, thread);
     for (int32_t r = 0; r < part.expert->count; ++r) {
       const int32_t row = grouping.outputs[part.expert->begin + r];
-      call.isa().activate(args, gate + r * kTileColumns, up + r * kTileColumns, part.columns,
+      call.isa().activate(args, gate + r * kPartColumns, up + r * kPartColumns, part.columns,
                           row_of(args.c, args.c_stride_m, row) + part.first);
     }
   });
 }
 
-// A thread owns columns of the output and adds the experts to them in ascending order.
+// A turn of a thread computes some columns of all tokens, to which it adds the experts in ascending
+// order.
 void down(const DownArgs& args) {
   const int32_t tokens = args.routing.num_tokens, top_k = args.routing.top_k, n = args.w.n;
   if (tokens == 0) return;
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, false);
-  const auto experts = static_cast<int64_t>(grouping.experts.size());
-  const int64_t sums = int64_t{tokens} * kTileColumns;
-  const Call call(args.dtype, args.a, args.a_stride_m, int64_t{tokens} * top_k, args.w, grouping,
-                  sums + int64_t{grouping.max_count} * kTileColumns);
+  constexpr int64_t kMaxColumns = 4 * kPartColumns;  // of a turn: 256 KiB of sums for 512 tokens
+  const int64_t sums = tokens * kMaxColumns;
+  const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping,
+                  sums + int64_t{grouping.max_count} * kPartColumns);
   const auto weight_of = [&](int32_t pair) {
     return args.topk_weights == nullptr
                ? 1.0f
                : args.topk_weights[pair / top_k * args.tw_stride_m + pair % top_k];
   };
-  const auto add_expert = [&](const Part& part, const float* y, float* total) {
-    for (int32_t r = 0; r < part.expert->count; ++r) {
-      const int32_t pair = grouping.outputs[part.expert->begin + r];
-      const float weight = weight_of(pair);
-      float* to = total + pair / top_k * kTileColumns;
-      for (int32_t j = 0; j < part.columns; ++j) to[j] += weight * y[r * kTileColumns + j];
+  // Parts [begin, end) of an expert, added to total[token][column].
+  const auto add_expert = [&](const Grouping::Expert* expert, const Grouping::Expert* next_expert,
+                              int64_t begin, int64_t end, float* total, int64_t thread) {
+    float* y = total + sums;
+    const auto part = [&](const Grouping::Expert* of, int64_t i) {
+      const auto first = static_cast<int32_t>(i * kPartColumns);
+      return Part{of, first, std::min(kPartColumns, n - first)};
+    };
+    for (int64_t i = begin; i < end; ++i) {
+      const Part at = part(expert, i);
+      const Part next = i + 1 < end ? part(expert, i + 1) : part(next_expert, begin);
+      call.multiply(at, next, y, kPartColumns, thread);
+      for (int32_t r = 0; r < expert->count; ++r) {
+        const int32_t pair = grouping.outputs[expert->begin + r];
+        const float weight = weight_of(pair);
+        float* to = total + pair / top_k * kMaxColumns + (i - begin) * kPartColumns;
+        for (int32_t j = 0; j < at.columns; ++j) to[j] += weight * y[r * kPartColumns + j];
+      }
     }
   };
-  const int64_t tiles = (n + kTileColumns - 1) / kTileColumns;
-  for_each_thread(tiles, [&](int64_t begin, int64_t end, int64_t thread) {
+  const int64_t parts = (n + kPartColumns - 1) / kPartColumns;
+  for_each_thread(parts, [&](int64_t turn_begin, int64_t turn_end, int64_t thread) {
     float* total = call.floats(thread);
-    float* y = total + sums;
-    const auto part = [&](int64_t tile, int64_t expert) {
-      if (expert == experts) {
-        expert = 0;
-        tile = std::min(tile + 1, end - 1);
-      }
-      const auto first = static_cast<int32_t>(tile * kTileColumns);
-      return Part{&grouping.experts[expert], first, std::min(kTileColumns, n - first)};
-    };
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const auto first = static_cast<int32_t>(tile * kTileColumns);
+    for (int64_t begin = turn_begin; begin < turn_end; begin += kMaxColumns / kPartColumns) {
+      const int64_t end = std::min(begin + kMaxColumns / kPartColumns, turn_end);
       std::fill_n(total, sums, 0.0f);
-      for (int64_t e = 0; e < experts; ++e) {
-        call.multiply(part(tile, e), part(tile, e + 1), y, kTileColumns, thread);
-        add_expert(part(tile, e), y, total);
+      for (size_t e = 0; e < grouping.experts.size(); ++e) {
+        const size_t next = std::min(e + 1, grouping.experts.size() - 1);
+        add_expert(&grouping.experts[e], &grouping.experts[next], begin, end, total, thread);
       }
+      const auto first = static_cast<int32_t>(begin * kPartColumns);
+      const int32_t columns = std::min(static_cast<int32_t>(end) * kPartColumns, n) - first;
       for (int32_t m = 0; m < tokens; ++m) {
-        call.isa().store(args.dtype, total + m * kTileColumns, std::min(kTileColumns, n - first),
+        call.isa().store(args.dtype, total + m * kMaxColumns, columns,
                          row_of(args.c, args.c_stride_m, m) + first);
       }
     }
