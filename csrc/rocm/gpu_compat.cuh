@@ -19,6 +19,7 @@
 //   char* dynamic_lds()        the block's LDS, 16-byte aligned, LaunchShape::lds_bytes long,
 //                              uninitialised (the host poisons it)
 //   int uniform(int v)         v, which is the same in all lanes; may move it to a scalar register
+//   void settle(T*& p)         hint: p is worked out here rather than where it is used
 //   U32x4 load_weights(p)      16 bytes from global memory, 16-byte aligned, read once
 //   (non-temporal) U32x4 load_16(p)           16 bytes from global memory or LDS, 16-byte aligned,
 //   cached float half_to_float(uint16_t), uint16_t float_to_half(float)       fp16 bits, round to
@@ -55,6 +56,7 @@
 //                                             (CUDA, HIP: on the stream); throws std::runtime_error
 //                                             with the vendor's message. The host runs it to the
 //                                             end.
+//   int current_device()                      index of the current device (CUDA, HIP)
 //   std::string current_arch()                "gfx1151", "sm_90", "host": the current device
 #pragma once
 
@@ -80,6 +82,19 @@ struct LaunchShape {
 
 }  // namespace gpu
 
+// GPU_UNROLL: before a loop that indexes registers. GPU_ANYWHERE: attribute of constexpr functions
+// that kernels and host code share.
+#if defined(__CUDACC__) || defined(__HIP__)
+#define GPU_UNROLL _Pragma("unroll")
+#else
+#define GPU_UNROLL
+#endif
+#if defined(__CUDACC__)
+#define GPU_ANYWHERE __host__ __device__
+#else
+#define GPU_ANYWHERE
+#endif
+
 #if defined(__CUDACC__)
 // ---------------------------------------------------------------------------------------- CUDA
 #include <cuda_bf16.h>
@@ -102,6 +117,10 @@ GPU_DEVICE char* dynamic_lds() {
   return lds;
 }
 GPU_DEVICE int uniform(int v) { return v; }
+template <typename T>
+GPU_DEVICE void settle(T*& p) {
+  asm volatile("" : "+l"(p));
+}
 
 GPU_DEVICE U32x4 load_weights(const void* p) {
   U32x4 r;
@@ -113,6 +132,14 @@ GPU_DEVICE U32x4 load_weights(const void* p) {
 GPU_DEVICE U32x4 load_16(const void* p) {
   const uint4 r = *static_cast<const uint4*>(p);
   return {{r.x, r.y, r.z, r.w}};
+}
+
+GPU_DEVICE U32x4 load_16_any(const uint16_t* p) {
+  if ((reinterpret_cast<uintptr_t>(p) & 15) == 0) return load_16(p);
+  U32x4 r;
+  GPU_UNROLL
+  for (int i = 0; i < 4; ++i) r.v[i] = p[2 * i] | static_cast<uint32_t>(p[2 * i + 1]) << 16;
+  return r;
 }
 
 GPU_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
@@ -195,6 +222,9 @@ GPU_DEVICE int block_z() { return __builtin_amdgcn_workgroup_id_z(); }
 extern __attribute__((shared)) __attribute__((aligned(16))) char lds[];
 GPU_DEVICE char* dynamic_lds() { return lds; }
 
+template <typename T>
+GPU_DEVICE void settle(T*&) {}
+
 using Vec4 = uint32_t __attribute__((ext_vector_type(4)));
 using Half2 = _Float16 __attribute__((ext_vector_type(2)));
 using BFloat2 = __bf16 __attribute__((ext_vector_type(2)));
@@ -204,6 +234,10 @@ GPU_DEVICE U32x4 load_weights(const void* p) {
 }
 GPU_DEVICE U32x4 load_16(const void* p) {
   return __builtin_bit_cast(U32x4, *static_cast<const Vec4*>(p));
+}
+GPU_DEVICE U32x4 load_16_any(const uint16_t* p) {  // one instruction: unaligned access is on
+  using Unaligned = Vec4 __attribute__((aligned(2)));
+  return __builtin_bit_cast(U32x4, *reinterpret_cast<const Unaligned*>(p));
 }
 
 GPU_DEVICE float half_to_float(uint16_t bits) {
@@ -270,6 +304,8 @@ namespace gpu {
 using Stream = void*;
 
 #if defined(HYBRID_W4A16_CUDA)
+constexpr bool kHasMma = true;
+
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
@@ -277,6 +313,12 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {
+  constexpr int kAlwaysAllowed = 48 * 1024;  // more needs asking, kernel by kernel
+  if (shape.lds_bytes > kAlwaysAllowed) {
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.lds_bytes),
+        "shared memory of a kernel");
+  }
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -290,9 +332,15 @@ inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream st
   check(cudaLaunchKernelExC(&config, kernel, args), "kernel launch");
 }
 
-inline std::string current_arch() {
-  int device = 0, major = 0, minor = 0;
+inline int current_device() {
+  int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+inline std::string current_arch() {
+  const int device = current_device();
+  int major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
         "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
@@ -300,6 +348,8 @@ inline std::string current_arch() {
   return "sm_" + std::to_string(major * 10 + minor);
 }
 #else
+constexpr bool kHasMma = false;
+
 inline void check(hipError_t error, const char* what) {
   if (error != hipSuccess) {
     throw std::runtime_error(std::string(what) + ": " + hipGetErrorString(error));
@@ -312,11 +362,15 @@ inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream st
         "kernel launch");
 }
 
-inline std::string current_arch() {
+inline int current_device() {
   int device = 0;
-  hipDeviceProp_t properties;
   check(hipGetDevice(&device), "hipGetDevice");
-  check(hipGetDeviceProperties(&properties, device), "hipGetDeviceProperties");
+  return device;
+}
+
+inline std::string current_arch() {
+  hipDeviceProp_t properties;
+  check(hipGetDeviceProperties(&properties, current_device()), "hipGetDeviceProperties");
   const std::string name = properties.gcnArchName;  // "gfx1151:sramecc-:xnack-"
   return name.substr(0, name.find(':'));
 }
@@ -337,4 +391,9 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream, A... 
 #else
 // ---------------------------------------------------------------------------------------- host
 #include "host/gpu_host.h"
+
+namespace gpu {
+template <typename T>
+inline void settle(T*&) {}
+}  // namespace gpu
 #endif

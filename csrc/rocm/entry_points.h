@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// Names and arguments of the kernels' entry points. A name states op, dtype, group size, zero
+// points and the most activation rows that share one pass over an expert's weights:
+// moe_int4_down_bf16_g128_sym_t8. Arguments are scalars and pointers only, so that a code
+// object can be loaded and run on its own. Their meaning: moe_int4_args.h; in addition
+//   waves            waves of 32 in the block (block size is 32 * waves)
+//   wave_lds_bytes       dynamic LDS per wave, lds_bytes_per_wave of geometry.h
+//   blocks_per_wave  blocks of kBlockK along k that each wave multiplies
+//   log2_k_slices    2^this waves share one expert's k in the down kernel; divides waves
+// Grids: gate_up ceil(inter / kRowGroups), top_k, num_tokens
+//        down    ceil(n / kRowsPerWave), ceil(num_tokens / T), 1
+//        gemm    ceil(n / kRowsPerWave), num_blocks, 1
+#pragma once
+
+#include "geometry.h"
+
+#define MOE_INT4_WEIGHT_ARGS                                                         \
+  const uint32_t *q, int64_t q_stride_e, int q_stride_n, const uint16_t *scales,     \
+      int64_t s_stride_e, int s_stride_n, const uint32_t *zeros, int64_t z_stride_e, \
+      int z_stride_n8, int num_experts
+#define MOE_INT4_ROUTER_ARGS                                                           \
+  const void *ids, int ids_are_int64, int64_t ids_stride_m, const int32_t *expert_map, \
+      int map_size, int num_tokens, int top_k
+
+// The same arguments as the structs that kernels work with.
+#define MOE_INT4_WEIGHT_STACK \
+  {q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e, z_stride_n8}
+#define MOE_INT4_ROUTER \
+  {ids, ids_are_int64 != 0, ids_stride_m, expert_map, map_size, num_experts, top_k}
+
+#define MOE_INT4_GATE_UP_ARGS                                                            \
+  const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int inter, int k, void *c,    \
+      int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, int activation, float alpha, float beta, \
+      float limit, int waves, int wave_lds_bytes, int blocks_per_wave
+#define MOE_INT4_DOWN_ARGS                                                                      \
+  const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,               \
+      int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, const float *topk_weights, int64_t tw_stride_m, \
+      int waves, int wave_lds_bytes, int blocks_per_wave, int log2_k_slices
+#define MOE_INT4_GEMM_ARGS                                                            \
+  const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,     \
+      int64_t c_stride_m, const int32_t *expert_ids, const int32_t *sorted_token_ids, \
+      int block_size_m, int num_rows, int top_k, int waves, int wave_lds_bytes,       \
+      int blocks_per_wave
+
+// X(op, dtype name, dtype tag, group size, zero points name, has zero points, T)
+#define MOE_INT4_FOR_T(X, OP, NAME, DT, G, ZNAME, ZP) \
+  X(OP, NAME, DT, G, ZNAME, ZP, 1) X(OP, NAME, DT, G, ZNAME, ZP, 8)
+#define MOE_INT4_FOR_ZP(X, OP, NAME, DT, G)      \
+  MOE_INT4_FOR_T(X, OP, NAME, DT, G, sym, false) \
+  MOE_INT4_FOR_T(X, OP, NAME, DT, G, zp, true)
+#define MOE_INT4_FOR_GROUP(X, OP, NAME, DT) \
+  MOE_INT4_FOR_ZP(X, OP, NAME, DT, 32)      \
+  MOE_INT4_FOR_ZP(X, OP, NAME, DT, 64)      \
+  MOE_INT4_FOR_ZP(X, OP, NAME, DT, 128)
+#define MOE_INT4_FOR_ALL(X, OP)             \
+  MOE_INT4_FOR_GROUP(X, OP, f16, gpu::Half) \
+  MOE_INT4_FOR_GROUP(X, OP, bf16, gpu::BFloat16)
+
+#define MOE_INT4_NAME(OP, NAME, G, ZNAME, T) moe_int4_##OP##_##NAME##_g##G##_##ZNAME##_t##T
+
+#define MOE_INT4_DECLARE_gate_up MOE_INT4_GATE_UP_ARGS
+#define MOE_INT4_DECLARE_down MOE_INT4_DOWN_ARGS
+#define MOE_INT4_DECLARE_gemm MOE_INT4_GEMM_ARGS
+#define MOE_INT4_DECLARE(OP, NAME, DT, G, ZNAME, ZP, T)                                  \
+  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME, \
+                                                                     T)(MOE_INT4_DECLARE_##OP);
+
+MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, gate_up)
+MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, down)
+MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, gemm)

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+#include "launch.h"
+
+#include <stdexcept>
+#include <type_traits>
+
+#include "entry_points.h"
+#include "tuning.h"
+
+namespace moe_int4 {
+namespace {
+
+#if defined(HYBRID_W4A16_CUDA)
+constexpr Family kFamily = Family::kCuda;
+#elif defined(HYBRID_W4A16_HIP)
+constexpr Family kFamily = Family::kRdna;
+#else
+constexpr Family kFamily = Family::kHost;
+#endif
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+template <typename DT>
+constexpr DType dtype_of() {
+  return std::is_same_v<DT, gpu::Half> ? DType::kHalf : DType::kBFloat16;
+}
+
+#define MOE_INT4_CASE(OP, NAME, DT, G, ZNAME, ZP, T)                                        \
+  if (dtype == dtype_of<DT>() && w.group_size == G && (w.zeros != nullptr) == ZP && t == T) \
+    return MOE_INT4_NAME(OP, NAME, G, ZNAME, T);
+
+// The entry point for a call whose tokens (or rows of a block) share weights `t` at a time. Group
+// sizes other than 32, 64 and 128 do not get here.
+auto gate_up_kernel(DType dtype, const Weights& w, int t) {
+  MOE_INT4_FOR_ALL(MOE_INT4_CASE, gate_up)
+  throw std::runtime_error("gate_up: no kernel");
+}
+auto down_kernel(DType dtype, const Weights& w, int t) {
+  MOE_INT4_FOR_ALL(MOE_INT4_CASE, down)
+  throw std::runtime_error("down: no kernel");
+}
+auto gemm_kernel(DType dtype, const Weights& w, int t) {
+  MOE_INT4_FOR_ALL(MOE_INT4_CASE, gemm)
+  throw std::runtime_error("gemm: no kernel");
+}
+
+// A row stride, given that kernels index within an expert in 32 bits.
+int small(int64_t stride, int rows) {
+  if (stride * rows > INT32_MAX) {
+    throw std::runtime_error("an expert's weights span 2^31 elements or more: not supported");
+  }
+  return static_cast<int>(stride);
+}
+
+}  // namespace
+
+void launch_gemm(const GemmArgs& args, void* stream) {
+  const Weights& w = args.w;
+  if (args.num_blocks == 0) return;
+  const int waves = tuning(kFamily, w.k).gemm_waves;
+  const int rows = args.block_size_m == 1 ? 1 : kMaxSlots;
+  const int wave_lds = lds_bytes_per_wave(rows, args.block_size_m);
+  gpu::launch(gemm_kernel(args.dtype, w, rows),
+              {ceil_div(w.n, kRowsPerWave), args.num_blocks, 1, waves * gpu::kWaveSize,
+               waves * wave_lds, false},
+              stream, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+              static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
+              w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
+              args.c_stride_m, args.expert_ids, args.sorted_token_ids, args.block_size_m,
+              args.num_rows, args.top_k, waves, wave_lds, ceil_div(ceil_div(w.k, kBlockK), waves));
+}
+
+void launch_gate_up(const GateUpArgs& args, void* stream) {
+  const Weights& w = args.w;
+  const Routing& r = args.routing;
+  if (r.num_tokens == 0) return;
+  const int inter = w.n / 2;
+  const int tokens = r.num_tokens == 1 ? 1 : kMaxSlots;
+  const int waves = tuning(kFamily, w.k).gate_up_waves;
+  const int wave_lds = lds_bytes_per_wave(tokens, r.num_tokens);
+  gpu::launch(gate_up_kernel(args.dtype, w, tokens),
+              {ceil_div(inter, kRowGroups), r.top_k, r.num_tokens, waves * gpu::kWaveSize,
+               waves * wave_lds, true},
+              stream, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+              static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
+              w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
+              args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
+              r.map_size, r.num_tokens, r.top_k, static_cast<int>(args.activation), args.alpha,
+              args.beta, args.limit, waves, wave_lds, ceil_div(ceil_div(w.k, kBlockK), waves));
+}
+
+void launch_down(const DownArgs& args, void* stream) {
+  const Weights& w = args.w;
+  const Routing& r = args.routing;
+  if (r.num_tokens == 0) return;
+  const int tokens = r.num_tokens == 1 ? 1 : kMaxSlots;
+  const Tuning& tuned = tuning(kFamily, w.k);
+  const int waves = tuned.down_waves;
+  const int wave_lds = lds_bytes_per_wave(tokens, r.num_tokens);
+  gpu::launch(down_kernel(args.dtype, w, tokens),
+              {ceil_div(w.n, kRowsPerWave), ceil_div(r.num_tokens, tokens), 1,
+               waves * gpu::kWaveSize, waves * wave_lds, true},
+              stream, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+              static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
+              w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
+              args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
+              r.map_size, r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, waves,
+              wave_lds, ceil_div(ceil_div(w.k, kBlockK), 1 << tuned.down_log2_k_slices),
+              tuned.down_log2_k_slices);
+}
+
+}  // namespace moe_int4

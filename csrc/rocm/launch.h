@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// Starts the GPU kernels. Nothing here waits for the device, allocates, or depends on values in
+// device memory, so every call can be captured in a graph. Throws std::runtime_error.
+#pragma once
+
+#include "moe_int4_args.h"
+
+namespace moe_int4 {
+
+void launch_gemm(const GemmArgs& args, void* stream);
+void launch_gate_up(const GateUpArgs& args, void* stream);
+void launch_down(const DownArgs& args, void* stream);
+
+}  // namespace moe_int4

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// Second half of a decode step: down projection, router weights and the sum over the picked
+// experts. A block owns kRowsPerWave output columns for a block of T tokens. Its waves share the
+// pairs (token, t), and 2^log2_k_slices waves share each pair's k; a wave adds its pairs' results
+// into its own sums in LDS in pair order, and the waves' sums meet in wave order: the same bits on
+// every run.
+#include "entry_points.h"
+#include "slots.cuh"
+#include "wave_tile.cuh"
+
+namespace moe_int4 {
+
+template <typename DT, int G, bool ZP, int T>
+GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
+  const WeightStack weights = MOE_INT4_WEIGHT_STACK;
+  const Router router = MOE_INT4_ROUTER;
+  const int first_token = gpu::block_y() * T;
+  const int tokens = num_tokens - first_token < T ? num_tokens - first_token : T;
+  const int first_row = gpu::block_x() * kRowsPerWave;
+  const int index0 = first_row + lane_row(), index1 = index0 + kRowGroups;
+  const int row0 = index0 < n ? index0 : n - 1, row1 = index1 < n ? index1 : n - 1;
+  const int blocks = (k + kBlockK - 1) / kBlockK;
+  const int first = (gpu::wave() & ((1 << log2_k_slices) - 1)) * blocks_per_wave;
+  const int last = first + blocks_per_wave < blocks ? first + blocks_per_wave : blocks;
+  char* const lds = gpu::dynamic_lds();
+  const WaveLds mine = wave_lds(lds + gpu::wave() * wave_lds_bytes, T);
+  const auto* const acts = static_cast<const uint16_t*>(a);
+  for (int i = gpu::lane(); i < tokens * kRowsPerWave; i += gpu::kWaveSize) mine.results[i] = 0.0f;
+
+  gpu::wait_previous_grid();
+  gpu::allow_next_grid();
+  const auto multiply = [&](auto& tile, int expert, const WeightRow& upper, const WeightRow& lower,
+                            int count, const auto& row_of) {
+    tile.run(weights.at(expert, upper), weights.at(expert, lower), row_of, mine.staged);
+    tile.for_each_result([&](int s, int r, float sum) {
+      if (s >= count) return;
+      mine.results[mine.out_row[s] * kRowsPerWave + r * kRowGroups + lane_row()] +=
+          mine.weight[s] * sum;
+    });
+  };
+  int token = first_token, t = gpu::wave() >> log2_k_slices;
+  for (; first < last; t += waves >> log2_k_slices) {
+    for (; t >= top_k; t -= top_k) ++token;
+    if (token >= first_token + tokens) break;
+    gpu::wave_barrier();  // the lists and results of the previous pair have been used
+    const auto visit = [&](int slot, int slot_token, int slot_t) {
+      mine.in_row[slot] = slot_token * top_k + slot_t;
+      mine.out_row[slot] = slot_token - first_token;
+      mine.weight[slot] =
+          topk_weights == nullptr ? 1.0f : topk_weights[slot_token * tw_stride_m + slot_t];
+    };
+    if constexpr (T == 1) {
+      const auto row_of = [&](int) {
+        return acts + (static_cast<int64_t>(token) * top_k + t) * a_stride_m;
+      };
+      WaveTile<DT, G, ZP, 1> tile(first, last, k);
+      const int id = router.id(token, t);
+      tile.start(row_of);
+      const WeightRow upper = tile.row(weights, row0), lower = tile.row(weights, row1);
+      const int expert = gpu::uniform(router.local_expert(id));
+      if (expert < 0) continue;
+      if (gpu::lane() == 0) visit(0, token, t);
+      multiply(tile, expert, upper, lower, 1, row_of);
+    } else {
+      const int id = gpu::uniform(router.id(token, t));
+      const int expert = gpu::uniform(router.local_expert(id));
+      if (expert < 0) continue;
+      const int count = list_slots<T>(router, first_token, tokens, token, t, id, visit);
+      if (count == 0) continue;
+      gpu::wave_barrier();
+      with_slots(count, [&](auto slots) {
+        const auto row_of = [&](int s) {
+          return s < count ? acts + mine.in_row[s] * a_stride_m : nullptr;
+        };
+        WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
+        tile.start(row_of);
+        multiply(tile, expert, tile.row(weights, row0), tile.row(weights, row1), count, row_of);
+      });
+    }
+  }
+  gpu::block_barrier();
+
+  const int thread = gpu::wave() * gpu::kWaveSize + gpu::lane();
+  for (int i = thread; i < tokens * kRowsPerWave; i += waves * gpu::kWaveSize) {
+    const int column = first_row + i % kRowsPerWave;
+    if (column >= n) continue;
+    float sum = 0.0f;
+    for (int w = 0; w < waves; ++w) sum += wave_lds(lds + w * wave_lds_bytes, T).results[i];
+    static_cast<uint16_t*>(c)[(first_token + i / kRowsPerWave) * c_stride_m + column] =
+        Format<DT>::from_float(sum);
+  }
+}
+
+}  // namespace moe_int4
+
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                             \
+  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,           \
+                                                                     T)(MOE_INT4_DOWN_ARGS) {      \
+    moe_int4::down<DT, G, ZP, T>(a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e,     \
+                                 s_stride_n, zeros, z_stride_e, z_stride_n8, num_experts, n, k, c, \
+                                 c_stride_m, ids, ids_are_int64, ids_stride_m, expert_map,         \
+                                 map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves,    \
+                                 wave_lds_bytes, blocks_per_wave, log2_k_slices);                  \
+  }
+MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, down)

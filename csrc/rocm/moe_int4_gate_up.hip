@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// First half of a decode step: gate and up projections of the experts that the router picked, with
+// the activation function in the epilogue. A block owns kRowGroups indices of the intermediate size
+// for one pair (token, t); a lane owns gate row i and up row i + inter; the block's waves share k
+// and their sums meet in LDS, in wave order. A block whose expert an earlier token of its block
+// of T tokens picked too has nothing to do: that token's block serves both.
+#include "activation.cuh"
+#include "entry_points.h"
+#include "slots.cuh"
+#include "wave_tile.cuh"
+
+namespace moe_int4 {
+
+template <typename DT, int G, bool ZP, int T>
+GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
+  const WeightStack weights = MOE_INT4_WEIGHT_STACK;
+  const Router router = MOE_INT4_ROUTER;
+  const int token = gpu::block_z(), t = gpu::block_y();
+  const int first_token = token / T * T;
+  const int tokens = num_tokens - first_token < T ? num_tokens - first_token : T;
+  const int first_row = gpu::block_x() * kRowGroups;
+  const int index = first_row + lane_row(), row = index < inter ? index : inter - 1;
+  const int blocks = (k + kBlockK - 1) / kBlockK;
+  const int first = gpu::wave() * blocks_per_wave;
+  const int last = first + blocks_per_wave < blocks ? first + blocks_per_wave : blocks;
+  char* const lds = gpu::dynamic_lds();
+  const WaveLds mine = wave_lds(lds + gpu::wave() * wave_lds_bytes, T);
+  const auto* const acts = static_cast<const uint16_t*>(a);
+
+  gpu::wait_previous_grid();
+  gpu::allow_next_grid();
+  int count = 1;
+  const auto multiply = [&](auto& tile, int expert, const WeightRow& gate, const WeightRow& up,
+                            const auto& row_of) {
+    tile.run(weights.at(expert, gate), weights.at(expert, up), row_of, mine.staged);
+    tile.for_each_result([&](int s, int r, float sum) {
+      mine.results[s * kRowsPerWave + r * kRowGroups + lane_row()] = sum;
+    });
+  };
+  if constexpr (T == 1) {
+    const auto row_of = [&](int) { return acts + token * a_stride_m; };
+    WaveTile<DT, G, ZP, 1> tile(first, last, k);
+    const int id = router.id(token, t);
+    tile.start(row_of);
+    const WeightRow gate = tile.row(weights, row), up = tile.row(weights, row + inter);
+    const int expert = gpu::uniform(router.local_expert(id));
+    if (expert < 0) return;
+    multiply(tile, expert, gate, up, row_of);
+    if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
+  } else {
+    const int id = gpu::uniform(router.id(token, t));
+    const int expert = gpu::uniform(router.local_expert(id));
+    if (expert < 0) return;
+    count = list_slots<T>(router, first_token, tokens, token, t, id,
+                          [&](int slot, int slot_token, int slot_t) {
+                            mine.in_row[slot] = slot_token;
+                            mine.out_row[slot] = slot_token * top_k + slot_t;
+                          });
+    if (count == 0) return;
+    gpu::wave_barrier();
+    with_slots(count, [&](auto slots) {
+      const auto row_of = [&](int s) {
+        return s < count ? acts + mine.in_row[s] * a_stride_m : nullptr;
+      };
+      WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
+      tile.start(row_of);
+      multiply(tile, expert, tile.row(weights, row), tile.row(weights, row + inter), row_of);
+    });
+  }
+  gpu::block_barrier();
+
+  const int thread = gpu::wave() * gpu::kWaveSize + gpu::lane();
+  for (int i = thread; i < count * kRowGroups; i += waves * gpu::kWaveSize) {
+    const int s = i / kRowGroups, r = i % kRowGroups;
+    if (first_row + r >= inter) continue;
+    float gate = 0.0f, up = 0.0f;
+    for (int w = 0; w < waves; ++w) {
+      const float* sums = wave_lds(lds + w * wave_lds_bytes, T).results + s * kRowsPerWave;
+      gate += sums[r];
+      up += sums[r + kRowGroups];
+    }
+    static_cast<uint16_t*>(c)[mine.out_row[s] * c_stride_m + first_row + r] =
+        Format<DT>::from_float(activate(activation, gate, up, alpha, beta, limit));
+  }
+}
+
+}  // namespace moe_int4
+
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                            \
+  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,          \
+                                                                     T)(MOE_INT4_GATE_UP_ARGS) {  \
+    moe_int4::gate_up<DT, G, ZP, T>(a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, \
+                                    s_stride_n, zeros, z_stride_e, z_stride_n8, num_experts,      \
+                                    inter, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m,    \
+                                    expert_map, map_size, num_tokens, top_k, activation, alpha,   \
+                                    beta, limit, waves, wave_lds_bytes, blocks_per_wave);         \
+  }
+MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, gate_up)

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// The int4 MoE ops for CUDA and HIP devices (torch calls both CUDA). Schemas:
+// csrc/torch_bindings.cpp.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <string>
+
+#include "build_info.h"
+#include "launch.h"
+#include "moe_int4_checks.h"
+
+namespace moe_int4::gpu {
+namespace {
+
+// Makes a tensor's device current and finds its stream.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& t) : guard_(t.get_device_index()) {
+    require_current_device();
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+void gemm_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+             const Tensor& expert_ids, int64_t block_size_m, int64_t cu_count, int64_t group_size,
+             const std::optional<Tensor>& zero_points,
+             const std::optional<Tensor>& sorted_token_ids, int64_t top_k) {
+  const GemmArgs args = check_gemm(DeviceType::CUDA, a, w, scales, c, expert_ids, block_size_m,
+                                   cu_count, group_size, zero_points, sorted_token_ids, top_k);
+  launch_gemm(args, OnDeviceOf(a).stream());
+}
+
+void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+                const Tensor& topk_ids, std::string activation, int64_t cu_count,
+                int64_t group_size, const std::optional<Tensor>& zero_points,
+                const std::optional<Tensor>& expert_map, double alpha, double beta,
+                std::optional<double> limit) {
+  const GateUpArgs args =
+      check_gate_up(DeviceType::CUDA, a, w, scales, c, topk_ids, activation, cu_count, group_size,
+                    zero_points, expert_map, alpha, beta, limit);
+  launch_gate_up(args, OnDeviceOf(a).stream());
+}
+
+void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+             const Tensor& topk_ids, const std::optional<Tensor>& topk_weights, int64_t cu_count,
+             int64_t group_size, const std::optional<Tensor>& zero_points,
+             const std::optional<Tensor>& expert_map) {
+  const DownArgs args = check_down(DeviceType::CUDA, a, w, scales, c, topk_ids, topk_weights,
+                                   cu_count, group_size, zero_points, expert_map);
+  launch_down(args, OnDeviceOf(a).stream());
+}
+
+}  // namespace
+}  // namespace moe_int4::gpu
+
+STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CUDA, m) {
+  m.impl("fused_moe_wvSplitK_int4_gemm", TORCH_BOX(&moe_int4::gpu::gemm_op));
+  m.impl("fused_moe_wvSplitK_int4_gate_up", TORCH_BOX(&moe_int4::gpu::gate_up_op));
+  m.impl("fused_moe_wvSplitK_int4_down", TORCH_BOX(&moe_int4::gpu::down_op));
+}
