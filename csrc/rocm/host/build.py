@@ -30,11 +30,15 @@ DEFAULT_CACHE = CSRC_DIR.parent / "build" / "gpu_host"
 COMPILERS = ("clang++-22", "g++", "clang++")
 # -O1: ASan's reports stay readable and builds short. Uninitialised locals become a
 # pattern that spoils results instead of a lucky zero.
-FLAGS = (
-    "-std=c++17 -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined "
-    "-fno-sanitize-recover=all -ftrivial-auto-var-init=pattern "
-    f"-I{CSRC_DIR} -I{ROCM_DIR} -I{HOST_DIR} -Wall -Wextra"
-).split()
+SANITIZE = [
+    "-O1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-ftrivial-auto-var-init=pattern",
+]
+FLAGS = f"-std=c++17 -g1 -I{CSRC_DIR} -I{ROCM_DIR} -I{HOST_DIR} -Wall -Wextra".split()
+SCHEDULER = HOST_DIR / "scheduler.cpp"
 
 
 def kernel_sources() -> list[Path]:
@@ -55,9 +59,10 @@ def _key(*parts: bytes) -> str:
 
 
 def _compile(compiler: str, source: Path, mma: bool, cache: Path) -> Path:
-    command = [compiler, *FLAGS, f"-DGPU_HOST_MMA={int(mma)}", "-x", "c++"]
+    command = [compiler, *FLAGS, *(["-O2"] if source == SCHEDULER else SANITIZE)]
+    command += [f"-DGPU_HOST_MMA={int(mma)}", "-x", "c++"]
     preprocessed = _run([*command, "-E", str(source)])
-    identity = _run([compiler, "--version"]) + " ".join(FLAGS).encode()
+    identity = _run([compiler, "--version"]) + " ".join(command).encode()
     out = cache / f"{source.stem}-{_key(identity, preprocessed)}.o"
     if not out.exists():
         partial = out.with_suffix(f".{os.getpid()}")
@@ -83,7 +88,7 @@ def build(sources: list[Path], mma: bool, cache: Path) -> Path:
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
             pool.submit(_compile, compiler, source, mma, cache)
-            for source in [*sources, HOST_DIR / "scheduler.cpp"]
+            for source in [*sources, SCHEDULER]
         ]
         objects = [job.result() for job in jobs]
     key = _key(compiler.encode(), *(o.name.encode() for o in objects))

@@ -2,7 +2,8 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // The scheduler behind scheduler.h. One thread runs everything: the scheduler switches into a
-// lane's fiber, the lane runs until it must meet others (or ends) and switches back.
+// lane's fiber, the lane runs until it must meet others (or ends) and switches back. This file is
+// compiled without sanitizers: it reads LDS that it hides from lanes, and it does so often.
 #include "scheduler.h"
 
 #include <sanitizer/asan_interface.h>
@@ -16,6 +17,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 
 #if !defined(__x86_64__)
@@ -160,44 +162,68 @@ void wait(State state, const char* what) {
 // Finds LDS accesses of different lanes that no barrier orders. What a lane wrote shows as changed
 // bytes. Until the barrier they are poisoned while other lanes run, so that AddressSanitizer
 // reports the access itself. Forward and backward order together put each of two conflicting
-// accesses first once. Works in units of 2 bytes; AddressSanitizer can hide the end of an aligned
-// 8-byte granule but not its beginning alone: there only a second write is found, and reads show in
-// the results.
+// accesses first once; the detector sleeps in the others. It works in units of 2 bytes;
+// AddressSanitizer can hide the end of an aligned 8-byte granule but not its beginning alone: there
+// only a second write is found, and reads show in the results.
 class RaceDetector {
  public:
-  RaceDetector(char* lds, size_t bytes)
-      : lds_(lds), bytes_(bytes), before_(lds, lds + bytes), owner_(bytes / 2, kNobody) {}
+  RaceDetector(const char* lds, size_t bytes, int threads)
+      : lds_(reinterpret_cast<const uint16_t*>(lds)),
+        units_(bytes / 2),
+        before_(units_, 0xffff),
+        owner_(units_, kNobody),
+        written_(threads) {}
+  ~RaceDetector() { block_barrier(); }
 
+  // Hides from `thread` what it must not touch, given what was hidden from the lane before it.
   void before_lane(int thread) {
-    for (size_t granule = first_ / 4 * 4; granule < last_; granule += 4) {
-      const size_t end = std::min(granule + 4, owner_.size());
-      size_t hidden = end;
-      while (hidden > granule && foreign(owner_[hidden - 1], thread)) --hidden;
-      if (hidden < end) ASAN_POISON_MEMORY_REGION(lds_ + 2 * hidden, 2 * (end - hidden));
+    if (last_ < 0 || last_ / kWaveSize != thread / kWaveSize) {
+      for (const auto& granules : written_) hide(granules, thread);
+      hide(shared_, thread);
+    } else {
+      hide(written_[last_], thread);
+      hide(written_[thread], thread);
     }
+    last_ = thread;
   }
 
   void after_lane(int thread) {
-    if (first_ < last_) ASAN_UNPOISON_MEMORY_REGION(lds_, bytes_);
-    constexpr size_t kChunk = 512;
-    for (size_t at = 0; at < bytes_; at += kChunk) {
-      const size_t size = std::min(kChunk, bytes_ - at);
-      if (std::memcmp(lds_ + at, &before_[at], size) == 0) continue;
-      for (size_t unit = at / 2; unit < (at + size) / 2; ++unit) changed(unit, thread);
-      std::memcpy(&before_[at], lds_ + at, size);
+    constexpr size_t kChunk = 256;
+    for (size_t at = 0; at < units_; at += kChunk) {
+      const size_t end = std::min(at + kChunk, units_);
+      unsigned differ = 0;
+      for (size_t i = at; i < end; ++i) differ |= lds_[i] ^ before_[i];
+      if (differ == 0) continue;
+      for (size_t i = at; i < end; ++i) {
+        if (lds_[i] != before_[i]) changed(i, thread);
+      }
     }
   }
 
   // What the wave's lanes wrote so far is now theirs in common.
   void wave_barrier(int wave) {
-    for (size_t i = first_; i < last_; ++i) {
-      if (owner_[i] >= 0 && owner_[i] / kWaveSize == wave) owner_[i] = shared_by(wave);
+    const int first = wave * kWaveSize, end = first + kWaveSize;
+    for (int thread = first; thread < end; ++thread) {
+      for (size_t granule : written_[thread]) {
+        for (size_t i = 4 * granule; i < std::min(4 * granule + 4, units_); ++i) {
+          if (owner_[i] == thread) owner_[i] = shared_by(wave);
+        }
+      }
+    }
+    for (int thread = first; thread < end; ++thread) {
+      std::vector<size_t>& granules = written_[thread];
+      hide(granules, first);
+      shared_.insert(shared_.end(), granules.begin(), granules.end());
+      granules.clear();
     }
   }
 
   void block_barrier() {
+    __asan_unpoison_memory_region(lds_, 2 * units_);
     std::fill(owner_.begin(), owner_.end(), kNobody);
-    first_ = last_ = 0;
+    for (auto& granules : written_) granules.clear();
+    shared_.clear();
+    last_ = -1;
   }
 
  private:
@@ -207,35 +233,47 @@ class RaceDetector {
     return owner != kNobody && owner != thread && owner != shared_by(thread / kWaveSize);
   }
 
+  void hide(const std::vector<size_t>& granules, int thread) {
+    for (size_t granule : granules) {
+      const size_t first = 4 * granule, end = std::min(first + 4, units_);
+      size_t hidden = end;
+      while (hidden > first && foreign(owner_[hidden - 1], thread)) --hidden;
+      __asan_unpoison_memory_region(lds_ + first, 2 * (end - first));
+      if (hidden < end) __asan_poison_memory_region(lds_ + hidden, 2 * (end - hidden));
+    }
+  }
+
   void changed(size_t unit, int thread) {
-    if (std::memcmp(lds_ + 2 * unit, &before_[2 * unit], 2) == 0) return;
     if (foreign(owner_[unit], thread)) {
       fail("LDS race: thread " + std::to_string(thread) + " wrote byte " +
            std::to_string(2 * unit) + ", another lane did, with no barrier between");
     }
+    before_[unit] = lds_[unit];
     owner_[unit] = thread;
-    first_ = first_ < last_ ? std::min(first_, unit) : unit;
-    last_ = std::max(last_, unit + 1);
+    std::vector<size_t>& mine = written_[thread];
+    if (mine.empty() || mine.back() != unit / 4) mine.push_back(unit / 4);
   }
 
-  char* lds_;
-  size_t bytes_;
-  std::vector<char> before_;
-  std::vector<int> owner_;       // per unit
-  size_t first_ = 0, last_ = 0;  // units that have an owner lie in [first_, last_)
+  const uint16_t* lds_;
+  size_t units_;
+  std::vector<uint16_t> before_;
+  std::vector<int> owner_;                    // per unit
+  std::vector<std::vector<size_t>> written_;  // per thread: granules with units that it owns
+  std::vector<size_t> shared_;                // granules with units that waves own
+  int last_ = -1;                             // the thread that hide() served last
 };
 
 // Runs the lanes of `wave` until each of them waits or is done, then says what they wait for.
-State run_wave(int wave, RaceDetector& races) {
+State run_wave(int wave, RaceDetector* races) {
   Machine& m = machine();
   int lanes[kWaveSize];
   std::iota(lanes, lanes + kWaveSize, wave * kWaveSize);
   if (m.order.schedule == Schedule::kBackward) std::reverse(lanes, lanes + kWaveSize);
   if (m.order.schedule == Schedule::kRandom) std::shuffle(lanes, lanes + kWaveSize, m.rng);
   for (int lane : lanes) {
-    races.before_lane(lane);
+    if (races != nullptr) races->before_lane(lane);
     resume(lane);
-    races.after_lane(lane);
+    if (races != nullptr) races->after_lane(lane);
   }
 
   const Fiber& first = m.fibers[lanes[0]];
@@ -252,7 +290,7 @@ State run_wave(int wave, RaceDetector& races) {
         std::to_string(lanes[0] % kWaveSize) + " " + describe(first) + ", lane " +
         std::to_string(lane % kWaveSize) + " " + describe(f));
   }
-  if (first.state == State::kAtWaveBarrier) races.wave_barrier(wave);
+  if (first.state == State::kAtWaveBarrier && races != nullptr) races->wave_barrier(wave);
   return first.state;
 }
 
@@ -270,9 +308,11 @@ void run_block(size_t lds_bytes) {
   m.lds_bytes = lds_bytes;
   for (int i = 0; i < m.num_threads; ++i) reset_fiber(m.fibers[i]);
 
-  RaceDetector races(m.lds, lds_bytes);
   const bool whole_turns =
       m.order.schedule == Schedule::kForward || m.order.schedule == Schedule::kBackward;
+  std::optional<RaceDetector> detector;
+  if (whole_turns && lds_bytes != 0) detector.emplace(m.lds, lds_bytes, m.num_threads);
+  RaceDetector* const races = detector ? &*detector : nullptr;
   std::vector<int> ready(num_waves);
   std::iota(ready.begin(), ready.end(), 0);
   if (m.order.schedule == Schedule::kBackward) std::reverse(ready.begin(), ready.end());
@@ -298,7 +338,7 @@ void run_block(size_t lds_bytes) {
     std::sort(waiting.begin(), waiting.end());
     if (m.order.schedule == Schedule::kBackward) std::reverse(waiting.begin(), waiting.end());
     ready.swap(waiting);
-    races.block_barrier();
+    if (races != nullptr) races->block_barrier();
   }
   m.lds = nullptr;
 }
@@ -363,7 +403,7 @@ const std::vector<std::string>& launched_kernels() { return machine().launched; 
 
 // Sanitizer hooks. Fake stacks would double the cost of a switch and find nothing more here.
 extern "C" const char* __asan_default_options() {
-  return "detect_stack_use_after_return=0:detect_leaks=0:redzone=2048";
+  return "detect_stack_use_after_return=0:detect_leaks=0:redzone=2048:quarantine_size_mb=16";
 }
 extern "C" const char* __ubsan_default_options() { return "print_stacktrace=1"; }
 extern "C" void __ubsan_on_report() {

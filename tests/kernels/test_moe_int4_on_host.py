@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The GPU kernels of the int4 MoE ops, run on the host, against float64.
+
+Every kernel of csrc/rocm is executed with its real launcher, in five orders of lanes
+and waves, under AddressSanitizer and UBSan (csrc/rocm/host), once as it is built for
+gfx11 and gfx12 and once as it is built for matrix instructions. Buffers are exactly
+sized, gaps between rows and the outputs are poisoned, pointers are only as aligned as
+the ops demand. The inputs are fresh in every run; a failure names the seed that brings
+them back (environment variable HYBRID_W4A16_TEST_SEED).
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import os
+import platform
+import re
+import secrets
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "csrc" / "rocm" / "host" / "build.py"
+SEED = int(os.environ.get("HYBRID_W4A16_TEST_SEED", secrets.randbits(32)))
+
+HALF, BF16 = 0, 1  # moe_int4::DType
+TOLERANCE = {HALF: 2e-3, BF16: 8e-3}  # relative, Frobenius
+SILU, GELU, GELU_TANH = range(3)  # moe_int4::Activation
+NIBBLE_SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], dtype=np.uint32)
+
+
+# ------------------------------------------------------------------ data
+
+
+def to_bits(x, dtype):
+    """Rounds to fp16 or bf16; returns the bits as uint16."""
+    if dtype == HALF:
+        return x.astype(np.float16).view(np.uint16)
+    bits = np.asarray(x, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bits(bits, dtype):
+    """fp16 or bf16 bits to float64."""
+    if dtype == HALF:
+        return bits.view(np.float16).astype(np.float64)
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def spread(array, strides):
+    """The array's elements at `strides` (innermost 1) in an exactly sized flat buffer.
+
+    The gaps are all ones: NaN as a 16-bit or 32-bit float.
+    """
+    strides = (*strides, 1)
+    extents = ((n - 1) * s for n, s in zip(array.shape, strides, strict=True))
+    flat = np.full(sum(extents) + 1, np.iinfo(np.uint64).max).astype(array.dtype)
+    if array.dtype.kind == "f":
+        flat[:] = np.nan
+    view = np.lib.stride_tricks.as_strided(
+        flat, array.shape, [s * array.itemsize for s in strides]
+    )
+    view[...] = array
+    return flat.tobytes()
+
+
+@dataclasses.dataclass
+class Case:
+    """One op call: the fields for the runner and what must come back."""
+
+    fields: dict
+    expected: np.ndarray  # float64 [rows, columns]
+    written: np.ndarray  # bool [rows]
+    c_before: np.ndarray  # uint16, the whole output buffer
+    c_stride: int
+    dtype: int
+    label: str
+
+    def check(self, c):
+        """Asserts that `c`, the output buffer's bytes, is right and nothing else is."""
+        c = np.frombuffer(c, dtype=np.uint16)
+        untouched = np.ones(c.size, dtype=bool)
+        rows, columns = self.expected.shape
+        got = np.empty((rows, columns))
+        for row in range(rows):
+            span = slice(row * self.c_stride, row * self.c_stride + columns)
+            got[row] = from_bits(c[span], self.dtype)
+            untouched[span] = not self.written[row]
+        changed = np.flatnonzero(untouched & (c != self.c_before))
+        assert changed.size == 0, (
+            f"{self.label}: wrote elements {changed[:8]} of c's gaps"
+        )
+        want, got = self.expected[self.written], got[self.written]
+        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+        assert error < TOLERANCE[self.dtype], (
+            f"{self.label}: relative error {error:.2e}"
+        )
+
+
+class Maker:
+    """Random cases of one combination of op, dtype, group size and zero points."""
+
+    def __init__(self, op, dtype, group, zero_points):
+        self.op, self.dtype, self.group, self.zero_points = (
+            op,
+            dtype,
+            group,
+            zero_points,
+        )
+        names = ("gemm", "gate_up", "down").index(op), dtype, group, int(zero_points)
+        self.rng = np.random.default_rng([SEED, *names])
+
+    def pick(self, *values):
+        return values[self.rng.integers(len(values))]
+
+    def activations(self, fields, rows, columns, size=1.0):
+        """Adds a, normally distributed with deviation `size`; returns it as float64."""
+        a = size * self.rng.standard_normal((rows, columns))
+        bits = to_bits(a, self.dtype)
+        fields["a_stride_m"] = columns + self.pick(0, 0, 1, 8, 24)
+        fields["a"] = spread(bits, (fields["a_stride_m"],))
+        fields["a.offset"] = self.pick(0, 0, 2, 6)
+        return from_bits(bits, self.dtype)
+
+    def weights(self, fields, experts, n, k):
+        groups = k // self.group
+        q = self.rng.integers(0, 16, (experts, n, k), dtype=np.uint32)
+        words = (q.reshape(experts, n, k // 8, 8) << NIBBLE_SHIFTS).sum(
+            -1, dtype=np.uint32
+        )
+        stride = k // 8 + self.pick(0, 0, 4, 32)
+        fields["q_stride_n"], fields["q_stride_e"] = (
+            stride,
+            n * stride + self.pick(0, 8),
+        )
+        fields["q"] = spread(words, (fields["q_stride_e"], stride))
+
+        scales = to_bits(self.rng.uniform(0.5, 1.5, (experts, n, groups)), self.dtype)
+        stride = groups + self.pick(0, 0, 1, 5)
+        fields["s_stride_n"], fields["s_stride_e"] = (
+            stride,
+            n * stride + self.pick(0, 3),
+        )
+        fields["scales"] = spread(scales, (fields["s_stride_e"], stride))
+        fields["scales.offset"] = self.pick(0, 2)
+
+        zeros = np.full((experts, n, groups), 8)
+        fields["z_stride_n8"] = fields["z_stride_e"] = 0
+        if self.zero_points:
+            zeros = self.rng.integers(0, 16, zeros.shape, dtype=np.uint32)
+            shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
+            packed = (zeros.reshape(experts, n // 8, 8, groups) << shifts).sum(
+                -2, dtype=np.uint32
+            )
+            stride = groups + self.pick(0, 1)
+            fields["z_stride_n8"], fields["z_stride_e"] = stride, n // 8 * stride + 1
+            fields["zeros"] = spread(packed, (fields["z_stride_e"], stride))
+            fields["zeros.offset"] = self.pick(0, 4)
+        fields.update(num_experts=experts, n=n, k=k, group_size=self.group)
+        value = q.astype(np.float64) - np.repeat(zeros, self.group, -1)
+        return value * np.repeat(from_bits(scales, self.dtype), self.group, -1)
+
+    def routing(self, fields, tokens, top_k, experts):
+        """Adds the router's output; returns local experts [tokens, top_k], -1: none."""
+        ids = self.rng.integers(0, experts, (tokens, top_k))
+        local = ids
+        fields["map_size"] = 0
+        if self.pick(False, True):
+            size = experts + 3
+            table = np.full(size, -1, dtype=np.int32)
+            table[self.rng.permutation(size)[:experts]] = np.arange(experts)
+            ids = self.rng.integers(0, size, (tokens, top_k))
+            local = table[ids]
+            fields.update(expert_map=table.tobytes(), map_size=size)
+        elif self.pick(False, True):
+            ids = np.where(
+                self.rng.random(ids.shape) < 0.2, self.pick(-1, experts), ids
+            )
+            local = np.where((ids < 0) | (ids >= experts), -1, ids)
+        wide = self.pick(False, True)
+        stride = top_k + self.pick(0, 2)
+        fields["ids"] = spread(ids.astype(np.int64 if wide else np.int32), (stride,))
+        fields.update(ids_are_int64=int(wide), ids_stride_m=stride)
+        fields.update(num_tokens=tokens, top_k=top_k)
+        return local
+
+    def finish(self, fields, expected, written, label):
+        columns = expected.shape[1]
+        stride = columns + self.pick(0, 0, 1, 16)
+        size = (expected.shape[0] - 1) * stride + columns
+        before = self.rng.integers(0x7FC1, 0x7FFF, size, dtype=np.uint16)  # NaNs
+        fields.update(
+            op=self.op.encode(), dtype=self.dtype, cu_count=self.pick(1, 2, 40)
+        )
+        fields.update({"c": before.tobytes(), "c_stride_m": stride})
+        fields["c.offset"] = self.pick(0, 2)
+        label = f"seed {SEED}, {label}"
+        return Case(fields, expected, written, before, stride, self.dtype, label)
+
+    def gemm(self, block_size, n, k):
+        fields, rng = {}, self.rng
+        tokens, top_k, experts = self.pick(1, 3, 4), self.pick(1, 2, 3), self.pick(1, 3)
+        rows = tokens * top_k
+        a = self.activations(fields, tokens, k)
+        w = self.weights(fields, experts, n, k)
+        if self.pick(False, True):
+            ids = np.concatenate([rng.permutation(rows), [rows, rows + 7]])
+            ids = rng.permutation(ids)[: rng.integers(1, ids.size + 1)]
+            ids = np.pad(ids, (0, -ids.size % block_size), constant_values=rows)
+            fields["sorted_token_ids"] = ids.astype(np.int32).tobytes()
+        else:
+            ids = np.arange(rows + -rows % block_size)
+        ids = ids.reshape(-1, block_size)
+        block_experts = rng.integers(-1, experts, len(ids))
+        fields["expert_ids"] = block_experts.astype(np.int32).tobytes()
+        fields.update(num_blocks=len(ids), block_size_m=block_size)
+        fields.update(num_rows=rows, top_k=top_k)
+        expected, written = np.zeros((rows, n)), np.zeros(rows, dtype=bool)
+        for block, expert in zip(ids, block_experts, strict=True):
+            for row in block[(block < rows) & (expert >= 0)]:
+                expected[row], written[row] = w[expert] @ a[row // top_k], True
+        label = f"gemm block {block_size}, N {n}, K {k}, M {tokens}, top_k {top_k}"
+        return self.finish(fields, expected, written, label)
+
+    def gate_up(self, tokens, n, k):
+        fields = {}
+        top_k, experts = self.pick(1, 2, 3), self.pick(1, 2, 4)
+        a = self.activations(fields, tokens, k, size=0.25 / math.sqrt(k))
+        w = self.weights(fields, experts, 2 * n, k)
+        local = self.routing(fields, tokens, top_k, experts).reshape(-1)
+        kind, alpha, beta, limit = self.pick(
+            (SILU, 1.0, 0.0, math.inf),
+            (SILU, 1.702, 1.0, 0.7),
+            (GELU, 1.0, 0.0, math.inf),
+            (GELU_TANH, 1.0, 0.0, 1.5),
+        )
+        fields.update(activation=kind, alpha=alpha, beta=beta, limit=limit)
+        expected = np.zeros((tokens * top_k, n))
+        for row, expert in enumerate(local):
+            if expert >= 0:
+                gate, up = (w[expert] @ a[row // top_k]).reshape(2, n)
+                act = activate(kind, alpha, np.minimum(gate, limit))
+                expected[row] = act * (np.clip(up, -limit, limit) + beta)
+        label = (
+            f"gate_up M {tokens}, I {n}, K {k}, top_k {top_k}, E {experts}, act {kind}"
+        )
+        return self.finish(fields, expected, local >= 0, label)
+
+    def down(self, tokens, n, k):
+        fields = {}
+        top_k, experts = self.pick(1, 2, 3, 8), self.pick(1, 2, 4)
+        a = self.activations(fields, tokens * top_k, k)
+        w = self.weights(fields, experts, n, k)
+        local = self.routing(fields, tokens, top_k, experts)
+        scale = np.ones((tokens, top_k))
+        fields["tw_stride_m"] = 0
+        if self.pick(False, True, True):
+            scale = self.rng.random((tokens, top_k)).astype(np.float32)
+            fields["tw_stride_m"] = top_k + self.pick(0, 3)
+            fields["topk_weights"] = spread(scale, (fields["tw_stride_m"],))
+        expected = np.zeros((tokens, n))
+        for token, slot in np.argwhere(local >= 0):
+            product = w[local[token, slot]] @ a[token * top_k + slot]
+            expected[token] += scale[token, slot] * product
+        written = np.ones(tokens, dtype=bool)
+        label = f"down M {tokens}, N {n}, K {k}, top_k {top_k}, E {experts}"
+        return self.finish(fields, expected, written, label)
+
+    def cases(self):
+        """Every block size or token count, some of them with a short and a long K."""
+        sizes = range(1, 6) if self.op == "gemm" else range(1, 10)
+        step = 8 if self.zero_points else 1
+        for size in sizes:
+            both = (self.pick(1, 2, 3, 5) * self.group, 1024 + self.group)
+            for k in both if size in (1, 3, 8) else (self.pick(*both),):
+                n = step * int(self.rng.integers(1, 48 // step + 1))
+                yield getattr(self, self.op)(size, n, k)
+
+
+def activate(kind, alpha, x):
+    if kind == SILU:
+        return x / (1 + np.exp(-alpha * x))
+    if kind == GELU:
+        return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return x / 2 * (1 + np.tanh(inner))
+
+
+# ------------------------------------------------------------------ the runner
+
+
+def record(fields):
+    """Fields as the runner reads them: int64, double, and bytes as they are."""
+    parts = [struct.pack("<I", len(fields))]
+    for name, value in fields.items():
+        if isinstance(value, float):
+            value = struct.pack("<d", value)
+        elif not isinstance(value, bytes):
+            value = struct.pack("<q", int(value))
+        parts.append(struct.pack("<I", len(name)) + name.encode())
+        parts.append(struct.pack("<Q", len(value)) + value)
+    return b"".join(parts)
+
+
+def read_records(data):
+    at = 0
+
+    def take(count):
+        nonlocal at
+        at += count
+        return data[at - count : at]
+
+    while at < len(data):
+        fields = {}
+        for _ in range(struct.unpack("<I", take(4))[0]):
+            name = take(struct.unpack("<I", take(4))[0]).decode()
+            fields[name] = take(struct.unpack("<Q", take(8))[0])
+        yield fields
+
+
+@dataclasses.dataclass
+class Outcome:
+    cases: list
+    replies: list
+    returncode: int
+    stderr: str
+
+
+COMBINATIONS = [
+    (mma, op, dtype, group, zero_points)
+    for mma in (False, True)
+    for op in ("gemm", "gate_up", "down")
+    for dtype in (HALF, BF16)
+    for group in (32, 64, 128)
+    for zero_points in (False, True)
+]
+
+
+def run_combination(program, op, dtype, group, zero_points):
+    cases = list(Maker(op, dtype, group, zero_points).cases())
+    calls = b"".join(record(case.fields) for case in cases)
+    run = subprocess.run([program], input=calls, capture_output=True, check=False)
+    stderr = run.stderr.decode(errors="replace")
+    return Outcome(cases, list(read_records(run.stdout)), run.returncode, stderr)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    if platform.machine() != "x86_64":
+        pytest.skip("the host run switches fibers in x86-64 assembler")
+    found = {}
+    for mma in (False, True):
+        command = [sys.executable, BUILD, *(["--mma"] if mma else [])]
+        build = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert build.returncode == 0, build.stderr
+        found[mma] = build.stdout.strip()
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(programs):
+    """All combinations, run beside each other on all cores."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            key: pool.submit(run_combination, programs[key[0]], *key[1:])
+            for key in COMBINATIONS
+        }
+        return {key: job.result() for key, job in jobs.items()}
+
+
+def name_of(value):
+    names = {True: "yes", False: "no"}
+    return names[value] if isinstance(value, bool) else str(value)
+
+
+@pytest.mark.parametrize(
+    "combination", COMBINATIONS, ids=lambda c: "-".join(map(name_of, c))
+)
+def test_results_are_right_in_every_order(outcomes, combination):
+    outcome = outcomes[combination]
+    if outcome.returncode != 0:
+        stopped_at = outcome.cases[len(outcome.replies)].label
+        pytest.fail(f"{stopped_at}\n{outcome.stderr[:4000]}", pytrace=False)
+    assert len(outcome.replies) == len(outcome.cases) > 0
+    for case, reply in zip(outcome.cases, outcome.replies, strict=True):
+        assert reply["kernels"], case.label
+        case.check(reply["c"])
+
+
+@pytest.mark.parametrize("mma", [False, True])
+def test_every_kernel_ran(programs, outcomes, mma):
+    symbols = subprocess.run(
+        ["objdump", "-t", programs[mma]], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = set(re.findall(r"\bF gpu_kernels\s+\w+\s+(\w+)$", symbols, re.MULTILINE))
+    ran = {
+        kernel
+        for key, outcome in outcomes.items()
+        if key[0] == mma
+        for reply in outcome.replies
+        for kernel in reply["kernels"].decode().split()
+    }
+    assert kernels, "the program has no kernels"
+    assert kernels - ran == set()
+    assert ran - kernels == set()
