@@ -29,6 +29,16 @@ _ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "",
 }
 
+# Ends the process group given when its standard input ends, which is when the process
+# that started it is gone, even if that was killed.
+_WATCHDOG = """
+import os, sys, time
+sys.stdin.read()
+os.killpg(int(sys.argv[1]), 15)
+time.sleep(5)
+os.killpg(int(sys.argv[1]), 9)
+"""
+
 _POLL_S = 0.2
 _STOP_GRACE_S = 20.0
 _ERROR_LINE = re.compile(r"(?:^|\s)([\w.]*(?:Error|Exception): .*)")
@@ -49,7 +59,8 @@ class VllmServer:
     """A context manager: ``vllm serve`` runs inside, and nothing of it afterwards.
 
     It listens on the loopback interface only and runs in a process group of its own,
-    which is killed as a whole if it does not stop when asked to.
+    which is killed as a whole if it does not stop when asked to, and also when the
+    process that started it is killed.
 
     Args:
         model: checkpoint folder, served under the name ``MODEL_NAME``.
@@ -77,7 +88,7 @@ class VllmServer:
             )
         self.port = port or free_port()
         self.log = log
-        self.command = [
+        self._command = [
             str(program),
             "serve",
             str(model),
@@ -89,6 +100,7 @@ class VllmServer:
         merged = {**os.environ, **_ENVIRONMENT, **(environment or {})}
         self._environment = {k: v for k, v in merged.items() if v is not None}
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -98,13 +110,19 @@ class VllmServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                self.command,
+                self._command,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-c", _WATCHDOG, str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # it may find nothing left to kill
+            start_new_session=True,
+        )
         return self
 
     def __exit__(
@@ -175,6 +193,9 @@ class VllmServer:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+            if self._watchdog is not None:
+                self._watchdog.kill()
+                self._watchdog.communicate()
 
     def _healthy(self) -> bool:
         try:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(CHECKOUT / "tools"))
 from api_client import Client  # noqa: E402
 from vllm_server import VllmServer  # noqa: E402
 
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 
 # What each server is started with: vLLM's defaults with the switch at its default, and
 # eager mode under "require". The cache of compiled code is thrown away with the

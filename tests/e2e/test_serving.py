@@ -8,10 +8,10 @@ apart, a token that the reference likes almost as well. A completion without suc
 is the one that the reference itself would have generated.
 """
 
+import inspect
 import shlex
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def text(reference: ReferenceModel) -> list[int]:
     """Tokens of two modules of the standard library of the Python that runs this."""
-    sources = [Path(module.__file__).read_text() for module in (textwrap, shlex)]
+    sources = [inspect.getsource(module) for module in (textwrap, shlex)]
     encode = reference.tokenizer.encode
     return [token for source in sources for token in encode(source, verbose=False)]
 
