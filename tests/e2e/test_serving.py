@@ -32,7 +32,10 @@ MAX_TIE_SHARE = 0.05
 
 # Nats per token, served bf16 against the float32 reference.
 MAX_MEAN_DIFFERENCE = 0.01
-# transformers' own bf16 against float32: 0.0133, served when this was written: 0.0131.
+# transformers' own bf16 against float32: 0.0133; served when this was written: 0.011 to
+# 0.013, and 0.016 on the long prompt. The reference itself with one expert of the 96
+# damaged, against the intact one: 0.026 (gate and up swapped) to 0.070 (halves of K
+# swapped), while its perplexity moved by 0.3% to 1.8%.
 MAX_MEAN_ABSOLUTE_DIFFERENCE = 0.02
 MAX_PERPLEXITY_RATIO = 1.005
 
