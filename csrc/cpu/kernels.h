@@ -48,14 +48,14 @@ struct Tile {
   int32_t m;
   float* out;
   int64_t out_stride;
-  void* scratch;  // scratch_bytes(k, group_size), 64-byte aligned
+  void* scratch;  // scratch_bytes(k, group_size, m), 64-byte aligned
 };
 
 struct Kernels {
   const char* name;
   int64_t (*row_bytes)(DType dtype, int32_t k);       // of a prepared row, stride at least
   int32_t (*rows_allocated)(DType dtype, int32_t m);  // for an expert that has m rows
-  int64_t (*scratch_bytes)(int32_t k, int32_t group_size);
+  int64_t (*scratch_bytes)(int32_t k, int32_t group_size, int32_t m);
   void (*prepare)(const Source& source, const PreparedRows& rows);
   void (*multiply)(const Tile& tile);
   // c[i] = act(min(gate[i], limit)) * (clamp(up[i], -limit, limit) + beta), i < n.

@@ -3,12 +3,12 @@
 //
 // Kernels for AVX-512 with BF16 dot products (vdpbf16ps).
 //
-// Weights become q - 8 in bf16, which is exact: (words >> 4i) used as the index of a 16-bit table
-// look-up gives the pairs (v[2i], v[2i+1]) of 16 words; the look-up uses the low five bits, so a
-// table that repeats after 16 entries needs no masking. Activations are stored in the same order,
-// [chunk of 128][plane][i 0..3][word 0..15] pairs, padded with zeros. bf16 has one plane; fp16 is
-// split exactly into two bf16 planes, a = high + low. Products are summed per group and scaled in
-// fp32; a zero point other than 8 goes in as scale * (8 - zp) * (sum of the group's activations).
+// (words >> 4i) & 0x000f000f | 0x43004300 is the pair (v[2i], v[2i+1]) of 16 words as 128 + q in
+// bf16, exactly. Activations are stored in the same order, [chunk of 128][plane][i 0..3][word
+// 0..15] pairs, padded with zeros. bf16 has one plane; fp16 is split exactly into two bf16 planes,
+// a = high + low. Products are summed per group and scaled in fp32; the 128 and the zero point
+// leave as -scale * (128 + zp) * (sum of the group's activations), at the cost of five of fp32's
+// 24 bits.
 //
 // Few rows: lanes are words of a weight row, which is read once for up to four activation rows.
 // Many rows: 32 weight rows are transposed and dequantized so that lanes are weight rows, then
@@ -16,7 +16,7 @@
 #include <immintrin.h>
 
 #include "kernels_common.h"
-#include "transpose_avx512.h"
+#include "vectors_avx512.h"
 
 namespace moe_int4::cpu {
 namespace {
@@ -27,25 +27,10 @@ constexpr int32_t kPlaneBytes = 256;  // activations of a chunk, one plane
 constexpr int32_t kMaxFew = 4;        // activation rows per pass over a weight row
 constexpr int32_t kManyRows = 5;      // from here on dequantizing first is faster
 constexpr int32_t kColumns = 32;      // weight rows dequantized together
-constexpr int32_t kBlockK = 1024;     // of this many weights each: 64 KiB
+constexpr int32_t kBlockK = 256;      // of this many weights each: 16 KiB, stays in the first cache
 constexpr int32_t kMaxBlock = 12;     // activation rows per block: 24 accumulators
 
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
-
-// q - 8 in bf16 for q = 0..15, twice.
-alignas(64) constexpr uint16_t kDequantized[32] = {
-    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
-    0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-    0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-
-inline __m512i dequantize_table() { return _mm512_load_si512(kDequantized); }
-
-// Pairs i of 16 words.
-template <int32_t I>
-inline __m512bh pairs(__m512i words, __m512i table) {
-  const __m512i index = I == 0 ? words : _mm512_srli_epi32(words, 4 * I);
-  return (__m512bh)_mm512_permutexvar_epi16(index, table);
-}
 
 int64_t row_bytes(DType dtype, int32_t k) {
   return round_up<int64_t>(k, kChunk) / kChunk * kPlaneBytes * planes_of(dtype);
@@ -94,7 +79,7 @@ void prepare(const Source& source, const PreparedRows& rows) {
   }
 }
 
-// Scratch of a tile. Few rows: scales and scale * (8 - zp) of up to kMaxFew weight rows. Many
+// Scratch of a tile. Few rows: scales and -scale * (128 + zp) of up to kMaxFew weight rows. Many
 // rows: the same for kColumns weight rows, transposed, and the dequantized weights.
 struct Scratch {
   int64_t groups;  // padded, so that a vector can be read from the last group on
@@ -112,39 +97,37 @@ struct Scratch {
   }
 };
 
-int64_t scratch_bytes(int32_t k, int32_t group_size) {
+int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
   return Scratch::padded_groups(k, group_size) * 4 * (2 * kColumns + 2) + 2 * kColumns * kBlockK;
 }
 
-// Scales and scale * (8 - zp) of weight row n, padded with zeros.
-inline void load_row(const Tile& t, int32_t n, int64_t padded, float* scales, float* zeros) {
-  const int32_t groups = groups_of(t);
-  load_scales(t, n, scales);
-  for (int64_t g = groups; g < padded; ++g) scales[g] = 0;
-  if (t.zeros == nullptr) return;
-  load_zeros(t, n, zeros);
-  for (int32_t g = 0; g < groups; ++g) zeros[g] = scales[g] * (8.0f - zeros[g]);
-  for (int64_t g = groups; g < padded; ++g) zeros[g] = 0;
-}
-
 template <int32_t I, int32_t P, int32_t T, int32_t R>
-inline void accumulate(const __m512i (&words)[R], __m512i table, const char* const (&a)[T],
-                       int64_t offset, __m512 (&acc)[R][T]) {
+inline void accumulate(const __m512i (&words)[R], const char* const (&a)[T], int64_t offset,
+                       __m512 (&acc)[R][T]) {
   __m512bh b[R];
-  for (int32_t r = 0; r < R; ++r) b[r] = pairs<I>(words[r], table);
+  for (int32_t r = 0; r < R; ++r) b[r] = (__m512bh)pairs<I>(words[r]);
   for (int32_t p = 0; p < P; ++p) {
     for (int32_t i = 0; i < T; ++i) {
       const __m512bh x = (__m512bh)_mm512_load_si512(a[i] + P * offset + p * kPlaneBytes + I * 64);
       for (int32_t r = 0; r < R; ++r) acc[r][i] = _mm512_dpbf16_ps(acc[r][i], x, b[r]);
     }
   }
-  if constexpr (I < 3) accumulate<I + 1, P, T, R>(words, table, a, offset, acc);
+  if constexpr (I < 3) accumulate<I + 1, P, T, R>(words, a, offset, acc);
+}
+
+// The sums of four vectors.
+inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xee);
+  const __m512 abcd = _mm512_add_ps(low, high);  // sums of a, b, c and d in each quarter
+  return _mm_add_ps(_mm_add_ps(_mm512_extractf32x4_ps(abcd, 0), _mm512_extractf32x4_ps(abcd, 1)),
+                    _mm_add_ps(_mm512_extractf32x4_ps(abcd, 2), _mm512_extractf32x4_ps(abcd, 3)));
 }
 
 // R weight rows from n on times T activation rows from r0 on, P planes.
 template <int32_t P, int32_t T, int32_t R>
 void multiply_rows(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch) {
-  const __m512i table = dequantize_table();
   // Group of each word of a chunk, counted from the chunk's first group.
   const __m512i group_of_lane =
       _mm512_srlv_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -156,14 +139,12 @@ void multiply_rows(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch)
   const char* a[T];
   __m512 total[R][T] = {};
   for (int32_t i = 0; i < T; ++i) a[i] = t.a.data + (r0 + i) * t.a.stride;
-  if (t.zeros != nullptr) {
-    for (int32_t i = 0; i < T; ++i) {
-      const float* sums = t.a.sums + (r0 + i) * t.a.sums_stride;
-      for (int32_t g = 0; g < groups_of(t); g += 16) {
-        for (int32_t r = 0; r < R; ++r) {
-          total[r][i] = _mm512_fmadd_ps(_mm512_load_ps(scratch.zeros + r * scratch.groups + g),
-                                        _mm512_load_ps(sums + g), total[r][i]);
-        }
+  for (int32_t i = 0; i < T; ++i) {
+    const float* sums = t.a.sums + (r0 + i) * t.a.sums_stride;
+    for (int32_t g = 0; g < groups_of(t); g += 16) {
+      for (int32_t r = 0; r < R; ++r) {
+        total[r][i] = _mm512_fmadd_ps(_mm512_load_ps(scratch.zeros + r * scratch.groups + g),
+                                      _mm512_load_ps(sums + g), total[r][i]);
       }
     }
   }
@@ -180,7 +161,7 @@ void multiply_rows(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch)
     for (int32_t r = 0; r < R; ++r) {
       words[r] = _mm512_maskz_loadu_epi32(mask, q + r * t.q_stride + word);
     }
-    accumulate<0, P, T, R>(words, table, a, offset, acc);
+    accumulate<0, P, T, R>(words, a, offset, acc);
     for (int32_t r = 0; r < R; ++r) {
       const __m512 scale =
           _mm512_permutexvar_ps(group_of_lane, _mm512_loadu_ps(scales + r * scratch.groups));
@@ -190,8 +171,11 @@ void multiply_rows(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch)
     offset += kPlaneBytes;
   }
   for (int32_t i = 0; i < T; ++i) {
-    for (int32_t r = 0; r < R; ++r) {
-      t.out[(r0 + i) * t.out_stride + n + r - t.first] = _mm512_reduce_add_ps(total[r][i]);
+    float* out = t.out + (r0 + i) * t.out_stride + n - t.first;
+    if constexpr (R == 4) {
+      _mm_storeu_ps(out, sums_of(total[0][i], total[1][i], total[2][i], total[3][i]));
+    } else {
+      for (int32_t r = 0; r < R; ++r) out[r] = _mm512_reduce_add_ps(total[r][i]);
     }
   }
 }
@@ -199,8 +183,7 @@ void multiply_rows(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch)
 template <int32_t P, int32_t R>
 void multiply_all(const Tile& t, int32_t n, const Scratch& scratch) {
   for (int32_t r = 0; r < R; ++r) {
-    load_row(t, n + r, scratch.groups, scratch.scales + r * scratch.groups,
-             scratch.zeros + r * scratch.groups);
+    load_groups(t, n + r, scratch.scales + r * scratch.groups, scratch.zeros + r * scratch.groups);
   }
   constexpr int32_t kSome = R < 2 ? R : 2;  // weight rows at once beside 3 or 4 activation rows
   int32_t r = 0;
@@ -231,7 +214,6 @@ void multiply_few(const Tile& t, const Scratch& scratch) {
 // Dequantizes words [word0, word0 + count) of kColumns weight rows from n on into
 // [word][i 0..3][weight row 0..31] pairs. Rows past the last one repeat it.
 void dequantize(const Tile& t, int32_t n, int32_t word0, int32_t count, char* to) {
-  const __m512i table = dequantize_table();
   const int32_t last = t.first + t.columns - 1;
   for (int32_t half = 0; half < 2; ++half, to += 64) {
     const uint32_t* rows[16];
@@ -246,10 +228,10 @@ void dequantize(const Tile& t, int32_t n, int32_t word0, int32_t count, char* to
       transpose(v);
       for (int32_t j = 0; j < 16 && word + j < count; ++j) {
         char* out = to + (word + j) * 4 * 128;
-        _mm512_store_si512(out, (__m512i)pairs<0>(v[j], table));
-        _mm512_store_si512(out + 128, (__m512i)pairs<1>(v[j], table));
-        _mm512_store_si512(out + 256, (__m512i)pairs<2>(v[j], table));
-        _mm512_store_si512(out + 384, (__m512i)pairs<3>(v[j], table));
+        _mm512_store_si512(out, pairs<0>(v[j]));
+        _mm512_store_si512(out + 128, pairs<1>(v[j]));
+        _mm512_store_si512(out + 256, pairs<2>(v[j]));
+        _mm512_store_si512(out + 384, pairs<3>(v[j]));
       }
     }
   }
@@ -302,11 +284,9 @@ void multiply_block(const Tile& t, int32_t r0, const Block& block) {
         float* out = t.out + (r0 + r) * t.out_stride + block.column + 16 * h;
         __m512 total = _mm512_maskz_loadu_ps(block.mask[h], out);
         total = _mm512_fmadd_ps(acc[r][h], scale, total);
-        if (t.zeros != nullptr) {
-          const float sum = t.a.sums[(r0 + r) * t.a.sums_stride + g];
-          total = _mm512_fmadd_ps(_mm512_set1_ps(sum),
-                                  _mm512_load_ps(block.zeros + g * kColumns + 16 * h), total);
-        }
+        const float sum = t.a.sums[(r0 + r) * t.a.sums_stride + g];
+        total = _mm512_fmadd_ps(_mm512_set1_ps(sum),
+                                _mm512_load_ps(block.zeros + g * kColumns + 16 * h), total);
         _mm512_mask_storeu_ps(out, block.mask[h], total);
       }
     }
@@ -326,8 +306,8 @@ void multiply_many(const Tile& t, const Scratch& scratch) {
   for (int32_t column = 0; column < t.columns; column += kColumns) {
     const int32_t count = t.columns - column < kColumns ? t.columns - column : kColumns;
     for (int32_t j = 0; j < kColumns; ++j) {
-      load_row(t, t.first + column + (j < count ? j : count - 1), scratch.groups,
-               scratch.row_scales, scratch.row_zeros);
+      load_groups(t, t.first + column + (j < count ? j : count - 1), scratch.row_scales,
+                  scratch.row_zeros);
       for (int32_t g = 0; g < groups; ++g) {
         scratch.scales[g * kColumns + j] = scratch.row_scales[g];
         scratch.zeros[g * kColumns + j] = scratch.row_zeros[g];

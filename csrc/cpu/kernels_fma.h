@@ -97,7 +97,7 @@ struct Scratch {
   }
 };
 
-int64_t scratch_bytes(int32_t k, int32_t group_size) {
+int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
   const int64_t padded = round_up<int64_t>(k, kChunk);
   const int64_t groups = round_up<int64_t>(k / group_size, kSumsPadding);
   return 4 * (round_up<int64_t>(padded / 8, 16) + 2 * groups + kWeightRows * padded);

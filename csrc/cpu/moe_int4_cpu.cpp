@@ -155,7 +155,7 @@ class Call {
     rows_ = allocate(rows * row_stride_);
     sums_ = allocate(rows * sums_stride_ * 4);
     prepare(static_cast<const uint16_t*>(a), a_stride_m);
-    kernel_scratch_ = aligned(kernels_.scratch_bytes(w.k, w.group_size));
+    kernel_scratch_ = aligned(kernels_.scratch_bytes(w.k, w.group_size, grouping.max_count));
     thread_bytes_ = kernel_scratch_ + aligned(4 * floats_per_thread);
     scratch_ = allocate(thread_bytes_ * torch::stable::get_num_threads());
   }

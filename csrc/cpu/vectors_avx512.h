@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// AVX-512 helpers that the BF16 and AMX kernels have in common.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels_common.h"
+
+namespace moe_int4::cpu {
+namespace {
+
+// Transposes 16 vectors of 16 words.
+inline void transpose(__m512i (&v)[16]) {
+  __m512i w[16];
+  for (int32_t i = 0; i < 16; i += 2) {
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int32_t i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+  }
+  for (int32_t i = 0; i < 4; ++i) {
+    w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+    w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+    w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int32_t i = 0; i < 8; ++i) {
+    v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd);
+  }
+}
+
+// Pairs (v[2i], v[2i+1]) of 16 words as 128 + q in bf16.
+template <int32_t I>
+inline __m512i pairs(__m512i words) {
+  const __m512i shifted = I == 0 ? words : _mm512_srli_epi32(words, 4 * I);
+  constexpr int kAndThenOr = 0xea;  // (a & b) | c
+  return _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x000f000f),
+                                   _mm512_set1_epi32(0x43004300), kAndThenOr);
+}
+
+inline __mmask16 first_lanes(int32_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+}
+
+// Scales of weight row n and -scale * (128 + zp), one per group, padded with zeros to a multiple of
+// 16 groups.
+inline void load_groups(const Tile& t, int32_t n, float* scales, float* zeros) {
+  const uint16_t* from = static_cast<const uint16_t*>(t.scales) + n * t.s_stride;
+  const int32_t groups = groups_of(t);
+  for (int32_t g = 0; g < groups; g += 16) {
+    const __mmask16 mask = first_lanes(groups - g);
+    const __m256i raw = _mm256_maskz_loadu_epi16(mask, from + g);
+    const __m512 scale =
+        t.dtype == DType::kHalf
+            ? _mm512_cvtph_ps(raw)
+            : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+    __m512 offset = _mm512_set1_ps(-136.0f);
+    if (t.zeros != nullptr) {
+      const __m512i words = _mm512_maskz_loadu_epi32(mask, t.zeros + n / 8 * t.z_stride + g);
+      const __m512i zero = _mm512_and_si512(_mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * (n % 8))),
+                                            _mm512_set1_epi32(15));
+      offset = _mm512_sub_ps(_mm512_set1_ps(-128.0f), _mm512_cvtepi32_ps(zero));
+    }
+    _mm512_store_ps(scales + g, scale);
+    _mm512_store_ps(zeros + g, _mm512_mul_ps(scale, offset));
+  }
+}
+
+}  // namespace
+}  // namespace moe_int4::cpu
