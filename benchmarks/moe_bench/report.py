@@ -80,7 +80,7 @@ def write_plot(path: pathlib.Path, result: dict[str, Any]) -> None:
         axis.set_visible(False)
     machine, ceilings = result["machine"], result["ceilings"]
     figure.suptitle(
-        f"Routed experts of one layer, {rows[0]['dtype']} activations, "
+        f"Routed experts of one layer, {rows[0]['dtype']} activations\n"
         f"{machine.get('gpu') or machine['cpu']}"
         + ("" if machine.get("gpu") else f" ({machine['cpu_threads']} threads)")
         + f", read ceiling {ceilings['read_gbps']:.0f} GB/s",
