@@ -75,33 +75,29 @@ inline void allow_next_grid() {}
 inline void wait_previous_grid() {}
 
 inline uint32_t wave_ballot(bool p) {
-  const uint64_t* all = gpu_host::wave_gather(p, "wave_ballot");
+  const gpu_host::Registers* all = gpu_host::wave_gather({{p}}, "wave_ballot");
   uint32_t bits = 0;
-  for (int i = 0; i < kWaveSize; ++i) bits |= static_cast<uint32_t>(all[i]) << i;
+  for (int i = 0; i < kWaveSize; ++i) bits |= all[i].v[0] << i;
   return bits;
 }
 template <int Mask, typename T>
 T shuffle_xor(T v) {
   static_assert(sizeof(T) == 4 && (Mask == 1 || Mask == 2 || Mask == 4 || Mask == 8 || Mask == 16));
-  const uint64_t* all = gpu_host::wave_gather(bit_cast<uint32_t>(v), "shuffle_xor");
-  return bit_cast<T>(static_cast<uint32_t>(all[lane() ^ Mask]));
+  const auto* all = gpu_host::wave_gather({{bit_cast<uint32_t>(v)}}, "shuffle_xor");
+  return bit_cast<T>(all[lane() ^ Mask].v[0]);
 }
 inline void wave_barrier() { gpu_host::wave_barrier(); }
 inline void block_barrier() { gpu_host::block_barrier(); }
 
 template <typename DT>
 void mma_16x8x16(DT dtype, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  uint32_t all[6][kWaveSize];  // registers a[0..3], b[0..1] of every lane
-  for (int r = 0; r < 6; ++r) {
-    const uint64_t* values = gpu_host::wave_gather(r < 4 ? a[r] : b[r - 4], "mma_16x8x16");
-    for (int i = 0; i < kWaveSize; ++i) all[r][i] = static_cast<uint32_t>(values[i]);
-  }
+  const auto* all = gpu_host::wave_gather({{a[0], a[1], a[2], a[3], b[0], b[1]}}, "mma_16x8x16");
   for (int i = 0; i < 4; ++i) {
     const int row = lane() / 4 + (i / 2) * 8, column = lane() % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
       const int quad = k / 2 % 4, shift = k % 2 * 16;
-      const uint32_t x = all[row / 8 + k / 8 * 2][row % 8 * 4 + quad] >> shift;
-      const uint32_t y = all[4 + k / 8][column * 4 + quad] >> shift;
+      const uint32_t x = all[row % 8 * 4 + quad].v[row / 8 + k / 8 * 2] >> shift;
+      const uint32_t y = all[column * 4 + quad].v[4 + k / 8] >> shift;
       d[i] = std::fma(to_float(dtype, x), to_float(dtype, y), d[i]);
     }
   }

@@ -71,7 +71,7 @@ struct Fiber {
 };
 
 struct Wave {
-  uint64_t values[2][kWaveSize];  // two: a lane may be one meeting ahead of another
+  Registers values[2][kWaveSize];  // two: a lane may be one meeting ahead of another
 };
 
 struct Machine {
@@ -352,12 +352,12 @@ char* dynamic_lds() { return machine().lds; }
 void block_barrier() { wait(State::kAtBlockBarrier, "block_barrier"); }
 void wave_barrier() { wait(State::kAtWaveBarrier, "wave_barrier"); }
 
-const uint64_t* wave_gather(uint64_t value, const char* what) {
+const Registers* wave_gather(const Registers& values, const char* what) {
   Machine& m = machine();
   const int self = m.current;
   Wave& wave = m.waves[self / kWaveSize];
   const int parity = m.fibers[self].parity ^= 1;
-  wave.values[parity][self % kWaveSize] = value;
+  wave.values[parity][self % kWaveSize] = values;
   wait(State::kAtExchange, what);
   return wave.values[parity];
 }

@@ -28,6 +28,10 @@ struct Dim3 {
   int x = 1, y = 1, z = 1;
 };
 
+struct Registers {
+  uint32_t v[6];  // as many as the widest cross-lane operation takes
+};
+
 // The order in which the lanes of a launch run between two points where they must meet.
 enum class Schedule {
   kForward,     // each wave as far as it can go, first wave, first lane and first block first
@@ -50,10 +54,10 @@ char* dynamic_lds();  // null where the launch asked for none
 void block_barrier();
 void wave_barrier();
 
-// Meets the 32 lanes of the wave, but orders no memory; returns the 32 values that they brought, by
-// lane. The array holds until the lane's next meeting but one. `what` names the operation and must
+// Meets the 32 lanes of the wave, but orders no memory; returns what they brought, by lane.
+// The array holds until the lane's next meeting but one. `what` names the operation and must
 // agree between lanes.
-const uint64_t* wave_gather(uint64_t value, const char* what);
+const Registers* wave_gather(const Registers& values, const char* what);
 
 // Reports `message` with the kernel, block and lane that run now, and ends the process.
 [[noreturn]] void fail(const std::string& message);
