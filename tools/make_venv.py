@@ -20,6 +20,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = [CHECKOUT / "requirements" / name for name in ("cpu.txt", "dev.txt")]
 LIBRARY = CHECKOUT / "vllm" / "_hybrid_w4a16_C.so"
+CPU_NAME = CHECKOUT / "requirements" / "vllm-cpu-name"
 INPUTS = ["CMakeLists.txt", "setup.py", "pyproject.toml", "tools/overlay_target.py"]
 PROGRESS_SECONDS = 5
 LOG_LINES_SHOWN = 30
@@ -88,7 +89,8 @@ def hash_of(files: Iterable[Path]) -> str:
 
 def build_inputs() -> list[Path]:
     """What the op library and the installed metadata are made from."""
-    files = [*REQUIREMENTS, *(CHECKOUT / name for name in INPUTS)]
+    files = [*REQUIREMENTS, CPU_NAME / "pyproject.toml"]
+    files += [CHECKOUT / name for name in INPUTS]
     files += [path for path in (CHECKOUT / "csrc").rglob("*") if path.is_file()]
     return [path for path in files if "__pycache__" not in path.parts]
 
@@ -112,7 +114,7 @@ def check_tools() -> None:
 def make_venv(venv: Path) -> None:
     """Bring ``venv`` up to date; raises ``StepError``."""
     python = str(venv / "bin" / "python")
-    if not Path(python).exists():
+    if not (venv / "bin" / "pip").exists():  # the last thing that venv makes
         print(f"== Creating {venv}", flush=True)
         shutil.rmtree(venv, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
@@ -137,13 +139,19 @@ def make_venv(venv: Path) -> None:
         "project",
         "Building the op library and installing this project (editable)",
         hash_of(build_inputs()),
-        "the compiler's first error is in the log; g++ >= 11 and CMake >= 3.25 are "
-        "known to work.",
+        "look for the first error in the log; it works with g++ 12 and CMake 3.25.",
     )
     if not LIBRARY.exists():
         project.stamp.unlink(missing_ok=True)
     project.run(
-        [*pip_install, "--no-build-isolation", "-v", "-e", str(CHECKOUT)],
+        [
+            *pip_install,
+            "--no-build-isolation",
+            "-v",
+            str(CPU_NAME),
+            "--editable",
+            str(CHECKOUT),
+        ],
         ("[", "---", "vLLM ", "torch ", "CPU ", "HIP ", "CUDA "),
     )
 
