@@ -26,67 +26,70 @@ enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
 // One stack of expert weights [E, N, K] in packed form.
 struct Weights {
-  const uint32_t* q;          // [E, N, K/8]
+  const uint32_t* q;  // [E, N, K/8]
   int64_t q_stride_e, q_stride_n;
-  const void* scales;         // [E, N, K/G], DType
+  const void* scales;  // [E, N, K/G], DType
   int64_t s_stride_e, s_stride_n;
-  const uint32_t* zeros;      // [E, N/8, K/G] or null
+  const uint32_t* zeros;  // [E, N/8, K/G] or null
   int64_t z_stride_e, z_stride_n8;
-  int32_t num_experts;        // E: experts that live here
+  int32_t num_experts;  // E: experts that live here
   int32_t n, k, group_size;
 };
 
 // Router output. The local expert of (token m, slot t) is
 // map ? map[ids[m, t]] : ids[m, t]; a result outside 0..E-1 means "not here": the pair is skipped.
 struct Routing {
-  const void* ids;            // [M, top_k], int32 or int64
+  const void* ids;  // [M, top_k], int32 or int64
   bool ids_are_int64;
   int64_t ids_stride_m;
   const int32_t* expert_map;  // [map_size] or null
   int32_t map_size;
-  int32_t num_tokens;         // M
+  int32_t num_tokens;  // M
   int32_t top_k;
 };
 
 // fused_moe_wvSplitK_int4_gemm: row r of c = w[expert_ids[r_block]] applied to row id/top_k of a.
 struct GemmArgs {
   DType dtype;
-  const void* a;              // [M, K]
+  const void* a;  // [M, K]
   int64_t a_stride_m;
   Weights w;
-  void* c;                    // [M * top_k, N]
+  void* c;  // [M * top_k, N]
   int64_t c_stride_m;
   const int32_t* expert_ids;  // [num_blocks], -1: skip the block
-  const int32_t* sorted_token_ids;  // [num_blocks * block_size_m] or null (identity); >= M*top_k: padding
+  const int32_t*
+      sorted_token_ids;  // [num_blocks * block_size_m] or null (identity); >= M*top_k: padding
   int32_t num_blocks;
-  int32_t block_size_m;       // 1..5
-  int32_t num_rows;           // M * top_k
+  int32_t block_size_m;  // 1..5
+  int32_t num_rows;      // M * top_k
   int32_t top_k;
-  int32_t cu_count;           // compute units to spread over (GPU grid); ignored on the CPU
+  int32_t cu_count;  // compute units to spread over (GPU grid); ignored on the CPU
 };
 
-// fused_moe_wvSplitK_int4_gate_up: c[m*top_k + t, i] = act(gate row i, up row i + I) of expert (m, t).
+// fused_moe_wvSplitK_int4_gate_up: c[m*top_k + t, i] = act(gate row i, up row i + I) of expert (m,
+// t).
 struct GateUpArgs {
   DType dtype;
-  const void* a;              // [M, K]
+  const void* a;  // [M, K]
   int64_t a_stride_m;
-  Weights w;                  // n = 2 * I: rows 0..I-1 gate, I..2I-1 up
-  void* c;                    // [M * top_k, I]; rows of skipped pairs are not written
+  Weights w;  // n = 2 * I: rows 0..I-1 gate, I..2I-1 up
+  void* c;    // [M * top_k, I]; rows of skipped pairs are not written
   int64_t c_stride_m;
   Routing routing;
   Activation activation;
-  float alpha, beta, limit;   // limit = +inf: no clamp
+  float alpha, beta, limit;  // limit = +inf: no clamp
   int32_t cu_count;
 };
 
-// fused_moe_wvSplitK_int4_down: c[m] = sum over t of topk_weights[m, t] * w[expert(m, t)] a[m*top_k + t],
-// summed in fp32 in a fixed order. Every element of c is written (0 when all pairs are skipped).
+// fused_moe_wvSplitK_int4_down: c[m] = sum over t of topk_weights[m, t] * w[expert(m, t)] a[m*top_k
+// + t], summed in fp32 in a fixed order. Every element of c is written (0 when all pairs are
+// skipped).
 struct DownArgs {
   DType dtype;
-  const void* a;              // [M * top_k, K = I]
+  const void* a;  // [M * top_k, K = I]
   int64_t a_stride_m;
-  Weights w;                  // n = hidden size
-  void* c;                    // [M, N]
+  Weights w;  // n = hidden size
+  void* c;    // [M, N]
   int64_t c_stride_m;
   Routing routing;
   const float* topk_weights;  // [M, top_k] or null (weight 1: the router weight is on the input)
