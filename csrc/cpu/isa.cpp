@@ -32,6 +32,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // The processor has AMX tiles with bf16, the operating system saves them, and Linux lets this
@@ -40,7 +42,8 @@ bool has_amx_bf16() {
 #if defined(__linux__)
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr uint32_t kTileAndBf16 = 1u << 24 | 1u << 22;  // leaf 7, edx
-  if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 ||
+  if (!has_avx512_bf16() || !has_avx512_vnni() ||
+      __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 ||
       (edx & kTileAndBf16) != kTileAndBf16) {
     return false;
   }
@@ -60,6 +63,7 @@ constexpr Candidate kAll[] = {
 #if defined(__x86_64__)
     {&kAmxBf16, has_amx_bf16},
     {&kAvx512Bf16, has_avx512_bf16},
+    {&kAvx512Vnni, has_avx512_vnni},
     {&kAvx512, has_avx512},
     {&kAvx2, has_avx2},
 #endif

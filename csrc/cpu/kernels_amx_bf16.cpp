@@ -2,7 +2,7 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // Kernel for AMX (tdpbf16ps): experts with kFewestRows or more rows. Fewer rows are left to the
-// AVX512_BF16 kernels.
+// AVX512_VNNI kernels: where there is AMX, vdpbf16ps takes twice as long as vpdpwssd.
 //
 // A tile product is out^T[16 weight rows][16 activation rows] += w[16][32 k] * a^T[32 k][16]. In
 // this orientation weights need no transposition: 16 pairs of a weight row are one row of a tile.
@@ -31,7 +31,7 @@ bool uses_tiles(int32_t m) { return m >= kFewestRows; }
 
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
 
-int64_t row_bytes(DType dtype, int32_t k) { return kAvx512Bf16.row_bytes(dtype, k); }
+int64_t row_bytes(DType dtype, int32_t k) { return kAvx512Vnni.row_bytes(dtype, k); }
 
 int32_t rows_allocated(DType, int32_t m) { return uses_tiles(m) ? round_up(m, 16) : m; }
 
@@ -59,7 +59,7 @@ inline void load_pairs(DType dtype, const uint16_t* a, __m512i (&planes)[2]) {
 }
 
 void prepare(const Source& source, const PreparedRows& rows) {
-  if (!uses_tiles(source.m)) return kAvx512Bf16.prepare(source, rows);
+  if (!uses_tiles(source.m)) return kAvx512Vnni.prepare(source, rows);
   const int32_t planes = planes_of(source.dtype);
   const int32_t words = source.group_size / 8 < 16 ? source.group_size / 8 : 16;  // in a tile
   char* to = rows.data + source.begin * rows.stride;
@@ -119,7 +119,7 @@ int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
   const int64_t floats = 4 * 256 + int64_t{2} * kColumns * round_up(k / group_size, 16) +
                          int64_t{kColumns} * round_up(m, 32);
   const int64_t tiles = 4 * kChunkBytes + 4 * floats;
-  const int64_t few = kAvx512Bf16.scratch_bytes(k, group_size, m);
+  const int64_t few = kAvx512Vnni.scratch_bytes(k, group_size, m);
   return tiles > few ? tiles : few;
 }
 
@@ -330,8 +330,8 @@ void multiply_tiles(const Tile& t) {
   for (int32_t column = 0; column < t.columns; column += kColumns) {
     const RowsFrom rows{t, t.first + column};
     for (int32_t j = 0; j < kColumns; ++j) {
-      load_groups(t, rows[j], scratch.scales + j * scratch.groups,
-                  scratch.zeros + j * scratch.groups);
+      load_groups<128>(t, rows[j], scratch.scales + j * scratch.groups,
+                       scratch.zeros + j * scratch.groups);
     }
     memset(scratch.totals, 0, int64_t{4} * kColumns * round_up(t.m, 32));
     for (int32_t quarter = 0; quarter < 4; ++quarter) {
@@ -359,7 +359,7 @@ void multiply_groups(const Tile& t) {
 }
 
 void multiply(const Tile& t) {
-  if (!uses_tiles(t.m)) return kAvx512Bf16.multiply(t);
+  if (!uses_tiles(t.m)) return kAvx512Vnni.multiply(t);
   switch (t.group_size) {
     case 32:
       return multiply_groups<4>(t);

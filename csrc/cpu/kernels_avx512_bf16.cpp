@@ -4,45 +4,30 @@
 // Kernels for AVX-512 with BF16 dot products (vdpbf16ps).
 //
 // (words >> 4i) & 0x000f000f | 0x43004300 is the pair (v[2i], v[2i+1]) of 16 words as 128 + q in
-// bf16, exactly. Activations are stored in the same order, [chunk of 128][plane][i 0..3][word
-// 0..15] pairs, padded with zeros. bf16 has one plane; fp16 is split exactly into two bf16 planes,
+// bf16, exactly. bf16 activations have one plane; fp16 is split exactly into two bf16 planes,
 // a = high + low. Products are summed per group and scaled in fp32; the 128 and the zero point
 // leave as -scale * (128 + zp) * (sum of the group's activations), at the cost of five of fp32's
 // 24 bits.
 //
-// Few rows: lanes are words of a weight row, which is read once for up to four activation rows.
-// Many rows: 32 weight rows are transposed and dequantized so that lanes are weight rows, then
-// multiplied for blocks of up to kMaxBlock activation rows.
+// Few rows: few_rows_avx512.h. Many rows: 32 weight rows are transposed and dequantized so that
+// lanes are weight rows, then multiplied for blocks of up to kMaxBlock activation rows.
 #include <immintrin.h>
 
+#include "few_rows_avx512.h"
 #include "kernels_common.h"
-#include "vectors_avx512.h"
 
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kChunk = 128;       // weights in a vector of words
-constexpr int32_t kChunkWords = 16;   // words in it
-constexpr int32_t kPlaneBytes = 256;  // activations of a chunk, one plane
-constexpr int32_t kMaxFew = 4;        // activation rows per pass over a weight row
-constexpr int32_t kManyRows = 5;      // from here on dequantizing first is faster
-constexpr int32_t kColumns = 32;      // weight rows dequantized together
-constexpr int32_t kBlockK = 256;      // of this many weights each: 16 KiB, stays in the first cache
-constexpr int32_t kMaxBlock = 12;     // activation rows per block: 24 accumulators
+constexpr int32_t kManyRows = 5;   // from here on dequantizing first is faster
+constexpr int32_t kColumns = 32;   // weight rows dequantized together
+constexpr int32_t kBlockK = 256;   // of this many weights each: 16 KiB, stays in the first cache
+constexpr int32_t kMaxBlock = 12;  // activation rows per block: 24 accumulators
 
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
 
 int64_t row_bytes(DType dtype, int32_t k) {
   return round_up<int64_t>(k, kChunk) / kChunk * kPlaneBytes * planes_of(dtype);
-}
-
-void store_plane(const uint16_t* values, char* to) {
-  uint32_t words[64], ordered[64];
-  memcpy(words, values, sizeof(words));
-  for (int32_t i = 0; i < 4; ++i) {
-    for (int32_t j = 0; j < 16; ++j) ordered[16 * i + j] = words[4 * j + i];
-  }
-  memcpy(to, ordered, sizeof(ordered));
 }
 
 void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums) {
@@ -79,137 +64,46 @@ void prepare(const Source& source, const PreparedRows& rows) {
   }
 }
 
-// Scratch of a tile. Few rows: scales and -scale * (128 + zp) of up to kMaxFew weight rows. Many
-// rows: the same for kColumns weight rows, transposed, and the dequantized weights.
+// Scratch of a tile with many rows: scales and -scale * (128 + zp) of kColumns weight rows,
+// transposed, of one weight row, and the dequantized weights.
 struct Scratch {
-  int64_t groups;  // padded, so that a vector can be read from the last group on
+  int64_t groups;
   float *scales, *zeros, *row_scales, *row_zeros;
   char* weights;
-  explicit Scratch(const Tile& t) : groups(padded_groups(t.k, t.group_size)) {
+  explicit Scratch(const Tile& t) : groups(round_up(groups_of(t), 16)) {
     scales = static_cast<float*>(t.scratch);
     zeros = scales + kColumns * groups;
     row_scales = zeros + kColumns * groups;
     row_zeros = row_scales + groups;
     weights = reinterpret_cast<char*>(row_zeros + groups);
   }
-  static int64_t padded_groups(int32_t k, int32_t group_size) {
-    return round_up<int64_t>(k / group_size, kSumsPadding) + kSumsPadding;
-  }
 };
 
 int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
-  return Scratch::padded_groups(k, group_size) * 4 * (2 * kColumns + 2) + 2 * kColumns * kBlockK;
+  const int64_t many =
+      int64_t{8} * (kColumns + 1) * round_up(k / group_size, 16) + 2 * kColumns * kBlockK;
+  const int64_t few = few_scratch_bytes(k, group_size);
+  return many > few ? many : few;
 }
 
-template <int32_t I, int32_t P, int32_t T, int32_t R>
-inline void accumulate(const __m512i (&words)[R], const char* const (&a)[T], int64_t offset,
-                       __m512 (&acc)[R][T]) {
-  __m512bh b[R];
-  for (int32_t r = 0; r < R; ++r) b[r] = (__m512bh)pairs<I>(words[r]);
-  for (int32_t p = 0; p < P; ++p) {
-    for (int32_t i = 0; i < T; ++i) {
-      const __m512bh x = (__m512bh)_mm512_load_si512(a[i] + P * offset + p * kPlaneBytes + I * 64);
-      for (int32_t r = 0; r < R; ++r) acc[r][i] = _mm512_dpbf16_ps(acc[r][i], x, b[r]);
-    }
-  }
-  if constexpr (I < 3) accumulate<I + 1, P, T, R>(words, a, offset, acc);
-}
-
-// The sums of four vectors.
-inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  const __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xee);
-  const __m512 abcd = _mm512_add_ps(low, high);  // sums of a, b, c and d in each quarter
-  return _mm_add_ps(_mm_add_ps(_mm512_extractf32x4_ps(abcd, 0), _mm512_extractf32x4_ps(abcd, 1)),
-                    _mm_add_ps(_mm512_extractf32x4_ps(abcd, 2), _mm512_extractf32x4_ps(abcd, 3)));
-}
-
-// R weight rows from n on times T activation rows from r0 on, P planes.
-template <int32_t P, int32_t T, int32_t R>
-void multiply_rows(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch) {
-  // Group of each word of a chunk, counted from the chunk's first group.
-  const __m512i group_of_lane =
-      _mm512_srlv_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                        _mm512_set1_epi32(t.group_size == 32   ? 2
-                                          : t.group_size == 64 ? 3
-                                                               : 4));
-  const int32_t groups_per_chunk = kChunk / t.group_size;
-  const uint32_t* q = t.q + n * t.q_stride;
-  const char* a[T];
-  __m512 total[R][T] = {};
-  for (int32_t i = 0; i < T; ++i) a[i] = t.a.data + (r0 + i) * t.a.stride;
-  for (int32_t i = 0; i < T; ++i) {
-    const float* sums = t.a.sums + (r0 + i) * t.a.sums_stride;
-    for (int32_t g = 0; g < groups_of(t); g += 16) {
-      for (int32_t r = 0; r < R; ++r) {
-        total[r][i] = _mm512_fmadd_ps(_mm512_load_ps(scratch.zeros + r * scratch.groups + g),
-                                      _mm512_load_ps(sums + g), total[r][i]);
-      }
-    }
-  }
-  const int32_t words_per_row = t.k / 8;
-  const float* scales = scratch.scales;
-  // The next R rows are fetched in the order of their addresses: that is what memory is best at.
-  const char* ahead = row_ahead(t, n + R);
-  int64_t offset = 0;
-  for (int32_t word = 0; word < words_per_row; word += kChunkWords) {
-    const __mmask16 mask = first_lanes(words_per_row - word);
-    __m512i words[R];
-    __m512 acc[R][T] = {};
-    for (int32_t r = 0; r < R; ++r, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T0);
-    for (int32_t r = 0; r < R; ++r) {
-      words[r] = _mm512_maskz_loadu_epi32(mask, q + r * t.q_stride + word);
-    }
-    accumulate<0, P, T, R>(words, a, offset, acc);
-    for (int32_t r = 0; r < R; ++r) {
-      const __m512 scale =
-          _mm512_permutexvar_ps(group_of_lane, _mm512_loadu_ps(scales + r * scratch.groups));
-      for (int32_t i = 0; i < T; ++i) total[r][i] = _mm512_fmadd_ps(acc[r][i], scale, total[r][i]);
-    }
-    scales += groups_per_chunk;
-    offset += kPlaneBytes;
-  }
-  for (int32_t i = 0; i < T; ++i) {
-    float* out = t.out + (r0 + i) * t.out_stride + n - t.first;
-    if constexpr (R == 4) {
-      _mm_storeu_ps(out, sums_of(total[0][i], total[1][i], total[2][i], total[3][i]));
-    } else {
-      for (int32_t r = 0; r < R; ++r) out[r] = _mm512_reduce_add_ps(total[r][i]);
-    }
-  }
-}
-
-template <int32_t P, int32_t R>
-void multiply_all(const Tile& t, int32_t n, const Scratch& scratch) {
-  for (int32_t r = 0; r < R; ++r) {
-    load_groups(t, n + r, scratch.scales + r * scratch.groups, scratch.zeros + r * scratch.groups);
-  }
-  constexpr int32_t kSome = R < 2 ? R : 2;  // weight rows at once beside 3 or 4 activation rows
-  int32_t r = 0;
-  for (; t.m - r >= 3; r += t.m - r == 3 ? 3 : 4) {
-    for (int32_t i = 0; i < R; i += kSome) {
-      Scratch shifted = scratch;
-      shifted.scales += i * scratch.groups;
-      shifted.zeros += i * scratch.groups;
-      if (t.m - r == 3) {
-        multiply_rows<P, 3, kSome>(t, n + i, r, shifted);
-      } else {
-        multiply_rows<P, 4, kSome>(t, n + i, r, shifted);
-      }
-    }
-  }
-  if (t.m - r == 2) multiply_rows<P, 2, R>(t, n, r, scratch);
-  if (t.m - r == 1) multiply_rows<P, 1, R>(t, n, r, scratch);
-}
-
+// Weights as 128 + q, activations as they are in P planes.
 template <int32_t P>
-void multiply_few(const Tile& t, const Scratch& scratch) {
-  const int32_t end = t.first + t.columns;
-  int32_t n = t.first;
-  for (; n + 4 <= end; n += 4) multiply_all<P, 4>(t, n, scratch);
-  for (; n < end; ++n) multiply_all<P, 1>(t, n, scratch);
-}
+struct Bf16Dot {
+  using Sum = __m512;
+  static constexpr int32_t kPlanes = P;
+  static constexpr int32_t kOffset = 128;
+  static constexpr bool kSteps = false;
+  template <int32_t I>
+  static __m512i weights(__m512i words) {
+    return pairs<I>(words);
+  }
+  static Sum add(Sum sum, __m512i a, __m512i w) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)w);
+  }
+  static __m512 scaled(Sum sum, __m512 scale, __m512, __m512 total) {
+    return _mm512_fmadd_ps(sum, scale, total);
+  }
+};
 
 // Dequantizes words [word0, word0 + count) of kColumns weight rows from n on into
 // [word][i 0..3][weight row 0..31] pairs. Rows past the last one repeat it.
@@ -306,8 +200,8 @@ void multiply_many(const Tile& t, const Scratch& scratch) {
   for (int32_t column = 0; column < t.columns; column += kColumns) {
     const int32_t count = t.columns - column < kColumns ? t.columns - column : kColumns;
     for (int32_t j = 0; j < kColumns; ++j) {
-      load_groups(t, t.first + column + (j < count ? j : count - 1), scratch.row_scales,
-                  scratch.row_zeros);
+      load_groups<128>(t, t.first + column + (j < count ? j : count - 1), scratch.row_scales,
+                       scratch.row_zeros);
       for (int32_t g = 0; g < groups; ++g) {
         scratch.scales[g * kColumns + j] = scratch.row_scales[g];
         scratch.zeros[g * kColumns + j] = scratch.row_zeros[g];
@@ -339,11 +233,11 @@ void multiply_many(const Tile& t, const Scratch& scratch) {
 }
 
 void multiply(const Tile& t) {
-  const Scratch scratch(t);
+  const bool half = t.dtype == DType::kHalf;
   if (t.m < kManyRows) {
-    planes_of(t.dtype) == 1 ? multiply_few<1>(t, scratch) : multiply_few<2>(t, scratch);
+    half ? multiply_few<Bf16Dot<2>>(t) : multiply_few<Bf16Dot<1>>(t);
   } else {
-    planes_of(t.dtype) == 1 ? multiply_many<1>(t, scratch) : multiply_many<2>(t, scratch);
+    half ? multiply_many<2>(t, Scratch(t)) : multiply_many<1>(t, Scratch(t));
   }
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// AVX-512 helpers that the BF16 and AMX kernels have in common.
+// Helpers that the AVX-512 kernels have in common.
 #pragma once
 
 #include <immintrin.h>
@@ -49,8 +49,9 @@ inline __mmask16 first_lanes(int32_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }
 
-// Scales of weight row n and -scale * (128 + zp), one per group, padded with zeros to a multiple of
-// 16 groups.
+// Scales of weight row n and -scale * (Offset + zp), one per group, padded with zeros to a multiple
+// of 16 groups.
+template <int32_t Offset>
 inline void load_groups(const Tile& t, int32_t n, float* scales, float* zeros) {
   const uint16_t* from = static_cast<const uint16_t*>(t.scales) + n * t.s_stride;
   const int32_t groups = groups_of(t);
@@ -61,12 +62,12 @@ inline void load_groups(const Tile& t, int32_t n, float* scales, float* zeros) {
         t.dtype == DType::kHalf
             ? _mm512_cvtph_ps(raw)
             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-    __m512 offset = _mm512_set1_ps(-136.0f);
+    __m512 offset = _mm512_set1_ps(-Offset - 8);
     if (t.zeros != nullptr) {
       const __m512i words = _mm512_maskz_loadu_epi32(mask, t.zeros + n / 8 * t.z_stride + g);
       const __m512i zero = _mm512_and_si512(_mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * (n % 8))),
                                             _mm512_set1_epi32(15));
-      offset = _mm512_sub_ps(_mm512_set1_ps(-128.0f), _mm512_cvtepi32_ps(zero));
+      offset = _mm512_sub_ps(_mm512_set1_ps(-Offset), _mm512_cvtepi32_ps(zero));
     }
     _mm512_store_ps(scales + g, scale);
     _mm512_store_ps(zeros + g, _mm512_mul_ps(scale, offset));
