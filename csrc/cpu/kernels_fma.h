@@ -8,7 +8,7 @@
 // q * 16^p, exact as a float, so activations are stored divided by 16^p and no shift is needed:
 // chunk of LANES words: [p 0..7][lane] = a[8 * (word of lane) + value at nibble p] / 16^p.
 //
-// Few rows: each packed row is read once and multiplied for up to kMaxRows activation rows; the
+// Few rows: each packed row is read once and multiplied for up to four activation rows; the
 // zero points go in as sums. Many rows: a few weight rows are dequantized to fp32, then multiplied
 // for all activation rows.
 #pragma once
@@ -19,11 +19,11 @@ namespace moe_int4::cpu {
 namespace {
 
 constexpr int32_t kLanes = MOE_INT4_LANES;
-constexpr int32_t kChunk = 8 * kLanes;  // weights in one vector of words
-constexpr int32_t kMaxRows = 4;         // activation rows per pass
-constexpr int32_t kWeightRows = 4;      // dequantized weight rows per pass
-constexpr int32_t kRowsAhead = 4;       // weight rows between prefetch and use
-constexpr int32_t kManyRows = 8;        // from here on dequantizing first is faster
+constexpr int32_t kChunk = 8 * kLanes;                // weights in one vector of words
+constexpr int32_t kBlockRows = kLanes == 16 ? 4 : 2;  // activation rows per block: by registers
+constexpr int32_t kWeightRows = 4;                    // dequantized weight rows per pass
+constexpr int32_t kRowsAhead = 4;                     // weight rows between prefetch and use
+constexpr int32_t kManyRows = 8;                      // from here on dequantizing first is faster
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
@@ -83,34 +83,40 @@ void prepare(const Source& source, const PreparedRows& rows) {
   }
 }
 
-// Scratch of a tile: for the weight row at hand the scale of every word, and scale * zero point
-// of every group; for many rows the dequantized weights.
+// Scratch of a tile, for the weight row at hand: scales and zero points of its groups, and of every
+// word; for many rows the dequantized weights.
 struct Scratch {
-  float *word_scales, *scales, *zeros, *weights;
+  float *scales, *zeros, *word_scales, *word_zeros, *weights;
   explicit Scratch(const Tile& t) {
-    const int32_t words = round_up(t.k, kChunk) / 8;
     const int32_t groups = round_up(groups_of(t), kSumsPadding);
-    word_scales = static_cast<float*>(t.scratch);
-    scales = word_scales + round_up(words, 16);
+    const int32_t words = round_up(round_up(t.k, kChunk) / 8, 16);
+    scales = static_cast<float*>(t.scratch);
     zeros = scales + groups;
-    weights = zeros + groups;
+    word_scales = zeros + groups;
+    word_zeros = word_scales + words;
+    weights = word_zeros + words;
   }
 };
 
 int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
   const int64_t padded = round_up<int64_t>(k, kChunk);
   const int64_t groups = round_up<int64_t>(k / group_size, kSumsPadding);
-  return 4 * (round_up<int64_t>(padded / 8, 16) + 2 * groups + kWeightRows * padded);
+  return 4 * (2 * groups + 2 * round_up<int64_t>(padded / 8, 16) + kWeightRows * padded);
 }
 
-inline void load_row_scales(const Tile& t, int32_t n, const Scratch& scratch) {
-  const int32_t groups = groups_of(t), words = t.group_size / 8;
+// From one value per group to one per word of the row, padded with zeros to whole chunks.
+inline void expand(const Tile& t, const float* groups, float* words) {
+  const int32_t per_group = t.group_size / 8;
+  for (int32_t g = 0; g < groups_of(t); ++g) {
+    for (int32_t j = 0; j < per_group; ++j) words[g * per_group + j] = groups[g];
+  }
+  for (int32_t j = t.k / 8; j % kLanes != 0; ++j) words[j] = 0;
+}
+
+inline void load_row(const Tile& t, int32_t n, const Scratch& scratch) {
   load_scales(t, n, scratch.scales);
   load_zeros(t, n, scratch.zeros);
-  for (int32_t g = 0; g < groups; ++g) {
-    for (int32_t j = 0; j < words; ++j) scratch.word_scales[g * words + j] = scratch.scales[g];
-  }
-  for (int32_t j = groups * words; j % kLanes != 0; ++j) scratch.word_scales[j] = 0;
+  expand(t, scratch.scales, scratch.word_scales);
 }
 
 template <int32_t P, int32_t T>
@@ -148,7 +154,7 @@ void multiply_row(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch) 
 void multiply_few(const Tile& t, const Scratch& scratch) {
   const int32_t groups = groups_of(t);
   for (int32_t n = t.first; n < t.first + t.columns; ++n) {
-    load_row_scales(t, n, scratch);
+    load_row(t, n, scratch);
     for (int32_t g = 0; g < groups; ++g) scratch.zeros[g] *= scratch.scales[g];
     for (int32_t g = groups; g % kSumsPadding != 0; ++g) scratch.zeros[g] = 0;
     int32_t r = 0;
@@ -168,16 +174,13 @@ inline void dequantize_chunk(Words w, Floats zero, Floats scale, float* to) {
 
 void dequantize_row(const Tile& t, int32_t n, const Scratch& scratch, float* to) {
   const uint32_t* q = t.q + n * t.q_stride;
-  load_row_scales(t, n, scratch);
+  load_row(t, n, scratch);
+  expand(t, scratch.zeros, scratch.word_zeros);
   const char* ahead = row_ahead(t, n + kRowsAhead);
   for (int32_t word = 0; word < t.k / 8; word += kLanes) {
     __builtin_prefetch(ahead + 4 * word);
-    Floats zero;
-    for (int32_t lane = 0; lane < kLanes; ++lane) {
-      const int32_t at = word + lane < t.k / 8 ? word + lane : t.k / 8 - 1;
-      zero[lane] = scratch.zeros[8 * at / t.group_size];
-    }
-    dequantize_chunk<0>(load_words(q + word, t.k / 8 - word), zero,
+    dequantize_chunk<0>(load_words(q + word, t.k / 8 - word),
+                        load<Floats>(scratch.word_zeros + word),
                         load<Floats>(scratch.word_scales + word), to + 8 * word);
   }
 }
@@ -207,7 +210,7 @@ void multiply_block(const Tile& t, int32_t r0, const float* weights, float* out)
 template <int32_t N>
 void multiply_rows(const Tile& t, const float* weights, float* out) {
   int32_t r = 0;
-  for (; r + kMaxRows <= t.m; r += kMaxRows) multiply_block<kMaxRows, N>(t, r, weights, out);
+  for (; r + kBlockRows <= t.m; r += kBlockRows) multiply_block<kBlockRows, N>(t, r, weights, out);
   for (; r < t.m; ++r) multiply_block<1, N>(t, r, weights, out);
 }
 
