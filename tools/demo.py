@@ -192,8 +192,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
-    # Ends like Ctrl-C does, so that the server is stopped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Also where SIGINT is ignored, as in a shell's background jobs: the server has to
+    # be stopped.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     progress = Progress()
     options.log.unlink(missing_ok=True)
     try:
