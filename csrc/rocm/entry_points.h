@@ -7,7 +7,8 @@
 // object can be loaded and run on its own. Their meaning: moe_int4_args.h; in addition
 //   waves            waves of 32 in the block (block size is 32 * waves)
 //   wave_lds_bytes       dynamic LDS per wave, lds_bytes_per_wave of geometry.h
-//   blocks_per_wave  blocks of kBlockK along k that each wave multiplies
+//   blocks           blocks of kBlockK along k
+//   blocks_per_wave  of them that each wave multiplies, the last ones fewer
 //   log2_k_slices    2^this waves share one expert's k in the down kernel; divides waves
 // Grids: gate_up ceil(inter / kRowGroups), top_k, num_tokens
 //        down    ceil(n / kRowsPerWave), ceil(num_tokens / T), 1
@@ -33,15 +34,15 @@
 #define MOE_INT4_GATE_UP_ARGS                                                            \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int inter, int k, void *c,    \
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, int activation, float alpha, float beta, \
-      float limit, int waves, int wave_lds_bytes, int blocks_per_wave
+      float limit, int waves, int wave_lds_bytes, int blocks, int blocks_per_wave
 #define MOE_INT4_DOWN_ARGS                                                                      \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,               \
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, const float *topk_weights, int64_t tw_stride_m, \
-      int waves, int wave_lds_bytes, int blocks_per_wave, int log2_k_slices
-#define MOE_INT4_GEMM_ARGS                                                            \
-  const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,     \
-      int64_t c_stride_m, const int32_t *expert_ids, const int32_t *sorted_token_ids, \
-      int block_size_m, int num_rows, int top_k, int waves, int wave_lds_bytes,       \
+      int waves, int wave_lds_bytes, int blocks, int blocks_per_wave, int log2_k_slices
+#define MOE_INT4_GEMM_ARGS                                                                  \
+  const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,           \
+      int64_t c_stride_m, const int32_t *expert_ids, const int32_t *sorted_token_ids,       \
+      int block_size_m, int num_rows, int top_k, int waves, int wave_lds_bytes, int blocks, \
       int blocks_per_wave
 
 // X(op, dtype name, dtype tag, group size, zero points name, has zero points, T)

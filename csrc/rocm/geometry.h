@@ -19,41 +19,44 @@ constexpr int kLanesPerRow = gpu::kHasMma ? 4 : 8;
 constexpr int kRowGroups = gpu::kWaveSize / kLanesPerRow;
 constexpr int kRowsPerWave = 2 * kRowGroups;
 constexpr int kBlockK = 32 * kLanesPerRow;
+constexpr int kLog2BlockK = gpu::kHasMma ? 7 : 8;
+static_assert(1 << kLog2BlockK == kBlockK);
 
-constexpr int kMaxSlots = 8;  // activation rows that one pass over an expert's weights serves
+constexpr int kMaxSlots = 8;  // activation rows that a wave puts against an expert's weights
+// ... in passes of this many: the matrix instruction has room for 8, elsewhere registers run out,
+// and more than 4 rows that share an expert read its weights again, from the cache.
+constexpr int kSlotsPerPass = gpu::kHasMma ? 8 : 4;
 constexpr int kLoadDepth = gpu::kHasMma ? 4 : 2;  // blocks of weights in flight per wave
 constexpr int kMaxWaves = 16;                     // per block
+constexpr int kMaxWavesSharingK = 8;              // ... of a gate_up or gemm block
 
 // Blocks of activations that a wave holds in LDS at a time, for `slots` rows.
-GPU_ANYWHERE constexpr int staged_blocks(int slots) {
-  return slots <= 4 ? kLoadDepth : kLoadDepth / 2;
-}
+GPU_ANYWHERE constexpr int staged_blocks(int slots) { return slots == 1 ? kLoadDepth : 1; }
 
 // Staged row: the pad keeps rows of neighbouring slots on different banks.
 GPU_ANYWHERE constexpr int staged_row_bytes(int slots) {
   return staged_blocks(slots) * kBlockK * 2 + 64;
 }
 
-// Sums of 32 activations each, as many as one lane multiplies in a block, beside every staged row.
+// Sums of the activations of each group, beside every staged row; room for the smallest groups.
 GPU_ANYWHERE constexpr int staged_sums(int slots) { return staged_blocks(slots) * kLanesPerRow; }
 
 // LDS of one wave: the slots' lists, fp32 results [slots][kRowsPerWave], staged rows and their
-// sums. A kernel for up to `slots` rows runs the code for 1, 4 or 8 of them, whichever suffices.
+// sums. A kernel for up to `slots` rows runs the code for 1 or for kSlotsPerPass of them.
 constexpr int kSlotListBytes = 3 * kMaxSlots * 4;
 GPU_ANYWHERE constexpr int result_bytes(int slots) { return slots * kRowsPerWave * 4; }
 GPU_ANYWHERE constexpr int staged_bytes(int slots) {
   return slots * (staged_row_bytes(slots) + staged_sums(slots) * 4);
 }
 
-// Code for how many slots serves `count` of them.
-constexpr int slots_for(int count) { return count <= 1 ? 1 : count <= 4 ? 4 : 8; }
+// Code for how many slots per pass serves `count` of them.
+GPU_ANYWHERE constexpr int slots_for(int count) { return count <= 1 ? 1 : kSlotsPerPass; }
 
 // For an entry point _tT when at most `rows` activation rows meet one expert.
 GPU_ANYWHERE constexpr int lds_bytes_per_wave(int t, int rows) {
   const int slots = slots_for(rows < t ? rows : t);
   return kSlotListBytes + result_bytes(t) +
-         (slots > 4 && staged_bytes(4) > staged_bytes(slots) ? staged_bytes(4)
-                                                             : staged_bytes(slots));
+         (staged_bytes(1) > staged_bytes(slots) ? staged_bytes(1) : staged_bytes(slots));
 }
 
 }  // namespace moe_int4

@@ -3,6 +3,7 @@
 #include "launch.h"
 
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "entry_points.h"
@@ -53,22 +54,33 @@ int small(int64_t stride, int rows) {
   return static_cast<int>(stride);
 }
 
+// A grid's second or third dimension.
+int grid_size(int size, const char* what) {
+  if (size > 65535) {
+    throw std::runtime_error(std::string(what) + ": a call takes at most 65535, got " +
+                             std::to_string(size));
+  }
+  return size;
+}
+
 }  // namespace
 
 void launch_gemm(const GemmArgs& args, void* stream) {
   const Weights& w = args.w;
   if (args.num_blocks == 0) return;
-  const int waves = tuning(kFamily, w.k).gemm_waves;
+  const int blocks = ceil_div(w.k, kBlockK), tiles = ceil_div(w.n, kRowsPerWave);
+  const int waves = waves_sharing_k(tuning(kFamily, blocks), blocks,
+                                    int64_t{tiles} * args.num_blocks, args.cu_count);
   const int rows = args.block_size_m == 1 ? 1 : kMaxSlots;
   const int wave_lds = lds_bytes_per_wave(rows, args.block_size_m);
   gpu::launch(gemm_kernel(args.dtype, w, rows),
-              {ceil_div(w.n, kRowsPerWave), args.num_blocks, 1, waves * gpu::kWaveSize,
+              {tiles, grid_size(args.num_blocks, "blocks of rows"), 1, waves * gpu::kWaveSize,
                waves * wave_lds, false},
               stream, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
               static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
               w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
               args.c_stride_m, args.expert_ids, args.sorted_token_ids, args.block_size_m,
-              args.num_rows, args.top_k, waves, wave_lds, ceil_div(ceil_div(w.k, kBlockK), waves));
+              args.num_rows, args.top_k, waves, wave_lds, blocks, ceil_div(blocks, waves));
 }
 
 void launch_gate_up(const GateUpArgs& args, void* stream) {
@@ -77,17 +89,19 @@ void launch_gate_up(const GateUpArgs& args, void* stream) {
   if (r.num_tokens == 0) return;
   const int inter = w.n / 2;
   const int tokens = r.num_tokens == 1 ? 1 : kMaxSlots;
-  const int waves = tuning(kFamily, w.k).gate_up_waves;
+  const int blocks = ceil_div(w.k, kBlockK), tiles = ceil_div(inter, kRowGroups);
+  const int waves = waves_sharing_k(tuning(kFamily, blocks), blocks,
+                                    int64_t{tiles} * r.top_k * r.num_tokens, args.cu_count);
   const int wave_lds = lds_bytes_per_wave(tokens, r.num_tokens);
   gpu::launch(gate_up_kernel(args.dtype, w, tokens),
-              {ceil_div(inter, kRowGroups), r.top_k, r.num_tokens, waves * gpu::kWaveSize,
-               waves * wave_lds, true},
+              {tiles, grid_size(r.top_k, "top_k"), grid_size(r.num_tokens, "tokens"),
+               waves * gpu::kWaveSize, waves * wave_lds, true},
               stream, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
               static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
               w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
               args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
               r.map_size, r.num_tokens, r.top_k, static_cast<int>(args.activation), args.alpha,
-              args.beta, args.limit, waves, wave_lds, ceil_div(ceil_div(w.k, kBlockK), waves));
+              args.beta, args.limit, waves, wave_lds, blocks, ceil_div(blocks, waves));
 }
 
 void launch_down(const DownArgs& args, void* stream) {
@@ -95,19 +109,22 @@ void launch_down(const DownArgs& args, void* stream) {
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
   const int tokens = r.num_tokens == 1 ? 1 : kMaxSlots;
-  const Tuning& tuned = tuning(kFamily, w.k);
+  const int blocks = ceil_div(w.k, kBlockK);
+  const Tuning& tuned = tuning(kFamily, blocks);
   const int waves = tuned.down_waves;
+  const int block_tokens = r.num_tokens < tokens ? r.num_tokens : tokens;
+  const int log2_k_slices = log2_down_k_slices(tuned, blocks, block_tokens * r.top_k);
   const int wave_lds = lds_bytes_per_wave(tokens, r.num_tokens);
-  gpu::launch(down_kernel(args.dtype, w, tokens),
-              {ceil_div(w.n, kRowsPerWave), ceil_div(r.num_tokens, tokens), 1,
-               waves * gpu::kWaveSize, waves * wave_lds, true},
-              stream, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
-              static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
-              w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
-              args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
-              r.map_size, r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, waves,
-              wave_lds, ceil_div(ceil_div(w.k, kBlockK), 1 << tuned.down_log2_k_slices),
-              tuned.down_log2_k_slices);
+  gpu::launch(
+      down_kernel(args.dtype, w, tokens),
+      {ceil_div(w.n, kRowsPerWave), grid_size(ceil_div(r.num_tokens, tokens), "blocks of tokens"),
+       1, waves * gpu::kWaveSize, waves * wave_lds, true},
+      stream, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+      static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
+      w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c, args.c_stride_m,
+      r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size, r.num_tokens,
+      r.top_k, args.topk_weights, args.tw_stride_m, waves, wave_lds, blocks,
+      ceil_div(blocks, 1 << log2_k_slices), log2_k_slices);
 }
 
 }  // namespace moe_int4

@@ -21,7 +21,6 @@ GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
   const int first_row = gpu::block_x() * kRowsPerWave;
   const int index0 = first_row + lane_row(), index1 = index0 + kRowGroups;
   const int row0 = index0 < n ? index0 : n - 1, row1 = index1 < n ? index1 : n - 1;
-  const int blocks = (k + kBlockK - 1) / kBlockK;
   const int first = (gpu::wave() & ((1 << log2_k_slices) - 1)) * blocks_per_wave;
   const int last = first + blocks_per_wave < blocks ? first + blocks_per_wave : blocks;
   char* const lds = gpu::dynamic_lds();
@@ -32,14 +31,15 @@ GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
   const auto multiply = [&](auto& tile, int expert, const WeightRow& upper, const WeightRow& lower,
-                            int count, const auto& row_of) {
+                            int first_slot, int left, const auto& row_of) {
     tile.run(weights.at(expert, upper), weights.at(expert, lower), row_of, mine.staged);
     tile.for_each_result([&](int s, int r, float sum) {
-      if (s >= count) return;
-      mine.results[mine.out_row[s] * kRowsPerWave + r * kRowGroups + lane_row()] +=
-          mine.weight[s] * sum;
+      if (s >= left) return;
+      mine.results[mine.out_row[first_slot + s] * kRowsPerWave + r * kRowGroups + lane_row()] +=
+          mine.weight[first_slot + s] * sum;
     });
   };
+  PickedIds picked(router, first_token, T == 1 ? 0 : tokens);
   int token = first_token, t = gpu::wave() >> log2_k_slices;
   for (; first < last; t += waves >> log2_k_slices) {
     for (; t >= top_k; t -= top_k) ++token;
@@ -62,21 +62,22 @@ GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
       const int expert = gpu::uniform(router.local_expert(id));
       if (expert < 0) continue;
       if (gpu::lane() == 0) visit(0, token, t);
-      multiply(tile, expert, upper, lower, 1, row_of);
+      multiply(tile, expert, upper, lower, 0, 1, row_of);
     } else {
       const int id = gpu::uniform(router.id(token, t));
       const int expert = gpu::uniform(router.local_expert(id));
       if (expert < 0) continue;
-      const int count = list_slots<T>(router, first_token, tokens, token, t, id, visit);
+      const int count = list_slots(picked, router, first_token, tokens, token, t, id, visit);
       if (count == 0) continue;
       gpu::wave_barrier();
-      with_slots(count, [&](auto slots) {
+      with_slots(count, [&](auto slots, int first_slot, int left) {
         const auto row_of = [&](int s) {
-          return s < count ? acts + mine.in_row[s] * a_stride_m : nullptr;
+          return s < left ? acts + mine.in_row[first_slot + s] * a_stride_m : nullptr;
         };
         WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
         tile.start(row_of);
-        multiply(tile, expert, tile.row(weights, row0), tile.row(weights, row1), count, row_of);
+        multiply(tile, expert, tile.row(weights, row0), tile.row(weights, row1), first_slot, left,
+                 row_of);
       });
     }
   }
@@ -102,6 +103,6 @@ GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
                                  s_stride_n, zeros, z_stride_e, z_stride_n8, num_experts, n, k, c, \
                                  c_stride_m, ids, ids_are_int64, ids_stride_m, expert_map,         \
                                  map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves,    \
-                                 wave_lds_bytes, blocks_per_wave, log2_k_slices);                  \
+                                 wave_lds_bytes, blocks, blocks_per_wave, log2_k_slices);          \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, down)

@@ -22,7 +22,6 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
   const int tokens = num_tokens - first_token < T ? num_tokens - first_token : T;
   const int first_row = gpu::block_x() * kRowGroups;
   const int index = first_row + lane_row(), row = index < inter ? index : inter - 1;
-  const int blocks = (k + kBlockK - 1) / kBlockK;
   const int first = gpu::wave() * blocks_per_wave;
   const int last = first + blocks_per_wave < blocks ? first + blocks_per_wave : blocks;
   char* const lds = gpu::dynamic_lds();
@@ -33,10 +32,11 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
   gpu::allow_next_grid();
   int count = 1;
   const auto multiply = [&](auto& tile, int expert, const WeightRow& gate, const WeightRow& up,
-                            const auto& row_of) {
+                            int first_slot, const auto& row_of) {
     tile.run(weights.at(expert, gate), weights.at(expert, up), row_of, mine.staged);
     tile.for_each_result([&](int s, int r, float sum) {
-      mine.results[s * kRowsPerWave + r * kRowGroups + lane_row()] = sum;
+      if (first_slot + s >= count) return;
+      mine.results[(first_slot + s) * kRowsPerWave + r * kRowGroups + lane_row()] = sum;
     });
   };
   if constexpr (T == 1) {
@@ -47,26 +47,28 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
     const WeightRow gate = tile.row(weights, row), up = tile.row(weights, row + inter);
     const int expert = gpu::uniform(router.local_expert(id));
     if (expert < 0) return;
-    multiply(tile, expert, gate, up, row_of);
+    multiply(tile, expert, gate, up, 0, row_of);
     if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
   } else {
+    const PickedIds picked(router, first_token, tokens);
     const int id = gpu::uniform(router.id(token, t));
     const int expert = gpu::uniform(router.local_expert(id));
     if (expert < 0) return;
-    count = list_slots<T>(router, first_token, tokens, token, t, id,
-                          [&](int slot, int slot_token, int slot_t) {
-                            mine.in_row[slot] = slot_token;
-                            mine.out_row[slot] = slot_token * top_k + slot_t;
-                          });
+    count = list_slots(picked, router, first_token, tokens, token, t, id,
+                       [&](int slot, int slot_token, int slot_t) {
+                         mine.in_row[slot] = slot_token;
+                         mine.out_row[slot] = slot_token * top_k + slot_t;
+                       });
     if (count == 0) return;
     gpu::wave_barrier();
-    with_slots(count, [&](auto slots) {
+    with_slots(count, [&](auto slots, int first_slot, int left) {
       const auto row_of = [&](int s) {
-        return s < count ? acts + mine.in_row[s] * a_stride_m : nullptr;
+        return s < left ? acts + mine.in_row[first_slot + s] * a_stride_m : nullptr;
       };
       WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
       tile.start(row_of);
-      multiply(tile, expert, tile.row(weights, row), tile.row(weights, row + inter), row_of);
+      multiply(tile, expert, tile.row(weights, row), tile.row(weights, row + inter), first_slot,
+               row_of);
     });
   }
   gpu::block_barrier();
@@ -95,6 +97,6 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
                                     s_stride_n, zeros, z_stride_e, z_stride_n8, num_experts,      \
                                     inter, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m,    \
                                     expert_map, map_size, num_tokens, top_k, activation, alpha,   \
-                                    beta, limit, waves, wave_lds_bytes, blocks_per_wave);         \
+                                    beta, limit, waves, wave_lds_bytes, blocks, blocks_per_wave); \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, gate_up)

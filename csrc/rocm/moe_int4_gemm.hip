@@ -16,7 +16,6 @@ GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
   const int first_row = gpu::block_x() * kRowsPerWave;
   const int index0 = first_row + lane_row(), index1 = index0 + kRowGroups;
   const int row0 = index0 < n ? index0 : n - 1, row1 = index1 < n ? index1 : n - 1;
-  const int blocks = (k + kBlockK - 1) / kBlockK;
   const int first = gpu::wave() * blocks_per_wave;
   const int last = first + blocks_per_wave < blocks ? first + blocks_per_wave : blocks;
   char* const lds = gpu::dynamic_lds();
@@ -35,21 +34,23 @@ GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
   }
   gpu::wave_barrier();
 
-  const auto row_of = [&](int s) {
-    const int row = s < block_size_m ? mine.in_row[s] : -1;
-    return row < 0 ? nullptr : static_cast<const uint16_t*>(a) + row * a_stride_m;
-  };
-  const auto multiply = [&](auto slots) {
+  const auto multiply = [&](auto slots, int first_slot, int left) {
+    const auto row_of = [&](int s) {
+      const int row = s < left ? mine.in_row[first_slot + s] : -1;
+      return row < 0 ? nullptr : static_cast<const uint16_t*>(a) + row * a_stride_m;
+    };
     WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
     tile.start(row_of);
     tile.run(weights.at(expert, tile.row(weights, row0)),
              weights.at(expert, tile.row(weights, row1)), row_of, mine.staged);
     tile.for_each_result([&](int s, int r, float sum) {
-      mine.results[s * kRowsPerWave + r * kRowGroups + lane_row()] = sum;
+      if (s < left) {
+        mine.results[(first_slot + s) * kRowsPerWave + r * kRowGroups + lane_row()] = sum;
+      }
     });
   };
   if constexpr (T == 1) {
-    multiply(SlotCount<1>{});
+    multiply(SlotCount<1>{}, 0, 1);
   } else {
     with_slots(block_size_m, multiply);
   }
@@ -73,6 +74,6 @@ GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
     moe_int4::gemm<DT, G, ZP, T>(a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e,     \
                                  s_stride_n, zeros, z_stride_e, z_stride_n8, num_experts, n, k, c, \
                                  c_stride_m, expert_ids, sorted_token_ids, block_size_m, num_rows, \
-                                 top_k, waves, wave_lds_bytes, blocks_per_wave);                   \
+                                 top_k, waves, wave_lds_bytes, blocks, blocks_per_wave);           \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, gemm)

@@ -47,6 +47,47 @@ struct Router {
   }
 };
 
+// The ids that a block of tokens picked, spread over the wave: four lanes share a token. Loaded
+// once, all at the same time, for any number of list_slots calls.
+struct PickedIds {
+  static constexpr int kLanesPerToken = gpu::kWaveSize / kMaxSlots;
+  static constexpr int kHeld =
+      4;  // per lane: 16 per token; with more, the rest is loaded when needed
+
+  int ids[kHeld];
+
+  GPU_DEVICE PickedIds(const Router& router, int first_token, int tokens) {
+    GPU_UNROLL
+    for (int j = 0; j < kHeld; ++j) {
+      ids[j] = token() < tokens && slot(j) < router.top_k
+                   ? router.id(first_token + token(), slot(j))
+                   : -1;
+    }
+  }
+
+  static GPU_DEVICE int token() { return gpu::lane() / kLanesPerToken; }
+  static GPU_DEVICE int slot(int j) { return gpu::lane() % kLanesPerToken + j * kLanesPerToken; }
+
+  // First t at which the lane's token picked `id`, top_k: nowhere. All lanes of a token know it.
+  GPU_DEVICE int find(const Router& router, int first_token, int tokens, int id) const {
+    int found = router.top_k;
+    GPU_UNROLL
+    for (int j = kHeld - 1; j >= 0; --j) {
+      if (ids[j] == id) found = slot(j);
+    }
+    for (int j = kHeld; j * kLanesPerToken < router.top_k && found == router.top_k; ++j) {
+      if (token() < tokens && slot(j) < router.top_k &&
+          router.id(first_token + token(), slot(j)) == id) {
+        found = slot(j);
+      }
+    }
+    int other = gpu::shuffle_xor<1>(found);
+    found = other < found ? other : found;
+    other = gpu::shuffle_xor<2>(found);
+    return other < found ? other : found;
+  }
+};
+
 // Sum of eight hexadecimal digits that are 0 or 1 each.
 GPU_DEVICE int digit_sum(uint32_t digits) {
   return static_cast<int>((digits + (digits >> 16)) * 0x1111u >> 12 & 15);
@@ -55,43 +96,32 @@ GPU_DEVICE int digit_sum(uint32_t digits) {
 // Lists the pairs (token, t) of a block of tokens that the pair (token, t) at hand is to serve, so
 // that an expert's weights are read once for all tokens of the block: the first token that picked
 // the expert serves all, the others none. A token that picked the expert twice gets the second pair
-// served on its own. Wave-collective; returns the number of pairs. `visit(slot, token, t)` runs in
-// one lane per pair.
-template <int MaxSlots, typename Visit>
-GPU_DEVICE int list_slots(const Router& router, int first_token, int tokens, int token, int t,
-                          int id, const Visit& visit) {
-  constexpr int kLanesPerToken = gpu::kWaveSize / MaxSlots;
-  static_assert(kLanesPerToken == 4, "the masks below hold one token per hexadecimal digit");
-  const int my_token = gpu::lane() / kLanesPerToken;
-  int found = router.top_k;
-  if (my_token < tokens) {
-    for (int i = gpu::lane() % kLanesPerToken; i < router.top_k; i += kLanesPerToken) {
-      if (found == router.top_k && router.id(first_token + my_token, i) == id) found = i;
-    }
-  }
-  int other = gpu::shuffle_xor<1>(found);
-  found = other < found ? other : found;
-  other = gpu::shuffle_xor<2>(found);
-  found = other < found ? other : found;
-
+// served on its own. `id`, at least 0, is the pair's. Wave-collective; returns the number of pairs.
+// `visit(slot, token, t)` runs in one lane per pair.
+template <typename Visit>
+GPU_DEVICE int list_slots(const PickedIds& picked_ids, const Router& router, int first_token,
+                          int tokens, int token, int t, int id, const Visit& visit) {
+  static_assert(PickedIds::kLanesPerToken == 4, "the masks below hold one token per hex digit");
+  const int found = picked_ids.find(router, first_token, tokens, id);
   const int local = token - first_token;
-  const bool leads = gpu::lane() % kLanesPerToken == 0;
+  const bool leads = gpu::lane() % PickedIds::kLanesPerToken == 0;
   const uint32_t picked = gpu::wave_ballot(leads && found < router.top_k);
-  const uint32_t later = gpu::wave_ballot(leads && my_token == local && found != t);
+  const uint32_t later = gpu::wave_ballot(leads && PickedIds::token() == local && found != t);
   if (later != 0) {
     if (gpu::lane() == 0) visit(0, token, t);
     return 1;
   }
-  const uint32_t self = 1u << (kLanesPerToken * local);
+  const uint32_t self = 1u << (PickedIds::kLanesPerToken * local);
   if ((picked & (self - 1)) != 0) return 0;
   const uint32_t before = picked & ((1u << gpu::lane()) - 1);
   if (leads && found < router.top_k) {
-    visit(digit_sum(before), first_token + my_token, found);
+    visit(digit_sum(before), first_token + PickedIds::token(), found);
   }
   return digit_sum(picked);
 }
 
-// Calls body with the smallest compiled number of slots that serves `count`.
+// Runs body(SlotCount<S>, first slot, slots) over `count` slots with the smallest compiled S that
+// serves.
 template <int S>
 struct SlotCount {
   static constexpr int value = S;
@@ -99,11 +129,12 @@ struct SlotCount {
 template <typename Body>
 GPU_DEVICE void with_slots(int count, const Body& body) {
   if (count <= 1) {
-    body(SlotCount<1>{});
-  } else if (count <= 4) {
-    body(SlotCount<4>{});
+    body(SlotCount<1>{}, 0, count);
   } else {
-    body(SlotCount<8>{});
+    for (int first = 0; first < count; first += kSlotsPerPass) {
+      const int left = count - first;
+      body(SlotCount<kSlotsPerPass>{}, first, left < kSlotsPerPass ? left : kSlotsPerPass);
+    }
   }
 }
 

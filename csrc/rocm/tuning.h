@@ -13,34 +13,51 @@ enum class Family { kCuda, kRdna, kHost };
 
 struct Tuning {
   Family family;
-  int max_blocks_k;        // the row is for reductions of up to this many blocks of kBlockK weights
-  int gate_up_waves;       // waves that share k of one gate/up tile
-  int down_waves;          // waves of a down block,
-  int down_log2_k_slices;  // 2^this of which share k of one expert; divides down_waves
-  int gemm_waves;          // waves that share k of one tile of the grouped GEMM
+  int max_blocks_k;  // the row is for reductions of up to this many blocks of kBlockK weights
+  int waves_per_cu;  // gate_up and gemm split k over more waves until a compute unit has these
+  int down_waves;    // waves of a down block,
+  int down_log2_k_slices;  // at least 2^this of which share k of one expert; divides down_waves
 };
 
 constexpr int kAnySize = 1 << 30;
 
 // The first row that fits is used; gate_up, down and gemm each look up their own k.
 constexpr Tuning kTuning[] = {
-    // Not measured yet.
-    {Family::kCuda, 4, 1, 8, 0, 1},
-    {Family::kCuda, 8, 2, 16, 1, 2},
-    {Family::kCuda, kAnySize, 4, 16, 1, 4},
-    // Chosen from the resource report and the memory system's numbers; not measured.
-    {Family::kRdna, 2, 1, 8, 0, 1},
-    {Family::kRdna, kAnySize, 4, 8, 1, 4},
+    // H100, hidden 2048, top-8, 1 to 8 tokens: 768 x 128 experts (blocks of k 16 and 6) and
+    // 512 x 256 experts (16 and 4); figures in README.md. Fewer waves starve the memory at
+    // 1 token, more cost prologues at 8.
+    {Family::kCuda, 2, 11, 16, 0},
+    {Family::kCuda, kAnySize, 11, 16, 1},
+    // Not measured: chosen from the resource report, to fill the 32 wave slots of a compute unit.
+    {Family::kRdna, 2, 24, 8, 0},
+    {Family::kRdna, kAnySize, 24, 8, 1},
     // Small, and with every kind of sharing.
-    {Family::kHost, 1, 1, 4, 0, 1},
-    {Family::kHost, kAnySize, 3, 4, 1, 2},
+    {Family::kHost, 1, 1, 4, 0},
+    {Family::kHost, kAnySize, 12, 4, 1},
 };
 
-constexpr const Tuning& tuning(Family family, int k) {
-  const int blocks = (k + kBlockK - 1) / kBlockK;
+constexpr const Tuning& tuning(Family family, int blocks_k) {
   const Tuning* row = kTuning;
-  while (row->family != family || row->max_blocks_k < blocks) ++row;
+  while (row->family != family || row->max_blocks_k < blocks_k) ++row;
   return *row;
+}
+
+// Waves that share k of a tile, a power of two: `tiles` of them run on `compute_units`.
+constexpr int waves_sharing_k(const Tuning& tuned, int blocks_k, int64_t tiles, int compute_units) {
+  int waves = 1;
+  while (2 * waves <= kMaxWavesSharingK && 2 * waves <= blocks_k &&
+         tiles * waves < static_cast<int64_t>(tuned.waves_per_cu) * compute_units) {
+    waves *= 2;
+  }
+  return waves;
+}
+
+// Base-2 logarithm of the waves that share an expert's k in a down block of `pairs` (token,
+// expert): more than the table's where pairs are too few to occupy its waves.
+constexpr int log2_down_k_slices(const Tuning& tuned, int blocks_k, int pairs) {
+  int log2 = tuned.down_log2_k_slices;
+  while (pairs << log2 < tuned.down_waves && 2 << log2 <= blocks_k) ++log2;
+  return log2;
 }
 
 }  // namespace moe_int4

@@ -54,12 +54,13 @@ struct WeightStack {
   }
 };
 
-// Sum over the lanes that share a row.
+// Sum over `Lanes` lanes beside each other.
 template <int Lanes>
 GPU_DEVICE float sum_over_lanes(float x) {
   if constexpr (Lanes > 1) x += gpu::shuffle_xor<1>(x);
   if constexpr (Lanes > 2) x += gpu::shuffle_xor<2>(x);
   if constexpr (Lanes > 4) x += gpu::shuffle_xor<4>(x);
+  if constexpr (Lanes > 8) x += gpu::shuffle_xor<8>(x);
   return x;
 }
 
@@ -97,7 +98,8 @@ struct DotProduct {
     }
     GPU_UNROLL
     for (int s = 0; s < S; ++s) {
-      const float sum = sums[s * staged_sums(S) + lane_k()];
+      // One lane of a group takes out the offset for all of it.
+      const float sum = 32 * lane_k() % G == 0 ? sums[s * staged_sums(S) + lane_group()] : 0.0f;
       GPU_UNROLL
       for (int r = 0; r < 2; ++r) acc[r][s] += scale[r][0] * (dot[r][s] - offset[r][0] * sum);
     }
@@ -178,11 +180,7 @@ struct MmaProduct {
   // slot 0: its result is dropped.
   static GPU_DEVICE float column_sum(int p, int c, const float* sums) {
     const int column = 8 * p + 2 * lane_k() + c, slot = column / kGroups;
-    const float* at = sums + (slot < S ? slot : 0) * staged_sums(S) + column % kGroups * (G / 32);
-    float sum = 0.0f;
-    GPU_UNROLL
-    for (int i = 0; i < G / 32; ++i) sum += at[i];
-    return sum;
+    return sums[(slot < S ? slot : 0) * staged_sums(S) + column % kGroups];
   }
 
   GPU_DEVICE void finish() {
@@ -226,7 +224,7 @@ class WaveTile {
 
  public:
   GPU_DEVICE WaveTile(int first, int last, int k) : first_(first), last_(last), k_(k) {
-    const int lane_blocks = (k - 32 * lane_k() + kBlockK - 1) / kBlockK;
+    const int lane_blocks = (k - 32 * lane_k() + kBlockK - 1) >> kLog2BlockK;
     weight_limit_ = lane_blocks < last ? lane_blocks : last;
     group_limit_ = (k / G < last * kGroups ? k / G : last * kGroups) - Product::lane_group();
   }
@@ -254,15 +252,13 @@ class WaveTile {
       for (int d = 0; d < kLoadDepth; ++d) {
         if (base + d >= last_) break;
         if (d % kStagedBlocks == 0) {
-          if (base + d > first_) {
-            load_staged(row_of, base + d);
-            gpu::wave_barrier();  // the previous blocks have been read
-          }
+          if (base + d > first_) load_staged(row_of, base + d);
+          gpu::wave_barrier();  // what was staged before has been read
           store_staged(staged, sums);
           gpu::wave_barrier();
         }
         add_block(d, rows, staged + d % kStagedBlocks * kBlockK * 2,
-                  sums + d % kStagedBlocks * kLanesPerRow);
+                  sums + d % kStagedBlocks * kGroups);
       }
       GPU_UNROLL
       for (int r = 0; r < 2; ++r) {
@@ -317,7 +313,7 @@ class WaveTile {
         scale[r][i] = Format<DT>::to_float(blocks_[d].scale[r][i]);
         int zero = kSymmetricZeroPoint;
         if constexpr (ZP) zero = (blocks_[d].zero[r][i] >> rows[r].zero_shift) & 15;
-        offset[r][i] = kNibbleOffset + zero;
+        offset[r][i] = Format<DT>::kOffset + zero;
       }
     }
     product_.add(blocks_[d], scale, offset, staged, sums);
@@ -337,6 +333,7 @@ class WaveTile {
   }
 
   // A lane multiplies four units of a block; the same unit of all lanes along k lies side by side.
+  // Lanes beside each other hold a group's units: their sums make the group's.
   GPU_DEVICE void store_staged(char* staged, float* sums) const {
     GPU_UNROLL
     for (int i = 0; i < kUnitsPerLane; ++i) {
@@ -347,8 +344,8 @@ class WaveTile {
       float sum = 0.0f;
       GPU_UNROLL
       for (int j = 0; j < 4; ++j) sum = gpu::dot2(DT{}, units_[i].v[j], Format<DT>::kOnes, sum);
-      sum = sum_over_lanes<4>(sum);
-      if (gpu::lane() % 4 == 0) sums[slot * staged_sums(S) + at / 4] = sum;
+      sum = sum_over_lanes<G / 8>(sum);
+      if (at % (G / 8) == 0) sums[slot * staged_sums(S) + at / (G / 8)] = sum;
     }
   }
 
