@@ -37,6 +37,7 @@ bench: venv  ## time the experts call on this machine's CPU
 
 isa: venv  ## compile the GPU kernels for AMD, report registers and loads
 	@$(RUN) benchmarks/isa_report.py $(ARGS)
+	@$(RUN) benchmarks/prefill_report.py
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info vllm/_hybrid_w4a16_C.so
