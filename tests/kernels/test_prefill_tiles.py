@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The table of prefill tiles: its entries, the choice of one, what the tiles compile to."""
+"""The table of prefill tiles: entries, the choice of one, what they compile to."""
 
 import json
 import logging
