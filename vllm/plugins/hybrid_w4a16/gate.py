@@ -3,7 +3,7 @@
 """Which MoE layers go hybrid, and the log of it.
 
 Every hook asks ``accept``. A layer that is declined goes vLLM's own way, with one log
-line per distinct reason; once the last accepted layer is ready, one line sums up.
+line per distinct reason; once a model's last accepted layer is ready, one line sums up.
 """
 
 from typing import TYPE_CHECKING
@@ -20,9 +20,10 @@ logger = init_logger(__name__)
 
 GROUP_SIZES = (32, 64, 128)
 
+# The model under construction; a process may load several, one after the other.
 _accepted: set[str] = set()
 _ready: set[str] = set()
-_declined: set[str] = set()
+_declined: dict[str, str] = {}
 _reasons_logged: set[str] = set()
 
 
@@ -46,11 +47,11 @@ def accept(
     """
     reason = unsupported or decline_reason(layer, bits, group_size)
     if reason is None:
-        _declined.discard(prefix)
+        _declined.pop(prefix, None)
         _accepted.add(prefix)
         return True
     _accepted.discard(prefix)
-    _declined.add(prefix)
+    _declined[prefix] = reason
     if switch.value() == "require":
         raise ValueError(
             f"{switch.NAME}=require, but MoE layer {prefix} is declined: {reason}"
@@ -112,14 +113,19 @@ def decline_reason(
     return None
 
 
+def declined_because(prefix: str) -> str | None:
+    """Why layer ``prefix`` was declined, ``None`` if it was not."""
+    return _declined.get(prefix)
+
+
 def report_ready(prefix: str) -> None:
-    """Count the layer as ready to run; after the last one, log the summary."""
+    """Count the layer as ready to run; after a model's last one, log the summary."""
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
         DeviceFamily,
         device_family,
     )
 
-    if prefix in _ready:  # weights were loaded anew
+    if prefix not in _accepted:  # summed up already; its weights were loaded anew
         return
     _ready.add(prefix)
     if not _accepted <= _ready:
@@ -134,3 +140,6 @@ def report_ready(prefix: str) -> None:
         family.prefill,
         len(_declined),
     )
+    _accepted.clear()
+    _ready.clear()
+    _declined.clear()
