@@ -30,7 +30,7 @@ def test_gptq_to_packed_and_back(n, k, group_size, symmetric):
     rng = np.random.default_rng(n)
     linear: GptqLinear = random_gptq_linear(rng, n, k, group_size, symmetric)
     words = helper.gptq_to_exllama(torch.from_numpy(linear.qweight)).numpy()
-    zeros = helper.gptq_to_row_zeros(torch.from_numpy(linear.qzeros)).numpy()
+    zeros = helper.gptq_v1_to_row_zeros(torch.from_numpy(linear.qzeros)).numpy()
     assert words.shape == (n, k // 8) and zeros.shape == (n // 8, k // group_size)
     group = np.arange(k) // group_size
     scales = linear.scales.T.astype(np.float64)[:, group]

@@ -28,6 +28,8 @@ class DeviceFamily:
     """Only on request (``VLLM_HYBRID_W4A16_MOE=1``), not by default."""
     cu_count: int
     """Compute units that a GPU grid is spread over; 1 on the CPU."""
+    pads_rows: bool = False
+    """Packed weight rows of a multiple of 1024 bytes get 128 bytes more (RDNA)."""
 
 
 def device_family() -> DeviceFamily | str:
@@ -59,4 +61,5 @@ def _gpu_family(
             f"(it was built for: {', '.join(built) or 'no GPU of this vendor'})"
         )
     cu_count = torch.cuda.get_device_properties().multi_processor_count
-    return DeviceFamily(arch, kernels, kernels, opt_in, cu_count)
+    pads_rows = current_platform.is_rocm()  # every architecture built for is RDNA
+    return DeviceFamily(arch, kernels, kernels, opt_in, cu_count, pads_rows)
