@@ -47,11 +47,6 @@ DECLINED = {
         r"group size 16, supported: \(32, 64, 128\)",
     ),
     "one group per row": ({"group_size": -1}, {}, "group size -1, supported"),
-    "packing": (
-        {"packing_format": "auto_round:auto_awq"},
-        {},
-        "packing_format is 'auto_round:auto_awq', supported: 'auto_round:auto_gptq'",
-    ),
     "hidden size": (
         {},
         {"hidden_dim": 288},

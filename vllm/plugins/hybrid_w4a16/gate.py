@@ -15,6 +15,7 @@ from vllm.plugins.hybrid_w4a16 import switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 logger = init_logger(__name__)
 
@@ -43,7 +44,8 @@ def accept(
         unsupported: what the format's own hook found to be in the way, if anything.
 
     Raises ``ValueError`` with the reason where a decline is not allowed
-    (``VLLM_HYBRID_W4A16_MOE=require``).
+    (``VLLM_HYBRID_W4A16_MOE=require``), and where only the tensor parallel size is in
+    the way.
     """
     reason = unsupported or decline_reason(layer, bits, group_size)
     if reason is None:
@@ -52,6 +54,10 @@ def accept(
         return True
     _accepted.discard(prefix)
     _declined[prefix] = reason
+    if reason == tensor_parallel_misfit(layer.moe_config, group_size):
+        raise ValueError(
+            f"MoE layer {prefix}: {reason}, or {switch.NAME}=0 for vLLM's own way"
+        )
     if switch.value() == "require":
         raise ValueError(
             f"{switch.NAME}=require, but MoE layer {prefix} is declined: {reason}"
@@ -92,6 +98,9 @@ def decline_reason(
         return f"{bits}-bit weights, supported: 4"
     if group_size not in GROUP_SIZES:
         return f"group size {group_size}, supported: {GROUP_SIZES}"
+    misfit = tensor_parallel_misfit(config, group_size)
+    if misfit is not None:
+        return misfit
     for name, size in (
         ("hidden size", config.hidden_dim),
         ("intermediate size per partition", config.intermediate_size_per_partition),
@@ -111,6 +120,24 @@ def decline_reason(
     if config.moe_parallel_config.enable_eplb:
         return "expert load balancing (EPLB) is enabled"
     return None
+
+
+def tensor_parallel_misfit(
+    config: "FusedMoEConfig", group_size: int | tuple[int, int]
+) -> str | None:
+    """What to say where ranks get parts of a group, but another number would not."""
+    size, ranks = config.intermediate_size, config.moe_parallel_config.tp_size
+    if ranks == 1 or not isinstance(group_size, int) or group_size < 1:
+        return None
+    groups = size // group_size
+    if size % group_size or groups % ranks == 0:
+        return None
+    fits = [str(n) for n in range(1, groups + 1) if groups % n == 0]
+    return (
+        f"tensor parallel size {ranks} cuts the experts' intermediate size {size} into "
+        f"{size / ranks:g} per rank, not a multiple of the group size {group_size}; "
+        f"sizes that work: {', '.join(fits)}; or --enable-expert-parallel"
+    )
 
 
 def declined_because(prefix: str) -> str | None:

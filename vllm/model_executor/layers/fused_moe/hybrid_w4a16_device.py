@@ -30,6 +30,8 @@ class DeviceFamily:
     """Only on request (``VLLM_HYBRID_W4A16_MOE=1``), not by default."""
     cu_count: int
     """Compute units that a GPU grid is spread over; 1 on the CPU."""
+    pads_rows: bool = False
+    """Packed weight rows of a multiple of 1024 bytes get 128 bytes more (RDNA)."""
 
 
 _HIP_KERNELS = "HIP wvSplitK"
@@ -37,7 +39,7 @@ _CUDA_KERNELS = "CUDA wvSplitK"
 
 # For planning on another machine. CUs of gfx1151: AMD's product page of Strix Halo.
 ASSUMABLE = {
-    "gfx1151": DeviceFamily("gfx1151", _HIP_KERNELS, _HIP_KERNELS, False, 40),
+    "gfx1151": DeviceFamily("gfx1151", _HIP_KERNELS, _HIP_KERNELS, False, 40, True),
     "cuda": DeviceFamily("cuda", _CUDA_KERNELS, _CUDA_KERNELS, True, 1),
     "cpu": DeviceFamily("cpu", "C++", "C++", False, 1),
 }
@@ -87,4 +89,5 @@ def _gpu_family(
             f"(it was built for: {', '.join(built) or 'no GPU of this vendor'})"
         )
     cu_count = torch.cuda.get_device_properties().multi_processor_count
-    return DeviceFamily(arch, kernels, kernels, opt_in, cu_count)
+    pads_rows = current_platform.is_rocm()  # every architecture built for is RDNA
+    return DeviceFamily(arch, kernels, kernels, opt_in, cu_count, pads_rows)
