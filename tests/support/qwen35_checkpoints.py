@@ -107,7 +107,9 @@ def _tensors(model_config: Qwen3_5MoeConfig) -> Iterator[Tensor]:
                     prefix, text.hidden_size, text.moe_intermediate_size
                 )
         elif not name.endswith("mlp.experts.down_proj"):
-            dtype = "F32" if name.endswith(("A_log", "linear_attn.norm.weight")) else "BF16"
+            dtype = (
+                "F32" if name.endswith(("A_log", "linear_attn.norm.weight")) else "BF16"
+            )
             yield name, tuple(parameter.shape), dtype
     yield from _draft_layer(text.hidden_size, text.moe_intermediate_size, text)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 import vllm
+from vllm.logger import suppress_logging
 from vllm.platforms import current_platform
 from vllm.plugins.hybrid_w4a16 import hooks, switch
 
@@ -44,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit status."""
-    logging.getLogger("vllm").setLevel(logging.CRITICAL)  # the table says it all
     switch.register()
-    checks = diagnose()
+    with suppress_logging(logging.CRITICAL):  # the table says it all
+        checks = diagnose()
     todo = next((check.fix for check in checks if not check.ok), None)
     if args.json:
         facts = [dataclasses.asdict(check) for check in checks]

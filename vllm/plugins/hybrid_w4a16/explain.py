@@ -14,6 +14,7 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
+from vllm.logger import suppress_logging
 from vllm.plugins.hybrid_w4a16 import explain_bytes, explain_layers, switch
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import (
     Checkpoint,
@@ -24,7 +25,7 @@ from vllm.plugins.hybrid_w4a16.explain_layers import ExpertsLayer
 
 # GB/s that large copies reach, with what is known of it. Other devices differ too much
 # among themselves: there --bandwidth has to say it.
-BANDWIDTH = {
+BANDWIDTH: dict[str, tuple[float | None, str | None]] = {
     "gfx1151": (212.0, "what copy tools reach on Strix Halo, 256 theoretical"),
 }
 # The mean over a request of 100 input and 128 output tokens.
@@ -56,20 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit status."""
-    logging.getLogger("vllm").setLevel(logging.CRITICAL)  # the table says it all
     switch.register()
     try:
         switch.value()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    try:
-        report = explain(
-            args.checkpoint, args.tp, args.bandwidth, args.device, args.context
-        )
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with suppress_logging(logging.CRITICAL):  # the table says it all
+        try:
+            report = explain(
+                args.checkpoint, args.tp, args.bandwidth, args.device, args.context
+            )
+        except CheckpointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     print(json.dumps(report, indent=1) if args.json else as_text(report))
     return 0
 
@@ -101,19 +102,19 @@ def explain(
         layers = explain_layers.expert_layers(checkpoint, tp_size)
     parts = explain_bytes.parts(checkpoint, layers, tp_size, context)
     total = sum(part.token_bytes for part in parts)
-    known = isinstance(family, devices.DeviceFamily)
-    source = "--bandwidth"
-    if bandwidth is None and known:
-        bandwidth, source = BANDWIDTH.get(family.name, (None, None))
+    known = family if isinstance(family, devices.DeviceFamily) else None
+    source: str | None = "--bandwidth"
+    if bandwidth is None:
+        bandwidth, source = BANDWIDTH.get(known.name if known else "", (None, None))
     return {
         "checkpoint": name,
         "model_type": checkpoint.value("model_type", default="unknown"),
         "file_bytes": checkpoint.file_bytes,
         "device": {
-            "name": family.name if known else None,
+            "name": known.name if known else None,
             "assumed": device is not None,
-            "decode": family.decode if known else None,
-            "prefill": family.prefill if known else None,
+            "decode": known.decode if known else None,
+            "prefill": known.prefill if known else None,
             "unsupported": None if known else family,
         },
         "switch": switch.value(),
@@ -169,9 +170,9 @@ def as_text(report: dict[str, Any]) -> str:
             f"{device['name']}{assumed}, decode: {device['decode']}, "
             f"prefill: {device['prefill']}"
         )
+    facts = [report["model_type"], _size(report["file_bytes"]), report["format"]]
     lines = [
-        f"checkpoint  {report['checkpoint']} ({report['model_type']}, "
-        f"{_size(report['file_bytes'])}, {report['format']})",
+        f"checkpoint  {report['checkpoint']} ({', '.join(facts)})",
         f"device      {kernels}",
         f"switch      {switch.NAME}={report['switch']}",
         "",
@@ -187,7 +188,9 @@ def as_text(report: dict[str, Any]) -> str:
 def _expert_table(report: dict[str, Any]) -> list[str]:
     if not report["expert_layers"]:
         return ["no routed experts: a dense model, nothing here is for it"]
-    rows = [("expert layers", "experts", "size", "bits", "group", "bytes", "path")]
+    rows: list[tuple[str, ...]] = [
+        ("expert layers", "experts", "size", "bits", "group", "bytes", "path")
+    ]
     for group in report["expert_layers"]:
         zeros = "" if group["group_size"] is None or group["symmetric"] else " +zp"
         rows.append(
@@ -207,7 +210,9 @@ def _expert_table(report: dict[str, Any]) -> list[str]:
 def _part_table(report: dict[str, Any]) -> list[str]:
     bandwidth, total = report["bandwidth_gbps"], report["token_bytes"]
     per = " and GPU" if report["tp"] > 1 else ""
-    rows = [("part", "on disk", f"per token{per}", "share", "ms")]
+    rows: list[tuple[str, ...]] = [
+        ("part", "on disk", f"per token{per}", "share", "ms")
+    ]
 
     def row(name: str, stored: int, moved: float) -> tuple[str, ...]:
         ms = f"{moved / bandwidth / 1e6:.3f}" if bandwidth else "-"
@@ -227,13 +232,14 @@ def _conclusion(report: dict[str, Any]) -> list[str]:
     if report["bandwidth_gbps"] is None:
         return ["roofline    unknown: say the memory bandwidth with --bandwidth GB/s"]
     most = max(report["parts"], key=lambda part: part["token_bytes"])
+    rate = f"{report['roofline_tokens_per_s']:.1f} tokens/s, one stream"
+    bandwidth = f"{report['bandwidth_gbps']:g} GB/s ({report['bandwidth_source']})"
+    part, whole = _size(most["token_bytes"]), _size(report["token_bytes"])
     return [
-        f"roofline    {report['roofline_tokens_per_s']:.1f} tokens/s, one stream, at "
-        f"{report['bandwidth_gbps']:g} GB/s ({report['bandwidth_source']})",
-        f"limited by  {most['name']}: {_size(most['token_bytes'])} of "
-        f"{_size(report['token_bytes'])} per token",
-        "            An upper bound from bytes alone; launches, attention arithmetic and",
-        "            kernels below the bandwidth come on top.",
+        f"roofline    {rate}, at {bandwidth}",
+        f"limited by  {most['name']}: {part} of {whole} per token",
+        "            An upper bound from bytes alone; launches, arithmetic and kernels",
+        "            below the bandwidth come on top.",
     ]
 
 

@@ -112,7 +112,9 @@ def _read_folder(name: str, folder: Path) -> Checkpoint:
         if (folder / file).is_file()
     }
     if _INDEX in files:
-        shards = sorted(set(_parse(files[_INDEX], folder / _INDEX)["weight_map"].values()))
+        shards = sorted(
+            set(_parse(files[_INDEX], folder / _INDEX)["weight_map"].values())
+        )
     else:
         shards = sorted(file.name for file in folder.glob("*.safetensors"))
     if not shards:
@@ -203,7 +205,9 @@ def _read_hub(name: str) -> Checkpoint:
             if api.file_exists(name, file)
         }
         metadata = api.get_safetensors_metadata(name)
-    except Exception as error:  # which HTTP library's depends on the hub client's version
+    except (
+        Exception
+    ) as error:  # which HTTP library's depends on the hub client's version
         raise CheckpointError(
             f"there is no folder {name}, and reading it from the hub failed: "
             f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

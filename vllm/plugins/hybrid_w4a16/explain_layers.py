@@ -120,9 +120,9 @@ def _stored_layer(
         left = 0 if bits else weights  # biases and scales may come on top
     if left or (words and (not scales or weights % scales)):
         raise CheckpointError(
-            f"{checkpoint.name}: {name} holds {words} packed words and {scales} scales, "
-            f"which do not fit {num_experts} experts of 3 x {hidden} x {intermediate} "
-            "weights (config.json)"
+            f"{checkpoint.name}: {name} holds {words} packed words and {scales} "
+            f"scales, which do not fit {num_experts} experts of 3 x {hidden} x "
+            f"{intermediate} weights (config.json)"
         )
     symmetric = _is_symmetric(checkpoint.quantization or {}) or not zeros
     return ExpertsLayer(
@@ -183,13 +183,17 @@ def _decide(
     try:
         config = _vllm_config(checkpoint.quantization)
     except (ValueError, AssertionError) as error:
-        reason = f"vLLM refuses the quantization config: {error}"
+        method = checkpoint.quantization.get("quant_method")
+        reason = f"vLLM's {method} does not take the quantization config: {error}"
         return [replace(layer, reason=reason) for layer in layers]
+    gate.new_model()
     decided = []
     for layer in layers:
-        experts = _stand_in(checkpoint, layer, by_layer[layer.index, layer.name], tp_size)
-        reason = _decline_reason(config, experts, layer)
-        decided.append(replace(layer, hybrid=reason is None, reason=reason))
+        experts = _stand_in(
+            checkpoint, layer, by_layer[layer.index, layer.name], tp_size
+        )
+        why = _decline_reason(config, experts, layer)
+        decided.append(replace(layer, hybrid=why is None, reason=why))
     return decided
 
 
@@ -219,14 +223,19 @@ def _decline_reason(
     try:
         method = config.get_quant_method(experts, layer.name)
     except Exception as error:  # noqa: BLE001
-        failure = str(error)
+        failure = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(method, HybridW4A16MoEMethod):
         return None
     return (
         gate.declined_because(layer.name)
         or (f"{layer.bits}-bit weights, not quantized" if layer.bits == 16 else None)
-        or (f"vLLM refuses the layer: {failure}" if failure else None)
-        or f"there is no hybrid method for {config.get_name()}"
+        or (
+            f"no hybrid method for it, and vLLM's own fails here: {failure}"
+            if failure
+            else None
+        )
+        or f"there is no hybrid method for {config.get_name()}, vLLM's own is "
+        f"{type(method).__name__}"
     )
 
 

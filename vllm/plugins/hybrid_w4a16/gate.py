@@ -145,6 +145,13 @@ def declined_because(prefix: str) -> str | None:
     return _declined.get(prefix)
 
 
+def new_model() -> None:
+    """Forget the layers of the model before."""
+    _accepted.clear()
+    _ready.clear()
+    _declined.clear()
+
+
 def report_ready(prefix: str) -> None:
     """Count the layer as ready to run; after a model's last one, log the summary."""
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
@@ -167,6 +174,4 @@ def report_ready(prefix: str) -> None:
         family.prefill,
         len(_declined),
     )
-    _accepted.clear()
-    _ready.clear()
-    _declined.clear()
+    new_model()
