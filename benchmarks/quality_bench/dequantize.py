@@ -50,7 +50,7 @@ def _weight(q: torch.Tensor, zero: torch.Tensor, scales: torch.Tensor) -> torch.
 def _gptq(zero_offset: int) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
     def dequantize(stored: dict[str, torch.Tensor]) -> torch.Tensor:
         q = unpack(stored["qweight"].T.contiguous())
-        zero = unpack(stored["qzeros"]).T + zero_offset
+        zero = (unpack(stored["qzeros"]).T + zero_offset) % 16
         if "g_idx" in stored:
             groups = torch.arange(q.shape[1]) // (q.shape[1] // zero.shape[1])
             if not torch.equal(stored["g_idx"].long(), groups):

@@ -37,6 +37,7 @@ def diagnosis(capsys):
 def test_healthy_installation_in_a_fresh_process():
     run = subprocess.run(
         [os.path.join(os.path.dirname(sys.executable), "vllm-hybrid-w4a16"), "doctor"],
+        env=os.environ | {"VLLM_LOGGING_LEVEL": "DEBUG"},  # kept out of the output
         capture_output=True,
         text=True,
         timeout=300,
