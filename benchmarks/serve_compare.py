@@ -35,6 +35,8 @@ from serve_bench.cases import (  # noqa: E402
 from serve_bench.summary import summarize  # noqa: E402
 from vllm_server import ServerError, VllmServer  # noqa: E402
 
+START_REPORT_S = 20.0
+
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line; ends the process with status 2 and a message if it is bad."""
@@ -105,6 +107,21 @@ class Progress:
         print(f"[{time.monotonic() - self._start:6.1f} s] {text}", flush=True)
 
 
+class StartWatch:
+    """While a server starts, says every now and then what it logged last."""
+
+    def __init__(self, server: VllmServer, progress: Progress) -> None:
+        self._server, self._progress = server, progress
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._last > START_REPORT_S:
+            self._last = time.monotonic()
+            lines = self._server.log_text().split("\n")
+            line = next((text for text in reversed(lines) if text.strip()), "")
+            self._progress.say(f"  starting: {line.split('] ')[-1][:80]}")
+
+
 class Comparison:
     """A run: what has been measured so far and where it is written."""
 
@@ -143,7 +160,8 @@ class Comparison:
         log = options.out / f"{variant.name}-{mode}-{number + 1}.log"
         words = [*MODES[mode], *shlex.split(options.serve_args), *variant.arguments]
         with VllmServer(variant.model, log, words, variant.environment) as server:
-            server.wait_ready(options.start_timeout)
+            watch = StartWatch(server, self.progress)
+            server.wait_ready(options.start_timeout, watch)
             self.progress.say("  the server is ready")
             for point in options.points:
                 values = self.drive(server, variant, point)

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -252,7 +253,7 @@ def test_ctrl_c_leaves_no_server_behind(tmp_path):
         while process.poll() is None and "engine" not in (
             log.read_text() if log.exists() else ""
         ):
-            pass
+            time.sleep(0.2)
         assert users_of(tmp_path), seen
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=TIMEOUT_S)

@@ -31,16 +31,35 @@ def vllm_scores(
     """
     os.environ["VLLM_HYBRID_W4A16_MOE"] = switch
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams, TokensPrompt
 
     length = max([*map(len, sequences), *(len(p) + count for p in prompts)]) + 1
     llm = LLM(model, dtype=dtype, enforce_eager=True, max_model_len=length)
+    try:
+        return {
+            "scores": _score(
+                llm, [TokensPrompt(prompt_token_ids=s) for s in sequences]
+            ),
+            "completions": [
+                list(answer.outputs[0].token_ids)
+                for answer in llm.generate(
+                    [TokensPrompt(prompt_token_ids=tokens) for tokens in prompts],
+                    SamplingParams(max_tokens=count, temperature=0, ignore_eos=True),
+                )
+            ],
+        }
+    finally:
+        # else this process waits at its end for the engine's, and that for this one
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _score(llm: Any, prompts: list[Any]) -> list[Score]:
+    from vllm import SamplingParams
+
     scoring = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
-    greedy = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
     scores = []
-    for answer in llm.generate(
-        [TokensPrompt(prompt_token_ids=tokens) for tokens in sequences], scoring
-    ):
+    for answer in llm.generate(prompts, scoring):
         found = answer.prompt_logprobs[1:]
         given = answer.prompt_token_ids[1:]
         scores.append(
@@ -49,13 +68,7 @@ def vllm_scores(
                 [next(t for t, p in step.items() if p.rank == 1) for step in found],
             )
         )
-    completions = [
-        list(answer.outputs[0].token_ids)
-        for answer in llm.generate(
-            [TokensPrompt(prompt_token_ids=tokens) for tokens in prompts], greedy
-        )
-    ]
-    return {"scores": scores, "completions": completions}
+    return scores
 
 
 def transformers_scores(model: str, sequences: list[list[int]]) -> list[Score]:

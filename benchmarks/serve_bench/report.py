@@ -83,7 +83,7 @@ def plot(path: pathlib.Path, result: dict[str, Any]) -> None:
     """Bars per variant and load point, whiskers from the least to the largest round.
 
     Where the bandwidth is known, a dashed line under each load of one request at a time
-    is the time that reading the model takes.
+    is the time that reading a token's weights and cache takes.
     """
     import matplotlib
 
@@ -94,10 +94,13 @@ def plot(path: pathlib.Path, result: dict[str, Any]) -> None:
     names = list(dict.fromkeys(row["variant"] for row in rows))
     groups = list(dict.fromkeys(_group(row) for row in rows))
     machine = result["machine"]
+    bars = len(groups) * len(names)
+    columns = 2 if bars <= 8 else 1
     figure, axes = plt.subplots(
-        2,
-        2,
-        figsize=(max(10.0, 1.2 + 1.1 * len(groups) * len(names)), 8.4),
+        4 // columns,
+        columns,
+        figsize=(5.5 * columns if columns == 2 else 3 + 0.55 * bars, 16.8 / columns),
+        squeeze=False,
         layout="constrained",
     )
     for axis, (metric, title) in zip(axes.flat, _PANELS, strict=True):
@@ -146,11 +149,15 @@ def _bars(
             capsize=3,
             label=name,
         )
-        axis.bar_label(bars, [f"{m:.3g}" for m in medians], label_type="center")
+        axis.bar_label(bars, [_short(m) for m in medians], label_type="center")
     axis.set_xticks(
         range(len(groups)),
         [f"{i} in, {o} out\n{c} at a time, {mode}" for mode, i, o, c in groups],
     )
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _floors(axis: Any, result: dict[str, Any], names: list[str], groups: list) -> None:
@@ -167,7 +174,7 @@ def _floors(axis: Any, result: dict[str, Any], names: list[str], groups: list) -
             moved = roofline["token_bytes"][str(input_len + output_len // 2)]
             floor = moved / roofline["bandwidth_gbps"] / 1e6
             left = x + (number - len(names) / 2) * width
-            text = f"all weights read at {roofline['bandwidth_gbps']:g} GB/s"
+            text = f"reading weights and cache at {roofline['bandwidth_gbps']:g} GB/s"
             axis.hlines(
                 floor,
                 left,
