@@ -32,6 +32,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import (
     FusedMoeWeightScaleSupported,
 )
 from vllm.model_executor.layers.quantization.hybrid_w4a16_loading import (
+    PART,
     ExpertTensorLoader,
 )
 from vllm.model_executor.utils import set_weight_attrs
@@ -183,7 +184,7 @@ def _register(
 ) -> None:
     parameter = torch.nn.Parameter(tensor, requires_grad=False)
     layer.register_parameter(f"{weight}_{suffix}", parameter)
-    set_weight_attrs(parameter, attributes | {"hybrid_w4a16_part": (weight, suffix)})
+    set_weight_attrs(parameter, attributes | {PART: (weight, suffix)})
 
 
 def expert_linears(layer: "RoutedExperts", prefix: str) -> Iterator[str]:
