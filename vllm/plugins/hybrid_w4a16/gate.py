@@ -49,6 +49,7 @@ def accept(
     reason = unsupported or decline_reason(layer, bits, group_size)
     if reason is None:
         _declined.discard(prefix)
+        _ready.discard(prefix)  # the process may have run another model before
         _accepted.add(prefix)
         return True
     _accepted.discard(prefix)
