@@ -294,7 +294,7 @@ def test_activation_order_is_declined_where_vllm_lets_it_through(monkeypatch):
 
 def test_gptq_asymmetric_is_refused_by_vllm_itself():
     with pytest.raises(ValueError, match="bits=4, sym=False"):
-        quant_config("gptq", symmetric=False)
+        quant_config("gptq", 64, False)
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors"])

@@ -107,7 +107,7 @@ class Int4Format:
         return self.store(q, zero, scales, symmetric)
 
     def config(
-        self, group_size: int, symmetric: bool, skipped: list[str], **overrides: Any
+        self, group_size: int, symmetric: bool, skipped: list[str], /, **overrides: Any
     ) -> dict[str, Any]:
         """``quantization_config`` of a config.json.
 

@@ -208,7 +208,9 @@ def main() -> int:
     options = parser.parse_args()
     known = {Cell.from_json(result["cell"]): result for result in load_results()}
     cells = full()
-    todo = [] if options.table else [c for c in cells if options.again or c not in known]
+    todo = (
+        [] if options.table else [c for c in cells if options.again or c not in known]
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +225,9 @@ def main() -> int:
             answers = run_cells(batch, folder)
             for cell, verdict in judge(answers, folder).items():
                 known[cell] = {"cell": cell.to_json(), **verdict}
-                print("ok  " if verdict["ok"] else "FAIL", cell.name, verdict, flush=True)
+                print(
+                    "ok  " if verdict["ok"] else "FAIL", cell.name, verdict, flush=True
+                )
             save_results([known[cell] for cell in cells if cell in known])
     results = [known[cell] for cell in cells if cell in known]
     write_table(results)

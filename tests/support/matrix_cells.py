@@ -19,7 +19,10 @@ class Deployment:
     """Arguments of ``LLM`` and what is done before it answers."""
 
     ranks: int = 1
+    """Processes of ``matrix_worker``."""
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    own_workers: bool = False
+    """vLLM starts the ranks itself: slower, every rank imports vLLM for one cell."""
     reload: bool = False
     """Garbage is loaded over the weights first, then the checkpoint again."""
 
@@ -30,7 +33,8 @@ DEPLOYMENTS = {
     "TP 2, EP 2": Deployment(
         2, {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     ),
-    "PP 2": Deployment(2, {"pipeline_parallel_size": 2}),
+    # not with external_launcher: there vLLM 0.32 asserts on its CPU model runner
+    "PP 2": Deployment(1, {"pipeline_parallel_size": 2}, own_workers=True),
     "chunked prefill": Deployment(1, {"max_num_batched_tokens": 16}),
     "prefix caching": Deployment(1, {"enable_prefix_caching": True}),
     "weights reloaded": Deployment(1, reload=True),
@@ -84,7 +88,9 @@ def other_models() -> list[Cell]:
     """The other models in every format; float16, since their routers tie in bf16."""
     return [
         Cell(Recipe(model, format, symmetric, 128), "float16")
-        for model, format, symmetric in itertools.product(MODELS, FORMATS, (True, False))
+        for model, format, symmetric in itertools.product(
+            MODELS, FORMATS, (True, False)
+        )
         if model != "qwen3_moe" and exists(format, symmetric)
     ]
 

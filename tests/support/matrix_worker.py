@@ -55,7 +55,9 @@ def answers(llm: Any, with_prompt: bool) -> list[dict[str, Any]]:
         seen = None
         if with_prompt:
             ids = output.prompt_token_ids
-            seen = [output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))]
+            seen = [
+                output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))
+            ]
         result.append(
             {
                 "prompt": list(output.prompt_token_ids),
@@ -100,7 +102,13 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     }
     if deployment.ranks > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
-    llm = LLM(str(checkpoint), **arguments)
+    if deployment.own_workers:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    try:
+        llm = LLM(str(checkpoint), **arguments)
+    finally:
+        if deployment.own_workers:
+            del os.environ["VLLM_CPU_OMP_THREADS_BIND"]
     if deployment.reload:
         os.environ["MATRIX_CELL"] = json.dumps(cell.to_json())
         garbage_then_checkpoint(llm, checkpoint)

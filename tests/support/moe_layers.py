@@ -51,7 +51,7 @@ CONFIG_CLASSES: dict[str, type[QuantizationConfig]] = {
 
 
 def quant_config(
-    format: str, group_size: int = 64, symmetric: bool = True, **overrides: Any
+    format: str, group_size: int = 64, symmetric: bool = True, /, **overrides: Any
 ) -> QuantizationConfig:
     """vLLM's config object for a ``quantization_config`` of ``int4_formats``."""
     config = FORMATS[format].config(group_size, symmetric, [], **overrides)

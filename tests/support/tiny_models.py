@@ -108,7 +108,9 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
         return folder
     dense = folder / "dense"
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(MODELS[recipe.model](), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(
+        MODELS[recipe.model](), dtype=torch.bfloat16
+    )
     model.save_pretrained(dense)
     format = FORMATS[recipe.format]
     rng = np.random.default_rng(seed)
@@ -133,7 +135,13 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
     save_file(dequantized, dense / WEIGHTS, {"format": "pt"})
     save_file(stored, folder / WEIGHTS, {"format": "pt"})
     config = json.loads((dense / "config.json").read_text())
-    skipped = ["self_attn", "mlp.gate$", "shared_expert", "lm_head", r"layers.0.mlp.\w+_"]
+    skipped = [
+        "self_attn",
+        "mlp.gate$",
+        "shared_expert",
+        "lm_head",
+        r"layers.0.mlp.\w+_",
+    ]
     if recipe.format == "awq":
         skipped = sorted(kept)
     if recipe.model == "mixtral":

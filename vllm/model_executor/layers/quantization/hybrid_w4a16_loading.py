@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Attribute of a parameter: "w13" or "w2", and the suffix of its name.
 PART = "hybrid_w4a16_part"
+# Suffix of parameters without elements, which vLLM asks for before it drops a bias.
+BIAS = "bias"
 # vLLM's names of the projections of an expert: gate, up and down.
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 
@@ -97,7 +99,12 @@ class ExpertTensorLoader:
         tensor = self._describe(shard_id, suffix, expert_id)
         if shard_id not in _SHARDS[weight]:
             raise ValueError(f"{tensor} does not belong into {weight}_{suffix}")
-        if suffix == self._weight_shape:
+        if suffix == BIAS:
+            # some GPTQ tools write zeros for models that know of no bias
+            if bool(loaded_weight.any()):
+                raise ValueError(f"{tensor} is not zero; experts have no bias here")
+            success = True
+        elif suffix == self._weight_shape:
             success = self._load_weight_shape(param, loaded_weight, shard_id, expert_id)
         else:
             self._check(tensor, loaded_weight, suffix, self._shapes[shard_id][suffix])
