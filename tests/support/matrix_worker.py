@@ -102,13 +102,7 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     }
     if deployment.ranks > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
-    if deployment.own_workers:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    try:
-        llm = LLM(str(checkpoint), **arguments)
-    finally:
-        if deployment.own_workers:
-            del os.environ["VLLM_CPU_OMP_THREADS_BIND"]
+    llm = LLM(str(checkpoint), **arguments)
     if deployment.reload:
         os.environ["MATRIX_CELL"] = json.dumps(cell.to_json())
         garbage_then_checkpoint(llm, checkpoint)

@@ -76,7 +76,8 @@ def make_layer(
 ) -> RoutedExperts:
     """A ``RoutedExperts`` layer; its method is what vLLM's factories return.
 
-    ep, tp: expert-parallel and tensor-parallel size and rank. moe_overrides: fields of ``FusedMoEConfig``.
+    ep, tp: expert-parallel and tensor-parallel size and rank. moe_overrides: fields of
+    ``FusedMoEConfig``.
     """
     ep_size, ep_rank = ep
     parallel = dataclasses.replace(

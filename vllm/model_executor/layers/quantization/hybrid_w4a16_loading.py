@@ -91,8 +91,8 @@ class ExpertTensorLoader:
         """
         if is_packed(param):
             raise ValueError(
-                f"{weight_name}: shard {shard_id} of expert {expert_id} comes after the "
-                f"layer was converted to the kernels' layout; use vLLM's reload_weights"
+                f"{weight_name}: shard {shard_id} of expert {expert_id} comes after "
+                f"the layer was converted for the kernels; use vLLM's reload_weights"
             )
         part: tuple[str, str] = getattr(param, PART)
         weight, suffix = part
