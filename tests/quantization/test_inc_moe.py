@@ -136,9 +136,11 @@ def test_method_has_the_seeds_names():
         "w13_qweight": (8, 32, 256),
         "w13_scales": (8, 4, 256),
         "w13_qzeros": (8, 4, 32),
+        "w13_bias": (8, 0),
         "w2_qweight": (8, 16, 256),
         "w2_scales": (8, 2, 256),
         "w2_qzeros": (8, 2, 32),
+        "w2_bias": (8, 0),
     }
 
 

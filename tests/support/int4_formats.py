@@ -99,7 +99,7 @@ class Int4Format:
         symmetric: bool,
         scale: float = 1 / 64,
     ) -> dict[str, np.ndarray]:
-        """A linear of random nibbles; fp16 scales from half to one and a half ``scale``."""
+        """A linear of random nibbles; fp16 scales of 0.5 to 1.5 times ``scale``."""
         shape = (n, k // group_size)
         q = rng.integers(0, 16, (n, k))
         zero = np.full(shape, 8) if symmetric else rng.integers(0, 16, shape)
@@ -107,7 +107,7 @@ class Int4Format:
         return self.store(q, zero, scales, symmetric)
 
     def config(
-        self, group_size: int, symmetric: bool, skipped: list[str], **overrides: Any
+        self, group_size: int, symmetric: bool, skipped: list[str], /, **overrides: Any
     ) -> dict[str, Any]:
         """``quantization_config`` of a config.json.
 

@@ -51,7 +51,7 @@ CONFIG_CLASSES: dict[str, type[QuantizationConfig]] = {
 
 
 def quant_config(
-    format: str, group_size: int = 64, symmetric: bool = True, **overrides: Any
+    format: str, group_size: int = 64, symmetric: bool = True, /, **overrides: Any
 ) -> QuantizationConfig:
     """vLLM's config object for a ``quantization_config`` of ``int4_formats``."""
     config = FORMATS[format].config(group_size, symmetric, [], **overrides)
@@ -76,7 +76,8 @@ def make_layer(
 ) -> RoutedExperts:
     """A ``RoutedExperts`` layer; its method is what vLLM's factories return.
 
-    ep, tp: expert-parallel and tensor-parallel size and rank. moe_overrides: fields of ``FusedMoEConfig``.
+    ep, tp: expert-parallel and tensor-parallel size and rank. moe_overrides: fields of
+    ``FusedMoEConfig``.
     """
     ep_size, ep_rank = ep
     parallel = dataclasses.replace(

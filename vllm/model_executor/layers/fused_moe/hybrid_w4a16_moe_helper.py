@@ -78,7 +78,7 @@ class CheckpointPacking:
         """Shapes of one expert's stored tensors, by suffix."""
         words = (n, k // 8) if self.words_along_k else (n // 8, k)
         groups = k // group_size
-        by_row = {
+        by_row: dict[str, tuple[int, ...]] = {
             self.qweight: words,
             self.scales: (n, groups),
             self.zeros: (n // 8, groups),
@@ -190,9 +190,7 @@ GPTQ_V1 = CheckpointPacking(
     to_exllama=gptq_to_exllama,
     to_row_zeros=gptq_v1_to_row_zeros,
 )
-GPTQ_V2 = replace(
-    GPTQ_V1, name="GPTQ v2", zero_offset=0, to_row_zeros=_transposed_copy
-)
+GPTQ_V2 = replace(GPTQ_V1, name="GPTQ v2", zero_offset=0, to_row_zeros=_transposed_copy)
 AWQ = replace(
     GPTQ_V2,
     name="AWQ",

@@ -21,6 +21,10 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
+# Attribute of a parameter: "w13" or "w2", and the suffix of its name.
+PART = "hybrid_w4a16_part"
+# Suffix of parameters without elements, which vLLM asks for before it drops a bias.
+BIAS = "bias"
 # vLLM's names of the projections of an expert: gate, up and down.
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 
@@ -85,16 +89,22 @@ class ExpertTensorLoader:
         format and the model's config ask for, when it comes a second time, and when the
         layer was converted already.
         """
-        weight, suffix = param.hybrid_w4a16_part
+        if is_packed(param):
+            raise ValueError(
+                f"{weight_name}: shard {shard_id} of expert {expert_id} comes after "
+                f"the layer was converted for the kernels; use vLLM's reload_weights"
+            )
+        part: tuple[str, str] = getattr(param, PART)
+        weight, suffix = part
         tensor = self._describe(shard_id, suffix, expert_id)
         if shard_id not in _SHARDS[weight]:
             raise ValueError(f"{tensor} does not belong into {weight}_{suffix}")
-        if is_packed(param):
-            raise ValueError(
-                f"{tensor} comes after the layer was converted to the kernels' layout; "
-                f"reload with vLLM's reload_weights"
-            )
-        if suffix == self._weight_shape:
+        if suffix == BIAS:
+            # some GPTQ tools write zeros for models that know of no bias
+            if bool(loaded_weight.any()):
+                raise ValueError(f"{tensor} is not zero; experts have no bias here")
+            success = True
+        elif suffix == self._weight_shape:
             success = self._load_weight_shape(param, loaded_weight, shard_id, expert_id)
         else:
             self._check(tensor, loaded_weight, suffix, self._shapes[shard_id][suffix])
@@ -118,7 +128,9 @@ class ExpertTensorLoader:
         """
         missing = [
             self._describe(shard, suffix, expert)
-            for expert in (global_expert(layer, e) for e in range(layer.local_num_experts))
+            for expert in (
+                global_expert(layer, e) for e in range(layer.local_num_experts)
+            )
             for shard, shapes in self._shapes.items()
             for suffix in shapes
             if (suffix, shard, expert) not in self._loaded

@@ -32,6 +32,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import (
     FusedMoeWeightScaleSupported,
 )
 from vllm.model_executor.layers.quantization.hybrid_w4a16_loading import (
+    BIAS,
+    PART,
     ExpertTensorLoader,
 )
 from vllm.model_executor.utils import set_weight_attrs
@@ -125,6 +127,8 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
             if with_zeros and self.symmetric:  # for --load-format dummy
                 zeros = getattr(layer, f"{weight}_{packing.zeros}")
                 zeros.dummy_weight_value = packing.symmetric_word
+            no_bias = torch.zeros(num_experts, 0, dtype=params_dtype)
+            _register(layer, weight, BIAS, no_bias, attributes)
             if packing.weight_shape is not None:
                 shapes = torch.zeros(num_experts, 2, 2, dtype=torch.int64)
                 if weight == "w2":
@@ -136,6 +140,8 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         if loaded and not self._weights_are_made_up:
             self._loader.check_complete(layer)
         setup_hybrid_w4a16_moe(self, layer)
+        for weight in ("w13", "w2"):
+            setattr(layer, f"{weight}_{BIAS}", None)
         gate.report_ready(layer.layer_name)
 
     def get_fused_moe_quant_config(self, layer: "RoutedExperts") -> FusedMoEQuantConfig:
@@ -183,7 +189,7 @@ def _register(
 ) -> None:
     parameter = torch.nn.Parameter(tensor, requires_grad=False)
     layer.register_parameter(f"{weight}_{suffix}", parameter)
-    set_weight_attrs(parameter, attributes | {"hybrid_w4a16_part": (weight, suffix)})
+    set_weight_attrs(parameter, attributes | {PART: (weight, suffix)})
 
 
 def expert_linears(layer: "RoutedExperts", prefix: str) -> Iterator[str]:
