@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help venv clang demo test pytest lint format bench isa clean
+.PHONY: help venv clang demo test pytest lint format bench isa fork drift clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -37,6 +37,12 @@ bench: venv  ## time the experts call on this machine's CPU
 
 isa: venv  ## compile the GPU kernels for AMD, report registers and loads
 	@$(RUN) benchmarks/isa_report.py $(ARGS)
+
+fork: venv  ## commit the patch to the vLLM sources in VLLM_SRC (ARGS="--patch F", ...)
+	@$(VENV)/bin/vllm-hybrid-w4a16 fork --vllm-src "$(VLLM_SRC)" $(ARGS)
+
+drift: venv  ## does the newest vLLM release still fit? (ARGS="0.33.0": another one)
+	@$(RUN) tools/check_drift.py $(ARGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info vllm/_hybrid_w4a16_C.so

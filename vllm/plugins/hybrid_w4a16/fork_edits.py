@@ -31,6 +31,8 @@ CMAKE_AFTER = {
     "_C of the CPU": r"include\(\$\{CMAKE_CURRENT_LIST_DIR\}/cmake/cpu_extension\.cmake\)",
 }
 
+_BLANK = cst.EmptyLine(indent=False)
+
 
 class Conflict(Exception):
     """The text is not what the edit was written for; the message says how."""
@@ -54,11 +56,11 @@ def insert_prologue(source: str, hook: Hook) -> str:
     handler = hook.handler.partition(":")[2]
     if re.search(rf"\b{handler}\b", module.code_for_node(function)):
         raise Conflict(f"it mentions {handler} already, but not as the prologue does")
-    if start < len(body):
-        body[start] = body[start].with_changes(
-            leading_lines=[cst.EmptyLine(indent=False), *body[start].leading_lines]
-        )
-    body[start:start] = prologue
+    load, call = prologue
+    call = call.with_changes(leading_lines=[_BLANK])
+    for after in body[start : start + 1]:
+        body[start] = after.with_changes(leading_lines=[_BLANK, *after.leading_lines])
+    body[start:start] = [load, call]
     return module.deep_replace(
         function, function.with_changes(body=function.body.with_changes(body=body))
     ).code
