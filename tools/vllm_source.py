@@ -67,7 +67,9 @@ def _pip(*arguments: str, env: dict[str, str] | None = None) -> str:
             command, capture_output=True, text=True, env=env, timeout=TIMEOUT_SECONDS
         )
     except subprocess.TimeoutExpired as error:
-        raise FetchError(f"pip {arguments[0]}: no answer in {error.timeout} s") from error
+        raise FetchError(
+            f"pip {arguments[0]}: no answer in {error.timeout} s"
+        ) from error
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line]
         raise FetchError(f"pip {arguments[0]}: {'; '.join(errors) or done.stderr}")

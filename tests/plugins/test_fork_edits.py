@@ -120,13 +120,13 @@ def test_factory_that_does_not_fit_is_a_conflict(source, message):
         fork_edits.insert_prologue(source, hook)
 
 
-PLATFORM = '''\
+PLATFORM = """\
 class RocmPlatform(Platform):
     supported_quantization: list[str] = [
         "awq",
         "fp8",  # needs gfx9
     ]
-'''
+"""
 ENTRY = hooks.ListEntry(
     platform="RocmPlatform",
     attribute="supported_quantization",
@@ -136,7 +136,9 @@ ENTRY = hooks.ListEntry(
 )
 
 
-@pytest.mark.parametrize("source", [PLATFORM, PLATFORM.replace('"fp8",  #', '"fp8"  #')])
+@pytest.mark.parametrize(
+    "source", [PLATFORM, PLATFORM.replace('"fp8",  #', '"fp8"  #')]
+)
 def test_list_entry_is_added_once(source):
     edited = fork_edits.add_list_entry(source, ENTRY)
     namespace: dict = {"Platform": object}
@@ -151,7 +153,7 @@ def test_list_entry_without_its_list_is_a_conflict():
         fork_edits.add_list_entry("class RocmPlatform:\n    x = []\n", ENTRY)
 
 
-ENVS = '''\
+ENVS = """\
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -166,7 +168,7 @@ environment_variables: dict[str, Callable] = {
 }
 
 # after
-'''
+"""
 
 
 def test_switch_gets_its_type_and_its_entry():
@@ -261,7 +263,9 @@ def test_no_file_of_the_fork_needs_one_that_stays_behind():
         for path in (project / fork_files.PLUGIN).glob("*.py")
         if f"{fork_files.PLUGIN}/{path.name}" not in files
     }
-    assert {f"vllm.plugins.hybrid_w4a16.{m}" for m in ("cli", "fork", "hooks")} <= behind
+    assert {
+        f"vllm.plugins.hybrid_w4a16.{m}" for m in ("cli", "fork", "hooks")
+    } <= behind
     for path, text in files.items():
         if path.startswith("vllm/"):
             for node in ast.walk(ast.parse(text)):

@@ -190,7 +190,7 @@ def _plan_edits(plan: Plan, tree: Path, path: str, edits: list[Edit]) -> None:
     file = tree / path
     if not file.is_file():
         for symbol, _ in edits:
-            plan.reports.append(Report(path, symbol, CONFLICTS, "there is no such file"))
+            plan.reports.append(Report(path, symbol, CONFLICTS, "no such file"))
         return
     text = before = file.read_text()
     for symbol, edit in edits:
@@ -212,7 +212,6 @@ def _format(tree: Path, path: str, text: str) -> str:
     """``text`` as the formatters have it under vLLM's own configuration."""
     if path.endswith(".py"):
         name = f"--stdin-filename={tree / path}"
-        text = _pipe(tree, text, "ruff", "check", "--select=I", "--fix", "-q", name, "-")
         return _pipe(tree, text, "ruff", "format", "-q", name, "-")
     if path.endswith(CXX_SUFFIXES):
         # .hip is no suffix that clang-format takes for C++
@@ -250,12 +249,12 @@ def _diff(path: str, old: str | None, new: str) -> str:
 
 def commit_message() -> str:
     """Title, what and why, and for each hook why it exists and when it can go."""
-    parts = [
-        TITLE,
+    what = (
         "int4 MoE layers on skinny-GEMM kernels that read each weight once, two\n"
         "launches per layer and decode step. A layer that the path cannot take goes\n"
-        f"vLLM's own way; {switch.NAME}=0 switches it off.",
-    ]
+        f"vLLM's own way; {switch.NAME}=0 switches it off."
+    )
+    parts = [TITLE, what]
     for row in (*HOOKS, *LIST_ENTRIES):
         parts.append(f"{row.target}\n  Why: {row.why}\n  Until: {row.until}")
     return "\n\n".join(parts) + "\n"

@@ -19,8 +19,8 @@ from vllm.plugins.hybrid_w4a16.hooks import Hook, ListEntry
 LINE_LENGTH = 88
 
 SWITCH_COMMENT = (
-    '# int4 (W4A16) MoE on the hybrid path. "auto": on ROCm gfx11/gfx12 and CPU, unless',
-    '# --moe-backend names another; "1": on, "0": off; "require": a declined int4 MoE',
+    "# int4 (W4A16) MoE on the hybrid path. auto: on ROCm gfx11/gfx12 and the CPU,",
+    "# unless --moe-backend names another; 1: on; 0: off; require: a declined int4",
     "# layer is an error.",
 )
 
@@ -28,7 +28,7 @@ CMAKE_INCLUDE = "include(${CMAKE_CURRENT_LIST_DIR}/cmake/hybrid_w4a16.cmake)"
 # Commands of vLLM's CMakeLists.txt that define the extensions the ops go into.
 CMAKE_AFTER = {
     "_rocm_C": r"define_extension_target\(\s*_rocm_C\s[^()]*\)",
-    "_C of the CPU": r"include\(\$\{CMAKE_CURRENT_LIST_DIR\}/cmake/cpu_extension\.cmake\)",
+    "_C of the CPU": r"include\([^()\s]*/cmake/cpu_extension\.cmake\)",
 }
 
 _BLANK = cst.EmptyLine(indent=False)
@@ -144,7 +144,9 @@ def include_ops(source: str, extension: str) -> str:
     line_start = source.rindex("\n", 0, found[0].start()) + 1
     indent = source[line_start : found[0].start()]
     line = f"\n{indent}{CMAKE_INCLUDE}"
-    return source if source.startswith(line, end) else source[:end] + line + source[end:]
+    return (
+        source if source.startswith(line, end) else source[:end] + line + source[end:]
+    )
 
 
 def _prologue_text(hook: Hook) -> str:

@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""int4 (W4A16) MoE layers on a hybrid path: skinny-GEMM decode, grouped-GEMM prefill."""
+"""The gate and the switch of the hybrid int4 (W4A16) MoE path."""
