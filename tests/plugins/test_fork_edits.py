@@ -5,6 +5,7 @@
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 
 import pytest
@@ -291,6 +292,20 @@ def test_a_missing_import_is_found(tmp_path):
     ]
 
 
+def test_the_file_that_defines_a_name_is_found_through_packages(tmp_path):
+    for path, text in {
+        "vllm/a/__init__.py": "from .b import First as Second\n",
+        "vllm/a/b.py": "from vllm.c import First\n",
+        "vllm/c.py": "class First: pass\n",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    find = functools.partial(fork_files.defining_file, tmp_path)
+    assert find("vllm.a", "Second") == "vllm/c.py"
+    assert find("vllm.a", "Third") == "vllm/a/__init__.py"
+    assert find("vllm.gone", "First") == "vllm/gone.py"
+
+
 def test_subcommands_keep_the_contract():
     for name, (_, summary) in cli.COMMANDS.items():
         assert summary
@@ -311,8 +326,11 @@ def test_without_a_checkout_the_error_says_what_to_do(tmp_path, monkeypatch):
         fork_files.project_folder()
 
 
-def test_prologue_calls_the_handler_with_its_own_parameters():
-    """The table's parameter names are what the handlers take, in order."""
-    for hook in hooks.HOOKS:
-        handler = hooks._load_handler(hook.handler)
-        assert len(inspect.signature(handler).parameters) == len(hook.parameters)
+@pytest.mark.parametrize("hook", hooks.HOOKS, ids=lambda hook: hook.handler)
+def test_handlers_look_at_nothing_when_the_switch_is_off(hook, monkeypatch):
+    """In the fork nothing else keeps vLLM as it was: `@switch.unless_off`."""
+    switch.register()
+    monkeypatch.setenv(switch.NAME, "0")
+    handler = hooks._load_handler(hook.handler)
+    assert len(inspect.signature(handler).parameters) == len(hook.parameters)
+    assert handler(*[object()] * len(hook.parameters)) is None

@@ -142,7 +142,7 @@ def make_plan(tree: Path) -> Plan:
         _plan_new_file(plan, tree, path, _format(tree, path, text))
     for path, problem in fork_files.missing_imports(tree, added):
         plan.reports.append(Report(path, "imports", CONFLICTS, problem))
-    for path, edits in _edits().items():
+    for path, edits in _edits(tree).items():
         _plan_edits(plan, tree, path, edits)
     return plan
 
@@ -150,7 +150,7 @@ def make_plan(tree: Path) -> Plan:
 Edit = tuple[str, Callable[[str], str]]
 
 
-def _edits() -> dict[str, list[Edit]]:
+def _edits(tree: Path) -> dict[str, list[Edit]]:
     """The edits of vLLM's own files: (symbol, text to text) by path."""
     from vllm.plugins.hybrid_w4a16 import fork_edits  # needs LibCST
 
@@ -160,11 +160,11 @@ def _edits() -> dict[str, list[Edit]]:
         edits.setdefault(path, []).append((symbol, edit))
 
     for hook in HOOKS:
-        path = hook.module.replace(".", "/") + ".py"
+        path = fork_files.defining_file(tree, hook.module, hook.owner)
         symbol = f"{hook.owner}.{hook.factory}"
         add(path, symbol, partial(fork_edits.insert_prologue, hook=hook))
     for entry in LIST_ENTRIES:
-        path = entry.module.replace(".", "/") + ".py"
+        path = fork_files.defining_file(tree, entry.module, entry.platform)
         symbol = f"{entry.platform}.{entry.attribute}"
         add(path, symbol, partial(fork_edits.add_list_entry, entry=entry))
     add(ENVS, f"{switch.NAME} (type)", fork_edits.declare_switch)

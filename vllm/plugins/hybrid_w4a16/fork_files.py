@@ -71,6 +71,26 @@ def is_overlay_only(path: str) -> bool:
     return folder == PLUGIN and (stem in OVERLAY_ONLY or stem.startswith("fork"))
 
 
+def defining_file(tree: Path, module: str, name: str) -> str:
+    """Path in ``tree`` of the file that defines ``name`` of ``module``.
+
+    A package that imports the name from elsewhere is followed there. Where there is no
+    such file or name, the path that was expected to have it.
+    """
+    stem = module.replace(".", "/")
+    package = f"{stem}/__init__.py"
+    path = package if (tree / package).is_file() else f"{stem}.py"
+    if (tree / path).is_file():
+        for node in ast.parse((tree / path).read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                here = path.removesuffix(".py").split("/")[: -node.level or None]
+                source = ".".join([*(here if node.level else []), node.module or ""])
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name:
+                        return defining_file(tree, source.strip("."), alias.name)
+    return path
+
+
 def missing_imports(tree: Path, files: dict[str, str]) -> Iterator[tuple[str, str]]:
     """What ``files`` import from vLLM that neither they nor ``tree`` define.
 

@@ -44,8 +44,6 @@ def accept(
     Raises ``ValueError`` with the reason where a decline is not allowed
     (``VLLM_HYBRID_W4A16_MOE=require``).
     """
-    if switch.value() == "0":  # the fork has its hooks in place all the same
-        return False
     reason = unsupported or decline_reason(layer, bits, group_size)
     if reason is None:
         _declined.discard(prefix)

@@ -27,7 +27,8 @@ class Hook:
     parameters: tuple[str, ...]
     """Names that the factory's parameters must have, in order."""
     handler: str
-    """``module:function`` with the same parameters in the same order."""
+    """``module:function`` with the same parameters in the same order; decorated with
+    ``switch.unless_off``."""
     why: str
     """Why the hook exists."""
     until: str = "vLLM selects HybridW4A16MoEExperts for such layers itself."

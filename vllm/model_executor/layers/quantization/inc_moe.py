@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
     HybridW4A16MoEMethod,
 )
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.plugins.hybrid_w4a16 import gate
+from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -72,6 +72,7 @@ class INCHybridW4A16MoEMethod(HybridW4A16MoEMethod):
             register(f"{name}_qzeros", (groups, n // 8), torch.int32)
 
 
+@switch.unless_off
 def inc_moe_method(
     scheme: "INCScheme",
     config: "INCConfig",
