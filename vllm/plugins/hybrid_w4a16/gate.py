@@ -76,6 +76,11 @@ def decline_reason(
     layer: "RoutedExperts", bits: int, group_size: int | tuple[int, int]
 ) -> str | None:
     """Why the layer cannot go hybrid, or ``None``."""
+    # first what needs neither the device nor a complete layer
+    if bits != 4:
+        return f"{bits}-bit weights, supported: 4"
+    if group_size not in GROUP_SIZES:
+        return f"group size {group_size}, supported: {GROUP_SIZES}"
     # local imports: they need a platform, which plugins must not settle
     from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
         HybridW4A16MoEExperts,
@@ -94,10 +99,6 @@ def decline_reason(
             return f"on {family.name} it is opt-in, set {switch.NAME}=1"
         if config.moe_backend != "auto":
             return f"--moe-backend {config.moe_backend} was asked for"
-    if bits != 4:
-        return f"{bits}-bit weights, supported: 4"
-    if group_size not in GROUP_SIZES:
-        return f"group size {group_size}, supported: {GROUP_SIZES}"
     misfit = tensor_parallel_misfit(config, group_size)
     if misfit is not None:
         return misfit
