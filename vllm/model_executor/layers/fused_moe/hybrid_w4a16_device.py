@@ -14,6 +14,12 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.platforms import current_platform
 
 
+def tile_family(arch: str) -> str:
+    """Entry of the prefill table for an architecture such as "gfx1151" or "sm_90"."""
+    is_rdna = arch.startswith(("gfx11", "gfx12"))
+    return arch[:5] if is_rdna and arch != "gfx1151" else arch
+
+
 @dataclass(frozen=True)
 class DeviceFamily:
     """A kind of device, as far as the choice of kernels goes."""
@@ -28,6 +34,8 @@ class DeviceFamily:
     """Only on request (``VLLM_HYBRID_W4A16_MOE=1``), not by default."""
     cu_count: int
     """Compute units that a GPU grid is spread over; 1 on the CPU."""
+    tiles: str | None = None
+    """Entry of the prefill table; ``None``: decode takes any number of tokens."""
 
 
 def device_family() -> DeviceFamily | str:
@@ -59,4 +67,4 @@ def _gpu_family(
             f"(it was built for: {', '.join(built) or 'no GPU of this vendor'})"
         )
     cu_count = torch.cuda.get_device_properties().multi_processor_count
-    return DeviceFamily(arch, kernels, kernels, opt_in, cu_count)
+    return DeviceFamily(arch, kernels, "Triton", opt_in, cu_count, tile_family(arch))
