@@ -22,8 +22,9 @@ from vllm.plugins.hybrid_w4a16 import gate, switch
 @pytest.fixture(autouse=True)
 def fresh_gate(monkeypatch):
     """An empty record per test, and log lines that caplog sees."""
-    for record in ("_accepted", "_ready", "_declined", "_reasons_logged"):
+    for record in ("_accepted", "_declined", "_reasons_logged"):
         monkeypatch.setattr(gate, record, set())
+    monkeypatch.setattr(gate, "_ready", {})
     monkeypatch.delenv(switch.NAME, raising=False)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
@@ -164,3 +165,19 @@ def test_summary_once_the_last_layer_is_ready(stock_path, caplog):
     assert len(summaries) == 1
     assert summaries[0].startswith("HybridW4A16 MoE: 2/3 layers (decode: ")
     assert summaries[0].endswith(", 1 declined")
+
+
+def test_padding_is_counted(caplog):
+    layer = make_layer(Shape(), inc_config())
+    layer.quant_method.padding_bytes = 3 << 19
+    with caplog.at_level(logging.INFO):
+        Checkpoint(Shape()).load_into(layer)
+    assert "HybridW4A16 MoE: 1.5 MiB of padded rows" in caplog.text
+
+
+def test_summary_of_a_second_model_in_the_same_process(caplog):
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            Checkpoint(Shape()).load_into(make_layer(Shape(), inc_config()))
+        assert "HybridW4A16 MoE: 1/1 layers" in caplog.text

@@ -22,7 +22,7 @@ logger = init_logger(__name__)
 GROUP_SIZES = (32, 64, 128)
 
 _accepted: set[str] = set()
-_ready: set[str] = set()
+_ready: dict[str, int] = {}
 _declined: set[str] = set()
 _reasons_logged: set[str] = set()
 
@@ -49,7 +49,7 @@ def accept(
     reason = unsupported or decline_reason(layer, bits, group_size)
     if reason is None:
         _declined.discard(prefix)
-        _ready.discard(prefix)  # the process may have run another model before
+        _ready.pop(prefix, None)  # the process may have run another model before
         _accepted.add(prefix)
         return True
     _accepted.discard(prefix)
@@ -140,8 +140,11 @@ def tensor_parallel_misfit(
     )
 
 
-def report_ready(prefix: str) -> None:
-    """Count the layer as ready to run; after the last one, log the summary."""
+def report_ready(prefix: str, padding_bytes: int) -> None:
+    """Count the layer as ready to run; after the last one, log the summary.
+
+    padding_bytes: what its weights take beyond the checkpoint's.
+    """
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
         DeviceFamily,
         device_family,
@@ -149,8 +152,8 @@ def report_ready(prefix: str) -> None:
 
     if prefix in _ready:  # weights were loaded anew
         return
-    _ready.add(prefix)
-    if not _accepted <= _ready:
+    _ready[prefix] = padding_bytes
+    if not _accepted <= _ready.keys():
         return
     family = device_family()
     assert isinstance(family, DeviceFamily)
@@ -162,3 +165,6 @@ def report_ready(prefix: str) -> None:
         family.prefill,
         len(_declined),
     )
+    padding = sum(_ready.values())
+    if padding:
+        logger.info("HybridW4A16 MoE: %.1f MiB of padded rows", padding / 2**20)
