@@ -22,9 +22,10 @@ from vllm.plugins.hybrid_w4a16 import gate, switch
 @pytest.fixture(autouse=True)
 def fresh_gate(monkeypatch):
     """An empty record per test, and log lines that caplog sees."""
-    for record in ("_accepted", "_ready", "_reasons_logged"):
+    for record in ("_accepted", "_reasons_logged"):
         monkeypatch.setattr(gate, record, set())
-    monkeypatch.setattr(gate, "_declined", {})
+    for record in ("_ready", "_declined"):
+        monkeypatch.setattr(gate, record, {})
     monkeypatch.delenv(switch.NAME, raising=False)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
@@ -183,3 +184,19 @@ def test_declined_layer_can_be_asked_for_its_reason(stock_path):
         make_layer(Shape(), inc_config(bits=8))
     assert gate.declined_because(LAYER_NAME) == "8-bit weights, supported: 4"
     assert gate.declined_because("model.layers.4.mlp.experts") is None
+
+
+def test_padding_is_counted(caplog):
+    layer = make_layer(Shape(), inc_config())
+    layer.quant_method.padding_bytes = 3 << 19
+    with caplog.at_level(logging.INFO):
+        Checkpoint(Shape()).load_into(layer)
+    assert "HybridW4A16 MoE: 1.5 MiB of padded rows" in caplog.text
+
+
+def test_summary_of_a_second_model_in_the_same_process(caplog):
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            Checkpoint(Shape()).load_into(make_layer(Shape(), inc_config()))
+        assert "HybridW4A16 MoE: 1/1 layers" in caplog.text

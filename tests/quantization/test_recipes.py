@@ -30,8 +30,9 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @pytest.fixture(autouse=True)
 def fresh_gate(monkeypatch):
-    for record in ("_accepted", "_ready", "_declined", "_reasons_logged"):
+    for record in ("_accepted", "_declined", "_reasons_logged"):
         monkeypatch.setattr(gate, record, set())
+    monkeypatch.setattr(gate, "_ready", {})
     monkeypatch.delenv(switch.NAME, raising=False)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 

@@ -21,6 +21,9 @@ class Deployment:
     ranks: int = 1
     """Processes of ``matrix_worker``."""
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seen: bool = True
+    """Whether the prompt's log-probabilities are asked for, which turns prefix caching
+    off and fails in the first of two stages."""
     reload: bool = False
     """Garbage is loaded over the weights first, then the checkpoint again."""
 
@@ -32,9 +35,11 @@ DEPLOYMENTS = {
         2, {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     ),
     # eager, vLLM 0.32's CPU model runner has no buffer for what the second stage gets
-    "PP 2": Deployment(2, {"pipeline_parallel_size": 2, "enforce_eager": False}),
+    "PP 2": Deployment(
+        2, {"pipeline_parallel_size": 2, "enforce_eager": False}, seen=False
+    ),
     "chunked prefill": Deployment(1, {"max_num_batched_tokens": 16}),
-    "prefix caching": Deployment(1, {"enable_prefix_caching": True}),
+    "prefix caching": Deployment(1, {"enable_prefix_caching": True}, seen=False),
     "weights reloaded": Deployment(1, reload=True),
     "compiled": Deployment(1, {"enforce_eager": False}),
 }

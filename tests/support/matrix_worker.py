@@ -106,10 +106,9 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     if deployment.reload:
         os.environ["MATRIX_CELL"] = json.dumps(cell.to_json())
         garbage_then_checkpoint(llm, checkpoint)
-    caching = arguments["enable_prefix_caching"]
-    if caching:
+    if arguments["enable_prefix_caching"]:
         answers(llm, False)  # what the second time finds in the cache
-    return answers(llm, with_prompt=not caching)
+    return answers(llm, deployment.seen)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ GROUP_SIZES = (32, 64, 128)
 
 # The model under construction; a process may load several, one after the other.
 _accepted: set[str] = set()
-_ready: set[str] = set()
+_ready: dict[str, int] = {}
 _declined: dict[str, str] = {}
 _reasons_logged: set[str] = set()
 
@@ -153,8 +153,11 @@ def new_model() -> None:
     _declined.clear()
 
 
-def report_ready(prefix: str) -> None:
-    """Count the layer as ready to run; after a model's last one, log the summary."""
+def report_ready(prefix: str, padding_bytes: int) -> None:
+    """Count the layer as ready to run; after a model's last one, log the summary.
+
+    padding_bytes: what its weights take beyond the checkpoint's.
+    """
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
         DeviceFamily,
         device_family,
@@ -162,8 +165,8 @@ def report_ready(prefix: str) -> None:
 
     if prefix not in _accepted:  # summed up already; its weights were loaded anew
         return
-    _ready.add(prefix)
-    if not _accepted <= _ready:
+    _ready[prefix] = padding_bytes
+    if not _accepted <= _ready.keys():
         return
     family = device_family()
     assert isinstance(family, DeviceFamily)
@@ -175,4 +178,7 @@ def report_ready(prefix: str) -> None:
         family.prefill,
         len(_declined),
     )
+    padding = sum(_ready.values())
+    if padding:
+        logger.info("HybridW4A16 MoE: %.1f MiB of padded rows", padding / 2**20)
     new_model()

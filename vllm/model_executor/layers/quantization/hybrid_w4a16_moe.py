@@ -142,7 +142,7 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         setup_hybrid_w4a16_moe(self, layer)
         for weight in ("w13", "w2"):
             setattr(layer, f"{weight}_{BIAS}", None)
-        gate.report_ready(layer.layer_name)
+        gate.report_ready(layer.layer_name, self.padding_bytes)
 
     def get_fused_moe_quant_config(self, layer: "RoutedExperts") -> FusedMoEQuantConfig:
         scales, zeros = self.packing.scales, self.packing.zeros
