@@ -40,6 +40,7 @@ matrix: venv  ## run the support matrix (an hour), write the README's table
 
 isa: venv  ## compile the GPU kernels for AMD, report registers and loads
 	@$(RUN) benchmarks/isa_report.py $(ARGS)
+	@$(RUN) benchmarks/prefill_report.py
 
 fork: venv  ## commit the patch to the vLLM sources in VLLM_SRC (ARGS="--patch F", ...)
 	@$(VENV)/bin/vllm-hybrid-w4a16 fork --vllm-src "$(VLLM_SRC)" $(ARGS)

@@ -16,6 +16,12 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.platforms import current_platform
 
 
+def tile_family(arch: str) -> str:
+    """Entry of the prefill table for an architecture such as "gfx1151" or "sm_90"."""
+    is_rdna = arch.startswith(("gfx11", "gfx12"))
+    return arch[:5] if is_rdna and arch != "gfx1151" else arch
+
+
 @dataclass(frozen=True)
 class DeviceFamily:
     """A kind of device, as far as the choice of kernels goes."""
@@ -30,18 +36,23 @@ class DeviceFamily:
     """Only on request (``VLLM_HYBRID_W4A16_MOE=1``), not by default."""
     cu_count: int
     """Compute units that a GPU grid is spread over; 1 on the CPU."""
+    tiles: str | None = None
+    """Entry of the prefill table; ``None``: decode takes any number of tokens."""
     pads_rows: bool = False
     """Packed weight rows of a multiple of 1024 bytes get 128 bytes more (RDNA)."""
 
 
 _HIP_KERNELS = "HIP wvSplitK"
 _CUDA_KERNELS = "CUDA wvSplitK"
+_GPU_PREFILL = "Triton"
 
 # For planning on another machine. CUs of gfx1151: AMD's product page of Strix Halo.
 ASSUMABLE = {
-    "gfx1151": DeviceFamily("gfx1151", _HIP_KERNELS, _HIP_KERNELS, False, 40, True),
-    "cuda": DeviceFamily("cuda", _CUDA_KERNELS, _CUDA_KERNELS, True, 1),
-    "cpu": DeviceFamily("cpu", "C++", "C++", False, 1),
+    "gfx1151": DeviceFamily(
+        "gfx1151", _HIP_KERNELS, _GPU_PREFILL, opt_in=False, cu_count=40
+    ),
+    "cuda": DeviceFamily("cuda", _CUDA_KERNELS, _GPU_PREFILL, opt_in=True, cu_count=1),
+    "cpu": DeviceFamily("cpu", "C++", "C++", opt_in=False, cu_count=1),
 }
 _assumed: DeviceFamily | None = None
 
@@ -89,5 +100,12 @@ def _gpu_family(
             f"(it was built for: {', '.join(built) or 'no GPU of this vendor'})"
         )
     cu_count = torch.cuda.get_device_properties().multi_processor_count
-    pads_rows = current_platform.is_rocm()  # every architecture built for is RDNA
-    return DeviceFamily(arch, kernels, kernels, opt_in, cu_count, pads_rows)
+    return DeviceFamily(
+        arch,
+        kernels,
+        _GPU_PREFILL,
+        opt_in,
+        cu_count,
+        tiles=tile_family(arch),
+        pads_rows=current_platform.is_rocm(),  # every architecture built for is RDNA
+    )
