@@ -43,7 +43,13 @@ def machine(monkeypatch):
 def test_rdna_is_used_by_default(machine):
     machine("rocm", "gfx1151")
     assert device.device_family() == device.DeviceFamily(
-        "gfx1151", "HIP wvSplitK", "Triton", opt_in=False, cu_count=20, tiles="gfx1151"
+        "gfx1151",
+        "HIP wvSplitK",
+        "Triton",
+        opt_in=False,
+        cu_count=20,
+        tiles="gfx1151",
+        pads_rows=True,
     )
 
 
