@@ -154,7 +154,7 @@ def new_model() -> None:
 
 
 def report_ready(prefix: str, padding_bytes: int) -> None:
-    """Count the layer as ready to run; after the last one, log the summary.
+    """Count the layer as ready to run; after a model's last one, log the summary.
 
     padding_bytes: what its weights take beyond the checkpoint's.
     """
