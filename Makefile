@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help venv clang demo test pytest lint format bench isa fork drift clean
+.PHONY: help venv clang demo test pytest lint format bench matrix isa fork drift clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -34,6 +34,9 @@ format: venv  ## rewrite the sources as `make lint` wants them
 
 bench: venv  ## time the experts call on this machine's CPU
 	@$(RUN) benchmarks/benchmark_moe.py --device cpu $(ARGS)
+
+matrix: venv  ## run the support matrix (an hour), write the README's table
+	@$(RUN) tests/support/matrix.py $(ARGS)
 
 isa: venv  ## compile the GPU kernels for AMD, report registers and loads
 	@$(RUN) benchmarks/isa_report.py $(ARGS)

@@ -82,6 +82,8 @@ def register() -> None:
 
 def main() -> int:
     """The command ``vllm-hybrid-w4a16``; returns its exit status."""
+    # vLLM logs to standard output, where the command's own output goes
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     extend_vllm_path()
     from vllm.plugins.hybrid_w4a16 import cli
 

@@ -43,7 +43,13 @@ def machine(monkeypatch):
 def test_rdna_is_used_by_default(machine):
     machine("rocm", "gfx1151")
     assert device.device_family() == device.DeviceFamily(
-        "gfx1151", "HIP wvSplitK", "Triton", opt_in=False, cu_count=20, tiles="gfx1151"
+        "gfx1151",
+        "HIP wvSplitK",
+        "Triton",
+        opt_in=False,
+        cu_count=20,
+        tiles="gfx1151",
+        pads_rows=True,
     )
 
 
@@ -57,6 +63,7 @@ def test_cuda_is_opt_in(machine):
 def test_the_cpu_has_one_path_for_any_number_of_tokens(machine):
     machine("cpu")
     family = device.device_family()
+    assert not isinstance(family, str)
     assert family.decode == family.prefill == "C++ avx512" and family.tiles is None
 
 

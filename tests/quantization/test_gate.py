@@ -22,8 +22,10 @@ from vllm.plugins.hybrid_w4a16 import gate, switch
 @pytest.fixture(autouse=True)
 def fresh_gate(monkeypatch):
     """An empty record per test, and log lines that caplog sees."""
-    for record in ("_accepted", "_ready", "_declined", "_reasons_logged"):
+    for record in ("_accepted", "_reasons_logged"):
         monkeypatch.setattr(gate, record, set())
+    for record in ("_ready", "_declined"):
+        monkeypatch.setattr(gate, record, {})
     monkeypatch.delenv(switch.NAME, raising=False)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
@@ -46,11 +48,6 @@ DECLINED = {
         r"group size 16, supported: \(32, 64, 128\)",
     ),
     "one group per row": ({"group_size": -1}, {}, "group size -1, supported"),
-    "packing": (
-        {"packing_format": "auto_round:auto_awq"},
-        {},
-        "packing_format is 'auto_round:auto_awq', supported: 'auto_round:auto_gptq'",
-    ),
     "hidden size": (
         {},
         {"hidden_dim": 288},
@@ -169,3 +166,37 @@ def test_summary_once_the_last_layer_is_ready(stock_path, caplog):
     assert len(summaries) == 1
     assert summaries[0].startswith("HybridW4A16 MoE: 2/3 layers (decode: ")
     assert summaries[0].endswith(", 1 declined")
+
+
+def test_each_model_of_a_process_has_its_own_summary(caplog):
+    with caplog.at_level(logging.INFO):
+        for name in ("model.layers.0.mlp.experts", "mtp.layers.0.mlp.experts") * 2:
+            layer = make_layer(Shape(), inc_config(), name=name)
+            Checkpoint(Shape()).load_into(layer)
+            layer.quant_method.process_weights_after_loading(layer)  # loaded anew
+    summaries = [r.getMessage() for r in caplog.records if "layers (" in r.getMessage()]
+    assert len(summaries) == 4
+    assert all(": 1/1 layers (" in summary for summary in summaries)
+
+
+def test_declined_layer_can_be_asked_for_its_reason(stock_path):
+    with pytest.raises(Declined):
+        make_layer(Shape(), inc_config(bits=8))
+    assert gate.declined_because(LAYER_NAME) == "8-bit weights, supported: 4"
+    assert gate.declined_because("model.layers.4.mlp.experts") is None
+
+
+def test_padding_is_counted(caplog):
+    layer = make_layer(Shape(), inc_config())
+    layer.quant_method.padding_bytes = 3 << 19
+    with caplog.at_level(logging.INFO):
+        Checkpoint(Shape()).load_into(layer)
+    assert "HybridW4A16 MoE: 1.5 MiB of padded rows" in caplog.text
+
+
+def test_summary_of_a_second_model_in_the_same_process(caplog):
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            Checkpoint(Shape()).load_into(make_layer(Shape(), inc_config()))
+        assert "HybridW4A16 MoE: 1/1 layers" in caplog.text

@@ -5,9 +5,16 @@
 import numpy as np
 import pytest
 import torch
-from moe_layers import GptqLinear, random_gptq_linear
+from compressed_tensors.compressors.pack_quantized.helpers import (
+    pack_to_int32,
+)
+from hypothesis import given, settings, strategies
+from int4_formats import FORMATS
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_moe_helper as helper
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.quantization.utils import quant_utils
+from vllm.scalar_type import scalar_types
 
 
 def unpack_exllama(words: np.ndarray) -> np.ndarray:
@@ -24,19 +31,129 @@ def unpack_row_zeros(words: np.ndarray) -> np.ndarray:
     return nibbles.reshape(-1, words.shape[1])
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("n", "k", "group_size"), [(8, 32, 32), (24, 384, 128)])
-def test_gptq_to_packed_and_back(n, k, group_size, symmetric):
-    rng = np.random.default_rng(n)
-    linear: GptqLinear = random_gptq_linear(rng, n, k, group_size, symmetric)
-    words = helper.gptq_to_exllama(torch.from_numpy(linear.qweight)).numpy()
-    zeros = helper.gptq_to_row_zeros(torch.from_numpy(linear.qzeros)).numpy()
-    assert words.shape == (n, k // 8) and zeros.shape == (n // 8, k // group_size)
-    group = np.arange(k) // group_size
-    scales = linear.scales.T.astype(np.float64)[:, group]
-    zero_points = unpack_row_zeros(zeros).astype(np.float64)[:, group]
-    weight = (unpack_exllama(words) - zero_points) * scales
-    np.testing.assert_allclose(weight, linear.weight, atol=1e-3 * abs(weight).max())
+PACKINGS = {
+    "auto_round:auto_gptq": helper.GPTQ_V1,
+    "auto_round:auto_awq": helper.AWQ,
+    "gptq": helper.GPTQ_V1,
+    "gptq_v2": helper.GPTQ_V2,
+    "awq": helper.AWQ,
+    "compressed-tensors": helper.PACK_QUANTIZED,
+}
+
+layouts = {
+    "format": strategies.sampled_from(sorted(PACKINGS)),
+    "rows": strategies.integers(1, 6).map(lambda n: 8 * n),
+    "groups": strategies.integers(1, 4),
+    "group_size": strategies.sampled_from([32, 64, 128]),
+    "symmetric": strategies.booleans(),
+    "seed": strategies.integers(0, 2**32),
+}
+
+
+def stored_linear(format, rows, groups, group_size, symmetric, seed):
+    """A random linear as its format has it on disk, in numpy and in torch."""
+    rng = np.random.default_rng(seed)
+    k = groups * group_size
+    stored = FORMATS[format].random_linear(rng, rows, k, group_size, symmetric)
+    return stored, {name: torch.from_numpy(array) for name, array in stored.items()}
+
+
+@given(**layouts)
+def test_packed_is_what_is_on_disk(format, rows, groups, group_size, symmetric, seed):
+    stored, tensors = stored_linear(format, rows, groups, group_size, symmetric, seed)
+    packing = PACKINGS[format]
+    shapes = packing.shapes(rows, groups * group_size, group_size)
+    q, zero, _ = FORMATS[format].load(stored)
+    for suffix, shape in shapes.items():
+        if suffix in stored:
+            assert stored[suffix].shape == shape
+    words = packing.to_exllama(tensors[packing.qweight])
+    assert words.is_contiguous()
+    assert words.data_ptr() != tensors[packing.qweight].data_ptr()
+    np.testing.assert_array_equal(unpack_exllama(words.numpy()), q)
+    if packing.zeros in stored:
+        zeros = packing.to_row_zeros(tensors[packing.zeros])
+        assert zeros.is_contiguous()
+        np.testing.assert_array_equal(unpack_row_zeros(zeros.numpy()), zero)
+        if symmetric:
+            assert (tensors[packing.zeros] == packing.symmetric_word).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(**layouts)
+def test_op_on_packed_is_matmul_on_dequantized(
+    format, rows, groups, group_size, symmetric, seed
+):
+    stored, tensors = stored_linear(format, rows, groups, group_size, symmetric, seed)
+    packing = PACKINGS[format]
+    scales = tensors[packing.scales]
+    zeros = None if symmetric else packing.to_row_zeros(tensors[packing.zeros])
+    x = np.random.default_rng(seed + 1).standard_normal((3, groups * group_size))
+    x = x.astype(np.float16)
+    output = torch.full((3, rows), float("nan"), dtype=torch.float16)
+    ops.fused_moe_wvSplitK_int4_gemm(
+        torch.from_numpy(x),
+        packing.to_exllama(tensors[packing.qweight])[None],
+        (scales.t() if packing.k_first else scales).contiguous()[None],
+        output,
+        torch.zeros(1, dtype=torch.int32),
+        3,
+        1,
+        group_size,
+        None if zeros is None else zeros[None],
+    )
+    weight = FORMATS[format].dequantize(stored)
+    expected = x.astype(np.float64) @ weight.T
+    # fp32 accumulation, one rounding to fp16
+    limit = 1e-3 * np.abs(expected) + 1e-5 * (
+        np.abs(x).astype(float) @ np.abs(weight).T
+    )
+    assert (np.abs(output.double().numpy() - expected) <= limit).all()
+
+
+@given(seed=layouts["seed"], rows=layouts["rows"], groups=layouts["groups"])
+def test_gptq_agrees_with_vllms_pack_and_unpack(seed, rows, groups):
+    q = torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 16, (32 * groups, rows))
+    )
+    stored = quant_utils.gptq_pack(q.int(), 4, *q.shape)
+    words = helper.GPTQ_V1.to_exllama(stored)
+    np.testing.assert_array_equal(unpack_exllama(words.numpy()), q.t())
+    unpacked = quant_utils.unpack_quantized_values_into_int32(
+        stored, scalar_types.uint4, packed_dim=0
+    )
+    assert torch.equal(unpacked, q.int())
+
+
+@given(seed=layouts["seed"], rows=layouts["rows"], groups=layouts["groups"])
+def test_awq_agrees_with_vllms_pack(seed, rows, groups):
+    q = torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 16, (32 * groups, rows))
+    )
+    stored = quant_utils.awq_pack(q.int(), 4, *q.shape)
+    words = helper.AWQ.to_exllama(stored)
+    np.testing.assert_array_equal(unpack_exllama(words.numpy()), q.t())
+    zeros = helper.AWQ.to_row_zeros(stored)
+    np.testing.assert_array_equal(unpack_row_zeros(zeros.numpy()), q.t())
+
+
+@given(seed=layouts["seed"], rows=layouts["rows"], groups=layouts["groups"])
+def test_pack_quantized_agrees_with_compressed_tensors(seed, rows, groups):
+    rng = np.random.default_rng(seed)
+    q = torch.from_numpy(rng.integers(-8, 8, (rows, 32 * groups), dtype=np.int8))
+    words = helper.PACK_QUANTIZED.to_exllama(pack_to_int32(q, 4))
+    np.testing.assert_array_equal(unpack_exllama(words.numpy()), q.numpy() + 8)
+    zero = torch.from_numpy(rng.integers(-8, 8, (rows, groups), dtype=np.int8))
+    stored = pack_to_int32(zero, 4, packed_dim=0).contiguous()
+    zeros = helper.PACK_QUANTIZED.to_row_zeros(stored)
+    np.testing.assert_array_equal(unpack_row_zeros(zeros.numpy()), zero.numpy() + 8)
+
+
+def test_gptq_v1_zero_points_are_stored_minus_one_modulo_16():
+    stored = np.array([[0x76543210], [0x0EDCBA98 | 0xF << 28]], np.uint32)
+    zeros = helper.gptq_v1_to_row_zeros(torch.from_numpy(stored.view(np.int32)))
+    expected = [0x87654321, 0x0FEDCBA9]
+    assert [word & 0xFFFFFFFF for word in zeros[0].tolist()] == expected
 
 
 def test_shuffle_is_the_documented_order():

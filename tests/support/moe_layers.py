@@ -4,9 +4,11 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
+from int4_formats import FORMATS
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
@@ -18,6 +20,12 @@ from vllm.model_executor.layers.fused_moe.config import (
     RoutingMethodType,
 )
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
+    CompressedTensorsConfig,
+)
 from vllm.model_executor.layers.quantization.inc.inc import INCConfig
 
 LAYER_NAME = "model.layers.3.mlp.experts"
@@ -34,32 +42,42 @@ class Shape:
     group_size: int = 64
 
 
-def inc_config(group_size: int = 64, **overrides) -> INCConfig:
+CONFIG_CLASSES: dict[str, type[QuantizationConfig]] = {
+    "auto-round": INCConfig,
+    "gptq": AutoGPTQConfig,
+    "awq": AutoAWQConfig,
+    "compressed-tensors": CompressedTensorsConfig,
+}
+
+
+def quant_config(
+    format: str, group_size: int = 64, symmetric: bool = True, /, **overrides: Any
+) -> QuantizationConfig:
+    """vLLM's config object for a ``quantization_config`` of ``int4_formats``."""
+    config = FORMATS[format].config(group_size, symmetric, [], **overrides)
+    return CONFIG_CLASSES[config["quant_method"]].from_config(config)
+
+
+def inc_config(group_size: int = 64, **overrides: Any) -> INCConfig:
     """An AutoRound ``quantization_config`` as it stands in a config.json."""
-    return INCConfig.from_config(
-        {
-            "bits": 4,
-            "data_type": "int",
-            "group_size": group_size,
-            "packing_format": "auto_round:auto_gptq",
-            "quant_method": "auto-round",
-            "sym": True,
-            **overrides,
-        }
-    )
+    config = quant_config("auto_round:auto_gptq", group_size, **overrides)
+    assert isinstance(config, INCConfig)
+    return config
 
 
 def make_layer(
     shape: Shape,
-    quant_config: INCConfig,
+    quant_config: QuantizationConfig,
     dtype: torch.dtype = torch.bfloat16,
     ep: tuple[int, int] = (1, 0),
     name: str = LAYER_NAME,
+    tp: tuple[int, int] = (1, 0),
     **moe_overrides,
 ) -> RoutedExperts:
     """A ``RoutedExperts`` layer; its method is what vLLM's factories return.
 
-    ep: expert-parallel size and rank. moe_overrides: fields of ``FusedMoEConfig``.
+    ep, tp: expert-parallel and tensor-parallel size and rank. moe_overrides: fields of
+    ``FusedMoEConfig``.
     """
     ep_size, ep_rank = ep
     parallel = dataclasses.replace(
@@ -67,6 +85,8 @@ def make_layer(
         ep_size=ep_size,
         ep_rank=ep_rank,
         use_ep=ep_size > 1,
+        tp_size=tp[0],
+        tp_rank=tp[1],
     )
     experts = ExpertMapManager(
         max_num_batched_tokens=64,
@@ -100,50 +120,20 @@ def make_layer(
         )
 
 
-@dataclasses.dataclass
-class GptqLinear:
-    """One linear as ``auto_round:auto_gptq`` stores it, and what it stands for."""
-
-    qweight: np.ndarray  # int32 [K//8, N], nibble i of a word is k = 8*k8 + i
-    scales: np.ndarray  # fp16 [K//G, N]
-    qzeros: np.ndarray  # int32 [K//G, N//8], nibble j is n = 8*n8 + j, minus one
-    weight: np.ndarray  # float64 [N, K], dequantized
-
-
-def pack_nibbles(values: np.ndarray, axis: int) -> np.ndarray:
-    """Pack 0..15 along ``axis``, value i of a word at bits 4*i."""
-    values = np.moveaxis(values.astype(np.uint32), axis, -1)
-    values = values.reshape(*values.shape[:-1], -1, 8)
-    words = (values << (4 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32)
-    return np.ascontiguousarray(np.moveaxis(words, -1, axis)).view(np.int32)
-
-
-def random_gptq_linear(
-    rng: np.random.Generator, n: int, k: int, group_size: int, symmetric: bool
-) -> GptqLinear:
-    q = rng.integers(0, 16, (k, n))
-    zero = rng.integers(0, 16, (k // group_size, n))
-    if symmetric:
-        zero[:] = 8
-    scales = rng.uniform(0.5, 1.5, (k // group_size, n)).astype(np.float16)
-    per_row = np.repeat(np.arange(k // group_size), group_size)
-    weight = (q - zero[per_row]) * scales.astype(np.float64)[per_row]
-    return GptqLinear(
-        qweight=pack_nibbles(q, 0),
-        scales=(scales / 64).astype(np.float16),
-        qzeros=pack_nibbles((zero - 1) % 16, 1),
-        weight=weight.T / 64,
-    )
-
-
 def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
 class Checkpoint:
-    """Random experts of one layer, in the ``auto_round:auto_gptq`` format."""
+    """Random experts of one layer in one of ``int4_formats``' formats."""
 
-    def __init__(self, shape: Shape, symmetric: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        symmetric: bool = True,
+        seed: int = 0,
+        format: str = "auto_round:auto_gptq",
+    ) -> None:
         rng = np.random.default_rng(seed)
         sizes = {
             "gate_proj": (shape.intermediate, shape.hidden),
@@ -151,9 +141,10 @@ class Checkpoint:
             "down_proj": (shape.hidden, shape.intermediate),
         }
         self.shape = shape
+        self.format = FORMATS[format]
         self.experts = [
             {
-                name: random_gptq_linear(rng, n, k, shape.group_size, symmetric)
+                name: self.format.random_linear(rng, n, k, shape.group_size, symmetric)
                 for name, (n, k) in sizes.items()
             }
             for _ in range(shape.experts)
@@ -162,9 +153,8 @@ class Checkpoint:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for e, expert in enumerate(self.experts):
             for name, linear in expert.items():
-                for part in ("qweight", "scales", "qzeros"):
-                    tensor = torch.from_numpy(getattr(linear, part))
-                    yield f"{e}.{name}.{part}", tensor
+                for suffix, array in linear.items():
+                    yield f"{e}.{name}.{suffix}", torch.from_numpy(array)
 
     def load_into(self, layer: RoutedExperts) -> None:
         """Load through the layer's own weight loaders, then post-process."""
@@ -183,7 +173,7 @@ class Checkpoint:
         for m, row in enumerate(x.double()):
             for weight, e in zip(topk_weights[m], topk_ids[m], strict=True):
                 w = {
-                    name: torch.from_numpy(linear.weight)
+                    name: torch.from_numpy(self.format.dequantize(linear))
                     for name, linear in self.experts[int(e)].items()
                 }
                 hidden = activation(w["gate_proj"] @ row, w["up_proj"] @ row)

@@ -14,7 +14,13 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, Qwen3MoeForCausalLM
 
-_NUMPY_OF = {"I32": np.int32, "F16": np.float16, "F32": np.float32, "BF16": np.uint16}
+_NUMPY_OF = {
+    "I64": np.int64,
+    "I32": np.int32,
+    "F16": np.float16,
+    "F32": np.float32,
+    "BF16": np.uint16,
+}
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     # name: (module of this package, one line for --help)
+    "doctor": ("doctor", "check this installation and say what to fix next"),
+    "explain": ("explain", "say what to expect of a checkpoint before serving it"),
     "fork": ("fork", "write the modules and hooks into a vLLM source tree"),
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 # wins where two have the same target: fork/ holds what only the fork branch has.
 ROWS = (
     ("vllm/**/*.py", "vllm", "vllm"),
+    ("vllm/**/*.json", "vllm", "vllm"),
     ("csrc/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/cpu/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/rocm/*.[chp]*", "csrc", "csrc/hybrid_w4a16"),
@@ -17,6 +18,7 @@ ROWS = (
     ("tests/kernels/conftest.py", "tests", "tests/hybrid_w4a16"),
     ("tests/kernels/test_moe_int4_ops.py", "tests", "tests/hybrid_w4a16"),
     ("tests/kernels/test_moe_int4_gpu.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/kernels/test_moe_int4_prefill.py", "tests", "tests/hybrid_w4a16"),
     ("tests/support/*.py", "tests", "tests/hybrid_w4a16"),
     ("benchmarks/benchmark_moe.py", "benchmarks", "benchmarks/hybrid_w4a16"),
     ("benchmarks/moe_bench/*.py", "benchmarks", "benchmarks/hybrid_w4a16"),

@@ -3,7 +3,7 @@
 """Which MoE layers go hybrid, and the log of it.
 
 Every hook asks ``accept``. A layer that is declined goes vLLM's own way, with one log
-line per distinct reason; once the last accepted layer is ready, one line sums up.
+line per distinct reason; once a model's last accepted layer is ready, one line sums up.
 """
 
 from typing import TYPE_CHECKING
@@ -15,14 +15,16 @@ from vllm.plugins.hybrid_w4a16 import switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 logger = init_logger(__name__)
 
 GROUP_SIZES = (32, 64, 128)
 
+# The model under construction; a process may load several, one after the other.
 _accepted: set[str] = set()
-_ready: set[str] = set()
-_declined: set[str] = set()
+_ready: dict[str, int] = {}
+_declined: dict[str, str] = {}
 _reasons_logged: set[str] = set()
 
 
@@ -42,15 +44,20 @@ def accept(
         unsupported: what the format's own hook found to be in the way, if anything.
 
     Raises ``ValueError`` with the reason where a decline is not allowed
-    (``VLLM_HYBRID_W4A16_MOE=require``).
+    (``VLLM_HYBRID_W4A16_MOE=require``), and where only the tensor parallel size is in
+    the way.
     """
     reason = unsupported or decline_reason(layer, bits, group_size)
     if reason is None:
-        _declined.discard(prefix)
+        _declined.pop(prefix, None)
         _accepted.add(prefix)
         return True
     _accepted.discard(prefix)
-    _declined.add(prefix)
+    _declined[prefix] = reason
+    if reason == tensor_parallel_misfit(layer.moe_config, group_size):
+        raise ValueError(
+            f"MoE layer {prefix}: {reason}, or {switch.NAME}=0 for vLLM's own way"
+        )
     if switch.value() == "require":
         raise ValueError(
             f"{switch.NAME}=require, but MoE layer {prefix} is declined: {reason}"
@@ -92,6 +99,9 @@ def decline_reason(
             return f"on {family.name} it is opt-in, set {switch.NAME}=1"
         if config.moe_backend != "auto":
             return f"--moe-backend {config.moe_backend} was asked for"
+    misfit = tensor_parallel_misfit(config, group_size)
+    if misfit is not None:
+        return misfit
     for name, size in (
         ("hidden size", config.hidden_dim),
         ("intermediate size per partition", config.intermediate_size_per_partition),
@@ -113,17 +123,50 @@ def decline_reason(
     return None
 
 
-def report_ready(prefix: str) -> None:
-    """Count the layer as ready to run; after the last one, log the summary."""
+def tensor_parallel_misfit(
+    config: "FusedMoEConfig", group_size: int | tuple[int, int]
+) -> str | None:
+    """What to say where ranks get parts of a group, but another number would not."""
+    size, ranks = config.intermediate_size, config.moe_parallel_config.tp_size
+    if ranks == 1 or not isinstance(group_size, int) or group_size < 1:
+        return None
+    groups = size // group_size
+    if size % group_size or groups % ranks == 0:
+        return None
+    fits = [str(n) for n in range(1, groups + 1) if groups % n == 0]
+    return (
+        f"tensor parallel size {ranks} cuts the experts' intermediate size {size} into "
+        f"{size / ranks:g} per rank, not a multiple of the group size {group_size}; "
+        f"sizes that work: {', '.join(fits)}; or --enable-expert-parallel"
+    )
+
+
+def declined_because(prefix: str) -> str | None:
+    """Why layer ``prefix`` was declined, ``None`` if it was not."""
+    return _declined.get(prefix)
+
+
+def new_model() -> None:
+    """Forget the layers of the model before."""
+    _accepted.clear()
+    _ready.clear()
+    _declined.clear()
+
+
+def report_ready(prefix: str, padding_bytes: int) -> None:
+    """Count the layer as ready to run; after the last one, log the summary.
+
+    padding_bytes: what its weights take beyond the checkpoint's.
+    """
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
         DeviceFamily,
         device_family,
     )
 
-    if prefix in _ready:  # weights were loaded anew
+    if prefix not in _accepted:  # summed up already; its weights were loaded anew
         return
-    _ready.add(prefix)
-    if not _accepted <= _ready:
+    _ready[prefix] = padding_bytes
+    if not _accepted <= _ready.keys():
         return
     family = device_family()
     assert isinstance(family, DeviceFamily)
@@ -135,3 +178,7 @@ def report_ready(prefix: str) -> None:
         family.prefill,
         len(_declined),
     )
+    padding = sum(_ready.values())
+    if padding:
+        logger.info("HybridW4A16 MoE: %.1f MiB of padded rows", padding / 2**20)
+    new_model()

@@ -71,6 +71,33 @@ HOOKS: tuple[Hook, ...] = (
             "load on the CPU."
         ),
     ),
+    Hook(
+        module=f"{_QUANTIZATION}.compressed_tensors.compressed_tensors_moe",
+        owner="CompressedTensorsMoEMethod",
+        factory="get_moe_method",
+        parameters=("quant_config", "layer", "layer_name"),
+        handler=f"{_QUANTIZATION}.compressed_tensors_moe:compressed_tensors_moe_method",
+        why=(
+            "compressed-tensors int4 MoE runs on the Triton WNA16 path on most of RDNA "
+            "and in int8 on the CPU. Can go with the first hook."
+        ),
+    ),
+    Hook(
+        module=f"{_QUANTIZATION}.auto_gptq",
+        owner="AutoGPTQConfig",
+        factory="get_quant_method",
+        parameters=("self", "layer", "prefix"),
+        handler=f"{_QUANTIZATION}.gptq_moe:gptq_moe_method",
+        why="The same for GPTQ. The factory is for every layer; others fall through.",
+    ),
+    Hook(
+        module=f"{_QUANTIZATION}.auto_awq",
+        owner="AutoAWQConfig",
+        factory="get_quant_method",
+        parameters=("self", "layer", "prefix"),
+        handler=f"{_QUANTIZATION}.awq_moe:awq_moe_method",
+        why="The same for AWQ. The factory is for every layer; others fall through.",
+    ),
 )
 
 LIST_ENTRIES: tuple[ListEntry, ...] = (

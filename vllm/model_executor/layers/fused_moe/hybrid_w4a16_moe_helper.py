@@ -7,12 +7,13 @@ kernel is installed. A method class says how its checkpoint stores things (a
 ``CheckpointPacking``); the target layout is the one of ``hybrid_w4a16_ops``.
 
 Repacking works expert by expert in the storage that was loaded: after it the layer
-holds the checkpoint's int4 words and scales and nothing more, and on the way there it
-never needs more than one expert's weights on top.
+holds the checkpoint's int4 words and scales and nothing more (but for padding of rows,
+where the device profits from it), and on the way there it never needs more than one
+expert's weights on top.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,24 +38,82 @@ if TYPE_CHECKING:
 _SHUFFLE_CHUNKS = 8
 _SHUFFLE_CHUNK_WORDS = 1 << 16
 _PACKED = "hybrid_w4a16_packed"
+# Which row of eight an AWQ word's nibble i belongs to; where ExLlama keeps nibble i.
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_EXLLAMA_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 
 @dataclass(frozen=True)
 class CheckpointPacking:
-    """How a checkpoint format stores one expert's [N, K] linear."""
+    """How a checkpoint format stores one expert's [N, K] linear.
 
+    Its tensors are named ``<projection>.<suffix>`` on disk, the layer's parameters
+    ``w13_<suffix>`` and ``w2_<suffix>``.
+    """
+
+    name: str
+    """What error messages call the format."""
     qweight: str
-    """Suffix of the weight parameters: ``w13_<qweight>``, ``w2_<qweight>``."""
+    """Suffix of the weights, eight nibbles to an int32 word."""
     scales: str
-    """Suffix of the scale parameters, [K//G, N] per expert."""
+    """Suffix of the scales, one per row and group of K."""
     zeros: str
-    """Suffix of the zero point parameters."""
+    """Suffix of the zero points, eight rows to an int32 word, one word per group."""
+    weight_shape: str | None
+    """Suffix of a record of [N, K] that goes with the weights, if there is one."""
+    k_first: bool
+    """K (or groups of K) is the first dimension of each tensor, else N is."""
+    words_along_k: bool
+    """A word of weights holds neighbours along K, else along N."""
+    symmetric_zeros: bool
+    """A symmetric checkpoint stores zero points all the same."""
     zero_offset: int
     """Zero point minus the stored nibble: 1 in the GPTQ v1 convention, else 0."""
     to_exllama: Callable[[torch.Tensor], torch.Tensor]
-    """One expert's stored weights to contiguous int32 [N, K//8], ExLlama order."""
+    """One expert's stored weights to a new int32 [N, K//8], ExLlama order."""
     to_row_zeros: Callable[[torch.Tensor], torch.Tensor]
-    """One expert's stored zero points to contiguous int32 [N//8, K//G]."""
+    """One expert's stored zero points to a new int32 [N//8, K//G]."""
+
+    def shapes(self, n: int, k: int, group_size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one expert's stored tensors, by suffix."""
+        words = (n, k // 8) if self.words_along_k else (n // 8, k)
+        groups = k // group_size
+        by_row: dict[str, tuple[int, ...]] = {
+            self.qweight: words,
+            self.scales: (n, groups),
+            self.zeros: (n // 8, groups),
+        }
+        if not self.k_first:
+            return by_row
+        return {suffix: shape[::-1] for suffix, shape in by_row.items()}
+
+    @property
+    def symmetric_word(self) -> int:
+        """The int32 word that stands for eight zero points of 8."""
+        nibble = 8 - self.zero_offset
+        return int.from_bytes(bytes([nibble * 0x11] * 4), "little", signed=True)
+
+
+def empty_experts(
+    num_experts: int, shape: tuple[int, ...], n: int, k: int, padding: int
+) -> torch.Tensor:
+    """Zeroed int32 [num_experts, *shape] for stored weights of [N, K] linears.
+
+    With ``padding``, words per packed row, experts lie further apart: each has the room
+    that its N padded rows need later, so that padding costs no second buffer.
+    """
+    slots = torch.zeros(num_experts, n * (k // 8 + padding), dtype=torch.int32)
+    return slots[:, : n * k // 8].view(num_experts, *shape)
+
+
+def row_padding(k: int, device_pads: bool) -> int:
+    """Words to pad a packed row of K weights with, where the device profits from it.
+
+    gfx1151's vector caches alias rows whose stride is a multiple of 1024 bytes; 128
+    bytes more took 13 to 23 % off the time to first token in vLLM's dense int4 kernels
+    (DESIGN: stride cliff; not measured on our kernels).
+    """
+    return 32 if device_pads and k % 2048 == 0 else 0
 
 
 def shuffle_exllama_(words: torch.Tensor) -> torch.Tensor:
@@ -83,15 +142,74 @@ def gptq_to_exllama(qweight: torch.Tensor) -> torch.Tensor:
     return shuffle_exllama_(_transposed_copy(qweight))
 
 
-def gptq_to_row_zeros(qzeros: torch.Tensor) -> torch.Tensor:
+def gptq_v1_to_row_zeros(qzeros: torch.Tensor) -> torch.Tensor:
     """GPTQ v1 zero points int32 [K//G, N//8], stored minus one, to [N//8, K//G]."""
     # adds 1 to every nibble, modulo 16, without carries between nibbles
     plus_one = ((qzeros & 0x77777777) + 0x11111111) ^ (qzeros & ~0x77777777)
     return _transposed_copy(plus_one)
 
 
+def awq_to_exllama(qweight: torch.Tensor) -> torch.Tensor:
+    """AWQ words int32 [K, N//8], nibble i is n = 8*n8+[0,2,4,6,1,3,5,7][i], to ExLlama
+    [N, K//8]. Needs a quarter of the result on top, for one output row in eight.
+    """
+    k, n8 = qweight.shape
+    packed = qweight.new_empty(8 * n8, k // 8)
+    for nibble, row in enumerate(_AWQ_ORDER):
+        rows = torch.zeros_like(qweight[::8])
+        for i, shift in enumerate(_EXLLAMA_SHIFTS):
+            values = (qweight[i::8] >> (4 * nibble)).bitwise_and_(0xF)
+            rows |= values.bitwise_left_shift_(shift)
+        packed[row::8] = rows.t()
+    return packed
+
+
+def awq_to_row_zeros(qzeros: torch.Tensor) -> torch.Tensor:
+    """AWQ zero points int32 [K//G, N//8], in AWQ's order, to [N//8, K//G]."""
+    ordered = torch.zeros_like(qzeros)
+    for nibble, row in enumerate(_AWQ_ORDER):
+        ordered |= ((qzeros >> (4 * nibble)) & 0xF) << (4 * row)
+    return _transposed_copy(ordered)
+
+
+def rows_to_exllama(weight_packed: torch.Tensor) -> torch.Tensor:
+    """compressed-tensors words int32 [N, K//8], nibble i is k = 8*k8+i, to ExLlama."""
+    return shuffle_exllama_(weight_packed.clone())
+
+
 GPTQ_V1 = CheckpointPacking(
-    "qweight", "scales", "qzeros", 1, gptq_to_exllama, gptq_to_row_zeros
+    name="GPTQ",
+    qweight="qweight",
+    scales="scales",
+    zeros="qzeros",
+    weight_shape=None,
+    k_first=True,
+    words_along_k=True,
+    symmetric_zeros=True,
+    zero_offset=1,
+    to_exllama=gptq_to_exllama,
+    to_row_zeros=gptq_v1_to_row_zeros,
+)
+GPTQ_V2 = replace(GPTQ_V1, name="GPTQ v2", zero_offset=0, to_row_zeros=_transposed_copy)
+AWQ = replace(
+    GPTQ_V2,
+    name="AWQ",
+    words_along_k=False,
+    to_exllama=awq_to_exllama,
+    to_row_zeros=awq_to_row_zeros,
+)
+PACK_QUANTIZED = CheckpointPacking(
+    name="compressed-tensors pack-quantized",
+    qweight="weight_packed",
+    scales="weight_scale",
+    zeros="weight_zero_point",
+    weight_shape="weight_shape",
+    k_first=False,
+    words_along_k=True,
+    symmetric_zeros=False,
+    zero_offset=0,
+    to_exllama=rows_to_exllama,
+    to_row_zeros=torch.clone,
 )
 
 
@@ -103,27 +221,38 @@ def setup_hybrid_w4a16_moe(
     Afterwards, with E local experts, w = w13 (N = 2*I, K = H) and w2 (N = H, K = I):
     ``<w>_<qweight>`` is int32 [E, N, K//8], ``<w>_<scales>`` [E, N, K//G] in the
     activation dtype, both in the storage that was loaded; ``<w>_<zeros>`` is int32
-    [E, N//8, K//G] or, for a symmetric checkpoint, ``None``. Weights that are in that
-    form already are left alone, so that a second call changes nothing.
+    [E, N//8, K//G] or, for a symmetric checkpoint, ``None``. Rows of weights are padded
+    where the parameter was made with room for it (``empty_experts``). Weights that are
+    in that form already are left alone, so that a second call changes nothing.
 
     Raises ``ValueError`` when a checkpoint that calls itself symmetric stores a zero
-    point other than 8, naming layer, expert and value; the layer is then unchanged.
+    point other than 8, or a scale is not finite in the activation dtype, naming layer,
+    expert and value; the layer is then unchanged.
     """
     packing = method.packing
-    if not getattr(getattr(layer, f"w13_{packing.qweight}"), _PACKED, False):
-        zeros = [f"{name}_{packing.zeros}" for name in ("w13", "w2")]
-        if method.symmetric:
-            for name in zeros:
-                _verify_symmetric(layer, name, packing.zero_offset)
-            for name in zeros:
-                replace_parameter(layer, name, None)
-        else:
-            for name in zeros:
-                _convert(layer, name, packing.to_row_zeros)
-        for name in ("w13", "w2"):
-            _convert(layer, f"{name}_{packing.scales}", _transposed_copy)
+    names = ("w13", "w2")
+    if not is_packed(getattr(layer, f"w13_{packing.qweight}")):
+        for name in names:
+            _verify_finite(layer, f"{name}_{packing.scales}")
+            if method.symmetric and packing.symmetric_zeros:
+                _verify_symmetric(layer, f"{name}_{packing.zeros}", packing)
+        for name in names:
+            zeros, shape = f"{name}_{packing.zeros}", f"{name}_{packing.weight_shape}"
+            if packing.weight_shape is not None:
+                replace_parameter(layer, shape, None)
+            if not method.symmetric:
+                _convert(layer, zeros, packing.to_row_zeros)
+            elif packing.symmetric_zeros:
+                replace_parameter(layer, zeros, None)
+            if packing.k_first:
+                _convert(layer, f"{name}_{packing.scales}", _transposed_copy)
             _convert(layer, f"{name}_{packing.qweight}", packing.to_exllama)
     _install_kernel(method, layer)
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether ``weight`` holds the packed layout, no longer the checkpoint's."""
+    return getattr(weight, _PACKED, False)
 
 
 def _convert(
@@ -136,30 +265,59 @@ def _convert(
     packed = stored
     for expert, source in enumerate(stored):
         converted = convert(source)
-        packed = stored.view(-1, *converted.shape)
+        if expert == 0:
+            packed = _padded_view(stored, *converted.shape)
         packed[expert] = converted
         del converted  # before the next expert's
     setattr(packed, _PACKED, True)
     replace_parameter(layer, name, packed)
 
 
-def _verify_symmetric(layer: "RoutedExperts", name: str, zero_offset: int) -> None:
+def _padded_view(stored: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """[E, rows, columns] over the storage of ``stored``, rows as far apart as it has
+    room for.
+    """
+    slot = stored.stride(0)
+    shape, stride = (len(stored), rows, columns), (slot, slot // rows, 1)
+    room = stored.untyped_storage().nbytes() // stored.itemsize
+    if room - stored.storage_offset() < len(stored) * slot:
+        # weights loaded anew: vLLM's reload makes tensors that end with their last word
+        return stored.new_empty(len(stored) * slot).as_strided(shape, stride)
+    return stored.as_strided(shape, stride)
+
+
+def _verify_finite(layer: "RoutedExperts", name: str) -> None:
+    """Check that every scale is a number that the activation dtype can hold."""
+    for expert, scales in enumerate(getattr(layer, name).data):
+        if not bool(scales.isfinite().all()):
+            value = scales[~scales.isfinite()][0].item()
+            raise ValueError(
+                f"layer {layer.layer_name}: {name} of expert "
+                f"{global_expert(layer, expert)} holds {value} in {scales.dtype}, "
+                f"expected finite scales"
+            )
+
+
+def _verify_symmetric(
+    layer: "RoutedExperts", name: str, packing: CheckpointPacking
+) -> None:
     """Check that every nibble of zero point parameter ``name`` stands for 8."""
     stored = getattr(layer, name).data
-    nibble = 8 - zero_offset
-    sentinel = int.from_bytes(bytes([nibble * 0x11] * 4), "little", signed=True)
+    sentinel = packing.symmetric_word
     if bool((stored == sentinel).all()):
         return
     expert, *where = (stored != sentinel).nonzero()[0].tolist()
     word = stored[expert, where[0], where[1]].item() & 0xFFFFFFFF
     raise ValueError(
-        f"layer {layer.layer_name}: {name} of expert {_global_expert(layer, expert)} "
+        f"layer {layer.layer_name}: {name} of expert {global_expert(layer, expert)} "
         f"holds 0x{word:08x} at {where}, expected 0x{sentinel & 0xFFFFFFFF:08x} (zero "
-        f"point 8 everywhere): the checkpoint calls itself symmetric but is not"
+        f"point 8 everywhere in {packing.name}): the checkpoint calls itself symmetric "
+        f"but is not"
     )
 
 
-def _global_expert(layer: "RoutedExperts", local_expert: int) -> int:
+def global_expert(layer: "RoutedExperts", local_expert: int) -> int:
+    """The expert's number in the checkpoint."""
     expert_map = layer.expert_map
     if expert_map is None:
         return local_expert

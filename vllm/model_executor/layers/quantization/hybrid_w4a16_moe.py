@@ -2,10 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """What the int4 MoE methods of all checkpoint formats share."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
     FusedMoEQuantConfig,
@@ -14,11 +16,27 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
     FusedMoEMethodBase,
 )
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
+    DeviceFamily,
+    device_family,
+)
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
     CheckpointPacking,
+    empty_experts,
+    is_packed,
+    row_padding,
     setup_hybrid_w4a16_moe,
 )
 from vllm.model_executor.layers.fused_moe.moe_output import UnfinalizedMoEOutput
+from vllm.model_executor.layers.fused_moe.routed_experts import (
+    FusedMoeWeightScaleSupported,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_loading import (
+    BIAS,
+    PART,
+    ExpertTensorLoader,
+)
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.plugins.hybrid_w4a16 import gate
 
 if TYPE_CHECKING:
@@ -27,35 +45,112 @@ if TYPE_CHECKING:
         SharedExperts,
     )
 
+Recipe = TypeVar("Recipe")
+
 
 class HybridW4A16MoEMethod(FusedMoEMethodBase):
-    """Base of the methods: a subclass registers the parameters that its checkpoint
-    format names (``create_weights``) and says how they are packed (``packing``).
+    """An int4 MoE layer on the hybrid path; a format's subclass names its packing.
 
     Args:
         moe: the layer's MoE configuration.
         group_size: 32, 64 or 128 weights along K per scale.
         symmetric: whether every zero point is 8.
+        packing: how the checkpoint stores the experts.
     """
 
-    packing: CheckpointPacking
-
-    def __init__(self, moe: FusedMoEConfig, group_size: int, symmetric: bool) -> None:
+    def __init__(
+        self,
+        moe: FusedMoEConfig,
+        group_size: int,
+        symmetric: bool,
+        packing: CheckpointPacking,
+    ) -> None:
         super().__init__(moe)
         self.group_size = group_size
         self.symmetric = symmetric
+        self.packing = packing
+
+    def create_weights(
+        self,
+        layer: "RoutedExperts",
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register what the checkpoint holds, for E local experts, [N, K] = [2*I, H]
+        for w13 and [H, I] for w2: ``_<qweight>`` int32, ``_<scales>`` in
+        ``params_dtype``, ``_<zeros>`` int32, each [E, ...] with the packing's shape.
+        """
+        packing = self.packing
+        with_zeros = packing.symmetric_zeros or not self.symmetric
+        self._loader = ExpertTensorLoader(
+            layer,
+            packing,
+            self.group_size,
+            with_zeros,
+            extra_weight_attrs["weight_loader"],
+        )
+        config = get_current_vllm_config_or_none()
+        self._weights_are_made_up = (
+            config is not None and config.load_config.load_format == "dummy"
+        )
+        attributes = {
+            **extra_weight_attrs,
+            "weight_loader": self._loader.load,
+            "quant_method": FusedMoeWeightScaleSupported.GROUP.value,
+            "is_transposed": packing.k_first,
+        }
+        family = device_family()
+        pads_rows = isinstance(family, DeviceFamily) and family.pads_rows
+        gate_up = self.moe.w13_num_shards * intermediate_size_per_partition
+        layer.num_groups_w13 = hidden_size // self.group_size
+        layer.num_groups_w2 = intermediate_size_per_partition // self.group_size
+        self.padding_bytes = 0
+        for weight, n, k in (
+            ("w13", gate_up, hidden_size),
+            ("w2", hidden_size, intermediate_size_per_partition),
+        ):
+            padding = row_padding(k, pads_rows)
+            self.padding_bytes += 4 * num_experts * n * padding
+            for suffix, shape in packing.shapes(n, k, self.group_size).items():
+                if suffix == packing.qweight:
+                    tensor = empty_experts(num_experts, shape, n, k, padding)
+                elif suffix == packing.scales:
+                    tensor = torch.zeros(num_experts, *shape, dtype=params_dtype)
+                elif with_zeros:
+                    tensor = torch.zeros(num_experts, *shape, dtype=torch.int32)
+                else:
+                    continue
+                _register(layer, weight, suffix, tensor, attributes)
+            if with_zeros and self.symmetric:  # for --load-format dummy
+                zeros = getattr(layer, f"{weight}_{packing.zeros}")
+                zeros.dummy_weight_value = packing.symmetric_word
+            no_bias = torch.zeros(num_experts, 0, dtype=params_dtype)
+            _register(layer, weight, BIAS, no_bias, attributes)
+            if packing.weight_shape is not None:
+                shapes = torch.zeros(num_experts, 2, 2, dtype=torch.int64)
+                if weight == "w2":
+                    shapes = shapes[:, :1].clone()
+                _register(layer, weight, packing.weight_shape, shapes, attributes)
 
     def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
+        loaded = not is_packed(getattr(layer, f"w13_{self.packing.qweight}"))
+        if loaded and not self._weights_are_made_up:
+            self._loader.check_complete(layer)
         setup_hybrid_w4a16_moe(self, layer)
-        gate.report_ready(layer.layer_name)
+        for weight in ("w13", "w2"):
+            setattr(layer, f"{weight}_{BIAS}", None)
+        gate.report_ready(layer.layer_name, self.padding_bytes)
 
     def get_fused_moe_quant_config(self, layer: "RoutedExperts") -> FusedMoEQuantConfig:
         scales, zeros = self.packing.scales, self.packing.zeros
         return int4_w4a16_moe_quant_config(
             w1_scale=getattr(layer, f"w13_{scales}"),
             w2_scale=getattr(layer, f"w2_{scales}"),
-            w1_zp=getattr(layer, f"w13_{zeros}"),
-            w2_zp=getattr(layer, f"w2_{zeros}"),
+            w1_zp=getattr(layer, f"w13_{zeros}", None),
+            w2_zp=getattr(layer, f"w2_{zeros}", None),
             block_shape=[0, self.group_size],
         )
 
@@ -83,3 +178,54 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
             shared_experts=shared_experts,
             shared_experts_input=shared_experts_input,
         )
+
+
+def _register(
+    layer: "RoutedExperts",
+    weight: str,
+    suffix: str,
+    tensor: torch.Tensor,
+    attributes: dict[str, Any],
+) -> None:
+    parameter = torch.nn.Parameter(tensor, requires_grad=False)
+    layer.register_parameter(f"{weight}_{suffix}", parameter)
+    set_weight_attrs(parameter, attributes | {PART: (weight, suffix)})
+
+
+def expert_linears(layer: "RoutedExperts", prefix: str) -> Iterator[str]:
+    """Names of the linears of all experts, as checkpoints and their configs have them.
+
+    ``prefix``: the layer's name.
+    """
+    for expert in range(layer.moe_config.num_logical_experts):
+        for projection in (
+            layer.ckpt_gate_proj_name,
+            layer.ckpt_up_proj_name,
+            layer.ckpt_down_proj_name,
+        ):
+            if projection is not None:
+                yield f"{prefix}.{expert}.{projection}"
+
+
+def uniform_recipe(
+    layer: "RoutedExperts", prefix: str, recipe_of: Callable[[str], Recipe]
+) -> Recipe:
+    """What ``recipe_of`` says of every linear of the layer's experts.
+
+    vLLM looks up a quantization config by the layer's name alone; recipes with an entry
+    per expert, or a pattern that only an expert's name matches, go by here.
+
+    Raises ``ValueError`` naming two linears of which it says different things: experts
+    of one layer are one tensor in vLLM.
+    """
+    names = expert_linears(layer, prefix)
+    first = next(names)
+    recipe = recipe_of(first)
+    for name in names:
+        other = recipe_of(name)
+        if other != recipe:
+            raise ValueError(
+                f"layer {prefix}: the experts of a layer have to be quantized alike, "
+                f"but {first} is {recipe} and {name} is {other}"
+            )
+    return recipe

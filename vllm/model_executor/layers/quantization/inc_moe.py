@@ -2,18 +2,20 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """AutoRound (INC) int4 MoE checkpoints on the hybrid path."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import GPTQ_V1
-from vllm.model_executor.layers.fused_moe.routed_experts import (
-    FusedMoeWeightScaleSupported,
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
+    FusedMoEMethodBase,
+)
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import AWQ, GPTQ_V1
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
 )
 from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
     HybridW4A16MoEMethod,
+    uniform_recipe,
 )
-from vllm.model_executor.utils import set_weight_attrs
 from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
@@ -26,50 +28,11 @@ if TYPE_CHECKING:
         INCScheme,
     )
 
+PACKINGS = {"auto_round:auto_gptq": GPTQ_V1, "auto_round:auto_awq": AWQ}
+
 
 class INCHybridW4A16MoEMethod(HybridW4A16MoEMethod):
-    """``auto_round:auto_gptq``: GPTQ names and packing, no activation order."""
-
-    packing = GPTQ_V1
-
-    def create_weights(
-        self,
-        layer: "RoutedExperts",
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: object,
-    ) -> None:
-        """Register what the checkpoint holds, E local experts, [N, K] = [2*I, H] for
-        w13 and [H, I] for w2: ``_qweight`` int32 [E, K//8, N], ``_scales``
-        ``params_dtype`` [E, K//G, N], ``_qzeros`` int32 [E, K//G, N//8].
-        """
-        attributes = {
-            **extra_weight_attrs,
-            "quant_method": FusedMoeWeightScaleSupported.GROUP.value,
-            "is_transposed": True,
-        }
-
-        def register(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-            # zeros, so that zero points that no tensor was loaded into are noticed
-            parameter = torch.nn.Parameter(
-                torch.zeros(num_experts, *shape, dtype=dtype), requires_grad=False
-            )
-            layer.register_parameter(name, parameter)
-            set_weight_attrs(parameter, attributes)
-
-        layer.num_groups_w13 = hidden_size // self.group_size
-        layer.num_groups_w2 = intermediate_size_per_partition // self.group_size
-        gate_up = self.moe.w13_num_shards * intermediate_size_per_partition
-        for name, n, k in (
-            ("w13", gate_up, hidden_size),
-            ("w2", hidden_size, intermediate_size_per_partition),
-        ):
-            groups = k // self.group_size
-            register(f"{name}_qweight", (k // 8, n), torch.int32)
-            register(f"{name}_scales", (groups, n), params_dtype)
-            register(f"{name}_qzeros", (groups, n // 8), torch.int32)
+    """AutoRound, with the names and the packing of GPTQ v1 or of AWQ."""
 
 
 @switch.unless_off
@@ -79,23 +42,53 @@ def inc_moe_method(
     layer: "RoutedExperts",
     prefix: str,
     layer_config: "INCLayerConfig",
-) -> INCHybridW4A16MoEMethod | None:
+) -> FusedMoEMethodBase | None:
     """Hook of ``INCWna16Scheme.get_moe_method``, called with its arguments.
 
-    Returns the hybrid method, or ``None`` to leave the layer to vLLM. Raises
-    ``ValueError`` where that is not allowed (``VLLM_HYBRID_W4A16_MOE=require``).
+    Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where
+    ``extra_config`` names the layer's experts, which vLLM overlooks, vLLM's method for
+    what it says of them. Raises ``ValueError`` where it says different things of
+    experts of the layer, and where declining is not allowed
+    (``VLLM_HYBRID_W4A16_MOE=require``).
     """
+    if config.extra_config:
+        recipe = _expert_recipe(config, layer, prefix, layer_config)
+        if not recipe.quantized:
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        if recipe != layer_config:
+            return scheme.get_moe_method(config, layer, prefix, recipe)
+    packing = PACKINGS.get(layer_config.packing_format)
     unsupported = None
-    if layer_config.packing_format != "auto_round:auto_gptq":
+    if packing is None:
         unsupported = (
             f"packing_format is {layer_config.packing_format!r}, "
-            f"supported: 'auto_round:auto_gptq'"
+            f"supported: {', '.join(map(repr, PACKINGS))}"
         )
     if not gate.accept(
         layer, prefix, layer_config.bits, layer_config.group_size, unsupported
     ):
         return None
-    assert isinstance(layer_config.group_size, int)
+    assert packing is not None and isinstance(layer_config.group_size, int)
     return INCHybridW4A16MoEMethod(
-        layer.moe_config, layer_config.group_size, layer_config.sym
+        layer.moe_config, layer_config.group_size, layer_config.sym, packing
+    )
+
+
+def _expert_recipe(
+    config: "INCConfig",
+    layer: "RoutedExperts",
+    prefix: str,
+    layer_config: "INCLayerConfig",
+) -> "INCLayerConfig":
+    """``layer_config`` with what ``extra_config`` says of the experts by name."""
+    default = (config.weight_bits, config.group_size, config.sym)
+    own = (layer_config.bits, layer_config.group_size, layer_config.sym)
+
+    def recipe_of(name: str) -> tuple:
+        recipe = config.get_layer_config(layer, name)
+        return own if recipe == default else recipe
+
+    bits, group_size, sym = uniform_recipe(layer, prefix, recipe_of)
+    return replace(
+        layer_config, bits=bits, group_size=group_size, sym=sym, quantized=bits < 16
     )

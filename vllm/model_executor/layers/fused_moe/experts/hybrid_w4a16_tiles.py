@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Where prefill begins and how its GEMMs are cut up, per family of devices.
 
-The numbers are in ``hybrid_w4a16_tiles.json``, one entry per family with the source
-of its numbers; ``benchmarks/tune_prefill.py`` measures an entry on the machine at hand.
+The numbers are in ``configs/hybrid_w4a16_tiles.json``, one entry per family with the
+source of its numbers; ``benchmarks/tune_prefill.py`` measures an entry on the machine
+at hand.
 """
 
 import functools
@@ -17,7 +18,8 @@ from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-TABLE = Path(__file__).with_suffix(".json")
+# among vLLM's own tables: what it packs into its wheel
+TABLE = Path(__file__).parents[1] / "configs/hybrid_w4a16_tiles.json"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Tiny checkpoints in every format through ``LLM(...)``, deployed in several ways.
+
+A part of the support matrix that covers every pair of format, symmetry, group size,
+dtype and sharding; ``make matrix`` runs all of it, and its results are in
+``matrix.json``, from which the table in the README is made.
+"""
+
+import itertools
+
+import matrix
+import pytest
+import torch
+from matrix_cells import DEPLOYED, SHARDINGS, Cell, full, grid, subset
+from tiny_models import DenseReference, Recipe, make_checkpoint, prompts
+
+CELLS = subset()
+TIMEOUT_S = 1500.0
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("matrix")
+
+
+@pytest.fixture(scope="session")
+def answers(folder):
+    return matrix.run_cells(CELLS, folder, TIMEOUT_S)
+
+
+@pytest.fixture(scope="session")
+def verdicts(answers, folder):
+    return matrix.judge(answers, folder)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_cell(cell, verdicts):
+    verdict = verdicts[cell]
+    print(verdict)
+    assert verdict["ok"], verdict.get("problem", verdict)
+
+
+@pytest.mark.e2e
+def test_shards_give_the_tokens_of_one_rank(answers):
+    tokens = [
+        [a["tokens"] for a in answers[Cell(DEPLOYED, "bfloat16", name)]["answers"]]
+        for name in SHARDINGS
+    ]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_subset_has_every_pair():
+    def pairs(cells):
+        values = [
+            (
+                c.recipe.format,
+                c.recipe.symmetric,
+                c.recipe.group_size,
+                c.dtype,
+                c.deployment,
+            )
+            for c in cells
+        ]
+        return {
+            pair
+            for each in values
+            for pair in itertools.combinations(enumerate(each), 2)
+        }
+
+    assert pairs(grid()) <= pairs(CELLS)
+
+
+def test_a_damaged_expert_would_show(tmp_path):
+    """What the tolerances are worth: gate and up of one expert of eight swapped."""
+    folder = make_checkpoint(Recipe(), tmp_path)
+    intact, damaged = DenseReference(folder), DenseReference(folder)
+    gate_up = damaged.model.model.layers[1].mlp.experts.gate_up_proj.data
+    gate_up[2] = gate_up[2].roll(gate_up.shape[1] // 2, 0)
+    differences = [
+        (intact.logprobs(tokens) - damaged.logprobs(tokens)).abs().mean()
+        for tokens in prompts(4, 24)
+    ]
+    print(f"{torch.stack(differences).mean():.3f} nats")
+    assert torch.stack(differences).mean() > 3 * max(matrix.MAX_DIFFERENCE.values())
+
+
+def test_readme_has_the_table_of_the_results():
+    results = matrix.load_results()
+    cells = full()
+    assert {Cell.from_json(result["cell"]) for result in results} <= set(cells)
+    between = matrix.README.read_text().split(matrix.BEGIN)[1].split(matrix.END)[0]
+    assert between == matrix.table(results)
+
+
+def test_every_cell_of_the_committed_results_is_good():
+    assert [result for result in matrix.load_results() if not result["ok"]] == []

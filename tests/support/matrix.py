@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The support matrix: run cells end to end, judge them, write the README's table.
+
+    python tests/support/matrix.py            # what is missing in tests/e2e/matrix.json
+    python tests/support/matrix.py --again    # everything
+    python tests/support/matrix.py --table    # only the README's table, from the file
+
+Each cell is a tiny random checkpoint run with ``LLM(...)`` on the CPU under
+``VLLM_HYBRID_W4A16_MOE=require`` and compared with transformers in float32 on the
+dequantized weights.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matrix_cells import SHARDINGS, Cell, full
+from tiny_models import DenseReference
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+RESULTS = CHECKOUT / "tests/e2e/matrix.json"
+README = CHECKOUT / "README.md"
+BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->\n"
+WORKER = Path(__file__).with_name("matrix_worker.py")
+
+# Mean difference of log-probabilities from the reference, nats. Measured when this was
+# written: 0.010 to 0.017 in bf16, 0.002 in fp16; a reference with gate and up of one
+# expert swapped is further away than 0.1 (test_matrix).
+MAX_DIFFERENCE = {"bfloat16": 0.03, "float16": 0.006}
+# A greedy token may lie this far below the reference's first choice, nats.
+TIE = 0.15
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` successive ports, which were free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return port if port + count < 65536 else port - count
+
+
+def run_cells(
+    cells: Sequence[Cell], folder: Path, timeout_s: float = 3600.0
+) -> dict[Cell, dict[str, Any]]:
+    """The answers of every cell, those with as many ranks in the same processes."""
+    found: dict[Cell, dict[str, Any]] = {}
+    for ranks in sorted({cell.ranks for cell in cells}):
+        batch = [cell for cell in cells if cell.ranks == ranks]
+        todo = folder / f"cells-{ranks}.json"
+        todo.write_text(json.dumps([cell.to_json() for cell in batch]))
+        environment = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_ports(len(batch))),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
+        if ranks > 1:
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+        processes = []
+        for rank in range(ranks):
+            log = (folder / f"log-{ranks}-{rank}.txt").open("w")
+            answers = folder / f"answers-{ranks}-{rank}.jsonl"
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, WORKER, todo, folder, answers],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        try:
+            for process in processes:
+                process.wait(timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+        answers = folder / f"answers-{ranks}-0.jsonl"
+        lines = answers.read_text().splitlines() if answers.exists() else []
+        for line in lines:
+            answer = json.loads(line)
+            found[Cell.from_json(answer["cell"])] = answer
+    for cell in cells:
+        log = folder / f"log-{cell.ranks}-0.txt"
+        found.setdefault(cell, {"error": f"no answer:\n{log.read_text()[-2000:]}"})
+    return found
+
+
+def judge(
+    cells: dict[Cell, dict[str, Any]], folder: Path
+) -> dict[Cell, dict[str, Any]]:
+    """``{"ok", "difference", "worst_tie", "same_tokens", "problem"}`` of each cell."""
+    references: dict[Path, DenseReference] = {}
+    verdicts: dict[Cell, dict[str, Any]] = {}
+    one_rank = {
+        (cell.recipe, cell.dtype): answer
+        for cell, answer in cells.items()
+        if cell.deployment == "1 rank" and "answers" in answer
+    }
+    for cell, answer in cells.items():
+        if "answers" not in answer:
+            verdicts[cell] = {"ok": False, "problem": answer["error"][-2000:]}
+            continue
+        path = folder / cell.recipe.folder_name
+        if path not in references:
+            references = {path: DenseReference(path)}
+        difference, worst_tie = _distance(references[path], answer["answers"])
+        verdict: dict[str, Any] = {
+            "ok": difference < MAX_DIFFERENCE[cell.dtype] and worst_tie < TIE,
+            "difference": round(difference, 4),
+            "worst_tie": round(worst_tie, 3),
+        }
+        same = one_rank.get((cell.recipe, cell.dtype))
+        if same is not None and same is not answer:
+            verdict["same_tokens"] = [a["tokens"] for a in same["answers"]] == [
+                a["tokens"] for a in answer["answers"]
+            ]
+            # where tokens differ, the first that does is a tie: judged above
+        verdicts[cell] = verdict
+    return verdicts
+
+
+def _distance(
+    reference: DenseReference, answers: list[dict[str, Any]]
+) -> tuple[float, float]:
+    """Mean difference of log-probabilities, and how far a greedy token lies below."""
+    differences, ties = [], []
+    for answer in answers:
+        prompt, tokens = answer["prompt"], answer["tokens"]
+        logprobs = reference.logprobs(prompt + tokens)
+        ids = torch.tensor((prompt + tokens)[1:])
+        expected = logprobs[:-1].gather(1, ids[:, None])[:, 0]
+        said = expected[len(prompt) - 1 :]
+        best = logprobs[len(prompt) - 1 : -1].max(dim=1).values
+        ties.append((best - said).max())
+        differences.append(said - torch.tensor(answer["said"]))
+        if answer["seen"] is not None:
+            seen = expected[: len(prompt) - 1]
+            differences.append(seen - torch.tensor(answer["seen"]))
+    return torch.cat(differences).abs().mean().item(), torch.stack(ties).max().item()
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The README's table: a row per format, a column per sharding."""
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    others = []
+    for result in results:
+        cell = Cell.from_json(result["cell"])
+        if cell.recipe.model != "qwen3_moe" or cell.deployment not in SHARDINGS:
+            others.append((cell, result["ok"]))
+            continue
+        sign = "symmetric" if cell.recipe.symmetric else "zero points"
+        count = counts[f"`{cell.recipe.format}`, {sign}", cell.deployment]
+        count[0] += result["ok"]
+        count[1] += 1
+    lines = [
+        f"| checkpoint | {' | '.join(SHARDINGS)} |",
+        "| --- |" + " --- |" * len(SHARDINGS),
+    ]
+    for row in dict.fromkeys(row for row, _ in counts):
+        found = [counts.get((row, sharding), [0, 0]) for sharding in SHARDINGS]
+        entries = [f"{good} of {all}" if all else "not run" for good, all in found]
+        lines.append(f"| {row} | {' | '.join(entries)} |")
+    for deployment in dict.fromkeys(c.deployment for c, _ in others):
+        for model in dict.fromkeys(c.recipe.model for c, _ in others):
+            of = [
+                ok
+                for c, ok in others
+                if (c.deployment, c.recipe.model) == (deployment, model)
+            ]
+            if of:
+                what = "in every format" if model != "qwen3_moe" else deployment
+                lines.append(f"| {model}, {what} | {sum(of)} of {len(of)} | | |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(results: list[dict[str, Any]]) -> None:
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    README.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
+
+
+def load_results() -> list[dict[str, Any]]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def save_results(results: list[dict[str, Any]]) -> None:
+    lines = ",\n".join(json.dumps(result) for result in results)
+    RESULTS.write_text(f"[\n{lines}\n]\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--again", action="store_true", help="also what has a result")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--batch", type=int, default=30, help="cells between savings")
+    parser.add_argument("--folder", type=Path, help="for checkpoints and logs, kept")
+    options = parser.parse_args()
+    known = {Cell.from_json(result["cell"]): result for result in load_results()}
+    cells = full()
+    todo = (
+        [] if options.table else [c for c in cells if options.again or c not in known]
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        recipes = list(dict.fromkeys((cell.recipe, cell.dtype) for cell in todo))
+        while recipes:
+            batch: list[Cell] = []
+            while recipes and len(batch) < options.batch:
+                recipe = recipes.pop(0)
+                batch += [c for c in todo if (c.recipe, c.dtype) == recipe]
+            for old in folder.glob("answers-*"):
+                old.unlink()
+            answers = run_cells(batch, folder)
+            for cell, verdict in judge(answers, folder).items():
+                known[cell] = {"cell": cell.to_json(), **verdict}
+                print(
+                    "ok  " if verdict["ok"] else "FAIL", cell.name, verdict, flush=True
+                )
+            save_results([known[cell] for cell in cells if cell in known])
+    results = [known[cell] for cell in cells if cell in known]
+    write_table(results)
+    return int(not all(result["ok"] for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

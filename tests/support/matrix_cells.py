@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""What the support matrix consists of: checkpoints, and ways to deploy them."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from int4_formats import FORMATS
+from tiny_models import MODELS, Recipe
+
+GROUP_SIZES = (128, 32, 64)
+DTYPES = ("bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+    """Arguments of ``LLM`` and what is done before it answers."""
+
+    ranks: int = 1
+    """Processes of ``matrix_worker``."""
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seen: bool = True
+    """Whether the prompt's log-probabilities are asked for, which turns prefix caching
+    off and fails in the first of two stages."""
+    reload: bool = False
+    """Garbage is loaded over the weights first, then the checkpoint again."""
+
+
+DEPLOYMENTS = {
+    "1 rank": Deployment(),
+    "TP 2": Deployment(2, {"tensor_parallel_size": 2}),
+    "TP 2, EP 2": Deployment(
+        2, {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    ),
+    # eager, vLLM 0.32's CPU model runner has no buffer for what the second stage gets
+    "PP 2": Deployment(
+        2, {"pipeline_parallel_size": 2, "enforce_eager": False}, seen=False
+    ),
+    "chunked prefill": Deployment(1, {"max_num_batched_tokens": 16}),
+    "prefix caching": Deployment(1, {"enable_prefix_caching": True}, seen=False),
+    "weights reloaded": Deployment(1, reload=True),
+    "compiled": Deployment(1, {"enforce_eager": False}),
+}
+# The checkpoint that is deployed in every way.
+DEPLOYED = Recipe(format="compressed-tensors", symmetric=False, group_size=64)
+SHARDINGS = ("1 rank", "TP 2", "TP 2, EP 2")
+OTHER_DEPLOYMENTS = tuple(name for name in DEPLOYMENTS if name not in SHARDINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One checkpoint, deployed one way."""
+
+    recipe: Recipe = Recipe()
+    dtype: str = "bfloat16"
+    deployment: str = "1 rank"
+
+    @property
+    def ranks(self) -> int:
+        return DEPLOYMENTS[self.deployment].ranks
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.folder_name} {self.dtype} {self.deployment}"
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "Cell":
+        return Cell(**{**values, "recipe": Recipe(**values["recipe"])})
+
+
+def exists(format: str, symmetric: bool) -> bool:
+    """Whether vLLM lets such a checkpoint in: its GPTQ config refuses sym = false."""
+    return symmetric or not format.startswith("gptq")
+
+
+def grid() -> list[Cell]:
+    """Format x symmetric x group size x dtype x sharding, on one model."""
+    return [
+        Cell(Recipe("qwen3_moe", format, symmetric, group_size), dtype, sharding)
+        for group_size, format, symmetric, dtype, sharding in itertools.product(
+            GROUP_SIZES, FORMATS, (True, False), DTYPES, SHARDINGS
+        )
+        if exists(format, symmetric)
+    ]
+
+
+def other_models() -> list[Cell]:
+    """The other models in every format; float16, since their routers tie in bf16."""
+    return [
+        Cell(Recipe(model, format, symmetric, 128), "float16")
+        for model, format, symmetric in itertools.product(
+            MODELS, FORMATS, (True, False)
+        )
+        if model != "qwen3_moe" and exists(format, symmetric)
+    ]
+
+
+def other_deployments() -> list[Cell]:
+    return [Cell(DEPLOYED, "bfloat16", name) for name in OTHER_DEPLOYMENTS]
+
+
+def full() -> list[Cell]:
+    return other_deployments() + other_models() + grid()
+
+
+def _pairs(cell: Cell) -> set[tuple[Any, ...]]:
+    recipe = cell.recipe
+    values = (
+        recipe.format,
+        recipe.symmetric,
+        recipe.group_size,
+        cell.dtype,
+        cell.deployment,
+    )
+    return set(itertools.combinations(enumerate(values), 2))
+
+
+def covering(cells: Sequence[Cell]) -> list[Cell]:
+    """A few of ``cells`` with every pair of values that occurs in one of them.
+
+    Greedy: the cell with the most pairs that are not covered yet, fewest ranks first.
+    """
+    missing = set().union(*map(_pairs, cells))
+    chosen = []
+    while missing:
+        best = max(cells, key=lambda cell: (len(_pairs(cell) & missing), -cell.ranks))
+        chosen.append(best)
+        missing -= _pairs(best)
+    return chosen
+
+
+def subset() -> list[Cell]:
+    """What the test command runs of ``full``."""
+    models = [
+        Cell(Recipe("mixtral", "awq", False, 128), "float16"),
+        Cell(Recipe("glm4_moe", "compressed-tensors", True, 128), "float16"),
+    ]
+    shards = [Cell(DEPLOYED, "bfloat16", name) for name in SHARDINGS]
+    return list(
+        dict.fromkeys([*covering(grid()), *models, *shards, *other_deployments()])
+    )

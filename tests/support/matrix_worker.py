@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""One rank of the support matrix: runs cells one after the other in this process.
+
+    python tests/support/matrix_worker.py CELLS_JSON CHECKPOINTS_FOLDER ANSWERS_JSONL
+
+Importing vLLM takes far longer than a cell; so each rank is a process that lives for
+many cells, with vLLM's ``external_launcher`` executor where there are two. Ranks are
+told who they are by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from matrix_cells import DEPLOYMENTS, Cell
+from tiny_models import make_checkpoint, prompts
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 24, 8
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_HYBRID_W4A16_MOE="require",
+)
+
+
+def answers(llm: Any, with_prompt: bool) -> list[dict[str, Any]]:
+    """Greedy completions with the log-probabilities of what was seen and said."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        temperature=0,
+        max_tokens=NEW_TOKENS,
+        logprobs=0,
+        prompt_logprobs=0 if with_prompt else None,
+        detokenize=False,
+        ignore_eos=True,
+    )
+    texts = [{"prompt_token_ids": ids} for ids in prompts(PROMPTS, PROMPT_TOKENS)]
+    result = []
+    for output in llm.generate(texts, parameters, use_tqdm=False):
+        completion = output.outputs[0]
+        tokens = list(completion.token_ids)
+        said = [
+            entry[token].logprob
+            for token, entry in zip(tokens, completion.logprobs, strict=True)
+        ]
+        seen = None
+        if with_prompt:
+            ids = output.prompt_token_ids
+            seen = [
+                output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))
+            ]
+        result.append(
+            {
+                "prompt": list(output.prompt_token_ids),
+                "tokens": tokens,
+                "seen": seen,
+                "said": said,
+            }
+        )
+    return result
+
+
+def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
+    """Reload weights that are wrong, see that it shows, reload the right ones."""
+    from tiny_models import make_checkpoint as make
+
+    before = answers(llm, False)
+    recipe = Cell.from_json(json.loads(os.environ["MATRIX_CELL"])).recipe
+    wrong = make(recipe, checkpoint.parent / "reseeded", seed=1)
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(wrong)})
+    llm.reset_prefix_cache()
+    after = answers(llm, False)
+    assert [a["tokens"] for a in before] != [a["tokens"] for a in after]
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint)})
+    llm.reset_prefix_cache()
+
+
+def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
+    """The answers of one cell."""
+    from vllm import LLM
+
+    deployment = DEPLOYMENTS[cell.deployment]
+    checkpoint = make_checkpoint(cell.recipe, checkpoints)
+    arguments: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 128,
+        "dtype": cell.dtype,
+        **deployment.arguments,
+    }
+    if deployment.ranks > 1:
+        arguments["distributed_executor_backend"] = "external_launcher"
+    llm = LLM(str(checkpoint), **arguments)
+    if deployment.reload:
+        os.environ["MATRIX_CELL"] = json.dumps(cell.to_json())
+        garbage_then_checkpoint(llm, checkpoint)
+    if arguments["enable_prefix_caching"]:
+        answers(llm, False)  # what the second time finds in the cache
+    return answers(llm, deployment.seen)
+
+
+def main() -> None:
+    cells_file, checkpoints, answers_file = map(Path, sys.argv[1:])
+    port = int(os.environ.get("MASTER_PORT", "0"))
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    for index, values in enumerate(json.loads(cells_file.read_text())):
+        cell = Cell.from_json(values)
+        os.environ["MASTER_PORT"] = str(port + index)
+        start = time.monotonic()
+        answer: dict[str, Any] = {"cell": values}
+        try:
+            answer["answers"] = run(cell, checkpoints)
+        except Exception:
+            answer["error"] = traceback.format_exc()
+        answer["seconds"] = round(time.monotonic() - start, 1)
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        with answers_file.open("a") as file:
+            file.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

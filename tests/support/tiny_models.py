@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Tiny random MoE checkpoints in every format, and what they should compute.
+
+    python tests/support/tiny_models.py qwen3_moe compressed-tensors OUTPUT_FOLDER
+
+transformers makes the model from a config and writes it; the linears of the experts are
+replaced by random int4 ones, everything else stays bf16. A second folder holds the same
+weights dequantized, for transformers to compute the expected results in float32.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from int4_formats import FORMATS
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
+
+WEIGHTS = "model.safetensors"
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 256, 4, 2
+# Everywhere: logits several nats apart, so that tokens are told apart.
+INITIALIZER_RANGE = 0.1
+_EXPERT_WEIGHT = re.compile(r"(.*\.experts\.\d+\.\w+)\.weight")
+
+_COMMON = {
+    "vocab_size": 256,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "num_experts_per_tok": TOP_K,
+    "initializer_range": INITIALIZER_RANGE,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "torch_dtype": "bfloat16",
+}
+
+
+def _qwen3_moe() -> PretrainedConfig:
+    return Qwen3MoeConfig(
+        **_COMMON,
+        intermediate_size=512,
+        moe_intermediate_size=INTERMEDIATE,
+        num_experts=EXPERTS,
+        norm_topk_prob=True,
+    )
+
+
+def _mixtral() -> PretrainedConfig:
+    return MixtralConfig(
+        **_COMMON, intermediate_size=INTERMEDIATE, num_local_experts=EXPERTS
+    )
+
+
+def _glm4_moe() -> PretrainedConfig:
+    """A dense first layer, shared experts, sigmoid routing with a correction bias."""
+    return Glm4MoeConfig(
+        **_COMMON,
+        intermediate_size=512,
+        moe_intermediate_size=INTERMEDIATE,
+        n_routed_experts=EXPERTS,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        num_nextn_predict_layers=0,
+    )
+
+
+MODELS = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "glm4_moe": _glm4_moe}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a checkpoint is made of."""
+
+    model: str = "qwen3_moe"
+    format: str = "auto_round:auto_gptq"
+    symmetric: bool = True
+    group_size: int = 128
+
+    @property
+    def folder_name(self) -> str:
+        sign = "sym" if self.symmetric else "asym"
+        return f"{self.model}-{self.format}-{sign}-g{self.group_size}".replace(":", "-")
+
+
+def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
+    """The checkpoint's folder, made in ``parent``; dense weights in its ``dense``."""
+    folder = parent / recipe.folder_name
+    if (folder / "config.json").exists():
+        return folder
+    dense = folder / "dense"
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        MODELS[recipe.model](), dtype=torch.bfloat16
+    )
+    model.save_pretrained(dense)
+    format = FORMATS[recipe.format]
+    rng = np.random.default_rng(seed)
+    stored: dict[str, torch.Tensor] = {}
+    dequantized: dict[str, torch.Tensor] = {}
+    kept = set()
+    for name, tensor in sorted(load_file(dense / WEIGHTS).items()):
+        expert = _EXPERT_WEIGHT.fullmatch(name)
+        if expert is None:
+            stored[name] = tensor
+            dequantized[name] = tensor.float()
+            kept.add(name.removesuffix(".weight"))
+            continue
+        n, k = tensor.shape
+        # the nibbles' standard deviation is 4.6
+        linear = format.random_linear(
+            rng, n, k, recipe.group_size, recipe.symmetric, scale=1 / (4.6 * k**0.5)
+        )
+        dequantized[name] = torch.from_numpy(format.dequantize(linear)).float()
+        for suffix, array in linear.items():
+            stored[f"{expert[1]}.{suffix}"] = torch.from_numpy(array)
+    save_file(dequantized, dense / WEIGHTS, {"format": "pt"})
+    save_file(stored, folder / WEIGHTS, {"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    skipped = [
+        "self_attn",
+        "mlp.gate$",
+        "shared_expert",
+        "lm_head",
+        r"layers.0.mlp.\w+_",
+    ]
+    if recipe.format == "awq":
+        skipped = sorted(kept)
+    if recipe.model == "mixtral":
+        skipped.append(r"block_sparse_moe.gate$")
+    config["quantization_config"] = format.config(
+        recipe.group_size, recipe.symmetric, skipped
+    )
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+class DenseReference:
+    """float32 results of a checkpoint's dequantized weights in transformers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder / "dense", dtype=torch.float32
+        ).eval()
+
+    @torch.inference_mode()
+    def logprobs(self, tokens: list[int]) -> torch.Tensor:
+        """float32 [T, vocabulary]: row t is the log-distribution of token t + 1."""
+        logits = self.model(torch.tensor([tokens]), use_cache=False).logits[0]
+        return torch.log_softmax(logits.float(), dim=-1)
+
+
+def prompts(count: int, length: int, seed: int = 0) -> Iterator[list[int]]:
+    """Random token ids."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield rng.integers(0, _COMMON["vocab_size"], length).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("format", choices=FORMATS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128))
+    options = parser.parse_args()
+    recipe = Recipe(
+        options.model, options.format, not options.asymmetric, options.group_size
+    )
+    print(make_checkpoint(recipe, options.folder))
+
+
+if __name__ == "__main__":
+    main()

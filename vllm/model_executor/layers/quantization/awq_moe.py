@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""AWQ int4 MoE checkpoints on the hybrid path."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
+    FusedMoEMethodBase,
+)
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import AWQ
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+    HybridW4A16MoEMethod,
+    uniform_recipe,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+from vllm.plugins.hybrid_w4a16 import gate, switch
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
+
+
+class AWQHybridW4A16MoEMethod(HybridW4A16MoEMethod):
+    """AWQ in its ``gemm`` version, with zero points or symmetric."""
+
+
+@switch.unless_off
+def awq_moe_method(
+    config: "AutoAWQConfig", layer: torch.nn.Module, prefix: str
+) -> FusedMoEMethodBase | None:
+    """Hook of ``AutoAWQConfig.get_quant_method``, called with its arguments.
+
+    Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where
+    ``modules_to_not_convert`` names the layer's experts, which vLLM overlooks, vLLM's
+    method for 16-bit experts. Raises ``ValueError`` where it names some experts of the
+    layer only, and where declining is not allowed (``VLLM_HYBRID_W4A16_MOE=require``).
+    """
+    if not isinstance(layer, RoutedExperts):
+        return None
+
+    def bits_of(name: str) -> int:
+        skipped = is_layer_skipped(
+            name, config.modules_to_not_convert, match_mode="substring"
+        )
+        return 16 if skipped else config.weight_bits
+
+    bits = uniform_recipe(layer, prefix, bits_of)
+    if bits == 16:
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    version = str(config.full_config.get("version", "gemm")).lower()
+    unsupported = None
+    if version != "gemm":
+        unsupported = f"AWQ version {version!r}, supported: 'gemm'"
+    if not gate.accept(layer, prefix, bits, config.group_size, unsupported):
+        return None
+    return AWQHybridW4A16MoEMethod(
+        layer.moe_config, config.group_size, not config.zero_point, AWQ
+    )

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""compressed-tensors int4 MoE checkpoints on the hybrid path."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import PACK_QUANTIZED
+from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+    HybridW4A16MoEMethod,
+    expert_linears,
+    uniform_recipe,
+)
+from vllm.plugins.hybrid_w4a16 import gate, switch
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.quantization.compressed_tensors import (
+        compressed_tensors,
+    )
+
+PACK_FORMAT = "pack-quantized"
+
+
+class CompressedTensorsHybridW4A16MoEMethod(HybridW4A16MoEMethod):
+    """compressed-tensors ``pack-quantized``, symmetric and with zero points."""
+
+
+@switch.unless_off
+def compressed_tensors_moe_method(
+    quant_config: "compressed_tensors.CompressedTensorsConfig",
+    layer: "RoutedExperts",
+    layer_name: str,
+) -> CompressedTensorsHybridW4A16MoEMethod | None:
+    """Hook of ``CompressedTensorsMoEMethod.get_moe_method``, called with its arguments.
+
+    Returns the hybrid method, or ``None`` to leave the layer to vLLM. Raises
+    ``ValueError`` where the experts of the layer are quantized differently, and where
+    declining is not allowed (``VLLM_HYBRID_W4A16_MOE=require``).
+    """
+    scheme = _expert_scheme(quant_config, layer, layer_name)
+    if scheme is None or scheme.get("weights") is None:
+        return None
+    weights = scheme["weights"]
+    if weights.type != "int" or scheme.get("input_activations") is not None:
+        return None  # another kind of quantization altogether
+    unsupported = None
+    if scheme.get("format") != PACK_FORMAT:
+        unsupported = f"format is {scheme.get('format')!r}, supported: {PACK_FORMAT!r}"
+    elif weights.strategy != "group":
+        unsupported = f"strategy is {str(weights.strategy)!r}, supported: 'group'"
+    elif weights.actorder == "group":
+        unsupported = "actorder 'group': groups follow the activation order"
+    elif quant_config.transform_config is not None:
+        unsupported = "transform_config: activations have to be transformed"
+    if not gate.accept(
+        layer, layer_name, weights.num_bits, weights.group_size, unsupported
+    ):
+        return None
+    return CompressedTensorsHybridW4A16MoEMethod(
+        layer.moe_config, weights.group_size, weights.symmetric, PACK_QUANTIZED
+    )
+
+
+def _expert_scheme(
+    quant_config: "compressed_tensors.CompressedTensorsConfig",
+    layer: "RoutedExperts",
+    layer_name: str,
+) -> dict[str, Any] | None:
+    """The scheme that the layer's experts share; ``None``: they are not quantized."""
+    quant_config._add_fused_moe_to_target_scheme_map()
+
+    def scheme_of(name: str) -> dict[str, Any] | None:
+        return quant_config.get_scheme_dict(layer, name)
+
+    # thousands of names against lists that can be as long: only where one of them
+    # tells experts apart
+    rules = [*quant_config.ignore, *quant_config.target_scheme_map]
+    if any("experts" in rule for rule in rules):
+        return uniform_recipe(layer, layer_name, scheme_of)
+    return scheme_of(next(expert_linears(layer, layer_name)))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""GPTQ int4 MoE checkpoints on the hybrid path."""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
+    FusedMoEMethodBase,
+)
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
+    GPTQ_V1,
+    GPTQ_V2,
+)
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+    HybridW4A16MoEMethod,
+    expert_linears,
+    uniform_recipe,
+)
+from vllm.model_executor.layers.quantization.utils.gptq_utils import (
+    get_dynamic_override,
+    is_layer_gptq_quantized,
+)
+from vllm.plugins.hybrid_w4a16 import gate, switch
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+
+# By the config's checkpoint_format, which GPTQModel writes.
+PACKINGS = {"gptq": GPTQ_V1, "gptq_v2": GPTQ_V2}
+
+
+class GPTQHybridW4A16MoEMethod(HybridW4A16MoEMethod):
+    """GPTQ with zero points in the v1 or the v2 convention, without ``desc_act``."""
+
+
+@switch.unless_off
+def gptq_moe_method(
+    config: "AutoGPTQConfig", layer: torch.nn.Module, prefix: str
+) -> FusedMoEMethodBase | None:
+    """Hook of ``AutoGPTQConfig.get_quant_method``, called with its arguments.
+
+    Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where ``dynamic``
+    or ``modules_in_block_to_quantize`` speak of the layer's experts, which vLLM
+    overlooks, vLLM's method for what they say. Raises ``ValueError`` where they say
+    different things of experts of the layer, and where declining is not allowed
+    (``VLLM_HYBRID_W4A16_MOE=require``).
+    """
+    if not isinstance(layer, RoutedExperts):
+        return None
+
+    def recipe_of(name: str) -> dict | None:
+        override = get_dynamic_override(config, name)
+        if override is False:
+            return None
+        keys = {
+            "bits": config.weight_bits,
+            "group_size": config.group_size,
+            "sym": config.is_sym,
+            "desc_act": config.desc_act,
+        }
+        return {**keys, **override} if isinstance(override, dict) else keys
+
+    own = recipe_of(prefix)
+    by_layer = get_dynamic_override(config, prefix) is not None
+    recipe = own if by_layer else uniform_recipe(layer, prefix, recipe_of)
+    if recipe is None or not is_layer_gptq_quantized(
+        next(expert_linears(layer, prefix)), config.modules_in_block_to_quantize
+    ):
+        return UnquantizedFusedMoEMethod(layer.moe_config)
+    if recipe != own:
+        config = copy.copy(config)
+        config.dynamic = {"+:.*": recipe}
+        return config.get_quant_method(layer, prefix)
+    checkpoint_format = config.full_config.get("checkpoint_format") or "gptq"
+    packing = PACKINGS.get(checkpoint_format)
+    unsupported = None
+    if packing is None:
+        unsupported = (
+            f"checkpoint_format is {checkpoint_format!r}, "
+            f"supported: {', '.join(map(repr, PACKINGS))}"
+        )
+    elif recipe["desc_act"]:
+        unsupported = "desc_act: groups follow the activation order"
+    if not gate.accept(
+        layer, prefix, recipe["bits"], recipe["group_size"], unsupported
+    ):
+        return None
+    assert packing is not None
+    return GPTQHybridW4A16MoEMethod(
+        layer.moe_config, recipe["group_size"], recipe["sym"], packing
+    )
