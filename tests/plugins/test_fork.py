@@ -44,7 +44,6 @@ VLLM_TESTS = (
     "tests/quantization/test_auto_awq.py",
     "tests/quantization/test_moe_wna16.py",
     "tests/quantization/test_compressed_tensors.py",
-    "tests/kernels/quantization/test_rdna3_compile_guards.py",
 )
 
 pytestmark = pytest.mark.slow
