@@ -45,7 +45,7 @@ def test_cell(cell, verdicts):
 @pytest.mark.e2e
 def test_shards_give_the_tokens_of_one_rank(answers):
     tokens = [
-        [a["tokens"] for a in answers[Cell(DEPLOYED, "bfloat16", name)]["answers"]]
+        [a["tokens"] for a in answers[Cell(DEPLOYED, "float16", name)]["answers"]]
         for name in SHARDINGS
     ]
     assert tokens[0] == tokens[1] == tokens[2]
