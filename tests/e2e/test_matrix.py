@@ -83,7 +83,7 @@ def test_a_damaged_expert_would_show(tmp_path):
         for tokens in prompts(4, 24)
     ]
     print(f"{torch.stack(differences).mean():.3f} nats")
-    assert torch.stack(differences).mean() > 3 * max(matrix.MAX_DIFFERENCE.values())
+    assert torch.stack(differences).mean() > 2 * max(matrix.MAX_DIFFERENCE.values())
 
 
 def test_readme_has_the_table_of_the_results():
