@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help venv clang demo test pytest lint format bench matrix isa clean
+.PHONY: help venv clang demo test pytest lint format bench matrix isa fork drift clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -40,6 +40,13 @@ matrix: venv  ## run the support matrix (an hour), write the README's table
 
 isa: venv  ## compile the GPU kernels for AMD, report registers and loads
 	@$(RUN) benchmarks/isa_report.py $(ARGS)
+	@$(RUN) benchmarks/prefill_report.py
+
+fork: venv  ## commit the patch to the vLLM sources in VLLM_SRC (ARGS="--patch F", ...)
+	@$(VENV)/bin/vllm-hybrid-w4a16 fork --vllm-src "$(VLLM_SRC)" $(ARGS)
+
+drift: venv  ## does the newest vLLM release still fit? (ARGS="0.33.0": another one)
+	@$(RUN) tools/check_drift.py $(ARGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info vllm/_hybrid_w4a16_C.so

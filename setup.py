@@ -39,9 +39,10 @@ LIBRARY = "_hybrid_w4a16_C.so"
 
 
 def our_modules() -> list[str]:
-    """Our files below ``vllm/``, relative to it: Python modules, nothing built."""
+    """Our files below ``vllm/``, relative to it: modules and tables, nothing built."""
     root = CHECKOUT / "vllm"
-    return sorted(str(file.relative_to(root)) for file in root.rglob("*.py"))
+    files = [*root.rglob("*.py"), *root.rglob("*.json")]
+    return sorted(str(file.relative_to(root)) for file in files)
 
 
 def build_library(destination: Path) -> None:

@@ -9,7 +9,8 @@ counterpart in our folder gets that counterpart appended to its ``__path__``; vL
 folder stays first, so that nothing of vLLM's can be shadowed.
 
 ``vllm_hybrid_w4a16.pth`` runs this when Python starts, hence only ``os`` and ``sys``
-are imported here. The ``vllm.general_plugins`` entry point names ``register``.
+are imported here. The ``vllm.general_plugins`` entry point names ``register``,
+the command ``vllm-hybrid-w4a16`` is ``main``.
 """
 
 import os
@@ -77,3 +78,13 @@ def register() -> None:
     from vllm.plugins.hybrid_w4a16 import register as install_hooks
 
     install_hooks()
+
+
+def main() -> int:
+    """The command ``vllm-hybrid-w4a16``; returns its exit status."""
+    # vLLM logs to standard output, where the command's own output goes
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    extend_vllm_path()
+    from vllm.plugins.hybrid_w4a16 import cli
+
+    return cli.main()

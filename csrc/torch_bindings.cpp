@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Schemas of the int4 MoE ops, a fragment of the _rocm_C namespace (in the fork they live in vLLM's
-// own _rocm_C). Implementations register themselves per dispatch key: csrc/cpu, csrc/rocm. Argument
+// Schemas of the int4 MoE ops, a fragment of the _rocm_C namespace, whichever library they are
+// linked into. Implementations register themselves per dispatch key: csrc/cpu, csrc/rocm. Argument
 // by argument documentation: vllm/model_executor/layers/fused_moe/hybrid_w4a16_ops.py.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
+#if defined(HYBRID_W4A16_CPU)
 #include "cpu/isa.h"
+#endif
 #if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
 #include "rocm/build_info.h"
 #endif
@@ -18,14 +20,19 @@ namespace {
 // One line per device type that the library has kernels for: its name, then the CPU's instruction
 // sets, best first, or the GPU architectures.
 std::string build_info() {
-  std::string info = "cpu " + moe_int4::cpu::available_isas();
+  std::string info;
+#if defined(HYBRID_W4A16_CPU)
+  info += "cpu " + moe_int4::cpu::available_isas() + "\n";
+#endif
 #if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
-  info += "\n" + moe_int4::gpu::build_info();
+  info += moe_int4::gpu::build_info() + "\n";
 #endif
   return info;
 }
 
+#if defined(HYBRID_W4A16_CPU)
 std::string cpu_isa(std::string isa) { return moe_int4::cpu::select_isa(isa); }
+#endif
 
 }  // namespace
 
@@ -44,12 +51,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
       "Tensor? zero_points=None, Tensor? expert_map=None) -> ()");
   m.def("hybrid_w4a16_build_info() -> str");
+#if defined(HYBRID_W4A16_CPU)
   // For tests and benchmarks: puts an instruction set in force on the CPU ("": the best one) and
   // returns its name.
   m.def("hybrid_w4a16_cpu_isa(str isa) -> str");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
   m.impl("hybrid_w4a16_build_info", TORCH_BOX(&build_info));
+#if defined(HYBRID_W4A16_CPU)
   m.impl("hybrid_w4a16_cpu_isa", TORCH_BOX(&cpu_isa));
+#endif
 }

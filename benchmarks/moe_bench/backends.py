@@ -4,6 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import silu
@@ -65,10 +66,18 @@ def _build_torch(case: Case, layer: Int4Layer, copies: int) -> Call:
     return call
 
 
+# "decode" and "prefill" are the two halves of "hybrid", for any number of tokens: where
+# they cross is where prefill should begin.
 # Error bounds: 16-bit activations stay well below 0.01 on these inputs; torch sums the
 # experts in 16 bits; CPUExpertsInt4 rounds activations to 8 bits.
 BACKENDS = {
     "hybrid": Backend(("cpu", "cuda", "rocm"), 4, 0.02, vllm_experts.build_hybrid),
+    "decode": Backend(
+        ("cuda", "rocm"), 4, 0.02, partial(vllm_experts.build_hybrid, only="decode")
+    ),
+    "prefill": Backend(
+        ("cuda", "rocm"), 4, 0.02, partial(vllm_experts.build_hybrid, only="prefill")
+    ),
     "cpu-int4": Backend(
         ("cpu",), 4, 0.05, vllm_experts.build_peer("CPU", "needs x86 with AMX")
     ),

@@ -39,16 +39,16 @@ def time_on_gpu(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
 
     Device events around each replay; about ``repeats`` replays per backend.
     """
-    graphs = {name: _capture(step) for name, step in steps.items()}
+    graphs = {name: capture(step, GRAPH_CALLS) for name, step in steps.items()}
     counts = {}
     for name, graph in graphs.items():
-        seconds = max(_replay(graph, MIN_SAMPLES)) * GRAPH_CALLS / 1e6
+        seconds = max(replay(graph, MIN_SAMPLES, GRAPH_CALLS)) * GRAPH_CALLS / 1e6
         in_time = max(MIN_SAMPLES, int(ROUND_SECONDS / seconds))
         counts[name] = min(in_time, samples_per_round(repeats))
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
-            samples[name] += _replay(graph, counts[name])
+            samples[name] += replay(graph, counts[name], GRAPH_CALLS)
     return samples
 
 
@@ -67,7 +67,8 @@ def _time_round(step: Step, taken: list[float], wanted: int) -> None:
         taken.append((time.perf_counter_ns() - start) / 1e3)
 
 
-def _capture(step: Step) -> torch.cuda.CUDAGraph:
+def capture(step: Step, calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of ``calls`` calls, after one call outside of it."""
     # what a first call does (compilation, workspaces) must not end up in the graph
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -76,13 +77,13 @@ def _capture(step: Step) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for index in range(GRAPH_CALLS):
+        for index in range(calls):
             step(index)
     return graph
 
 
-def _replay(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
-    """Microseconds per call of ``count`` replays, one after another.
+def replay(graph: torch.cuda.CUDAGraph, count: int, calls: int) -> list[float]:
+    """Microseconds per call of ``count`` replays, one after another, of such a graph.
 
     They are queued at once behind an untimed one, so that the host's work of launching
     a graph is hidden behind the replay before it.
@@ -95,6 +96,6 @@ def _replay(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
         event.record()
     events[-1].synchronize()
     return [
-        start.elapsed_time(end) * 1e3 / GRAPH_CALLS
+        start.elapsed_time(end) * 1e3 / calls
         for start, end in itertools.pairwise(events)
     ]

@@ -36,9 +36,12 @@ def vllm_config() -> Iterator[None]:
 
 
 def build_hybrid(
-    case: Case, layer: Int4Layer, copies: int
+    case: Case, layer: Int4Layer, copies: int, only: str | None = None
 ) -> Callable[[int, Batch], torch.Tensor]:
-    """``HybridW4A16MoEExperts`` on weights in its packed layout."""
+    """``HybridW4A16MoEExperts`` on weights in its packed layout.
+
+    ``only``: all numbers of tokens go through "decode" or "prefill".
+    """
     moe_config = _moe_config(case)
     try:
         from vllm.model_executor.layers.fused_moe.config import (
@@ -61,7 +64,10 @@ def build_hybrid(
         quant_config = int4_w4a16_moe_quant_config(
             w13_scale, w2_scale, block_shape=[0, case.group_size]
         )
-        return HybridW4A16MoEExperts(moe_config, quant_config)
+        experts = HybridW4A16MoEExperts(moe_config, quant_config)
+        if only is not None:
+            experts.prefill_from = 1 if only == "prefill" else None
+        return experts
 
     return _ExpertsCall(case, experts, [*packed, layer.s13, layer.s2], copies)
 

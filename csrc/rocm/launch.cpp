@@ -88,10 +88,11 @@ void launch_gate_up(const GateUpArgs& args, void* stream) {
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
   const int inter = w.n / 2;
-  const int tokens = r.num_tokens == 1 ? 1 : kMaxSlots;
   const int blocks = ceil_div(w.k, kBlockK), tiles = ceil_div(inter, kRowGroups);
-  const int waves = waves_sharing_k(tuning(kFamily, blocks), blocks,
-                                    int64_t{tiles} * r.top_k * r.num_tokens, args.cu_count);
+  const Tuning& tuned = tuning(kFamily, blocks);
+  const int tokens = r.num_tokens <= tuned.gate_up_single ? 1 : kMaxSlots;
+  const int waves =
+      waves_sharing_k(tuned, blocks, int64_t{tiles} * r.top_k * r.num_tokens, args.cu_count);
   const int wave_lds = lds_bytes_per_wave(tokens, r.num_tokens);
   gpu::launch(gate_up_kernel(args.dtype, w, tokens),
               {tiles, grid_size(r.top_k, "top_k"), grid_size(r.num_tokens, "tokens"),
@@ -108,12 +109,12 @@ void launch_down(const DownArgs& args, void* stream) {
   const Weights& w = args.w;
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
-  const int tokens = r.num_tokens == 1 ? 1 : kMaxSlots;
   const int blocks = ceil_div(w.k, kBlockK);
   const Tuning& tuned = tuning(kFamily, blocks);
-  const int waves = tuned.down_waves;
+  const int tokens = r.num_tokens <= tuned.down_single ? 1 : kMaxSlots;
   const int block_tokens = r.num_tokens < tokens ? r.num_tokens : tokens;
-  const int log2_k_slices = log2_down_k_slices(tuned, blocks, block_tokens * r.top_k);
+  const int waves = tokens == 1 ? tuned.down_waves / r.num_tokens : tuned.down_waves;
+  const int log2_k_slices = log2_down_k_slices(tuned, blocks, waves, block_tokens * r.top_k);
   const int wave_lds = lds_bytes_per_wave(tokens, r.num_tokens);
   gpu::launch(
       down_kernel(args.dtype, w, tokens),

@@ -17,6 +17,10 @@ struct Tuning {
   int waves_per_cu;  // gate_up and gemm split k over more waves until a compute unit has these
   int down_waves;    // waves of a down block,
   int down_log2_k_slices;  // at least 2^this of which share k of one expert; divides down_waves
+  // Up to this many tokens each token's experts get blocks of their own (the _t1 kernels), above it
+  // tokens that picked the same expert share its weights (_t8).
+  int gate_up_single;
+  int down_single;  // a power of two, as down_waves is: down_waves / tokens waves per block
 };
 
 constexpr int kAnySize = 1 << 30;
@@ -25,15 +29,16 @@ constexpr int kAnySize = 1 << 30;
 constexpr Tuning kTuning[] = {
     // H100, hidden 2048, top-8, 1 to 8 tokens: 768 x 128 experts (blocks of k 16 and 6) and
     // 512 x 256 experts (16 and 4); figures in README.md. Fewer waves starve the memory at
-    // 1 token, more cost prologues at 8.
-    {Family::kCuda, 2, 11, 16, 0},
-    {Family::kCuda, kAnySize, 11, 16, 1},
+    // 1 token, more cost prologues at 8. Reading shared weights again, from the L2, costs gate_up
+    // less than finding out who shares them.
+    {Family::kCuda, 2, 11, 16, 0, 8, 2},
+    {Family::kCuda, kAnySize, 11, 16, 1, 8, 2},
     // Not measured: chosen from the resource report, to fill the 32 wave slots of a compute unit.
-    {Family::kRdna, 2, 24, 8, 0},
-    {Family::kRdna, kAnySize, 24, 8, 1},
+    {Family::kRdna, 2, 24, 8, 0, 1, 1},
+    {Family::kRdna, kAnySize, 24, 8, 1, 1, 1},
     // Small, and with every kind of sharing.
-    {Family::kHost, 1, 1, 4, 0},
-    {Family::kHost, kAnySize, 12, 4, 1},
+    {Family::kHost, 1, 1, 4, 0, 1, 2},
+    {Family::kHost, kAnySize, 12, 4, 1, 2, 1},
 };
 
 constexpr const Tuning& tuning(Family family, int blocks_k) {
@@ -52,11 +57,11 @@ constexpr int waves_sharing_k(const Tuning& tuned, int blocks_k, int64_t tiles, 
   return waves;
 }
 
-// Base-2 logarithm of the waves that share an expert's k in a down block of `pairs` (token,
-// expert): more than the table's where pairs are too few to occupy its waves.
-constexpr int log2_down_k_slices(const Tuning& tuned, int blocks_k, int pairs) {
+// Base-2 logarithm of the waves that share an expert's k in a down block of `waves` for `pairs`
+// (token, expert): more than the table's where pairs are too few to occupy the waves.
+constexpr int log2_down_k_slices(const Tuning& tuned, int blocks_k, int waves, int pairs) {
   int log2 = tuned.down_log2_k_slices;
-  while (pairs << log2 < tuned.down_waves && 2 << log2 <= blocks_k) ++log2;
+  while (pairs << log2 < waves && 2 << log2 <= blocks_k) ++log2;
   return log2;
 }
 

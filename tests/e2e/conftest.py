@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from reference_model import ReferenceModel
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -17,11 +18,11 @@ from vllm_server import VllmServer  # noqa: E402
 
 START_TIMEOUT_S = 600.0
 
-# What each server is started with: vLLM's defaults with the switch at its default, and
-# eager mode under "require". The cache of compiled code is thrown away with the
-# server, so that what runs is what the sources say now.
+# What each server is started with: vLLM's defaults with the switch at its default (on
+# CUDA hybrid is opt-in), and eager mode under "require". The cache of compiled code is
+# thrown away with the server, so that what runs is what the sources say now.
 MODES: dict[str, tuple[list[str], str | None]] = {
-    "compiled": ([], None),
+    "compiled": ([], None if torch.version.cuda is None else "1"),
     "eager": (["--enforce-eager"], "require"),
 }
 

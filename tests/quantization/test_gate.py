@@ -22,9 +22,10 @@ from vllm.plugins.hybrid_w4a16 import gate, switch
 @pytest.fixture(autouse=True)
 def fresh_gate(monkeypatch):
     """An empty record per test, and log lines that caplog sees."""
-    for record in ("_accepted", "_declined", "_reasons_logged"):
+    for record in ("_accepted", "_reasons_logged"):
         monkeypatch.setattr(gate, record, set())
-    monkeypatch.setattr(gate, "_ready", {})
+    for record in ("_ready", "_declined"):
+        monkeypatch.setattr(gate, record, {})
     monkeypatch.delenv(switch.NAME, raising=False)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
@@ -85,11 +86,11 @@ def stock_path(monkeypatch):
     """Stop where the factory's own body takes over: it is vLLM's business."""
     from vllm.model_executor.layers.quantization.inc.schemes import inc_wna16_scheme
 
-    def is_cpu():
-        raise Declined
+    class Platform:
+        def __getattr__(self, name):  # what is asked first depends on the release
+            raise Declined
 
-    stand_in = type("Platform", (), {"is_cpu": staticmethod(is_cpu)})
-    monkeypatch.setattr(inc_wna16_scheme, "current_platform", stand_in)
+    monkeypatch.setattr(inc_wna16_scheme, "current_platform", Platform())
 
 
 @pytest.mark.parametrize("case", DECLINED)
@@ -175,9 +176,19 @@ def test_padding_is_counted(caplog):
     assert "HybridW4A16 MoE: 1.5 MiB of padded rows" in caplog.text
 
 
-def test_summary_of_a_second_model_in_the_same_process(caplog):
-    for _ in range(2):
-        caplog.clear()
-        with caplog.at_level(logging.INFO):
-            Checkpoint(Shape()).load_into(make_layer(Shape(), inc_config()))
-        assert "HybridW4A16 MoE: 1/1 layers" in caplog.text
+def test_each_model_of_a_process_has_its_own_summary(caplog):
+    with caplog.at_level(logging.INFO):
+        for name in ("model.layers.0.mlp.experts", "mtp.layers.0.mlp.experts") * 2:
+            layer = make_layer(Shape(), inc_config(), name=name)
+            Checkpoint(Shape()).load_into(layer)
+            layer.quant_method.process_weights_after_loading(layer)  # loaded anew
+    summaries = [r.getMessage() for r in caplog.records if "layers (" in r.getMessage()]
+    assert len(summaries) == 4
+    assert all(": 1/1 layers (" in summary for summary in summaries)
+
+
+def test_declined_layer_can_be_asked_for_its_reason(stock_path):
+    with pytest.raises(Declined):
+        make_layer(Shape(), inc_config(bits=8))
+    assert gate.declined_because(LAYER_NAME) == "8-bit weights, supported: 4"
+    assert gate.declined_because("model.layers.4.mlp.experts") is None

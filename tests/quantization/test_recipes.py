@@ -30,9 +30,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @pytest.fixture(autouse=True)
 def fresh_gate(monkeypatch):
-    for record in ("_accepted", "_declined", "_reasons_logged"):
+    for record in ("_accepted", "_reasons_logged"):
         monkeypatch.setattr(gate, record, set())
-    monkeypatch.setattr(gate, "_ready", {})
+    for record in ("_ready", "_declined"):
+        monkeypatch.setattr(gate, record, {})
     monkeypatch.delenv(switch.NAME, raising=False)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 

@@ -3,7 +3,7 @@
 """Which MoE layers go hybrid, and the log of it.
 
 Every hook asks ``accept``. A layer that is declined goes vLLM's own way, with one log
-line per distinct reason; once the last accepted layer is ready, one line sums up.
+line per distinct reason; once a model's last accepted layer is ready, one line sums up.
 """
 
 from typing import TYPE_CHECKING
@@ -21,9 +21,10 @@ logger = init_logger(__name__)
 
 GROUP_SIZES = (32, 64, 128)
 
+# The model under construction; a process may load several, one after the other.
 _accepted: set[str] = set()
 _ready: dict[str, int] = {}
-_declined: set[str] = set()
+_declined: dict[str, str] = {}
 _reasons_logged: set[str] = set()
 
 
@@ -48,12 +49,11 @@ def accept(
     """
     reason = unsupported or decline_reason(layer, bits, group_size)
     if reason is None:
-        _declined.discard(prefix)
-        _ready.pop(prefix, None)  # the process may have run another model before
+        _declined.pop(prefix, None)
         _accepted.add(prefix)
         return True
     _accepted.discard(prefix)
-    _declined.add(prefix)
+    _declined[prefix] = reason
     if reason == tensor_parallel_misfit(layer.moe_config, group_size):
         raise ValueError(
             f"MoE layer {prefix}: {reason}, or {switch.NAME}=0 for vLLM's own way"
@@ -76,6 +76,11 @@ def decline_reason(
     layer: "RoutedExperts", bits: int, group_size: int | tuple[int, int]
 ) -> str | None:
     """Why the layer cannot go hybrid, or ``None``."""
+    # first what needs neither the device nor a complete layer
+    if bits != 4:
+        return f"{bits}-bit weights, supported: 4"
+    if group_size not in GROUP_SIZES:
+        return f"group size {group_size}, supported: {GROUP_SIZES}"
     # local imports: they need a platform, which plugins must not settle
     from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
         HybridW4A16MoEExperts,
@@ -94,10 +99,6 @@ def decline_reason(
             return f"on {family.name} it is opt-in, set {switch.NAME}=1"
         if config.moe_backend != "auto":
             return f"--moe-backend {config.moe_backend} was asked for"
-    if bits != 4:
-        return f"{bits}-bit weights, supported: 4"
-    if group_size not in GROUP_SIZES:
-        return f"group size {group_size}, supported: {GROUP_SIZES}"
     misfit = tensor_parallel_misfit(config, group_size)
     if misfit is not None:
         return misfit
@@ -140,8 +141,20 @@ def tensor_parallel_misfit(
     )
 
 
+def declined_because(prefix: str) -> str | None:
+    """Why layer ``prefix`` was declined, ``None`` if it was not."""
+    return _declined.get(prefix)
+
+
+def new_model() -> None:
+    """Forget the layers of the model before."""
+    _accepted.clear()
+    _ready.clear()
+    _declined.clear()
+
+
 def report_ready(prefix: str, padding_bytes: int) -> None:
-    """Count the layer as ready to run; after the last one, log the summary.
+    """Count the layer as ready to run; after a model's last one, log the summary.
 
     padding_bytes: what its weights take beyond the checkpoint's.
     """
@@ -150,7 +163,7 @@ def report_ready(prefix: str, padding_bytes: int) -> None:
         device_family,
     )
 
-    if prefix in _ready:  # weights were loaded anew
+    if prefix not in _accepted:  # summed up already; its weights were loaded anew
         return
     _ready[prefix] = padding_bytes
     if not _accepted <= _ready.keys():
@@ -168,3 +181,4 @@ def report_ready(prefix: str, padding_bytes: int) -> None:
     padding = sum(_ready.values())
     if padding:
         logger.info("HybridW4A16 MoE: %.1f MiB of padded rows", padding / 2**20)
+    new_model()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The hook table, and its application at run time.
+"""The hook table, and its application at run time (in source: ``fork.py``).
 
 A hook is a prologue on a vLLM method factory: the handler is called with the factory's
 own arguments; what it returns, unless ``None``, is the result; otherwise the factory's
@@ -27,9 +27,12 @@ class Hook:
     parameters: tuple[str, ...]
     """Names that the factory's parameters must have, in order."""
     handler: str
-    """``module:function`` with the same parameters in the same order."""
+    """``module:function`` with the same parameters in the same order; decorated with
+    ``switch.unless_off``."""
     why: str
-    """Why the hook exists, and when it can go."""
+    """Why the hook exists."""
+    until: str = "vLLM selects HybridW4A16MoEExperts for such layers itself."
+    """When it can go."""
 
     @property
     def target(self) -> str:
@@ -45,6 +48,13 @@ class ListEntry:
     attribute: str
     value: str
     why: str
+    until: str
+    module: str = "vllm.platforms.rocm"
+    """Where the class is."""
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.platform}.{self.attribute}"
 
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
@@ -58,7 +68,7 @@ HOOKS: tuple[Hook, ...] = (
         handler=f"{_QUANTIZATION}.inc_moe:inc_moe_method",
         why=(
             "AutoRound int4 MoE runs on the Triton WNA16 path on ROCm and does not "
-            "load on the CPU. Can go when vLLM selects HybridW4A16MoEExperts itself."
+            "load on the CPU."
         ),
     ),
     Hook(
@@ -95,7 +105,8 @@ LIST_ENTRIES: tuple[ListEntry, ...] = (
         platform="RocmPlatform",
         attribute="supported_quantization",
         value="inc",
-        why="Without it vLLM refuses AutoRound on ROCm. 0.32 holds it already.",
+        why="Without it vLLM refuses AutoRound on ROCm.",
+        until="No supported vLLM lacks it: 0.32.0 and 0.33.0 hold it already.",
     ),
 )
 

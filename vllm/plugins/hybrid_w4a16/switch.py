@@ -10,7 +10,14 @@ require     like 1, and an int4 MoE layer that is declined is an error
 =========== ==========================================================================
 """
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 from vllm import envs
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NAME = "VLLM_HYBRID_W4A16_MOE"
 CHOICES = ["auto", "1", "0", "require"]
@@ -26,6 +33,19 @@ def register() -> None:
     envs.environment_variables.setdefault(
         NAME, envs.env_with_choices(NAME, "auto", CHOICES)
     )
+
+
+def unless_off(handler: Callable[P, T]) -> Callable[P, T | None]:
+    """Decorator of a hook's handler: under 0 it is not called, the result is ``None``.
+
+    In the fork the hooks are part of vLLM's factories whatever the switch says.
+    """
+
+    @functools.wraps(handler)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | None:
+        return None if value() == "0" else handler(*args, **kwargs)
+
+    return wrapper
 
 
 def value() -> str:

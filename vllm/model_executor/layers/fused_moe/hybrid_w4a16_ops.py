@@ -25,6 +25,8 @@ import os
 
 import torch
 
+from vllm.platforms import current_platform
+
 _LIBRARY = "_hybrid_w4a16_C.so"
 _OPS = (
     "fused_moe_wvSplitK_int4_gemm",
@@ -42,18 +44,23 @@ def _ops_registered() -> bool:
 def load_error() -> str | None:
     """Load the op library once.
 
-    In an overlay install it is a file of its own at the root of the ``vllm`` package
-    tree that holds this module; in a fork build the ops are part of ``vllm._rocm_C``.
+    In a vLLM built from the fork the ops are in vLLM's own libraries (``_rocm_C``, on
+    the CPU ``_C``), which its platform imports; in an overlay install they are in a
+    file of its own at the root of the ``vllm`` package tree that holds this module.
 
     Returns ``None`` when the ops are registered, else why they are not.
     """
+    current_platform.import_kernels()
     if not _ops_registered():
         package_root = os.path.abspath(__file__)
         for _ in range(4):  # vllm/model_executor/layers/fused_moe/<this file>
             package_root = os.path.dirname(package_root)
         path = os.path.join(package_root, _LIBRARY)
         if not os.path.exists(path):
-            return f"the op library {path} does not exist"
+            return (
+                "vLLM's own libraries hold no int4 MoE ops and the op library "
+                f"{path} does not exist"
+            )
         try:
             torch.ops.load_library(path)
         except OSError as error:

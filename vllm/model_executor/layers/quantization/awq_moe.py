@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
     uniform_recipe,
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
-from vllm.plugins.hybrid_w4a16 import gate
+from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
@@ -29,6 +29,7 @@ class AWQHybridW4A16MoEMethod(HybridW4A16MoEMethod):
     """AWQ in its ``gemm`` version, with zero points or symmetric."""
 
 
+@switch.unless_off
 def awq_moe_method(
     config: "AutoAWQConfig", layer: torch.nn.Module, prefix: str
 ) -> FusedMoEMethodBase | None:

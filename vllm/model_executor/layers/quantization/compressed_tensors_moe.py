@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
     expert_linears,
     uniform_recipe,
 )
-from vllm.plugins.hybrid_w4a16 import gate
+from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -25,6 +25,7 @@ class CompressedTensorsHybridW4A16MoEMethod(HybridW4A16MoEMethod):
     """compressed-tensors ``pack-quantized``, symmetric and with zero points."""
 
 
+@switch.unless_off
 def compressed_tensors_moe_method(
     quant_config: "compressed_tensors.CompressedTensorsConfig",
     layer: "RoutedExperts",

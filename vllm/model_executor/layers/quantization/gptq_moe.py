@@ -27,7 +27,7 @@ from vllm.model_executor.layers.quantization.utils.gptq_utils import (
     get_dynamic_override,
     is_layer_gptq_quantized,
 )
-from vllm.plugins.hybrid_w4a16 import gate
+from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
@@ -40,6 +40,7 @@ class GPTQHybridW4A16MoEMethod(HybridW4A16MoEMethod):
     """GPTQ with zero points in the v1 or the v2 convention, without ``desc_act``."""
 
 
+@switch.unless_off
 def gptq_moe_method(
     config: "AutoGPTQConfig", layer: torch.nn.Module, prefix: str
 ) -> FusedMoEMethodBase | None:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
     uniform_recipe,
 )
 from vllm.model_executor.layers.quantization.inc.config_parser import INCConfigParser
-from vllm.plugins.hybrid_w4a16 import gate
+from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -38,6 +38,7 @@ class INCHybridW4A16MoEMethod(HybridW4A16MoEMethod):
     """AutoRound, with the names and the packing of GPTQ v1 or of AWQ."""
 
 
+@switch.unless_off
 def inc_moe_method(
     scheme: "INCScheme",
     config: "INCConfig",

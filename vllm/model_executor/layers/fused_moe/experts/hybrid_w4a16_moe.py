@@ -4,8 +4,9 @@
 
 Weights are those that ``setup_hybrid_w4a16_moe`` leaves behind (layout in
 ``hybrid_w4a16_ops``): w1 int32 [E, 2*I, H//8], w2 int32 [E, H, I//8]; E counts the
-experts of this rank. From router output to layer output a step is two op calls: gate
-and up with the activation applied, then down, weighted and summed over top-k.
+experts of this rank. Decode is two op calls from router output to layer output: gate
+and up with the activation applied, then down, weighted and summed over top-k. On a GPU
+many tokens (prefill) go through Triton instead, over the same weights.
 """
 
 import torch
@@ -17,6 +18,10 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
     FusedMoEParallelConfig,
     FusedMoEQuantConfig,
+)
+from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
+    prefill_from,
+    prefill_tiles,
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     DeviceFamily,
@@ -62,6 +67,8 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         assert quant_config.block_shape is not None
         self.cu_count = family.cu_count
         self.group_size = quant_config.block_shape[1]
+        self.tiles = family.tiles
+        self.prefill_from = None if self.tiles is None else prefill_from(self.tiles)
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -104,9 +111,20 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: mk.ExpertTokensMetadata | None,
         activation: MoEActivation,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        # workspace13 doubles as the output, so what lies between the two calls is
-        # in workspace2
+        # workspace13 doubles as the output, so what lies between the calls is in
+        # workspace2
+        if self._is_prefill(M):
+            # imported here and below: a CPU may have no Triton
+            from vllm.model_executor.layers.fused_moe.experts import (
+                hybrid_w4a16_triton as prefill,
+            )
+
+            elements = prefill.Workspace.elements(M, topk, K, N // 2)
+            return (0,), (elements,), (M, K)
         return (0,), (M, topk, N // 2), (M, K)
+
+    def _is_prefill(self, tokens: int) -> bool:
+        return self.prefill_from is not None and tokens >= self.prefill_from
 
     def _activation_arguments(
         self, activation: MoEActivation
@@ -147,10 +165,39 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
                 in which case they are already part of ``hidden_states``.
             topk_ids: int32/int64 [M, top_k], global expert ids.
             expert_map: int32 [global experts] to local expert or -1, or ``None``.
-            workspace2: [M, top_k, I], what gate_up hands to down.
+            workspace2: as ``workspace_shapes`` asked for it.
         """
         assert self.w1_scale is not None and self.w2_scale is not None
-        gate_up = workspace2.flatten(0, 1)
+        weights = None if apply_router_weight_on_input else topk_weights.float()
+        is_prefill = self._is_prefill(hidden_states.shape[0])
+        run = self._prefill if is_prefill else self._decode
+        run(
+            output,
+            hidden_states,
+            w1,
+            w2,
+            weights,
+            topk_ids,
+            activation,
+            global_num_experts,
+            expert_map,
+            workspace2,
+        )
+
+    def _decode(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        workspace: torch.Tensor,
+    ) -> None:
+        gate_up = workspace.flatten(0, 1)
         alpha, beta, limit = self._activation_arguments(activation)
         ops.fused_moe_wvSplitK_int4_gate_up(
             hidden_states,
@@ -173,9 +220,58 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             self.w2_scale,
             output,
             topk_ids,
-            None if apply_router_weight_on_input else topk_weights.float(),
+            topk_weights,
             self.cu_count,
             self.group_size,
             self.w2_zp,
             expert_map,
+        )
+
+    def _prefill(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        workspace: torch.Tensor,
+    ) -> None:
+        from vllm.model_executor.layers.fused_moe.experts import (
+            hybrid_w4a16_triton as prefill,
+        )
+        from vllm.model_executor.layers.fused_moe.moe_align_block_size import (
+            moe_align_block_size,
+        )
+
+        assert self.tiles is not None
+        sizes = *topk_ids.shape, w2.shape[1], w1.shape[1] // 2
+        tokens, top_k, hidden, intermediate = sizes
+        tiles = prefill_tiles(
+            self.tiles, tokens * top_k, global_num_experts, hidden, intermediate
+        )
+        blocks = moe_align_block_size(
+            topk_ids,
+            tiles.gate_up.block_m,
+            w1.shape[0] if expert_map is None else global_num_experts,
+            expert_map,
+            ignore_invalid_experts=expert_map is not None,
+        )
+        prefill.prefill_experts(
+            hidden_states,
+            prefill.Int4Matrix(w1, self.w1_scale, self.w1_zp, self.group_size),
+            prefill.Int4Matrix(w2, self.w2_scale, self.w2_zp, self.group_size),
+            output,
+            prefill.Workspace.split(workspace, *sizes),
+            topk_ids,
+            topk_weights,
+            expert_map,
+            prefill.Blocks(*blocks),
+            prefill.Activation(
+                _OP_ACTIVATION[activation], *self._activation_arguments(activation)
+            ),
+            tiles,
         )

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""What is compared: variants of a server, modes and load points, from the arguments."""
+
+import re
+import shlex
+from dataclasses import dataclass
+
+SWITCH = "VLLM_HYBRID_W4A16_MOE"
+
+# name: (environment, vllm serve arguments)
+PRESETS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "hybrid": ({SWITCH: "require"}, ()),
+    "stock": ({SWITCH: "0"}, ()),
+    "triton": ({SWITCH: "0"}, ("--moe-backend", "triton")),
+    "marlin": ({SWITCH: "0"}, ("--moe-backend", "marlin")),
+}
+MODES = {"eager": ("--enforce-eager",), "compiled": ()}
+_ASSIGNMENT = re.compile(r"([A-Z_][A-Z0-9_]*)=(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to serve: a checkpoint, arguments and environment."""
+
+    name: str
+    model: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One load: prompt and completion length in tokens, requests at a time."""
+
+    input_len: int
+    output_len: int
+    concurrency: int
+
+    def __str__(self) -> str:
+        return f"{self.input_len}/{self.output_len} x{self.concurrency}"
+
+
+def parse_variant(text: str, model: str | None) -> Variant:
+    """``NAME`` of a preset, or ``NAME=words``.
+
+    Words are split like a shell does: ``VAR=value`` is environment, ``--model X``
+    another checkpoint, everything else goes to ``vllm serve``. After the name of a
+    preset they come on top of it. Raises ``ValueError``.
+    """
+    name, equals, rest = text.partition("=")
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise ValueError(f"--variant {text!r}: {name!r} is not a name")
+    if name not in PRESETS and not equals:
+        raise ValueError(
+            f"--variant {text!r} is neither a preset ({', '.join(PRESETS)}) nor "
+            "NAME=words"
+        )
+    preset_environment, preset_arguments = PRESETS.get(name, ({}, ()))
+    environment, arguments = dict(preset_environment), list(preset_arguments)
+    words = shlex.split(rest)
+    while words:
+        word = words.pop(0)
+        found = _ASSIGNMENT.fullmatch(word)
+        if found:
+            environment[found[1]] = found[2]
+        elif word == "--model":
+            if not words:
+                raise ValueError(f"--variant {text!r}: --model needs a checkpoint")
+            model = words.pop(0)
+        elif word.startswith("--model="):
+            model = word.partition("=")[2]
+        else:
+            arguments.append(word)
+    if model is None:
+        raise ValueError(f"--variant {text!r}: no checkpoint, give one or --model")
+    return Variant(name, model, tuple(arguments), environment)
+
+
+def parse_points(lengths: str, concurrency: str) -> list[Point]:
+    """``100:128,1000:128`` and ``1,4``: every length at every concurrency.
+
+    Raises ``ValueError``.
+    """
+    pairs = []
+    for pair in lengths.split(","):
+        sizes = pair.split(":")
+        if len(sizes) != 2 or not all(s.isdecimal() and int(s) for s in sizes):
+            raise ValueError(f"--lengths: {pair!r} is not INPUT:OUTPUT tokens")
+        pairs.append((int(sizes[0]), int(sizes[1])))
+    counts = concurrency.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise ValueError(f"--concurrency: {concurrency!r} is not a list of counts")
+    return [Point(*pair, int(count)) for pair in pairs for count in counts]
+
+
+def parse_image(text: str) -> tuple[int, int]:
+    """Width and height of ``640x480``. Raises ``ValueError``."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found or not int(found[1]) or not int(found[2]):
+        raise ValueError(f"--image: {text!r} is not WIDTHxHEIGHT in pixels")
+    return int(found[1]), int(found[2])

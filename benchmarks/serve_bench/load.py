@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Drives one load point with ``vllm bench serve``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_server import MODEL_NAME, ServerError
+
+from serve_bench.cases import Point
+
+# Name of ours: name in the result of vllm bench serve. Medians are over requests.
+METRICS = {
+    "ttft_ms": "median_ttft_ms",
+    "tpot_ms": "median_tpot_ms",
+    "itl_p50_ms": "p50_itl_ms",
+    "itl_p99_ms": "p99_itl_ms",
+    "output_tokens_per_s": "output_throughput",
+    "ttft_mean_ms": "mean_ttft_ms",
+    "tpot_mean_ms": "mean_tpot_ms",
+}
+
+
+def command(
+    url: str,
+    tokenizer: str,
+    point: Point,
+    prompts: int,
+    warmups: int,
+    image: tuple[int, int] | None,
+    result: Path,
+) -> list[str]:
+    """The ``vllm bench serve`` command line of a load point.
+
+    Random prompts of exactly the point's length, greedy, past any end of text; with
+    ``image`` each request brings one synthetic image of that width and height.
+    """
+    options: dict[str, object] = {
+        "base-url": url,
+        "model": MODEL_NAME,
+        "tokenizer": tokenizer,
+        "random-input-len": point.input_len,
+        "random-output-len": point.output_len,
+        "num-prompts": prompts * point.concurrency,
+        "num-warmups": warmups,
+        "max-concurrency": point.concurrency,
+        "percentile-metrics": "ttft,tpot,itl",
+        "metric-percentiles": "50,99",
+        "temperature": 0,
+        "seed": 0,
+        "result-dir": result.parent,
+        "result-filename": result.name,
+    }
+    if image is None:
+        options |= {"backend": "openai", "dataset-name": "random"}
+    else:
+        width, height = image
+        options |= {
+            "backend": "openai-chat",
+            "endpoint": "/v1/chat/completions",
+            "dataset-name": "random-mm",
+            "random-mm-base-items-per-request": 1,
+            "random-mm-num-mm-items-range-ratio": 0,
+            "random-mm-limit-mm-per-prompt": '{"image": 1, "video": 0}',
+            "random-mm-bucket-config": f"{{({height}, {width}, 1): 1.0}}",
+        }
+    program = str(Path(sys.executable).with_name("vllm"))
+    words = [word for name, v in options.items() for word in (f"--{name}", str(v))]
+    return [program, "bench", "serve", *words, "--ignore-eos", "--save-result"]
+
+
+def drive(words: list[str], result: Path, log: Path) -> dict[str, float]:
+    """Run a ``command``, which leaves ``result``; its output goes to ``log``.
+
+    Returns the values of ``METRICS``. Raises ``ServerError`` when it fails or any
+    request does. The process is gone afterwards, whatever ends the wait.
+    """
+    result.unlink(missing_ok=True)
+    with log.open("a") as output:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+    if status != 0 or not result.exists():
+        raise ServerError(f"vllm bench serve ended with status {status}, see {log}")
+    answer: dict[str, Any] = json.loads(result.read_text())
+    if answer["failed"] or not answer["completed"]:
+        raise ServerError(
+            f"{answer['failed']} requests failed, {answer['completed']} did not: {log}"
+        )
+    return {ours: answer[theirs] for ours, theirs in METRICS.items()}

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""From the samples of all rounds to one row per variant, mode and load point."""
+
+import statistics
+from typing import Any
+
+from serve_bench.load import METRICS
+
+Sample = dict[str, Any]
+Row = dict[str, Any]
+
+CASE = ("mode", "input_len", "output_len", "concurrency")
+
+
+def summarize(samples: list[Sample], baseline: str) -> list[Row]:
+    """Median, least and largest over the rounds; ratios against ``baseline``.
+
+    A ratio is formed within each round, output tokens/s over those of the baseline in
+    the same round, so that a slow spell of the machine meets both; above 1 the variant
+    is faster. Where the baseline did not run there is none (``None``).
+    """
+    cases: dict[tuple[Any, ...], list[Sample]] = {}
+    for sample in samples:
+        key = (*(sample[name] for name in CASE), sample["variant"])
+        cases.setdefault(key, []).append(sample)
+    rows = []
+    for (*case, variant), mine in cases.items():
+        theirs = {s["round"]: s for s in cases.get((*case, baseline), [])}
+        ratios = [
+            s["output_tokens_per_s"] / theirs[s["round"]]["output_tokens_per_s"]
+            for s in mine
+            if s["round"] in theirs
+        ]
+        rows.append(
+            {
+                "variant": variant,
+                **dict(zip(CASE, case, strict=True)),
+                "rounds": len(mine),
+                **{name: spread([s[name] for s in mine]) for name in METRICS},
+                "ratio": spread(ratios) if ratios else None,
+            }
+        )
+    return sorted(rows, key=lambda row: [str(row["mode"]), *map(row.get, CASE[1:])])
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+    }

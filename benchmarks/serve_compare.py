@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Compares ways to serve a model: ``vllm serve`` under ``vllm bench serve``.
+
+Each round starts every variant's server once, warms it up and drives all load points;
+rounds alternate the order. Writes DIR/serve.json, serve.md and serve.png. Exit status:
+0; 1 when a variant did not run; 2 for a bad argument; 130 after Ctrl-C, which stops
+the servers.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CHECKOUT / "tools"))
+
+from serve_bench import facts, load, report  # noqa: E402
+from serve_bench.cases import (  # noqa: E402
+    MODES,
+    PRESETS,
+    Point,
+    Variant,
+    parse_image,
+    parse_points,
+    parse_variant,
+)
+from serve_bench.summary import summarize  # noqa: E402
+from vllm_server import ServerError, VllmServer  # noqa: E402
+
+START_REPORT_S = 20.0
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; ends the process with status 2 and a message if it is bad."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", nargs="?", help="checkpoint folder or hub name")
+    add(
+        "--variant",
+        action="append",
+        metavar="NAME[=WORDS]",
+        help=f"one to compare, may be repeated; the first is the baseline. A preset "
+        f"({', '.join(PRESETS)}), or any NAME with words: VAR=value is environment, "
+        "--model X another checkpoint, the rest goes to vllm serve; after a preset's "
+        "name they come on top (default: stock and hybrid)",
+    )
+    add("--mode", default="eager", help="eager, compiled or both, with a comma")
+    add(
+        "--lengths", default="100:128", help="INPUT:OUTPUT tokens,... (default 100:128)"
+    )
+    add("--concurrency", default="1", help="requests at a time, e.g. 1,4 (default 1)")
+    add("--image", help="WIDTHxHEIGHT: one synthetic image per request, e.g. 640x480")
+    add(
+        "--prompts", type=int, default=8, help="requests per slot and point (default 8)"
+    )
+    add("--warmups", type=int, default=2, help="requests before each point (default 2)")
+    add("--repeats", type=int, default=3, help="rounds (default 3)")
+    add(
+        "--serve-args", default="", help="arguments for every vllm serve, as one string"
+    )
+    add("--start-timeout", type=float, default=1800, help="seconds (default 1800)")
+    add("--bandwidth", type=float, help="GB/s of the memory, for the roofline line")
+    add("--out", type=Path, default=CHECKOUT / "build/serve", metavar="DIR")
+    add("--title", help="heading of the plot (default: the checkpoint's name)")
+    add("--note", default="", help="a text that goes into the results")
+    options = parser.parse_args(arguments)
+    try:
+        options.variants = [
+            parse_variant(text, options.model)
+            for text in options.variant or ["stock", "hybrid"]
+        ]
+        names = [variant.name for variant in options.variants]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--variant: names repeat: {', '.join(names)}")
+        options.modes = options.mode.split(",")
+        for mode in options.modes:
+            if mode not in MODES:
+                raise ValueError(f"--mode: {mode!r} is none of {', '.join(MODES)}")
+        options.points = parse_points(options.lengths, options.concurrency)
+        options.size = parse_image(options.image) if options.image else None
+        for name in ("prompts", "repeats"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name} is at least 1")
+    except ValueError as error:
+        parser.error(str(error))
+    options.command = shlex.join(["serve_compare.py", *arguments])
+    return options
+
+
+class Progress:
+    """Says what happens, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._start:6.1f} s] {text}", flush=True)
+
+
+class StartWatch:
+    """While a server starts, says every now and then what it logged last."""
+
+    def __init__(self, server: VllmServer, progress: Progress) -> None:
+        self._server, self._progress = server, progress
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._last > START_REPORT_S:
+            self._last = time.monotonic()
+            lines = self._server.log_text().split("\n")
+            line = next((text for text in reversed(lines) if text.strip()), "")
+            self._progress.say(f"  starting: {line.split('] ')[-1][:80]}")
+
+
+class Comparison:
+    """A run: what has been measured so far and where it is written."""
+
+    def __init__(self, options: argparse.Namespace, progress: Progress) -> None:
+        self.options = options
+        self.progress = progress
+        self.samples: list[dict[str, Any]] = []
+        self.failures: dict[str, str] = {}
+        self.moe_log: dict[str, list[str]] = {v.name: [] for v in options.variants}
+        self.facts: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """All rounds; results are written after each."""
+        options = self.options
+        self.progress.say("looking at the machine and the checkpoints")
+        contexts = sorted({p.input_len + p.output_len // 2 for p in options.points})
+        models = list(dict.fromkeys(v.model for v in options.variants))
+        self.facts = facts.gather(models, contexts, options.bandwidth)
+        cases = [(v, mode) for mode in options.modes for v in options.variants]
+        for number in range(options.repeats):
+            for variant, mode in cases if number % 2 == 0 else cases[::-1]:
+                name = f"{variant.name}, {mode}"
+                if name in self.failures:
+                    continue
+                self.progress.say(f"round {number + 1}/{options.repeats}: {name}")
+                try:
+                    self.measure(number, variant, mode)
+                except ServerError as error:
+                    self.failures[name] = str(error)
+                    self.progress.say(f"  FAILED: {error}")
+            self.write()
+
+    def measure(self, number: int, variant: Variant, mode: str) -> None:
+        """One server, all load points. Raises ``ServerError``."""
+        options = self.options
+        log = options.out / f"{variant.name}-{mode}-{number + 1}.log"
+        words = [*MODES[mode], *shlex.split(options.serve_args), *variant.arguments]
+        with VllmServer(variant.model, log, words, variant.environment) as server:
+            watch = StartWatch(server, self.progress)
+            server.wait_ready(options.start_timeout, watch)
+            self.progress.say("  the server is ready")
+            for point in options.points:
+                values = self.drive(server, variant, point)
+                self.samples.append(
+                    {
+                        "variant": variant.name,
+                        "mode": mode,
+                        "round": number,
+                        **vars(point),
+                        **values,
+                    }
+                )
+                self.progress.say(
+                    f"  {point}: TTFT {values['ttft_ms']:.1f} ms, TPOT "
+                    f"{values['tpot_ms']:.2f} ms, "
+                    f"{values['output_tokens_per_s']:.1f} tokens/s"
+                )
+            self.moe_log[variant.name] = moe_lines(server.log_text())
+
+    def drive(
+        self, server: VllmServer, variant: Variant, point: Point
+    ) -> dict[str, float]:
+        options = self.options
+        result = options.out / "bench.json"
+        words = load.command(
+            server.url,
+            variant.model,
+            point,
+            options.prompts,
+            options.warmups,
+            options.size,
+            result,
+        )
+        return load.drive(words, result, options.out / "bench.log")
+
+    def result(self) -> dict[str, Any]:
+        """Everything, as serve.json has it."""
+        options = self.options
+        return {
+            **self.facts,
+            "command": options.command,
+            "title": options.title or Path(options.variants[0].model).name,
+            "settings": {
+                "repeats": options.repeats,
+                "prompts": options.prompts,
+                "warmups": options.warmups,
+                "image": options.image,
+                "serve_args": options.serve_args,
+                "note": options.note,
+            },
+            "variants": [
+                {**vars(variant), "moe_log": self.moe_log[variant.name]}
+                for variant in options.variants
+            ],
+            "baseline": options.variants[0].name,
+            "failures": self.failures,
+            "samples": self.samples,
+            "summary": summarize(self.samples, options.variants[0].name),
+        }
+
+    def write(self) -> None:
+        result = self.result()
+        out = self.options.out
+        (out / "serve.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "serve.md").write_text(report.markdown(result))
+        if result["summary"]:
+            report.plot(out / "serve.png", result)
+
+
+def moe_lines(log: str) -> list[str]:
+    """What the server said about its MoE layers."""
+    return list(dict.fromkeys(re.findall(r"HybridW4A16 MoE.*", log)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the comparison; returns its exit status."""
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    # also where SIGINT is ignored, as in a shell's background jobs
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    options.out.mkdir(parents=True, exist_ok=True)
+    comparison = Comparison(options, Progress())
+    try:
+        comparison.run()
+    except KeyboardInterrupt:
+        print("\ninterrupted, the servers are stopped", file=sys.stderr)
+        return 130
+    print()
+    print((options.out / "serve.md").read_text())
+    print(f"written: {options.out}/serve.json, serve.md, serve.png")
+    return 1 if comparison.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The Triton prefill kernels against float64.
+
+On a GPU the randomized sweep runs there. Elsewhere ``test_in_the_interpreter`` runs a
+short one in a process of its own, where ``TRITON_INTERPRET=1`` is set before anything
+imports Triton. Inputs are fresh in every run: a failure names its seed, which
+HYBRID_W4A16_TEST_SEED brings back.
+"""
+
+import importlib.util
+import os
+import random
+import re
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
+    PrefillTiles,
+    Tile,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+CASES = 500 if ON_GPU else 48
+SEED = int(os.environ.get("HYBRID_W4A16_TEST_SEED", secrets.randbits(32)))
+
+needs_triton = pytest.mark.skipif(
+    not (ON_GPU or INTERPRETED), reason="no GPU: see test_in_the_interpreter"
+)
+if ON_GPU or INTERPRETED:
+    from vllm.model_executor.layers.fused_moe.experts import (
+        hybrid_w4a16_triton as prefill,
+    )
+if INTERPRETED:
+    import triton_interpreter
+
+    triton_interpreter.support_bf16()
+
+# The float64 side is that of the decode ops' sweep.
+_SPEC = importlib.util.spec_from_file_location(
+    "moe_int4_ops_sweep", Path(__file__).with_name("test_moe_int4_ops.py")
+)
+sweep = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(sweep)
+
+
+def align(ids: torch.Tensor, block_m: int, num_experts: int, expert_map):
+    """What vLLM's ``moe_align_block_size`` gives, in plain torch, with more room."""
+    sorted_ids, expert_ids = [], []
+    for expert in range(num_experts):
+        pairs = (ids.flatten() == expert).nonzero().flatten().tolist()
+        pairs += [ids.numel()] * (-len(pairs) % block_m)
+        sorted_ids += pairs
+        local = expert if expert_map is None else int(expert_map[expert])
+        expert_ids += [local] * (len(pairs) // block_m)
+    padded = len(sorted_ids)
+    # beyond what is meant lies garbage
+    sorted_ids += [7] * (2 * block_m)
+    expert_ids += [0, 10**6]
+    lists = sorted_ids, expert_ids, [padded]
+    tensors = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in lists)
+    return prefill.Blocks(*tensors)
+
+
+class PrefillStep:
+    """One experts call on random data, its tiles, and its float64 result."""
+
+    def __init__(self, seed: int) -> None:
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        self.dtype = rng.choice([torch.float16, torch.bfloat16])
+        group = rng.choice([32, 64, 128])
+        zeros = rng.random() < 0.5
+        largest = 768 if ON_GPU else 256
+        hidden = group * rng.randint(1, largest // group)
+        inter = group * rng.randint(1, largest // group)
+        count = rng.randint(1, 9)
+        top_k = rng.randint(1, 5)
+        tokens = rng.randint(1, 80 if ON_GPU else 20)
+        self.global_experts = count + rng.choice([0, 0, 3])
+        shape13, shape2 = (count, 2 * inter, hidden), (count, hidden, inter)
+        w13 = sweep.Experts(*shape13, group, self.dtype, zeros, rng.choice([0, 32]))
+        w2 = sweep.Experts(*shape2, group, self.dtype, zeros, rng.choice([0, 4]))
+        a = torch.randn(tokens, hidden).to(self.dtype)
+        expert_map = None
+        if self.global_experts > count:
+            places = torch.randperm(self.global_experts)[:count]
+            expert_map = torch.full((self.global_experts,), -1, dtype=torch.int32)
+            expert_map[places] = torch.arange(count, dtype=torch.int32)
+        # few experts, many picks: some get none, one token may pick one twice
+        ids = torch.randint(0, self.global_experts, (tokens, top_k))
+        weights = torch.rand(tokens, top_k) if rng.random() < 0.8 else None
+        name, *parameters = sweep.ACTIVATIONS[rng.choice(list(sweep.ACTIVATIONS))]
+        act = sweep.activation(name, *parameters)
+        local = sweep.local_experts(ids, expert_map, count)
+        self.expected = torch.zeros(tokens, hidden, dtype=torch.float64)
+        for m, t in (local >= 0).nonzero().tolist():
+            h = act(w13.dense[local[m, t]] @ a[m].double())
+            y = w2.dense[local[m, t]] @ h.to(self.dtype).double()
+            self.expected[m] += y * (1.0 if weights is None else weights[m, t].double())
+
+        # few, for each is compiled
+        self.tiles = rng.choice(
+            [
+                PrefillTiles(Tile(16, 64, 4, 3), Tile(16, 128, 4, 3)),
+                PrefillTiles(Tile(32, 32, 4, 1), Tile(32, 64, 4, 2)),
+                PrefillTiles(Tile(64, 64, 8, 2), Tile(64, 32, 4, 1)),
+            ]
+        )
+        gap = rng.choice([0, 0, 8])
+        self.a = sweep.strided_copy(sweep.odd_rows(a, gap), DEVICE)
+        self.out = sweep.Output(tokens, hidden, self.dtype, DEVICE, gap)
+        self.ids = ids.to(rng.choice([torch.int32, torch.int64])).to(DEVICE)
+        self.weights = None if weights is None else weights.to(DEVICE)
+        self.map = None if expert_map is None else expert_map.to(DEVICE)
+        self.w13 = prefill.Int4Matrix(*w13.args(DEVICE), group)
+        self.w2 = prefill.Int4Matrix(*w2.args(DEVICE), group)
+        self.activation = prefill.Activation(name, *parameters)
+        sizes = tokens, top_k, hidden, inter
+        elements = prefill.Workspace.elements(*sizes)
+        self.buffer = sweep.Output(1, elements, self.dtype, DEVICE, 0)
+        self.workspace = prefill.Workspace.split(self.buffer.view, *sizes)
+        self.blocks = align(
+            ids, self.tiles.down.block_m, self.global_experts, expert_map
+        )
+        self.text = (
+            f"seed {seed}: {self.dtype} group {group} zeros {zeros} experts {count} of "
+            f"{self.global_experts} tokens {tokens} top-{top_k} hidden {hidden} "
+            f"intermediate {inter} {name} {self.tiles}"
+        )
+
+    def run(self) -> None:
+        prefill.prefill_experts(
+            self.a,
+            self.w13,
+            self.w2,
+            self.out.view,
+            self.workspace,
+            self.ids,
+            self.weights,
+            self.map,
+            self.blocks,
+            self.activation,
+            self.tiles,
+        )
+
+
+@needs_triton
+@pytest.mark.parametrize("batch", range(12))
+def test_against_float64(batch):
+    for case in range(batch, CASES, 12):
+        step = PrefillStep(SEED + case)
+        step.run()
+        sweep.check(step.out, step.expected, step.text)
+        step.buffer.check_surroundings()
+
+
+@needs_triton
+def test_same_bits_again():
+    step = PrefillStep(SEED)
+    step.run()
+    first = step.out.view.clone()
+    step.out.view.fill_(float("nan"))
+    step.buffer.view.fill_(float("nan"))
+    step.run()
+    assert torch.equal(first, step.out.view), step.text
+
+
+@needs_triton
+def test_ids_outside_of_the_experts_are_skipped():
+    step = PrefillStep(SEED)
+    pairs = torch.full_like(step.workspace.down_out, float("nan"))
+    top_k = step.ids.shape[1]
+    step.ids[:, 0] = -1
+    step.ids[0, :] = step.global_experts
+    keep = torch.zeros(step.ids.shape, dtype=torch.bool, device=DEVICE)
+    keep[1:, 1:] = True
+    step.ids[keep] = 0
+    pairs[keep.flatten()] = 1.0
+    map_ = None if step.map is None else torch.zeros_like(step.map)
+    prefill.sum_pairs(pairs, step.out.view, step.ids, map_, step.global_experts)
+    expected = keep.sum(1, keepdim=True).expand(-1, step.out.view.shape[1])
+    assert torch.equal(step.out.view.cpu().float(), expected.cpu().float()), top_k
+
+
+@needs_triton
+def test_a_short_workspace_is_refused():
+    with pytest.raises(ValueError, match="workspace: 4480 elements are needed, got 99"):
+        prefill.Workspace.split(torch.empty(99), 5, 2, 320, 100)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the sweep runs on the GPU")
+def test_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    if INTERPRETED:
+        pytest.skip("this is the interpreter")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(run.stdout[-5000:], run.stderr[-2000:])
+    assert run.returncode == 0
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None and int(passed[1]) == 15

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The table of prefill tiles: entries, the choice of one, what they compile to."""
+
+import json
+import logging
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm.model_executor.layers.fused_moe.experts import hybrid_w4a16_tiles
+from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
+    PrefillTiles,
+    Tile,
+    prefill_from,
+    prefill_tiles,
+)
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import tile_family
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+TABLE = json.loads(hybrid_w4a16_tiles.TABLE.read_text())
+ARCHS = [
+    "gfx1100",
+    "gfx1101",
+    "gfx1102",
+    "gfx1103",
+    "gfx1150",
+    "gfx1151",
+    "gfx1152",
+    "gfx1153",
+    "gfx1200",
+    "gfx1201",
+    "sm_80",
+    "sm_90",
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_architecture_that_is_built_for_has_an_entry(arch):
+    entry = TABLE[tile_family(arch)]
+    assert entry["source"]
+    assert prefill_from(tile_family(arch)) == entry["prefill_from"] > 8
+    for row in entry["rows"]:
+        for block_n, warps, stages in (row["gate_up"], row["down"]):
+            for size in (row["block_m"], block_n):
+                assert size >= 16 and size & (size - 1) == 0
+            assert warps in (2, 4, 8) and 1 <= stages <= 4
+
+
+def test_families():
+    assert [tile_family(a) for a in ("gfx1151", "gfx1150", "gfx1201", "sm_90")] == [
+        "gfx1151",
+        "gfx11",
+        "gfx12",
+        "sm_90",
+    ]
+
+
+@pytest.mark.parametrize("family", TABLE)
+def test_a_measured_case_gets_its_own_tiles(family):
+    for row in TABLE[family]["rows"]:
+        pairs = math.ceil(row["rows_per_expert"] * 128)
+        found = prefill_tiles(family, pairs, 128, row["hidden"], row["intermediate"])
+        block_m = row["block_m"]
+        assert found == PrefillTiles(
+            Tile(block_m, *row["gate_up"]), Tile(block_m, *row["down"])
+        )
+
+
+def test_the_nearest_case_is_taken(monkeypatch, tmp_path):
+    def row(rows_per_expert, hidden, block_m):
+        return {
+            "hidden": hidden,
+            "intermediate": 512,
+            "rows_per_expert": rows_per_expert,
+            "block_m": block_m,
+            "gate_up": [32, 4, 2],
+            "down": [64, 8, 3],
+        }
+
+    rows = [row(1, 1024, 16), row(64, 1024, 32), row(1, 8192, 64), row(64, 8192, 128)]
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"x": {"prefill_from": 9, "rows": rows}}))
+    monkeypatch.setattr(hybrid_w4a16_tiles, "TABLE", table)
+    hybrid_w4a16_tiles._family.cache_clear()
+    prefill_tiles.cache_clear()
+
+    def chosen(pairs, hidden):
+        return prefill_tiles("x", pairs, 100, hidden, 512).down.block_m
+
+    try:
+        assert [chosen(p, 2048) for p in (0, 500, 1000, 10**6)] == [16, 16, 32, 32]
+        assert [chosen(p, 4096) for p in (0, 500, 1000, 10**6)] == [64, 64, 128, 128]
+    finally:
+        hybrid_w4a16_tiles._family.cache_clear()
+        prefill_tiles.cache_clear()
+
+
+def test_an_unknown_family_gets_small_tiles_and_one_warning(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    hybrid_w4a16_tiles._family.cache_clear()
+    for pairs in (16, 4096):
+        tiles = prefill_tiles("sm_999", pairs, 8, 1024, 1024)
+        assert tiles.gate_up.block_m * tiles.gate_up.block_n <= 1024
+    assert prefill_from("sm_999") == 32
+    warnings = [r.getMessage() for r in caplog.records if "sm_999" in r.getMessage()]
+    assert len(warnings) == 1 and "tune_prefill.py" in warnings[0]
+
+
+def test_default_tiles_compile_without_spills():
+    command = [sys.executable, str(CHECKOUT / "benchmarks/prefill_report.py")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    print(run.stdout, run.stderr[-3000:])
+    assert run.returncode == 0
+    kernels = re.findall(r"^(gfx\d+) +(\w+)", run.stdout, re.M)
+    for arch in ("gfx1151", "gfx1100", "gfx1201"):
+        for kernel in ("gate_up", "down"):
+            assert kernels.count((arch, kernel)) >= 2

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""``explain``: bytes against files and loaded layers, verdicts against the gate."""
+
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from int4_formats import FORMATS
+from moe_layers import LAYER_NAME, Checkpoint, Shape, make_layer, quant_config
+from qwen35_checkpoints import TINY_TEXT, TINY_VISION, make_checkpoint, write_sparse
+from safetensors.torch import save_file
+
+from vllm.plugins.hybrid_w4a16 import cli, gate, switch
+from vllm.plugins.hybrid_w4a16.explain import explain
+from vllm.plugins.hybrid_w4a16.explain_checkpoint import CheckpointError
+from vllm.plugins.hybrid_w4a16.hooks import apply_hooks
+
+BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
+
+
+@pytest.fixture(autouse=True)
+def default_switch(monkeypatch):
+    monkeypatch.delenv(switch.NAME, raising=False)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return make_checkpoint(tmp_path / "tiny", TINY_TEXT, TINY_VISION, 3_000_000)
+
+
+def parts(report, key="token_bytes"):
+    return {part["name"]: part[key] for part in report["parts"]}
+
+
+def only_group(report):
+    (group,) = report["expert_layers"]
+    return group
+
+
+def change_config(folder, **changes):
+    """Set entries of config.json; ``text_config__x`` is one of the nested one."""
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        entry = config
+        for step in path:
+            entry = entry[step]
+        entry[last] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_full_size_qwen35_checkpoint(tmp_path):
+    folder = make_checkpoint(tmp_path / "35b")
+    report = explain(str(folder), device="gfx1151")
+    on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert on_disk > 20e9
+    stored = sum(parts(report, "stored_bytes").values())
+    assert report["file_bytes"] == pytest.approx(on_disk, rel=1e-3)
+    assert stored == pytest.approx(on_disk, rel=1e-3)
+
+    group = only_group(report)
+    assert group["index"] == list(range(40))
+    assert (group["num_experts"], group["top_k"]) == (256, 8)
+    assert (group["hidden"], group["intermediate"]) == (2048, 512)
+    assert (group["bits"], group["group_size"]) == (4, 128)
+    assert (group["hybrid"], group["reason"]) == (True, None)
+    assert (report["hybrid_layers"], report["declined_layers"]) == (40, 0)
+    assert report["device"]["decode"] == "HIP wvSplitK"
+
+    # by hand, from the model's published sizes
+    expert = 3 * 2048 * 512
+    loaded = expert // 2 + expert // 128 * 2  # nibbles and 16-bit scales
+    linear = 2048 * (8192 + 4096 + 32 + 32 + 4096) + 8192 * 4  # qkv, z, b, a, out, conv
+    full = 2048 * (8192 + 512 + 512 + 4096)  # q with its gate, k, v, o
+    moved = parts(report)
+    assert moved["routed experts"] == 40 * 8 * loaded
+    assert moved["shared experts"] == 40 * (expert + 2048) * 2
+    assert moved["router"] == 40 * 256 * 2048 * 2
+    assert moved["lm_head"] == 248320 * 2048 * 2
+    assert moved["attention"] == pytest.approx((30 * linear + 10 * full) * 2, rel=1e-4)
+    assert moved["KV cache, 164 tokens"] == 10 * 164 * 2 * 2 * 256 * 2
+    state = 32 * 128 * 128 * 4 + 3 * 8192 * 2  # recurrent in fp32, convolution
+    assert moved["linear attention state"] == 30 * 2 * state
+    assert moved["vision and audio"] == moved["draft layers (MTP)"] == 0
+    assert group["stored_bytes"] == 40 * 256 * (loaded + expert // 128 // 2)
+
+    assert report["token_bytes"] == pytest.approx(sum(moved.values()))
+    rate = report["roofline_tokens_per_s"]
+    assert rate == pytest.approx(212e9 / report["token_bytes"])
+
+
+# vLLM's GPTQ takes no checkpoint with zero points.
+@pytest.mark.parametrize(
+    ("format", "symmetric"),
+    [
+        (format, symmetric)
+        for format in FORMATS
+        for symmetric in (True, False)
+        if symmetric or not format.startswith("gptq")
+    ],
+)
+def test_loaded_bytes_are_those_of_the_loaded_layer(format, symmetric, tmp_path):
+    shape = Shape()
+    checkpoint = Checkpoint(shape, symmetric, format=format)
+    tensors = {f"{LAYER_NAME}.{name}": t for name, t in checkpoint.tensors()}
+    tensors["model.embed_tokens.weight"] = torch.zeros(64, 256, dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "hidden_size": shape.hidden,
+        "moe_intermediate_size": shape.intermediate,
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.top_k,
+        "num_attention_heads": 4,
+        "hidden_act": "silu",
+        "vocab_size": 64,
+        "torch_dtype": "bfloat16",
+        "quantization_config": FORMATS[format].config(64, symmetric, []),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = explain(str(tmp_path))
+    group = only_group(report)
+    assert (group["bits"], group["group_size"]) == (4, 64)
+    assert (group["symmetric"], group["hybrid"]) == (symmetric, True)
+    assert report["file_bytes"] == (tmp_path / "model.safetensors").stat().st_size
+
+    apply_hooks()
+    layer = make_layer(shape, quant_config(format, 64, symmetric))
+    checkpoint.load_into(layer)
+    held = sum(p.nbytes for name, p in layer.named_parameters() if name.startswith("w"))
+    assert group["loaded_bytes"] == held
+    assert parts(report)["routed experts"] == held * shape.top_k / shape.experts
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization_config__bits": 8}, "8-bit weights, supported: 4"),
+        ({"quantization_config__group_size": 16}, "group size 16, supported"),
+        ({"quantization_config__bits": 9}, "vLLM's auto-round does not take"),
+        ({"text_config__hidden_act": "relu2"}, "activation 'relu2'"),
+        ({"quantization_config__quant_method": "experts_int8"}, "no hybrid method"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_declined_layers_say_why(tiny, changes, reason):
+    change_config(tiny, **changes)
+    report = explain(str(tiny))
+    assert (report["hybrid_layers"], report["declined_layers"]) == (0, 4)
+    assert re.search(reason, only_group(report)["reason"])
+
+
+def test_verdict_is_the_gates_own(tiny, monkeypatch):
+    def decline(layer, bits, group_size):
+        return "of the moon" if ".1." in layer.layer_name else None
+
+    monkeypatch.setattr(gate, "decline_reason", decline)
+    report = explain(str(tiny))
+    taken, declined = report["expert_layers"]
+    assert (taken["index"], taken["reason"]) == ([0, 2, 3], None)
+    assert (declined["index"], declined["reason"]) == ([1], "of the moon")
+
+
+@pytest.mark.parametrize(
+    ("device", "value", "hybrid"),
+    [
+        ("gfx1151", "auto", True),
+        ("cpu", "auto", True),
+        ("cuda", "auto", False),
+        ("cuda", "1", True),
+        ("gfx1151", "0", False),
+        ("gfx1151", "require", True),
+    ],
+)
+def test_device_and_switch(tiny, device, value, hybrid, monkeypatch):
+    monkeypatch.setenv(switch.NAME, value)
+    report = explain(str(tiny), device=device)
+    assert only_group(report)["hybrid"] is hybrid
+    assert report["device"]["assumed"]
+
+
+def test_require_reports_declined_layers(tiny, monkeypatch):
+    monkeypatch.setenv(switch.NAME, "require")
+    change_config(tiny, quantization_config__bits=8)
+    assert only_group(explain(str(tiny)))["reason"] == "8-bit weights, supported: 4"
+
+
+def test_tensor_parallel_shares(tiny):
+    change_config(tiny, quantization_config__group_size=32)
+    whole, half = explain(str(tiny)), explain(str(tiny), tp_size=2)
+    one, two = parts(whole), parts(half)
+    for name in ("routed experts", "lm_head", "linear attention state"):
+        assert two[name] == one[name] / 2
+    for name in ("router", "norms and others"):
+        assert two[name] == one[name]
+    # two key/value heads among four ranks: each holds one
+    four = parts(explain(str(tiny), tp_size=4))
+    assert four["KV cache, 164 tokens"] == one["KV cache, 164 tokens"] / 2
+    with pytest.raises(CheckpointError, match="--tp 3 does not divide"):
+        explain(str(tiny), tp_size=3)
+
+
+def test_context_and_bandwidth(tiny):
+    short, long = (explain(str(tiny), bandwidth=100, context=n) for n in (10, 1000))
+    assert parts(long)["KV cache, 1000 tokens"] == (
+        100 * parts(short)["KV cache, 10 tokens"]
+    )
+    assert long["roofline_tokens_per_s"] == pytest.approx(100e9 / long["token_bytes"])
+
+
+def test_bundled_checkpoint_reads_its_embedding_as_lm_head(capsys):
+    assert cli.main(["explain", str(BUNDLED), "--device=gfx1151"]) == 0
+    text = capsys.readouterr().out
+    assert "0-5            16, top-4  256 x 256  4     128" in text
+    assert "hybrid" in text
+    report = explain(str(BUNDLED))
+    assert parts(report)["lm_head"] == parts(report, "stored_bytes")["embedding"]
+    assert report["file_bytes"] == (BUNDLED / "model.safetensors").stat().st_size
+
+
+def test_16_bit_experts(tiny):
+    experts = "model.language_model.layers.3.mlp.experts"
+    write_sparse(
+        tiny / "model.safetensors",
+        [
+            (f"{experts}.gate_up_proj", (8, 256, 256), "BF16"),
+            (f"{experts}.down_proj", (8, 256, 128), "BF16"),
+        ],
+    )
+    (tiny / "model.safetensors.index.json").unlink()
+    for file in tiny.glob("model-*.safetensors"):
+        file.unlink()
+    recipe = {".*experts.*": {"bits": 16, "data_type": "fp"}}
+    change_config(tiny, quantization_config__extra_config=recipe)
+    group = only_group(explain(str(tiny)))
+    assert group["reason"] == "16-bit weights, not quantized"
+    assert group["loaded_bytes"] == 8 * 3 * 256 * 128 * 2
+    change_config(tiny, quantization_config=None)
+    group = only_group(explain(str(tiny)))
+    assert group["reason"] == "16-bit weights, the checkpoint is not quantized"
+
+
+def broken(tiny, case):
+    shard = sorted(tiny.glob("*.safetensors"))[1]
+    if case == "truncated":
+        os.truncate(shard, shard.stat().st_size - 100)
+    elif case == "no safetensors":
+        shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    elif case == "missing":
+        shard.unlink()
+    elif case == "no config":
+        (tiny / "config.json").unlink()
+    elif case == "not JSON":
+        (tiny / "config.json").write_text("{")
+    elif case == "other sizes":
+        change_config(tiny, text_config__moe_intermediate_size=192)
+    elif case == "no experts entry":
+        change_config(tiny, text_config__num_experts=None)
+    elif case == "unknown layer type":
+        change_config(tiny, text_config__layer_types=["conv"] * 4)
+    elif case == "no weights":
+        for file in tiny.glob("*.safetensors*"):
+            file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("truncated", "its header says .* the download is incomplete"),
+        ("no safetensors", "is not a safetensors file"),
+        ("missing", "cannot read .*safetensors: No such file"),
+        ("no config", "holds no config.json"),
+        ("not JSON", "config.json: not valid JSON"),
+        ("other sizes", "do not fit 8 experts of 3 x 256 x 192 weights"),
+        ("no experts entry", "config.json has none of num_experts"),
+        ("unknown layer type", "layer type 'conv'"),
+        ("no weights", "holds no safetensors files"),
+    ],
+)
+def test_broken_checkpoints(tiny, case, message, capsys):
+    broken(tiny, case)
+    with pytest.raises(CheckpointError, match=message):
+        explain(str(tiny))
+    assert cli.main(["explain", str(tiny)]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+
+
+def test_wrong_switch_is_an_error(tiny, monkeypatch, capsys):
+    monkeypatch.setenv(switch.NAME, "maybe")
+    assert cli.main(["explain", str(tiny)]) == 1
+    assert "'maybe'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--tp=0"], ["--bandwidth=0"], ["--device=tpu"]])
+def test_bad_arguments(arguments, tiny):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["explain", str(tiny), *arguments])
+    assert exit.value.code == 2
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's API as reading headers takes."""
+
+    folder: Path
+    sent: dict[str, int]
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        file = self.folder / self.path.rpartition("/")[2]
+        if not self.path.startswith("/some/model/resolve/main/") or not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        size = file.stat().st_size
+        first, last = 0, size - 1
+        asked = self.headers.get("range")
+        if asked:
+            first, last = map(int, asked.removeprefix("bytes=").split("-"))
+            last = min(last, size - 1)
+        self.send_response(206 if asked else 200)
+        self.send_header("ETag", f'"{file.name}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(last - first + 1))
+        self.end_headers()
+        if body:
+            with file.open("rb") as stream:
+                stream.seek(first)
+                self.wfile.write(stream.read(last - first + 1))
+            sent = self.sent.get(file.name, 0)
+            self.sent[file.name] = sent + last - first + 1
+
+    def log_message(self, *args):
+        pass
+
+
+def test_hub_model_by_its_name_reads_headers_only(tmp_path):
+    folder = make_checkpoint(tmp_path / "tiny", TINY_TEXT, TINY_VISION)
+    weights = folder / "model-00001-of-00001.safetensors"
+    Hub.folder, Hub.sent = folder, {}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run = subprocess.run(
+            [sys.executable, "-m", cli.__name__, "explain", "some/model", "--json"],
+            env=os.environ
+            | {
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                "HF_HOME": str(tmp_path / "cache"),
+                "HF_HUB_OFFLINE": "0",
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        server.shutdown()
+    assert run.returncode == 0, run.stderr
+    local, remote = explain(str(folder)), json.loads(run.stdout)
+    for key in ("expert_layers", "parts", "token_bytes"):
+        assert remote[key] == local[key]
+    assert 0 < Hub.sent[weights.name] < 250_000 < weights.stat().st_size / 10
+
+
+def test_unknown_name_is_an_error(capsys):
+    assert cli.main(["explain", "nobody/nothing"]) == 1
+    assert "there is no folder nobody/nothing" in capsys.readouterr().err
+    assert cli.main(["explain", "no such/folder/here"]) == 1
+    assert "neither a folder nor the name" in capsys.readouterr().err
+
+
+def test_dense_model(tmp_path, capsys):
+    write_sparse(
+        tmp_path / "model.safetensors",
+        [
+            ("model.embed_tokens.weight", (512, 64), "BF16"),
+            ("model.layers.0.mlp.up_proj.weight", (128, 64), "F32"),
+        ],
+    )
+    config = {
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["explain", str(tmp_path)]) == 0
+    assert "no routed experts" in capsys.readouterr().out
+    assert parts(explain(str(tmp_path)))["dense MLP"] == 128 * 64 * 2  # loaded as bf16

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""serve_compare.py: what it runs, what it makes of samples, and that it cleans up.
+
+How fast anything is, is never asserted here.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SCRIPT = CHECKOUT / "benchmarks/serve_compare.py"
+CHECKPOINT = CHECKOUT / "demo/int4-autoround-g128"
+TIMEOUT_S = 600.0
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(CHECKOUT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(CHECKOUT / "tools"))
+    import serve_compare
+
+    return serve_compare
+
+
+def test_variants(tool):
+    parse = tool.parse_variant
+    hybrid = parse("hybrid", "m")
+    assert hybrid.environment == {"VLLM_HYBRID_W4A16_MOE": "require"}
+    assert (hybrid.model, hybrid.arguments) == ("m", ())
+    marlin = parse("marlin=--dtype 'float16' A_B=x=y", "m")
+    assert marlin.environment == {"VLLM_HYBRID_W4A16_MOE": "0", "A_B": "x=y"}
+    assert marlin.arguments == ("--moe-backend", "marlin", "--dtype", "float16")
+    own = parse('own=--model=other --override {"a=1":2}', None)
+    assert (own.model, own.environment) == ("other", {})
+    assert own.arguments == ("--override", "{a=1:2}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["m", "--variant", "fast"], "neither a preset"),
+        (["m", "--variant", "a b=x"], "is not a name"),
+        (["m", "--variant", "a=--model"], "--model needs a checkpoint"),
+        (["--variant", "stock"], "no checkpoint"),
+        (["m", "--variant", "stock", "--variant", "stock"], "names repeat"),
+        (["m", "--mode", "lazy"], "'lazy' is none of eager, compiled"),
+        (["m", "--lengths", "100"], "'100' is not INPUT:OUTPUT"),
+        (["m", "--lengths", "0:5"], "'0:5' is not INPUT:OUTPUT"),
+        (["m", "--concurrency", "1,x"], "is not a list of counts"),
+        (["m", "--image", "640"], "is not WIDTHxHEIGHT"),
+        (["m", "--repeats", "0"], "--repeats is at least 1"),
+    ],
+)
+def test_bad_arguments(tool, arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        tool.parse_arguments(arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_defaults_are_the_published_comparison(tool):
+    options = tool.parse_arguments(["m"])
+    assert [v.name for v in options.variants] == ["stock", "hybrid"]
+    assert [str(point) for point in options.points] == ["100/128 x1"]
+    assert options.modes == ["eager"] and options.size is None
+
+
+@pytest.mark.parametrize("image", [None, (640, 480)], ids=["text", "image"])
+def test_bench_command_is_one_that_vllm_takes(tool, image, tmp_path):
+    point = tool.Point(100, 128, 4)
+    words = tool.load.command(
+        "http://127.0.0.1:9", "tok", point, 3, 1, image, tmp_path / "r.json"
+    )
+    from vllm.benchmarks.serve import add_cli_args
+
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    args = parser.parse_args(words[3:])
+    assert (args.num_prompts, args.max_concurrency) == (12, 4)
+    assert (args.random_input_len, args.random_output_len) == (100, 128)
+    assert args.ignore_eos and args.save_result
+    if image:
+        assert args.random_mm_bucket_config == {(480, 640, 1): 1.0}  # height first
+        assert args.random_mm_limit_mm_per_prompt == {"image": 1, "video": 0}
+
+
+def sample(variant, number, rate, **changes):
+    return {
+        "variant": variant,
+        "mode": "eager",
+        "round": number,
+        "input_len": 100,
+        "output_len": 128,
+        "concurrency": 1,
+        "ttft_ms": 50.0,
+        "tpot_ms": 1000 / rate,
+        "itl_p50_ms": 1.0,
+        "itl_p99_ms": 2.0,
+        "output_tokens_per_s": rate,
+        "ttft_mean_ms": 50.0,
+        "tpot_mean_ms": 1000 / rate,
+        **changes,
+    }
+
+
+SAMPLES = [
+    sample("stock", 0, 20.0),
+    sample("hybrid", 0, 30.0),
+    sample("hybrid", 1, 20.0),
+    sample("stock", 1, 10.0),
+    sample("stock", 2, 20.0),
+    sample("hybrid", 2, 36.0),
+    sample("hybrid", 2, 90.0, concurrency=4),  # the baseline did not get there
+]
+
+
+def test_ratios_are_formed_within_rounds(tool):
+    stock, hybrid, alone = tool.summarize(SAMPLES, "stock")
+    assert (stock["variant"], hybrid["variant"]) == ("stock", "hybrid")
+    assert stock["output_tokens_per_s"] == {"median": 20.0, "min": 10.0, "max": 20.0}
+    assert stock["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert hybrid["ratio"] == {"median": 1.8, "min": 1.5, "max": 2.0}
+    assert (hybrid["rounds"], alone["concurrency"]) == (3, 4)
+    assert alone["ratio"] is None
+
+
+def make_result(tool, tmp_path):
+    options = tool.parse_arguments([str(CHECKPOINT), "--out", str(tmp_path)])
+    comparison = tool.Comparison(options, tool.Progress())
+    comparison.samples = SAMPLES
+    comparison.failures = {"triton, eager": "no such backend"}
+    comparison.moe_log["hybrid"] = ["HybridW4A16 MoE: 6/6 layers"]
+    comparison.facts = {
+        "machine": {
+            "cpu": "a CPU",
+            "cpu_threads": 2,
+            "vllm": "vllm 0.32.0",
+            "torch": "2.13.0",
+            "packages": {"triton": None},
+            "commit": "0123456789abcdef",
+            "dirty": True,
+            "date": "2026-01-01",
+        },
+        "rooflines": {
+            str(CHECKPOINT): {"bandwidth_gbps": 30.0, "token_bytes": {"164": 3e8}}
+        },
+    }
+    return comparison
+
+
+def test_written_results(tool, tmp_path):
+    make_result(tool, tmp_path).write()
+    text = (tmp_path / "serve.md").read_text()
+    assert "| hybrid | eager | 100/128 | 1 | 50.0 | 33.33 (27.78 to 50.00) " in text
+    assert "| 30.0 (20.0 to 36.0) | 1.80 (1.50 to 2.00) |" in text
+    assert "Not measured on AMD hardware." in text
+    assert "`triton, eager` did not run: no such backend" in text
+    assert "`hybrid`: HybridW4A16 MoE: 6/6 layers" in text
+    assert "0123456789ab with changes" in text
+    written = json.loads((tmp_path / "serve.json").read_text())
+    assert written["samples"] == SAMPLES
+    assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rocm_results_do_not_disclaim(tool, tmp_path):
+    comparison = make_result(tool, tmp_path)
+    comparison.facts["machine"] |= {"hip": "7.1", "gpu": "Radeon 8060S"}
+    comparison.write()
+    text = (tmp_path / "serve.md").read_text()
+    assert "Radeon 8060S" in text and "Not measured" not in text
+
+
+def test_only_harmless_variables_are_recorded(tool, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("SOMETHING", "x")
+    found = tool.facts.switches()
+    assert found["HIP_VISIBLE_DEVICES"] == "0"
+    assert "VLLM_API_KEY" not in found and "SOMETHING" not in found
+
+
+def users_of(folder: Path) -> list[int]:
+    """Processes that have a file of ``folder`` open."""
+    found = set()
+    for descriptors in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            targets = [os.readlink(fd) for fd in descriptors.iterdir()]
+        except OSError:  # ended meanwhile, or somebody else's
+            continue
+        if any(target.startswith(str(folder)) for target in targets):
+            found.add(int(descriptors.parent.name))
+    return sorted(found)
+
+
+@contextmanager
+def running(out: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The script on the bundled checkpoint, told to end if it has not."""
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(CHECKPOINT), f"--out={out}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()  # not kill(): it has a server to stop
+
+
+SHORT = ["--lengths=16:8", "--prompts=2", "--warmups=1", "--repeats=1"]
+
+
+@pytest.mark.e2e
+def test_real_comparison(tmp_path):
+    variants = ["--variant=hybrid", "--variant=bad=--no-such-option"]
+    with running(tmp_path, *SHORT, *variants, "--bandwidth=30") as process:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, output  # because of the second
+    result = json.loads((tmp_path / "serve.json").read_text())
+    assert list(result["failures"]) == ["bad, eager"]
+    (row,) = result["summary"]
+    assert (row["variant"], row["ratio"]["median"]) == ("hybrid", 1.0)
+    assert row["output_tokens_per_s"]["median"] > 0 < row["tpot_ms"]["median"]
+    (hybrid, _) = result["variants"]
+    assert "6/6 layers (decode: " in hybrid["moe_log"][0]
+    assert result["rooflines"][str(CHECKPOINT)]["token_bytes"]["20"] > 4e6
+    assert all(check["ok"] for check in result["doctor"])
+    assert not users_of(tmp_path)
+
+
+@pytest.mark.e2e
+def test_ctrl_c_leaves_no_server_behind(tmp_path):
+    with running(tmp_path, *SHORT, "--variant=hybrid") as process:
+        assert process.stdout is not None
+        seen = ""
+        for line in process.stdout:
+            seen += line
+            if "round 1/1" in line:
+                break
+        log = tmp_path / "hybrid-eager-1.log"
+        while process.poll() is None and "engine" not in (
+            log.read_text() if log.exists() else ""
+        ):
+            time.sleep(0.2)
+        assert users_of(tmp_path), seen
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130, output
+    assert "interrupted, the servers are stopped" in output
+    assert not users_of(tmp_path)

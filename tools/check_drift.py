@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Report where a vLLM release no longer fits the hook table and our modules' imports.
+
+    python tools/check_drift.py [VERSION ...]
+
+To be run on a schedule. Without VERSION: the newest release. Nothing of the release is
+run or installed: its source distribution is fetched and looked at as by
+`vllm-hybrid-w4a16 fork --check`. Exit status: 0 all fits, 1 something does not, 2 a
+release could not be fetched or looked at.
+"""
+
+import argparse
+import sys
+
+import vllm_source
+
+from vllm.plugins.hybrid_w4a16 import fork
+
+
+def check(version: str) -> bool:
+    """Print what does not fit vLLM ``version``; whether all fits.
+
+    Raises ``vllm_source.FetchError`` and ``fork.ForkError``.
+    """
+    plan = fork.make_plan(vllm_source.fetch(version))
+    edits = [report for report in plan.reports if report.symbol != "new file"]
+    print(f"vLLM {version}: {len(edits)} edits, {len(plan.conflicts)} do not fit")
+    for report in plan.conflicts:
+        print(f"  {report}")
+    return not plan.conflicts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("versions", nargs="*", metavar="VERSION")
+    try:
+        versions = parser.parse_args().versions or [vllm_source.newest()]
+        return 0 if all([check(version) for version in versions]) else 1
+    except (vllm_source.FetchError, fork.ForkError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,604 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Prefill: a grouped W4A16 GEMM in Triton over the decode ops' own weight buffer.
+
+The weights stay as ``setup_hybrid_w4a16_moe`` left them (layout in
+``hybrid_w4a16_ops``). The kernels never put the nibbles of a word side by side:
+nibble ``p`` of every word of a tile makes a matrix of its own ("plane"), which is
+multiplied with the activations of the same plane. A plane of 16 words is a K of 16,
+one step of the matrix units, and takes a shift and a mask of words that already lie
+where the matrix instruction wants its operand: no shuffle, no trip of 16-bit weights
+through shared memory. The activations have to be there plane by plane too::
+
+    plane order   element k of a row is at
+                  128 * (k // 128) + 16 * (k % 8) + (k % 128) // 8
+                  and rows are padded with zeros to a multiple of 128
+
+The first kernel brings the layer's input into that order, gate_up writes its output
+in it. Imported only where Triton runs (a GPU, or Triton's interpreter).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
+    PrefillTiles,
+    Tile,
+)
+
+# Weights of a row that a step of the main loop reads: 8 planes of 16, the least K of
+# the matrix units.
+_STEP = 128
+
+_ACTIVATIONS = {"silu": 0, "swigluoai": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+@triton.jit
+def _plane(words, plane: tl.constexpr, zero, dtype: tl.constexpr):
+    """Nibble ``plane`` of each word minus ``zero``, exactly, as fp16 or bf16.
+
+    ``0x6400 | q`` is 1024 + q in fp16, ``0x4300 | q`` is 128 + q in bf16; ``zero``
+    holds the 1024 or 128 too. bf16 goes through fp32, of which small integers fill only
+    the upper half: RDNA has no bf16 subtraction.
+    """
+    shift: tl.constexpr = 4 * (plane // 2) + 16 * (plane % 2)
+    if dtype == tl.float16:
+        value = (((words >> shift) & 0xF) | 0x6400).to(tl.int16)
+        return value.to(tl.float16, bitcast=True) - zero.to(tl.float16)
+    upper = words << (16 - shift) if shift < 16 else words >> (shift - 16)
+    value = ((upper & 0xF0000) | 0x43000000).to(tl.float32, bitcast=True) - zero
+    return (value.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _load_zero(
+    zeros_ptr, n, group, stride_zn, dtype: tl.constexpr, HAS_ZEROS: tl.constexpr
+):
+    """Zero points of rows ``n`` (with the magic number of ``_plane``), fp32."""
+    magic: tl.constexpr = 1024 if dtype == tl.float16 else 128
+    if HAS_ZEROS:
+        words = tl.load(zeros_ptr + (n // 8) * stride_zn + group)
+        zero = ((words >> (4 * (n % 8))) & 0xF) + magic
+    else:
+        zero = (n + group) * 0 + (magic + 8)
+    return zero.to(tl.float32)
+
+
+@triton.jit
+def _multiply(
+    acc,
+    words,
+    x_ptrs,
+    scales_ptr,
+    zeros_ptr,
+    n,
+    step,
+    stride_sn,
+    stride_zn,
+    last_group,
+    GROUP: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+):
+    """``acc [block_n, block_m] += dequantized(words) @ x`` for one step of 128 weights.
+
+    words int32 [block_n, 16]; ``x_ptrs [16, block_m]`` point at plane 0.
+    """
+    dtype: tl.constexpr = scales_ptr.dtype.element_ty
+    if GROUP == 128:
+        # a step is a group: the scale goes on its sum, the weights stay integers
+        part = tl.zeros_like(acc)
+        zero = _load_zero(zeros_ptr, n, step, stride_zn, dtype, HAS_ZEROS)[:, None]
+        for plane in tl.static_range(8):
+            x = tl.load(x_ptrs + plane * 16)
+            part = tl.dot(_plane(words, plane, zero, dtype), x, part)
+        scale = tl.load(scales_ptr + n * stride_sn + step).to(tl.float32)
+        acc += part * scale[:, None]
+    else:
+        group = step * (128 // GROUP) + tl.arange(0, 16)[None, :] // (GROUP // 8)
+        group = tl.minimum(group, last_group)
+        zero = _load_zero(zeros_ptr, n[:, None], group, stride_zn, dtype, HAS_ZEROS)
+        scale = tl.load(scales_ptr + n[:, None] * stride_sn + group)
+        for plane in tl.static_range(8):
+            x = tl.load(x_ptrs + plane * 16)
+            w = _plane(words, plane, zero, dtype) * scale
+            acc = tl.dot(w, x, acc)
+    return acc
+
+
+@triton.jit
+def _load_words(w_ptrs, step, K, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        return tl.load(w_ptrs)
+    inside = step * 16 + tl.arange(0, 16) < K // 8
+    return tl.load(w_ptrs, mask=inside[None, :], other=0)
+
+
+@triton.jit
+def _plane_position(k):
+    """Where element ``k`` of a row is in plane order."""
+    return k // 128 * 128 + k % 8 * 16 + k % 128 // 8
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _activate(x, alpha, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 0:
+        return x * _sigmoid(alpha * x)
+    if ACTIVATION == 1:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    # tanh(z) = 2 * sigmoid(2 * z) - 1; 0.0447 and sqrt(2 / pi): the usual fit of erf
+    return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def moe_int4_prefill_to_planes(
+    x_ptr, out_ptr, K, stride_xm, stride_om, STEPS: tl.constexpr
+):
+    """Rows of x [M, K] in plane order; one program takes STEPS * 128 elements."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * STEPS * 128 + tl.arange(0, STEPS * 128)
+    x = tl.load(x_ptr + row * stride_xm + k, mask=k < K, other=0.0)
+    x = tl.reshape(x, (STEPS, 16, 8)).permute(0, 2, 1).reshape(STEPS * 128)
+    padded = (K + 127) // 128 * 128
+    tl.store(out_ptr + row * stride_om + k, x, mask=k < padded)
+
+
+# not specialized: these change from call to call, and each kind would be compiled anew
+@triton.jit(do_not_specialize=["num_pairs", "top_k"])
+def moe_int4_prefill_gate_up(
+    x_ptr,
+    w_ptr,
+    scales_ptr,
+    zeros_ptr,
+    out_ptr,
+    sorted_ids_ptr,
+    expert_ids_ptr,
+    num_padded_ptr,
+    num_pairs,
+    top_k,
+    I,  # noqa: E741
+    H,
+    stride_xm,
+    stride_we,
+    stride_wn,
+    stride_se,
+    stride_sn,
+    stride_ze,
+    stride_zn,
+    stride_om,
+    alpha,
+    beta,
+    limit,
+    GROUP: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Activated gate * up of a block of pairs, in plane order, padding included."""
+    tiles = tl.cdiv((I + 127) // 128 * 128, BLOCK_N)
+    block = tl.program_id(0) // tiles
+    if block * BLOCK_M >= tl.load(num_padded_ptr):
+        return
+    expert = tl.load(expert_ids_ptr + block).to(tl.int64)
+    if expert < 0:
+        return
+    pairs = tl.load(sorted_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    valid = pairs < num_pairs
+    token = tl.where(valid, pairs // top_k, 0).to(tl.int64)
+    column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.minimum(column, I - 1)
+
+    j = tl.arange(0, 16)
+    x_ptrs = x_ptr + token[None, :] * stride_xm + j[:, None]
+    w_ptr += expert * stride_we
+    gate_ptrs = w_ptr + n[:, None] * stride_wn + j[None, :]
+    up_ptrs = w_ptr + (n + I)[:, None] * stride_wn + j[None, :]
+    scales_ptr += expert * stride_se
+    zeros_ptr += expert * stride_ze
+    gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    last_group = H // GROUP - 1
+    for step in range(0, tl.cdiv(H, 128)):
+        gate_words = _load_words(gate_ptrs, step, H, EVEN_K)
+        up_words = _load_words(up_ptrs, step, H, EVEN_K)
+        gate = _multiply(
+            gate,
+            gate_words,
+            x_ptrs,
+            scales_ptr,
+            zeros_ptr,
+            n,
+            step,
+            stride_sn,
+            stride_zn,
+            last_group,
+            GROUP,
+            HAS_ZEROS,
+        )
+        up = _multiply(
+            up,
+            up_words,
+            x_ptrs,
+            scales_ptr,
+            zeros_ptr,
+            n + I,
+            step,
+            stride_sn,
+            stride_zn,
+            last_group,
+            GROUP,
+            HAS_ZEROS,
+        )
+        x_ptrs += 128
+        gate_ptrs += 16
+        up_ptrs += 16
+
+    gate = _activate(tl.minimum(gate, limit), alpha, ACTIVATION)
+    y = gate * (tl.minimum(tl.maximum(up, -limit), limit) + beta)
+    y = tl.where((column < I)[:, None], y, 0.0)
+    y = tl.trans(y).to(out_ptr.dtype.element_ty)
+    out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * stride_om
+    tl.store(
+        out_ptrs + _plane_position(column)[None, :],
+        y,
+        mask=valid[:, None] & (column < (I + 127) // 128 * 128)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def moe_int4_prefill_down(
+    x_ptr,
+    w_ptr,
+    scales_ptr,
+    zeros_ptr,
+    out_ptr,
+    weights_ptr,
+    sorted_ids_ptr,
+    expert_ids_ptr,
+    num_padded_ptr,
+    num_pairs,
+    H,
+    I,  # noqa: E741
+    stride_xm,
+    stride_we,
+    stride_wn,
+    stride_se,
+    stride_sn,
+    stride_ze,
+    stride_zn,
+    stride_om,
+    GROUP: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Down projection of a block of pairs, times the pairs' router weights."""
+    tiles = tl.cdiv(H, BLOCK_N)
+    block = tl.program_id(0) // tiles
+    if block * BLOCK_M >= tl.load(num_padded_ptr):
+        return
+    expert = tl.load(expert_ids_ptr + block).to(tl.int64)
+    if expert < 0:
+        return
+    pairs = tl.load(sorted_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    valid = pairs < num_pairs
+    row = tl.where(valid, pairs, 0).to(tl.int64)
+    column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.minimum(column, H - 1)
+
+    j = tl.arange(0, 16)
+    x_ptrs = x_ptr + row[None, :] * stride_xm + j[:, None]
+    w_ptrs = w_ptr + expert * stride_we + n[:, None] * stride_wn + j[None, :]
+    scales_ptr += expert * stride_se
+    zeros_ptr += expert * stride_ze
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    last_group = I // GROUP - 1
+    for step in range(0, tl.cdiv(I, 128)):
+        words = _load_words(w_ptrs, step, I, EVEN_K)
+        acc = _multiply(
+            acc,
+            words,
+            x_ptrs,
+            scales_ptr,
+            zeros_ptr,
+            n,
+            step,
+            stride_sn,
+            stride_zn,
+            last_group,
+            GROUP,
+            HAS_ZEROS,
+        )
+        x_ptrs += 128
+        w_ptrs += 16
+
+    if HAS_WEIGHTS:
+        acc *= tl.load(weights_ptr + row)[None, :]
+    y = tl.trans(acc).to(out_ptr.dtype.element_ty)
+    out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * stride_om + column[None, :]
+    tl.store(out_ptrs, y, mask=valid[:, None] & (column < H)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_ids"])
+def moe_int4_prefill_sum(
+    x_ptr,
+    out_ptr,
+    topk_ids_ptr,
+    expert_map_ptr,
+    H,
+    num_ids,
+    stride_om,
+    stride_im,
+    TOP_K: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum x [M * top_k, H] over the pairs of a token whose expert is here."""
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for slot in tl.static_range(TOP_K):
+        expert = tl.load(topk_ids_ptr + token * stride_im + slot)
+        known = tl.minimum(tl.maximum(expert, 0), num_ids - 1)
+        local = tl.where(known == expert, known, -1)
+        if HAS_MAP:
+            local = tl.where(local < 0, local, tl.load(expert_map_ptr + known))
+        width = tl.where(local < 0, 0, H)
+        x = tl.load(x_ptr + (token * TOP_K + slot) * H + n, mask=n < width, other=0.0)
+        acc += x.to(tl.float32)
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * stride_om + n, out, mask=n < H)
+
+
+def _padded(k: int) -> int:
+    return triton.cdiv(k, _STEP) * _STEP
+
+
+class Blocks(NamedTuple):
+    """Pairs (token, slot) sorted by expert, as ``moe_align_block_size`` gives them.
+
+    sorted_ids int32: pair ids, each expert's padded to a multiple of ``block_m`` with
+    ids from M * top_k on; expert_ids int32: local expert of each block, -1: not here;
+    num_padded int32 [1]: how many of sorted_ids are meant.
+    """
+
+    sorted_ids: torch.Tensor
+    expert_ids: torch.Tensor
+    num_padded: torch.Tensor
+
+
+class Activation(NamedTuple):
+    """As ``fused_moe_wvSplitK_int4_gate_up`` takes it."""
+
+    name: str
+    alpha: float
+    beta: float
+    limit: float | None
+
+
+class Int4Matrix(NamedTuple):
+    """A projection of all experts, in the layout of ``hybrid_w4a16_ops``."""
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+    group_size: int
+
+    def kernel_arguments(self) -> tuple[list[torch.Tensor], list[int]]:
+        """Tensors, and their strides per expert and row, as the kernels take them."""
+        zeros = self.words if self.zero_points is None else self.zero_points
+        tensors = [self.words, self.scales, zeros]
+        return tensors, [t.stride(i) for t in tensors for i in (0, 1)]
+
+
+def to_planes(x: torch.Tensor, out: torch.Tensor) -> None:
+    """x fp16/bf16 [M, K] (innermost stride 1) into out [M, K padded], plane order."""
+    tokens, k = x.shape
+    steps = min(8, triton.next_power_of_2(triton.cdiv(k, _STEP)))
+    moe_int4_prefill_to_planes[(tokens, triton.cdiv(k, steps * _STEP))](
+        x, out, k, x.stride(0), out.stride(0), STEPS=steps, num_warps=4
+    )
+
+
+def gate_up(
+    planes: torch.Tensor,
+    w13: Int4Matrix,
+    out: torch.Tensor,
+    blocks: Blocks,
+    top_k: int,
+    activation: Activation,
+    tile: Tile,
+) -> None:
+    """Gate and up projections, activation applied.
+
+    planes [M, H padded] and out [M * top_k, I padded] are in plane order; w13 is
+    [E, 2*I, H//8], rows 0..I-1 gate. Rows of pairs whose expert is not here are not
+    written.
+    """
+    intermediate = w13.words.shape[1] // 2
+    hidden = w13.scales.shape[2] * w13.group_size
+    tensors, strides = w13.kernel_arguments()
+    tiles = triton.cdiv(_padded(intermediate), tile.block_n)
+    limit = float("inf") if activation.limit is None else activation.limit
+    moe_int4_prefill_gate_up[(blocks.expert_ids.shape[0] * tiles,)](
+        planes,
+        *tensors,
+        out,
+        *blocks,
+        out.shape[0],
+        top_k,
+        intermediate,
+        hidden,
+        planes.stride(0),
+        *strides,
+        out.stride(0),
+        activation.alpha,
+        activation.beta,
+        limit,
+        GROUP=w13.group_size,
+        HAS_ZEROS=w13.zero_points is not None,
+        EVEN_K=hidden % _STEP == 0,
+        ACTIVATION=_ACTIVATIONS[activation.name],
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def down(
+    planes: torch.Tensor,
+    w2: Int4Matrix,
+    out: torch.Tensor,
+    blocks: Blocks,
+    topk_weights: torch.Tensor | None,
+    tile: Tile,
+) -> None:
+    """Down projection of every pair, times its router weight, not summed.
+
+    planes [M * top_k, I padded] as ``gate_up`` leaves them; w2 [E, H, I//8]; out
+    [M * top_k, H]; topk_weights fp32 [M, top_k], contiguous, or ``None``: weight 1.
+    Rows of pairs whose expert is not here are not written.
+    """
+    hidden = w2.words.shape[1]
+    intermediate = w2.scales.shape[2] * w2.group_size
+    tensors, strides = w2.kernel_arguments()
+    tiles = triton.cdiv(hidden, tile.block_n)
+    moe_int4_prefill_down[(blocks.expert_ids.shape[0] * tiles,)](
+        planes,
+        *tensors,
+        out,
+        out if topk_weights is None else topk_weights,
+        *blocks,
+        out.shape[0],
+        hidden,
+        intermediate,
+        planes.stride(0),
+        *strides,
+        out.stride(0),
+        GROUP=w2.group_size,
+        HAS_ZEROS=w2.zero_points is not None,
+        HAS_WEIGHTS=topk_weights is not None,
+        EVEN_K=intermediate % _STEP == 0,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def sum_pairs(
+    pairs: torch.Tensor,
+    out: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_experts: int,
+) -> None:
+    """out [M, H]: sum of pairs [M * top_k, H] over the slots whose expert is here.
+
+    topk_ids int32/int64 [M, top_k], innermost stride 1; expert_map int32 [global
+    experts] to local expert or -1; without it the ids are local, and those outside of
+    0..num_experts-1 are skipped.
+    """
+    tokens, hidden = out.shape
+    num_ids = num_experts if expert_map is None else expert_map.shape[0]
+    moe_int4_prefill_sum[(tokens, triton.cdiv(hidden, 1024))](
+        pairs,
+        out,
+        topk_ids,
+        topk_ids if expert_map is None else expert_map,
+        hidden,
+        num_ids,
+        out.stride(0),
+        topk_ids.stride(0),
+        TOP_K=topk_ids.shape[1],
+        HAS_MAP=expert_map is not None,
+        BLOCK_N=1024,
+        num_warps=4,
+    )
+
+
+class Workspace(NamedTuple):
+    """Buffers between the launches; ``down_out`` lies over ``planes``."""
+
+    planes: torch.Tensor
+    """[M, H padded]: the input in plane order."""
+    middle: torch.Tensor
+    """[M * top_k, I padded]: what gate_up hands to down, in plane order."""
+    down_out: torch.Tensor
+    """[M * top_k, H]: what is summed."""
+
+    @staticmethod
+    def elements(tokens: int, top_k: int, hidden: int, intermediate: int) -> int:
+        """How many elements of the activation dtype ``split`` needs."""
+        pairs = tokens * top_k
+        shared = max(tokens * _padded(hidden), pairs * hidden)
+        return pairs * _padded(intermediate) + shared
+
+    @classmethod
+    def split(
+        cls,
+        buffer: torch.Tensor,
+        tokens: int,
+        top_k: int,
+        hidden: int,
+        intermediate: int,
+    ) -> "Workspace":
+        """Views of a contiguous buffer.
+
+        Raises ``ValueError`` when it has fewer than ``elements(...)`` elements.
+        """
+        needed = cls.elements(tokens, top_k, hidden, intermediate)
+        if buffer.numel() < needed:
+            raise ValueError(
+                f"workspace: {needed} elements are needed, got {buffer.numel()}"
+            )
+        pairs = tokens * top_k
+        middle_size = pairs * _padded(intermediate)
+        middle, shared = buffer.view(-1).tensor_split([middle_size])
+        return cls(
+            shared[: tokens * _padded(hidden)].view(tokens, -1),
+            middle.view(pairs, -1),
+            shared[: pairs * hidden].view(pairs, hidden),
+        )
+
+
+def prefill_experts(
+    x: torch.Tensor,
+    w13: Int4Matrix,
+    w2: Int4Matrix,
+    out: torch.Tensor,
+    workspace: Workspace,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    blocks: Blocks,
+    activation: Activation,
+    tiles: PrefillTiles,
+) -> None:
+    """Routed experts of many tokens: four launches, no host synchronisation.
+
+    Args:
+        x: fp16/bf16 [M, H], innermost stride 1.
+        w13, w2: [E, 2*I, H//8] and [E, H, I//8].
+        out: [M, H] in ``x``'s dtype, innermost stride 1; every element is written.
+        topk_ids, topk_weights, expert_map: as ``down`` and ``sum_pairs`` take them.
+        blocks: for ``tiles.block_m``.
+    """
+    to_planes(x, workspace.planes)
+    top_k = topk_ids.shape[1]
+    middle = workspace.middle
+    gate_up(workspace.planes, w13, middle, blocks, top_k, activation, tiles.gate_up)
+    down(middle, w2, workspace.down_out, blocks, topk_weights, tiles.down)
+    sum_pairs(workspace.down_out, out, topk_ids, expert_map, w13.words.shape[0])

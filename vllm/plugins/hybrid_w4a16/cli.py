@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The command ``vllm-hybrid-w4a16``.
+
+A subcommand is a module of this package with ``add_arguments(parser)`` and
+``run(args) -> int``, the exit status. Only the one that is called gets imported.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    # name: (module of this package, one line for --help)
+    "doctor": ("doctor", "check this installation and say what to fix next"),
+    "explain": ("explain", "say what to expect of a checkpoint before serving it"),
+    "fork": ("fork", "write the modules and hooks into a vLLM source tree"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line ``arguments``, those of the process by default."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="vllm-hybrid-w4a16", description="int4 MoE on the hybrid path, for vLLM."
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    # the parsers of the others stay empty, so that nothing of them is imported
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name == called:
+            command = importlib.import_module(f"{__package__}.{module}")
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    args = parser.parse_args(arguments)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

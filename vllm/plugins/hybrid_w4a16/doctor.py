@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""``vllm-hybrid-w4a16 doctor``: does this installation work, and if not, what is next.
+
+Exit status: 0 when int4 MoE layers go hybrid on this machine; 1 when something is in
+the way, which the last line says how to fix; 2 for a bad argument.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import vllm
+from vllm.logger import suppress_logging
+from vllm.platforms import current_platform
+from vllm.plugins.hybrid_w4a16 import hooks, switch
+
+DISTRIBUTION = "vllm-hybrid-w4a16"
+PLUGIN = "hybrid_w4a16"
+_REINSTALL = "pip install -v --no-build-isolation --force-reinstall --no-deps ."
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str | None = None
+    """What to do, where it is not ok."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns its exit status."""
+    switch.register()
+    with suppress_logging(logging.CRITICAL):  # the table says it all
+        checks = diagnose()
+    todo = next((check.fix for check in checks if not check.ok), None)
+    if args.json:
+        facts = [dataclasses.asdict(check) for check in checks]
+        print(json.dumps({"ok": todo is None, "checks": facts, "next": todo}, indent=1))
+    else:
+        for check in checks:
+            print(f"{'ok ' if check.ok else 'NO '} {check.name:<13} {check.found}")
+        print(f"\nnext: {todo or 'nothing, int4 MoE layers go hybrid here'}")
+    return 0 if todo is None else 1
+
+
+def diagnose() -> list[Check]:
+    """All checks, each cause before what follows from it."""
+    return [check() for check in CHECKS]
+
+
+def _versions() -> Check:
+    found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    found += [f"hip {torch.version.hip}"] if torch.version.hip else []
+    found += [f"cuda {torch.version.cuda}"] if torch.version.cuda else []
+    for package in ("triton", DISTRIBUTION):
+        found.append(f"{package} {_version(package) or 'not installed'}")
+    return Check("versions", True, ", ".join(found))
+
+
+def _platform() -> Check:
+    name = type(current_platform).__name__
+    if name == "UnspecifiedPlatform":
+        return Check(
+            "platform",
+            False,
+            "vLLM found no device that it was built for",
+            "install vLLM for ROCm beside a ROCm build of torch; a GPU that is there "
+            "but not found is a matter of its driver and of access to /dev/kfd and "
+            "/dev/dri",
+        )
+    return Check("platform", True, f"{name} ({current_platform.device_name})")
+
+
+def _architecture() -> Check:
+    if current_platform.is_cpu():
+        capability = torch.backends.cpu.get_cpu_capability()
+        return Check("architecture", True, f"{platform.machine()}, {capability}")
+    try:
+        properties = torch.cuda.get_device_properties()
+    except (RuntimeError, AssertionError) as error:
+        return Check(
+            "architecture",
+            False,
+            f"torch reaches no GPU: {str(error).splitlines()[0]}",
+            "make `python -c 'import torch; torch.cuda.get_device_properties(0)'` work",
+        )
+    arch = getattr(properties, "gcnArchName", None)
+    arch = arch or f"sm_{properties.major}{properties.minor}"
+    memory = properties.total_memory / 2**30
+    return Check("architecture", True, f"{properties.name}, {arch}, {memory:.1f} GiB")
+
+
+def _vllm_fits() -> Check:
+    misfits = []
+    for hook in hooks.HOOKS:
+        try:
+            hooks.apply_hooks((hook,))
+        except hooks.HookError as error:
+            misfits.append(str(error))
+    if misfits:
+        return Check(
+            "hooks",
+            False,
+            f"vLLM {vllm.__version__}: {'; '.join(misfits)}",
+            "install vLLM 0.32 or 0.33, or a release of this package for the vLLM here",
+        )
+    return Check("hooks", True, f"{len(hooks.HOOKS)} fit vLLM {vllm.__version__}")
+
+
+def _library() -> Check:
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+
+    error = ops.load_error()
+    if error is not None:
+        return Check(
+            "op library",
+            False,
+            error,
+            f"build it for the torch that is here: {_REINSTALL}",
+        )
+    built = [f"{kind} {' '.join(names)}" for kind, names in ops.build_info().items()]
+    return Check("op library", True, f"has code for: {', '.join(built)}")
+
+
+def _device() -> Check:
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+
+    try:
+        family: devices.DeviceFamily | str = devices.device_family()
+    except (RuntimeError, AssertionError) as error:
+        family = str(error).splitlines()[0]
+    if isinstance(family, str):
+        return Check("kernels", False, family, _device_fix())
+    return Check("kernels", True, f"decode: {family.decode}, prefill: {family.prefill}")
+
+
+def _device_fix() -> str:
+    if current_platform.is_rocm() or current_platform.is_cuda():
+        return (
+            "build the op library for this GPU, with hipcc or nvcc on PATH: "
+            f"HYBRID_W4A16_GPU_ARCHS=<architecture above> {_REINSTALL}"
+        )
+    return "use a ROCm, CUDA or CPU build of vLLM: there are kernels for these"
+
+
+def _plugin() -> Check:
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        return Check(
+            "plugin",
+            False,
+            f"VLLM_PLUGINS={allowed} keeps vLLM from loading it",
+            f"add {PLUGIN} to VLLM_PLUGINS, or unset it",
+        )
+    entries = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if PLUGIN in entries.names:
+        return Check("plugin", True, "vLLM loads it in every process")
+    if _version(DISTRIBUTION) is None:
+        return Check("plugin", True, "not installed, part of this vLLM source tree")
+    return Check("plugin", False, "its entry point is missing", _REINSTALL)
+
+
+def _switch() -> Check:
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+
+    try:
+        value = switch.value()
+    except ValueError as error:
+        choices = ", ".join(switch.CHOICES)
+        return Check("switch", False, str(error), f"{switch.NAME} is one of {choices}")
+    found = f"{switch.NAME}={value}"
+    if value == "0":
+        return Check("switch", False, f"{found}: off", f"unset {switch.NAME}")
+    try:
+        family: devices.DeviceFamily | str = devices.device_family()
+    except (RuntimeError, AssertionError):
+        family = "reported above"
+    opt_in = isinstance(family, devices.DeviceFamily) and family.opt_in
+    if value == "auto" and opt_in:
+        why = f"{found}: on this device it is opt-in"
+        return Check("switch", False, why, f"export {switch.NAME}=1")
+    return Check("switch", True, found)
+
+
+CHECKS: tuple[Callable[[], Check], ...] = (
+    _versions,
+    _platform,
+    _architecture,
+    _vllm_fits,
+    _library,
+    _device,
+    _plugin,
+    _switch,
+)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""``vllm-hybrid-w4a16 explain``: what to expect of a checkpoint, before serving it.
+
+Reads config.json and the safetensors headers, no weights. Exit status: 0; 1 when the
+checkpoint cannot be read; 2 for a bad argument.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+from vllm.logger import suppress_logging
+from vllm.plugins.hybrid_w4a16 import explain_bytes, explain_layers, switch
+from vllm.plugins.hybrid_w4a16.explain_checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    read_checkpoint,
+)
+from vllm.plugins.hybrid_w4a16.explain_layers import ExpertsLayer
+
+# GB/s that large copies reach, with what is known of it. Other devices differ too much
+# among themselves: there --bandwidth has to say it.
+BANDWIDTH: dict[str, tuple[float | None, str | None]] = {
+    "gfx1151": (212.0, "what copy tools reach on Strix Halo, 256 theoretical"),
+}
+# The mean over a request of 100 input and 128 output tokens.
+DEFAULT_CONTEXT = 164
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="folder, or name of a model on the hub")
+    parser.add_argument(
+        "--tp", type=_positive, default=1, help="tensor-parallel GPUs (default: 1)"
+    )
+    parser.add_argument(
+        "--bandwidth", type=_positive_float, help="memory bandwidth of a GPU in GB/s"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("gfx1151", "cuda", "cpu"),
+        help="as on such a machine (default: the machine at hand)",
+    )
+    parser.add_argument(
+        "--context",
+        type=_positive,
+        default=DEFAULT_CONTEXT,
+        help=f"tokens in the KV cache (default: {DEFAULT_CONTEXT}, the mean over a "
+        "request of 100 input and 128 output tokens)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns its exit status."""
+    switch.register()
+    try:
+        switch.value()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    with suppress_logging(logging.CRITICAL):  # the table says it all
+        try:
+            report = explain(
+                args.checkpoint, args.tp, args.bandwidth, args.device, args.context
+            )
+        except CheckpointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    print(json.dumps(report, indent=1) if args.json else as_text(report))
+    return 0
+
+
+def explain(
+    name: str,
+    tp_size: int = 1,
+    bandwidth: float | None = None,
+    device: str | None = None,
+    context: int = DEFAULT_CONTEXT,
+) -> dict[str, Any]:
+    """What the command prints, as the object of its ``--json``.
+
+    Args:
+        name: checkpoint folder or hub name.
+        tp_size: GPUs, tensor-parallel; bytes per token are those of one of them.
+        bandwidth: GB/s (10^9 bytes/s) of one GPU.
+        device: one of ``--device``'s choices, ``None``: the machine at hand.
+        context: tokens in the KV cache.
+
+    Raises ``CheckpointError``.
+    """
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+
+    switch.register()
+    checkpoint = read_checkpoint(name)
+    with devices.assume_device(device) if device else nullcontext():
+        family = devices.device_family()
+        layers = explain_layers.expert_layers(checkpoint, tp_size)
+    parts = explain_bytes.parts(checkpoint, layers, tp_size, context)
+    total = sum(part.token_bytes for part in parts)
+    known = family if isinstance(family, devices.DeviceFamily) else None
+    source: str | None = "--bandwidth"
+    if bandwidth is None:
+        bandwidth, source = BANDWIDTH.get(known.name if known else "", (None, None))
+    return {
+        "checkpoint": name,
+        "model_type": checkpoint.value("model_type", default="unknown"),
+        "file_bytes": checkpoint.file_bytes,
+        "device": {
+            "name": known.name if known else None,
+            "assumed": device is not None,
+            "decode": known.decode if known else None,
+            "prefill": known.prefill if known else None,
+            "unsupported": None if known else family,
+        },
+        "switch": switch.value(),
+        "tp": tp_size,
+        "context": context,
+        "format": _format(checkpoint),
+        "expert_layers": _groups(layers),
+        "hybrid_layers": sum(layer.hybrid for layer in layers),
+        "declined_layers": sum(not layer.hybrid for layer in layers),
+        "parts": [dataclasses.asdict(part) for part in parts],
+        "token_bytes": total,
+        "bandwidth_gbps": bandwidth,
+        "bandwidth_source": source if bandwidth else None,
+        "roofline_tokens_per_s": bandwidth * 1e9 / total if bandwidth else None,
+    }
+
+
+def _format(checkpoint: Checkpoint) -> str:
+    quantization = checkpoint.quantization
+    if quantization is None:
+        return "16-bit"
+    method = quantization.get("quant_method", "unnamed")
+    packing = quantization.get("packing_format") or quantization.get("format")
+    return f"{method}, {packing}" if packing else method
+
+
+def _groups(layers: list[ExpertsLayer]) -> list[dict[str, Any]]:
+    """Layers that differ in nothing but their index, taken together."""
+    groups: dict[tuple[Any, ...], list[ExpertsLayer]] = {}
+    for layer in layers:
+        same = dataclasses.replace(layer, index=-1, name="")
+        groups.setdefault(dataclasses.astuple(same), []).append(layer)
+    return [
+        {
+            **dataclasses.asdict(members[0]),
+            "index": [layer.index for layer in members],
+            "name": members[0].name,
+            "stored_bytes": sum(layer.stored_bytes for layer in members),
+            "loaded_bytes": sum(layer.loaded_bytes for layer in members),
+        }
+        for members in groups.values()
+    ]
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report as the command prints it."""
+    device = report["device"]
+    if device["unsupported"]:
+        kernels = f"no hybrid kernels: {device['unsupported']}"
+    else:
+        assumed = " (assumed, op library taken for granted)" * device["assumed"]
+        kernels = (
+            f"{device['name']}{assumed}, decode: {device['decode']}, "
+            f"prefill: {device['prefill']}"
+        )
+    facts = [report["model_type"], _size(report["file_bytes"]), report["format"]]
+    lines = [
+        f"checkpoint  {report['checkpoint']} ({', '.join(facts)})",
+        f"device      {kernels}",
+        f"switch      {switch.NAME}={report['switch']}",
+        "",
+        *_expert_table(report),
+        "",
+        *_part_table(report),
+        "",
+        *_conclusion(report),
+    ]
+    return "\n".join(lines)
+
+
+def _expert_table(report: dict[str, Any]) -> list[str]:
+    if not report["expert_layers"]:
+        return ["no routed experts: a dense model, nothing here is for it"]
+    rows: list[tuple[str, ...]] = [
+        ("expert layers", "experts", "size", "bits", "group", "bytes", "path")
+    ]
+    for group in report["expert_layers"]:
+        zeros = "" if group["group_size"] is None or group["symmetric"] else " +zp"
+        rows.append(
+            (
+                _ranges(group["index"]),
+                f"{group['num_experts']}, top-{group['top_k']}",
+                f"{group['hidden']} x {group['intermediate']}",
+                str(group["bits"]),
+                f"{group['group_size'] or '-'}{zeros}",
+                _size(group["stored_bytes"]),
+                "hybrid" if group["hybrid"] else f"declined: {group['reason']}",
+            )
+        )
+    return _aligned(rows, "<<<<<><")
+
+
+def _part_table(report: dict[str, Any]) -> list[str]:
+    bandwidth, total = report["bandwidth_gbps"], report["token_bytes"]
+    per = " and GPU" if report["tp"] > 1 else ""
+    rows: list[tuple[str, ...]] = [
+        ("part", "on disk", f"per token{per}", "share", "ms")
+    ]
+
+    def row(name: str, stored: int, moved: float) -> tuple[str, ...]:
+        ms = f"{moved / bandwidth / 1e6:.3f}" if bandwidth else "-"
+        share = f"{100 * moved / total:.1f}%"
+        return name, _size(stored) if stored else "-", _size(moved), share, ms
+
+    rows += [
+        row(part["name"], part["stored_bytes"], part["token_bytes"])
+        for part in report["parts"]
+    ]
+    stored = sum(part["stored_bytes"] for part in report["parts"])
+    rows.append(row("total", stored, total))
+    return _aligned(rows, "<>>>>")
+
+
+def _conclusion(report: dict[str, Any]) -> list[str]:
+    if report["bandwidth_gbps"] is None:
+        return ["roofline    unknown: say the memory bandwidth with --bandwidth GB/s"]
+    most = max(report["parts"], key=lambda part: part["token_bytes"])
+    rate = f"{report['roofline_tokens_per_s']:.1f} tokens/s, one stream"
+    bandwidth = f"{report['bandwidth_gbps']:g} GB/s ({report['bandwidth_source']})"
+    part, whole = _size(most["token_bytes"]), _size(report["token_bytes"])
+    return [
+        f"roofline    {rate}, at {bandwidth}",
+        f"limited by  {most['name']}: {part} of {whole} per token",
+        "            An upper bound from bytes alone; launches, arithmetic and kernels",
+        "            below the bandwidth come on top.",
+    ]
+
+
+def _aligned(rows: list[tuple[str, ...]], alignment: str) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:{align}{width}}"
+            for cell, align, width in zip(row, alignment, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _size(count: float) -> str:
+    """Bytes with a decimal prefix, as bandwidths have it."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _ranges(indices: list[int]) -> str:
+    """0-2, 4 for [0, 1, 2, 4]."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index - 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ", ".join(
+        str(first) if first == last else f"{first}-{last}" for first, last in runs
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value

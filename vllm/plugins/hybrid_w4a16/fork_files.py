@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Which files the fork branch adds, and where in vLLM's tree."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from vllm.plugins.hybrid_w4a16 import cli
+
+# (glob in this project, folder it is relative to, folder in vLLM's tree). A later row
+# wins where two have the same target: fork/ holds what only the fork branch has.
+ROWS = (
+    ("vllm/**/*.py", "vllm", "vllm"),
+    ("vllm/**/*.json", "vllm", "vllm"),
+    ("csrc/*", "csrc", "csrc/hybrid_w4a16"),
+    ("csrc/cpu/*", "csrc", "csrc/hybrid_w4a16"),
+    ("csrc/rocm/*.[chp]*", "csrc", "csrc/hybrid_w4a16"),
+    ("tests/quantization/test_*.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/kernels/conftest.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/kernels/test_moe_int4_ops.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/kernels/test_moe_int4_gpu.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/kernels/test_moe_int4_prefill.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/support/*.py", "tests", "tests/hybrid_w4a16"),
+    ("benchmarks/benchmark_moe.py", "benchmarks", "benchmarks/hybrid_w4a16"),
+    ("benchmarks/moe_bench/*.py", "benchmarks", "benchmarks/hybrid_w4a16"),
+    ("fork/**/*", "fork", ""),
+)
+
+PLUGIN = "vllm/plugins/hybrid_w4a16"
+# Applying the hooks is what the fork does without; the commands belong to the overlay.
+OVERLAY_ONLY = {"cli", "hooks", *(module for module, _ in cli.COMMANDS.values())}
+
+OUR_HEADER = "Copyright contributors to the hybrid-w4a16 project"
+VLLM_HEADER = "Copyright contributors to the vLLM project"
+
+
+class ProjectError(Exception):
+    """The project's sources are not at hand; the message says what to do."""
+
+
+def project_folder() -> Path:
+    """The checkout that this module is part of; ``ProjectError`` if it is installed.
+
+    A wheel holds neither csrc nor tests.
+    """
+    folder = Path(__file__).resolve().parents[3]
+    if not (folder / "fork/cmake").is_dir():
+        raise ProjectError(
+            f"{folder} is not a checkout of this project. The fork branch needs its "
+            "sources: pip install --no-build-isolation -e . in a checkout, or run "
+            "`make fork VLLM_SRC=DIR` there."
+        )
+    return folder
+
+
+def files_to_add(project: Path) -> dict[str, str]:
+    """The text of every file that the fork adds, by path in vLLM's tree."""
+    files: dict[str, str] = {}
+    for pattern, base, target in ROWS:
+        for file in sorted(project.glob(pattern)):
+            if file.is_file() and "__pycache__" not in file.parts:
+                path = (Path(target) / file.relative_to(project / base)).as_posix()
+                if not is_overlay_only(path):
+                    files[path] = file.read_text().replace(OUR_HEADER, VLLM_HEADER)
+    return dict(sorted(files.items()))
+
+
+def is_overlay_only(path: str) -> bool:
+    """Whether the file at ``path`` of the tree is one that the fork does without."""
+    folder, _, name = path.rpartition("/")
+    stem = name.removesuffix(".py")
+    return folder == PLUGIN and (stem in OVERLAY_ONLY or stem.startswith("fork"))
+
+
+def defining_file(tree: Path, module: str, name: str) -> str:
+    """Path in ``tree`` of the file that defines ``name`` of ``module``.
+
+    A package that imports the name from elsewhere is followed there. Where there is no
+    such file or name, the path that was expected to have it.
+    """
+    stem = module.replace(".", "/")
+    package = f"{stem}/__init__.py"
+    path = package if (tree / package).is_file() else f"{stem}.py"
+    if (tree / path).is_file():
+        for node in ast.parse((tree / path).read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                here = path.removesuffix(".py").split("/")[: -node.level or None]
+                source = ".".join([*(here if node.level else []), node.module or ""])
+                for alias in node.names:
+                    if (alias.asname or alias.name) == name:
+                        return defining_file(tree, source.strip("."), alias.name)
+    return path
+
+
+def missing_imports(tree: Path, files: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """What ``files`` import from vLLM that neither they nor ``tree`` define.
+
+    Yields (path of the importing file, what is missing). Conditional imports count;
+    what a module defines by ``__getattr__`` or a star import is taken on trust.
+    """
+    for path, text in files.items():
+        if path.endswith(".py"):
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ImportFrom) and not node.level:
+                    for alias in node.names:
+                        problem = _problem(tree, files, node.module or "", alias.name)
+                        if problem:
+                            yield path, problem
+
+
+def _problem(tree: Path, files: dict[str, str], module: str, name: str) -> str | None:
+    if module.split(".")[0] != "vllm":
+        return None
+    if _module_text(tree, files, f"{module}.{name}") is not None:
+        return None
+    text = _module_text(tree, files, module)
+    if text is None:
+        return f"there is no module {module}"
+    names = _defined_names(text)
+    if names & {name, "*", "__getattr__"}:
+        return None
+    return f"{module} has no {name}"
+
+
+def _module_text(tree: Path, files: dict[str, str], module: str) -> str | None:
+    stem = module.replace(".", "/")
+    for path in (f"{stem}.py", f"{stem}/__init__.py"):
+        if path in files:
+            return files[path]
+        if (tree / path).is_file():
+            return (tree / path).read_text()
+    return "" if (tree / stem).is_dir() else None
+
+
+def _defined_names(text: str) -> set[str]:
+    names: set[str] = set()
+    pending: list[ast.AST] = list(ast.parse(text).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {
+                (alias.asname or alias.name).split(".")[0] for alias in node.names
+            }
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        else:
+            pending += ast.iter_child_nodes(node)
+    return names
