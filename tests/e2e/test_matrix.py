@@ -45,7 +45,7 @@ def test_cell(cell, verdicts):
 @pytest.mark.e2e
 def test_shards_give_the_tokens_of_one_rank(answers):
     tokens = [
-        [a["tokens"] for a in answers[Cell(DEPLOYED, "bfloat16", name)]["answers"]]
+        [a["tokens"] for a in answers[Cell(DEPLOYED, "float16", name)]["answers"]]
         for name in SHARDINGS
     ]
     assert tokens[0] == tokens[1] == tokens[2]
@@ -83,7 +83,7 @@ def test_a_damaged_expert_would_show(tmp_path):
         for tokens in prompts(4, 24)
     ]
     print(f"{torch.stack(differences).mean():.3f} nats")
-    assert torch.stack(differences).mean() > 3 * max(matrix.MAX_DIFFERENCE.values())
+    assert torch.stack(differences).mean() > 2 * max(matrix.MAX_DIFFERENCE.values())
 
 
 def test_readme_has_the_table_of_the_results():

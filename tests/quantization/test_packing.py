@@ -84,6 +84,7 @@ def test_packed_is_what_is_on_disk(format, rows, groups, group_size, symmetric, 
 def test_op_on_packed_is_matmul_on_dequantized(
     format, rows, groups, group_size, symmetric, seed
 ):
+    assert ops.load_error() is None
     stored, tensors = stored_linear(format, rows, groups, group_size, symmetric, seed)
     packing = PACKINGS[format]
     scales = tensors[packing.scales]

@@ -104,6 +104,25 @@ def test_autoround_overrides_that_stay_int4_are_honoured(format):
     assert (method.group_size, method.symmetric) == (32, False)
 
 
+@pytest.mark.parametrize(
+    "key",
+    ["gate_proj", "5.up_proj", "experts.5.up_proj", "layers.3.mlp.experts.5.up_proj"],
+)
+def test_autoround_names_that_end_like_an_expert(key):
+    config = quant_config("auto_round:auto_gptq", extra_config={key: BITS_8})
+    with pytest.raises(ValueError, match="have to be quantized alike"):
+        method_of(config)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["layers.4.mlp.experts.5.up_proj", "model.layers.3.mlp.gate", "lm_head", "gate"],
+)
+def test_autoround_names_of_others(key):
+    config = quant_config("auto_round:auto_gptq", extra_config={key: BITS_8})
+    assert isinstance(method_of(config), HybridW4A16MoEMethod)
+
+
 def test_autoround_leaves_gate_shared_experts_and_head_alone():
     names = ("mlp.gate", "mlp.shared_expert.down_proj", "mlp.shared_expert_gate")
     extra = {f"model.layers.3.{name}": BITS_16 for name in names}

@@ -34,11 +34,12 @@ BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->\n"
 WORKER = Path(__file__).with_name("matrix_worker.py")
 
 # Mean difference of log-probabilities from the reference, nats. Measured when this was
-# written: 0.010 to 0.017 in bf16, 0.002 in fp16; a reference with gate and up of one
-# expert swapped is further away than 0.1 (test_matrix).
+# written: at most 0.026 in bf16, 0.0031 in fp16; a reference with gate and up of one
+# expert swapped is further away than 0.09 (test_matrix).
 MAX_DIFFERENCE = {"bfloat16": 0.03, "float16": 0.006}
-# A greedy token may lie this far below the reference's first choice, nats.
-TIE = 0.15
+# A greedy token may lie this far below the reference's first choice, nats. Measured: at
+# most 0.001 in fp16; 0.49 in bf16, where routers tie and a token goes elsewhere.
+MAX_TIE = {"bfloat16": 0.6, "float16": 0.01}
 
 
 def free_ports(count: int) -> int:
@@ -116,7 +117,7 @@ def judge(
             references = {path: DenseReference(path)}
         difference, worst_tie = _distance(references[path], answer["answers"])
         verdict: dict[str, Any] = {
-            "ok": difference < MAX_DIFFERENCE[cell.dtype] and worst_tie < TIE,
+            "ok": True,
             "difference": round(difference, 4),
             "worst_tie": round(worst_tie, 3),
         }
@@ -125,9 +126,18 @@ def judge(
             verdict["same_tokens"] = [a["tokens"] for a in same["answers"]] == [
                 a["tokens"] for a in answer["answers"]
             ]
-            # where tokens differ, the first that does is a tie: judged above
+        verdict["ok"] = is_good(cell, verdict)
         verdicts[cell] = verdict
     return verdicts
+
+
+def is_good(cell: Cell, verdict: dict[str, Any]) -> bool:
+    """Close to the reference and, in fp16, the very tokens of one rank."""
+    return (
+        verdict["difference"] < MAX_DIFFERENCE[cell.dtype]
+        and verdict["worst_tie"] < MAX_TIE[cell.dtype]
+        and (cell.dtype == "bfloat16" or verdict.get("same_tokens", True))
+    )
 
 
 def _distance(

@@ -140,7 +140,7 @@ def subset() -> list[Cell]:
         Cell(Recipe("mixtral", "awq", False, 128), "float16"),
         Cell(Recipe("glm4_moe", "compressed-tensors", True, 128), "float16"),
     ]
-    shards = [Cell(DEPLOYED, "bfloat16", name) for name in SHARDINGS]
+    shards = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
     return list(
         dict.fromkeys([*covering(grid()), *models, *shards, *other_deployments()])
     )

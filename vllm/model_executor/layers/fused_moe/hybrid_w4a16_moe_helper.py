@@ -38,9 +38,8 @@ if TYPE_CHECKING:
 _SHUFFLE_CHUNKS = 8
 _SHUFFLE_CHUNK_WORDS = 1 << 16
 _PACKED = "hybrid_w4a16_packed"
-# Which row of eight an AWQ word's nibble i belongs to; where ExLlama keeps nibble i.
+# Which row of eight an AWQ word's nibble i belongs to.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_EXLLAMA_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 
 @dataclass(frozen=True)
@@ -151,17 +150,30 @@ def gptq_v1_to_row_zeros(qzeros: torch.Tensor) -> torch.Tensor:
 
 def awq_to_exllama(qweight: torch.Tensor) -> torch.Tensor:
     """AWQ words int32 [K, N//8], nibble i is n = 8*n8+[0,2,4,6,1,3,5,7][i], to ExLlama
-    [N, K//8]. Needs a quarter of the result on top, for one output row in eight.
+    [N, K//8]. Needs three eighths of the result on top.
+
+    ExLlama's order along K is AWQ's along N: even ones first. So rows of eight are put
+    into that order, the 8x8 nibbles transposed, and words come out in that order.
     """
-    k, n8 = qweight.shape
-    packed = qweight.new_empty(8 * n8, k // 8)
-    for nibble, row in enumerate(_AWQ_ORDER):
-        rows = torch.zeros_like(qweight[::8])
-        for i, shift in enumerate(_EXLLAMA_SHIFTS):
-            values = (qweight[i::8] >> (4 * nibble)).bitwise_and_(0xF)
-            rows |= values.bitwise_left_shift_(shift)
-        packed[row::8] = rows.t()
-    return packed
+    k8, n8 = qweight.shape[0] // 8, qweight.shape[1]
+    packed = qweight.new_empty(n8, 4, 2, k8)
+    for rows, words in zip(
+        qweight.view(k8, 4, 2, n8).chunk(4), packed.chunk(4, dim=3), strict=True
+    ):
+        block = rows.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        _transpose_nibbles_(block.view(-1, 8, n8))
+        words.copy_(block.permute(3, 2, 1, 0))
+    return packed.view(8 * n8, k8)
+
+
+def _transpose_nibbles_(words: torch.Tensor) -> None:
+    """Swap nibble i of word j with nibble j of word i, in int32 [B, 8, W], in place."""
+    for distance, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        pairs = words.view(len(words), -1, 2, distance, words.shape[2])
+        low, high = pairs[:, :, 0], pairs[:, :, 1]
+        swap = (low >> (4 * distance)).bitwise_xor_(high).bitwise_and_(mask)
+        high ^= swap
+        low ^= swap.bitwise_left_shift_(4 * distance)
 
 
 def awq_to_row_zeros(qzeros: torch.Tensor) -> torch.Tensor:

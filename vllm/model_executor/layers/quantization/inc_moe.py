@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """AutoRound (INC) int4 MoE checkpoints on the hybrid path."""
 
+import copy
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
     HybridW4A16MoEMethod,
     uniform_recipe,
 )
+from vllm.model_executor.layers.quantization.inc.config_parser import INCConfigParser
 from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
@@ -81,14 +84,36 @@ def _expert_recipe(
     layer_config: "INCLayerConfig",
 ) -> "INCLayerConfig":
     """``layer_config`` with what ``extra_config`` says of the experts by name."""
+    assert config.extra_config is not None
+    relevant = {
+        key: recipe
+        for key, recipe in config.extra_config.items()
+        if _may_name_experts(key, prefix)
+    }
+    if not relevant:
+        return layer_config
+    # of thousands of entries vLLM's parser would try each on each of hundreds of names
+    config = copy.copy(config)
+    config.extra_config = relevant
+    parser = INCConfigParser(config)
     default = (config.weight_bits, config.group_size, config.sym)
     own = (layer_config.bits, layer_config.group_size, layer_config.sym)
 
     def recipe_of(name: str) -> tuple:
-        recipe = config.get_layer_config(layer, name)
+        recipe = parser.get_layer_config(layer, name)
         return own if recipe == default else recipe
 
     bits, group_size, sym = uniform_recipe(layer, prefix, recipe_of)
     return replace(
         layer_config, bits=bits, group_size=group_size, sym=sym, quantized=bits < 16
     )
+
+
+def _may_name_experts(key: str, prefix: str) -> bool:
+    """Whether vLLM's parser could match an ``extra_config`` key, a pattern, a name or
+    the end of one, with a linear of layer ``prefix``'s experts.
+    """
+    if not re.fullmatch(r"[\w.-]*", key):
+        return True
+    layer, *linear = key.rsplit(".", 2)
+    return len(linear) < 2 or f".{prefix}".endswith(f".{layer}")
