@@ -5,7 +5,7 @@
 
 For every shape and number of tokens both GEMMs are timed with all tiles of a grid, and
 the best pair that shares a block of activations makes a row of
-``hybrid_w4a16_tiles.json``. ``--write`` replaces this device family's entry there;
+``configs/hybrid_w4a16_tiles.json``. ``--write`` replaces this device family's entry;
 ``prefill_from`` is left as it is: it follows from
 ``benchmark_moe.py --backends decode,prefill --tokens 1,2,4,8,12,16,24,32,48,64``.
 """

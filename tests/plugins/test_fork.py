@@ -44,7 +44,6 @@ VLLM_TESTS = (
     "tests/quantization/test_auto_awq.py",
     "tests/quantization/test_moe_wna16.py",
     "tests/quantization/test_compressed_tensors.py",
-    "tests/kernels/quantization/test_rdna3_compile_guards.py",
 )
 
 pytestmark = pytest.mark.slow
@@ -246,6 +245,22 @@ def test_a_target_that_is_not_there_stops_it_before_anything_is_written(
     assert f"{symbol}: {hook.owner} has no {hook.factory}, expected one" in errors
     assert "gate.py  new file: it exists with other contents" in errors
     assert "Nothing was written." in errors
+
+
+def test_drift_is_reported_with_file_and_symbol(small_tree, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(CHECKOUT / "tools")
+    import check_drift
+
+    file = small_tree / "vllm/model_executor/layers/fused_moe/activation.py"
+    file.write_text(file.read_text().replace("class MoEActivation(", "class Moved("))
+    monkeypatch.setattr(check_drift.vllm_source, "fetch", lambda version: small_tree)
+    assert not check_drift.check("0.99.0")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("vLLM 0.99.0: ") and lines[0].endswith(" do not fit")
+    assert len(lines) > 1
+    for line in lines[1:]:
+        assert "imports: vllm.model_executor.layers.fused_moe" in line
+        assert line.endswith(" has no MoEActivation")
 
 
 def test_only_a_clean_git_repository_gets_a_commit(small_tree, capsys):

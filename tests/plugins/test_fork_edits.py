@@ -256,23 +256,14 @@ def test_every_row_says_why_it_exists_and_when_it_can_go(row):
     assert row.target in message and row.why in message and row.until in message
 
 
-def test_no_file_of_the_fork_needs_one_that_stays_behind():
-    project = fork_files.project_folder()
-    files = fork_files.files_to_add(project)
-    behind = {
-        f"vllm.plugins.hybrid_w4a16.{path.stem}"
-        for path in (project / fork_files.PLUGIN).glob("*.py")
-        if f"{fork_files.PLUGIN}/{path.name}" not in files
+def test_only_what_the_layers_need_of_the_plugin_is_in_the_fork():
+    files = fork_files.files_to_add(fork_files.project_folder())
+    plugin = {path for path in files if path.startswith(f"{fork_files.PLUGIN}/")}
+    needed = {
+        f"{fork_files.PLUGIN}/{name}.py" for name in ("__init__", "gate", "switch")
     }
-    assert {
-        f"vllm.plugins.hybrid_w4a16.{m}" for m in ("cli", "fork", "hooks")
-    } <= behind
-    for path, text in files.items():
-        if path.startswith("vllm/"):
-            for node in ast.walk(ast.parse(text)):
-                if isinstance(node, ast.ImportFrom):
-                    names = {f"{node.module}.{alias.name}" for alias in node.names}
-                    assert not behind & {node.module, *names}, path
+    assert plugin == needed
+    assert "register" not in files[f"{fork_files.PLUGIN}/__init__.py"]
 
 
 def test_a_missing_import_is_found(tmp_path):

@@ -168,14 +168,6 @@ def test_summary_once_the_last_layer_is_ready(stock_path, caplog):
     assert summaries[0].endswith(", 1 declined")
 
 
-def test_padding_is_counted(caplog):
-    layer = make_layer(Shape(), inc_config())
-    layer.quant_method.padding_bytes = 3 << 19
-    with caplog.at_level(logging.INFO):
-        Checkpoint(Shape()).load_into(layer)
-    assert "HybridW4A16 MoE: 1.5 MiB of padded rows" in caplog.text
-
-
 def test_each_model_of_a_process_has_its_own_summary(caplog):
     with caplog.at_level(logging.INFO):
         for name in ("model.layers.0.mlp.experts", "mtp.layers.0.mlp.experts") * 2:
@@ -192,3 +184,19 @@ def test_declined_layer_can_be_asked_for_its_reason(stock_path):
         make_layer(Shape(), inc_config(bits=8))
     assert gate.declined_because(LAYER_NAME) == "8-bit weights, supported: 4"
     assert gate.declined_because("model.layers.4.mlp.experts") is None
+
+
+def test_padding_is_counted(caplog):
+    layer = make_layer(Shape(), inc_config())
+    layer.quant_method.padding_bytes = 3 << 19
+    with caplog.at_level(logging.INFO):
+        Checkpoint(Shape()).load_into(layer)
+    assert "HybridW4A16 MoE: 1.5 MiB of padded rows" in caplog.text
+
+
+def test_summary_of_a_second_model_in_the_same_process(caplog):
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            Checkpoint(Shape()).load_into(make_layer(Shape(), inc_config()))
+        assert "HybridW4A16 MoE: 1/1 layers" in caplog.text

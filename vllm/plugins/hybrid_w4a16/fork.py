@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from vllm.plugins.hybrid_w4a16 import fork_files, switch
-from vllm.plugins.hybrid_w4a16.hooks import HOOKS, LIST_ENTRIES
+from vllm.plugins.hybrid_w4a16.hooks import HOOKS, LIST_ENTRIES, Hook, ListEntry
 
 APPLIES, THERE, CONFLICTS = "applies", "already there", "conflicts"
 ENVS, CMAKE = "vllm/envs.py", "CMakeLists.txt"
@@ -260,7 +260,8 @@ def commit_message() -> str:
         f"vLLM's own way; {switch.NAME}=0 switches it off."
     )
     parts = [TITLE, what]
-    for row in (*HOOKS, *LIST_ENTRIES):
+    rows: tuple[Hook | ListEntry, ...] = (*HOOKS, *LIST_ENTRIES)
+    for row in rows:
         parts.append(f"{row.target}\n  Why: {row.why}\n  Until: {row.until}")
     return "\n\n".join(parts) + "\n"
 

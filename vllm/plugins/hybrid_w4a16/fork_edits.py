@@ -10,6 +10,7 @@ byte. An edit that is already there returns its input; one that does not fit rai
 import ast
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import libcst as cst
 
@@ -61,9 +62,8 @@ def insert_prologue(source: str, hook: Hook) -> str:
     for after in body[start : start + 1]:
         body[start] = after.with_changes(leading_lines=[_BLANK, *after.leading_lines])
     body[start:start] = [load, call]
-    return module.deep_replace(
-        function, function.with_changes(body=function.body.with_changes(body=body))
-    ).code
+    new = function.with_changes(body=function.body.with_changes(body=body))
+    return _replaced(module, function, new)
 
 
 def add_list_entry(source: str, entry: ListEntry) -> str:
@@ -77,7 +77,7 @@ def add_list_entry(source: str, entry: ListEntry) -> str:
         return source
     new = cst.List([*assigned.elements, _text_element(entry.value)])
     new = new.with_changes(lbracket=assigned.lbracket, rbracket=assigned.rbracket)
-    return module.deep_replace(assigned, _with_comma_before_last(new)).code
+    return _replaced(module, assigned, _with_comma_before_last(new))
 
 
 def declare_switch(source: str) -> str:
@@ -102,7 +102,7 @@ def declare_switch(source: str) -> str:
         if _assigned_name(statement) == switch.NAME:
             raise Conflict(f"{switch.NAME} is declared in another way")
     new = blocks[0].body.with_changes(body=[*body, declaration])
-    return module.deep_replace(blocks[0].body, new).code
+    return _replaced(module, blocks[0].body, new)
 
 
 def register_switch(source: str) -> str:
@@ -130,7 +130,7 @@ def register_switch(source: str) -> str:
         comma=cst.Comma(whitespace_after=sample.lbrace.whitespace_after)
     )
     elements = [*table.elements[:-1], last, new]
-    return module.deep_replace(table, table.with_changes(elements=elements)).code
+    return _replaced(module, table, table.with_changes(elements=elements))
 
 
 def include_ops(source: str, extension: str) -> str:
@@ -162,14 +162,24 @@ def _prologue_text(hook: Hook) -> str:
 
 
 def _statements(text: str) -> list[cst.BaseStatement]:
-    return list(cst.parse_module(text).body)  # type: ignore[arg-type]
+    return list(cst.parse_module(text).body)
+
+
+def _replaced(module: cst.Module, old: cst.CSTNode, new: cst.CSTNode) -> str:
+    return cst.ensure_type(module.deep_replace(old, new), cst.Module).code
 
 
 def _class(module: cst.Module, name: str) -> cst.ClassDef:
     return _one(module.body, cst.ClassDef, name, "the module")
 
 
-def _one(statements: Sequence[cst.CSTNode], kind: type, name: str, where: str):
+def _one(
+    statements: Sequence[Any],
+    kind: type[cst.ClassDef] | type[cst.FunctionDef],
+    name: str,
+    where: str,
+) -> Any:
+    """The class or function ``name``, which has to be there once."""
     found = [s for s in statements if isinstance(s, kind) and s.name.value == name]
     if len(found) != 1:
         raise Conflict(f"{where} has {len(found) or 'no'} {name}, expected one")

@@ -6,8 +6,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm.plugins.hybrid_w4a16 import cli
-
 # (glob in this project, folder it is relative to, folder in vLLM's tree). A later row
 # wins where two have the same target: fork/ holds what only the fork branch has.
 ROWS = (
@@ -28,8 +26,6 @@ ROWS = (
 )
 
 PLUGIN = "vllm/plugins/hybrid_w4a16"
-# Applying the hooks is what the fork does without; the commands belong to the overlay.
-OVERLAY_ONLY = {"cli", "hooks", *(module for module, _ in cli.COMMANDS.values())}
 
 OUR_HEADER = "Copyright contributors to the hybrid-w4a16 project"
 VLLM_HEADER = "Copyright contributors to the vLLM project"
@@ -61,16 +57,38 @@ def files_to_add(project: Path) -> dict[str, str]:
         for file in sorted(project.glob(pattern)):
             if file.is_file() and "__pycache__" not in file.parts:
                 path = (Path(target) / file.relative_to(project / base)).as_posix()
-                if not is_overlay_only(path):
-                    files[path] = file.read_text().replace(OUR_HEADER, VLLM_HEADER)
-    return dict(sorted(files.items()))
+                files[path] = file.read_text().replace(OUR_HEADER, VLLM_HEADER)
+    return dict(sorted(_without_overlay(files).items()))
 
 
-def is_overlay_only(path: str) -> bool:
-    """Whether the file at ``path`` of the tree is one that the fork does without."""
-    folder, _, name = path.rpartition("/")
-    stem = name.removesuffix(".py")
-    return folder == PLUGIN and (stem in OVERLAY_ONLY or stem.startswith("fork"))
+def _without_overlay(files: dict[str, str]) -> dict[str, str]:
+    """``files`` less the plugin's modules that none of the others needs.
+
+    What applies the hooks at run time and the commands stay behind.
+    """
+    plugin = {path for path in files if Path(path).parent.as_posix() == PLUGIN}
+    plugin.remove(f"{PLUGIN}/__init__.py")
+    kept = {path: text for path, text in files.items() if path not in plugin}
+    pending = [text for path, text in kept.items() if path.startswith("vllm/")]
+    while pending:
+        for module, name in _imports(pending.pop()):
+            for path in (_path(module), _path(f"{module}.{name}")):
+                if path in plugin and path not in kept:
+                    kept[path] = files[path]
+                    pending.append(files[path])
+    return kept
+
+
+def _path(module: str) -> str:
+    return module.replace(".", "/") + ".py"
+
+
+def _imports(text: str) -> Iterator[tuple[str, str]]:
+    """(module, name) of every absolute ``from`` import, wherever it is."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                yield node.module or "", alias.name
 
 
 def defining_file(tree: Path, module: str, name: str) -> str:
@@ -101,12 +119,10 @@ def missing_imports(tree: Path, files: dict[str, str]) -> Iterator[tuple[str, st
     """
     for path, text in files.items():
         if path.endswith(".py"):
-            for node in ast.walk(ast.parse(text)):
-                if isinstance(node, ast.ImportFrom) and not node.level:
-                    for alias in node.names:
-                        problem = _problem(tree, files, node.module or "", alias.name)
-                        if problem:
-                            yield path, problem
+            for module, name in _imports(text):
+                problem = _problem(tree, files, module, name)
+                if problem:
+                    yield path, problem
 
 
 def _problem(tree: Path, files: dict[str, str], module: str, name: str) -> str | None:

@@ -3,7 +3,8 @@
 """Where prefill begins and how its GEMMs are cut up, per family of devices.
 
 The numbers are in ``configs/hybrid_w4a16_tiles.json``, one entry per family with the
-source of its numbers; ``benchmarks/tune_prefill.py`` measures an entry on the machine at hand.
+source of its numbers; ``benchmarks/tune_prefill.py`` measures an entry on the machine
+at hand.
 """
 
 import functools
