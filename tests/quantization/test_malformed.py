@@ -300,7 +300,6 @@ CONFIGS = {
         {"group_size": -1},
     ],
     "compressed-tensors": [
-        {"format": "int-quantized"},
         {"config_groups": {}},
         *(
             {

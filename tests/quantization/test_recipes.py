@@ -313,6 +313,14 @@ def test_activation_order_is_declined_where_vllm_lets_it_through(monkeypatch):
         method_of(tensors)
 
 
+def test_compressed_tensors_in_another_format_is_declined(monkeypatch):
+    monkeypatch.setenv(switch.NAME, "require")
+    config = quant_config("compressed-tensors")
+    config.target_scheme_map["Linear"]["format"] = "int-quantized"
+    with pytest.raises(ValueError, match="declined: format is 'int-quantized'"):
+        method_of(config)
+
+
 def test_gptq_asymmetric_is_refused_by_vllm_itself():
     with pytest.raises(ValueError, match="bits=4, sym=False"):
         quant_config("gptq", 64, False)

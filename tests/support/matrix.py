@@ -191,6 +191,7 @@ def table(results: list[dict[str, Any]]) -> str:
             if of:
                 what = "in every format" if model != "qwen3_moe" else deployment
                 lines.append(f"| {model}, {what} | {sum(of)} of {len(of)} | | |")
+    lines += ["", f"{len(results)} of {len(full())} cells have been run."]
     return "\n".join(lines) + "\n"
 
 
