@@ -30,7 +30,9 @@ pytestmark = pytest.mark.packaging
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 OUR_TREE = CHECKOUT / "vllm"
-OURS = sorted(str(file.relative_to(OUR_TREE)) for file in OUR_TREE.rglob("*.py"))
+FILES = [*OUR_TREE.rglob("*.py"), *OUR_TREE.rglob("*.json")]
+OURS = sorted(str(file.relative_to(OUR_TREE)) for file in FILES)
+MODULES = [file for file in OURS if file.endswith(".py")]
 LIBRARY = "_hybrid_w4a16_C.so"
 SKIP_CHECK = {"HYBRID_W4A16_SKIP_VLLM_CHECK": "1"}
 
@@ -45,7 +47,7 @@ def module_name(file: str) -> str:
 def entry_modules() -> list[str]:
     """Those of our modules whose parent package is vLLM's."""
     own_packages = [module_name(file) for file in OURS if file.endswith("__init__.py")]
-    names = [module_name(file) for file in OURS]
+    names = [module_name(file) for file in MODULES]
     return [name for name in names if name.rpartition(".")[0] not in own_packages]
 
 
@@ -357,7 +359,7 @@ def test_wheel_beside_the_real_vllm(make_env, wheel, tmp_path):
     assert before == []
     env.install(wheel)
 
-    modules = [name for name in map(module_name, OURS) if "__main__" not in name]
+    modules = [name for name in map(module_name, MODULES) if "__main__" not in name]
     output = run(env.python, "-c", REAL_PROBE, *modules, cwd=tmp_path)
     seen = json.loads(output.splitlines()[-1])
     assert Path(seen["vllm"]) == env.site / "vllm" / "__init__.py"
@@ -454,9 +456,9 @@ def test_message_when_torch_is_missing_or_old(version, expected, make_env, sourc
 
 def test_message_when_vllm_has_a_file_of_ours(make_env, source):
     env = make_env()
-    write_files(add_vllm(env), {OURS[0]: ""})
+    write_files(add_vllm(env), {MODULES[0]: ""})
     message = failing_install(env, source)
-    assert f"already has {OURS[0]}. Nothing is overwritten" in message
+    assert f"already has {MODULES[0]}. Nothing is overwritten" in message
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def accept(
         return True
     _accepted.discard(prefix)
     _declined[prefix] = reason
-    if reason == tensor_parallel_misfit(layer.moe_config, group_size):
+    if isinstance(reason, TensorParallelMisfit):
         raise ValueError(
             f"MoE layer {prefix}: {reason}, or {switch.NAME}=0 for vLLM's own way"
         )
@@ -123,9 +123,13 @@ def decline_reason(
     return None
 
 
+class TensorParallelMisfit(str):
+    """A reason that another tensor parallel size would take away."""
+
+
 def tensor_parallel_misfit(
     config: "FusedMoEConfig", group_size: int | tuple[int, int]
-) -> str | None:
+) -> TensorParallelMisfit | None:
     """What to say where ranks get parts of a group, but another number would not."""
     size, ranks = config.intermediate_size, config.moe_parallel_config.tp_size
     if ranks == 1 or not isinstance(group_size, int) or group_size < 1:
@@ -134,7 +138,7 @@ def tensor_parallel_misfit(
     if size % group_size or groups % ranks == 0:
         return None
     fits = [str(n) for n in range(1, groups + 1) if groups % n == 0]
-    return (
+    return TensorParallelMisfit(
         f"tensor parallel size {ranks} cuts the experts' intermediate size {size} into "
         f"{size / ranks:g} per rank, not a multiple of the group size {group_size}; "
         f"sizes that work: {', '.join(fits)}; or --enable-expert-parallel"
