@@ -299,7 +299,7 @@ def test_wheel_holds_our_files_and_none_of_vllms(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         top_level = archive.read(f"{info}/top_level.txt").decode().split()
-        requirements = archive.read(f"{info}/METADATA").decode().count("Requires-Dist")
+        metadata_lines = archive.read(f"{info}/METADATA").decode().splitlines()
     assert names == {
         "vllm_hybrid_w4a16.py",
         "vllm_hybrid_w4a16.pth",
@@ -311,7 +311,8 @@ def test_wheel_holds_our_files_and_none_of_vllms(wheel):
     vllm_dist = distribution(vllm_distribution())
     assert not names & {str(file) for file in vllm_dist.files or ()}
     assert top_level == ["vllm_hybrid_w4a16"]
-    assert requirements == 0
+    required = [line for line in metadata_lines if line.startswith("Requires-Dist")]
+    assert all(line.endswith('; extra == "fork"') for line in required), required
     assert wheel.name.startswith("vllm_hybrid_w4a16-0.1.0-py3-none-linux_")
 
 

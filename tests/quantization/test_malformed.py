@@ -343,7 +343,7 @@ def test_config_that_does_not_fit_the_tensors(format, index, monkeypatch):
     monkeypatch.setenv("VLLM_HYBRID_W4A16_MOE", "require")
     change = CONFIGS[format][index]
     checkpoint = Checkpoint(SHAPE, True, format=format)
-    # Exception: vLLM's config classes and pydantic raise what they like, some of it
+    # Exception: vLLM's config classes and pydantic raise what they like, among them
     # bare assertions
     with pytest.raises(Exception) as error:  # noqa: B017, PT011
         config = quant_config(format, 32, **change)
