@@ -9,6 +9,8 @@ and up with the activation applied, then down, weighted and summed over top-k. O
 many tokens (prefill) go through Triton instead, over the same weights.
 """
 
+from typing import NamedTuple
+
 import torch
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
@@ -46,6 +48,22 @@ _OP_ACTIVATION = {
     MoEActivation.GELU_TANH: "gelu_tanh",
     MoEActivation.SWIGLUOAI_UNINTERLEAVE: "swigluoai",
 }
+
+
+class _Call(NamedTuple):
+    """What ``apply`` was called with, as both paths take it."""
+
+    output: torch.Tensor
+    x: torch.Tensor
+    w1: torch.Tensor
+    w2: torch.Tensor
+    topk_weights: torch.Tensor | None
+    topk_ids: torch.Tensor
+    activation: str
+    activation_arguments: tuple[float, float, float | None]
+    global_num_experts: int
+    expert_map: torch.Tensor | None
+    workspace: torch.Tensor
 
 
 class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
@@ -168,78 +186,53 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             workspace2: as ``workspace_shapes`` asked for it.
         """
         assert self.w1_scale is not None and self.w2_scale is not None
-        weights = None if apply_router_weight_on_input else topk_weights.float()
-        is_prefill = self._is_prefill(hidden_states.shape[0])
-        run = self._prefill if is_prefill else self._decode
-        run(
+        call = _Call(
             output,
             hidden_states,
             w1,
             w2,
-            weights,
+            None if apply_router_weight_on_input else topk_weights.float(),
             topk_ids,
-            activation,
+            _OP_ACTIVATION[activation],
+            self._activation_arguments(activation),
             global_num_experts,
             expert_map,
             workspace2,
         )
+        if self._is_prefill(hidden_states.shape[0]):
+            self._prefill(call)
+        else:
+            self._decode(call)
 
-    def _decode(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor | None,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        workspace: torch.Tensor,
-    ) -> None:
-        gate_up = workspace.flatten(0, 1)
-        alpha, beta, limit = self._activation_arguments(activation)
+    def _decode(self, call: _Call) -> None:
+        gate_up = call.workspace.flatten(0, 1)
         ops.fused_moe_wvSplitK_int4_gate_up(
-            hidden_states,
-            w1,
+            call.x,
+            call.w1,
             self.w1_scale,
             gate_up,
-            topk_ids,
-            _OP_ACTIVATION[activation],
+            call.topk_ids,
+            call.activation,
             self.cu_count,
             self.group_size,
             self.w1_zp,
-            expert_map,
-            alpha,
-            beta,
-            limit,
+            call.expert_map,
+            *call.activation_arguments,
         )
         ops.fused_moe_wvSplitK_int4_down(
             gate_up,
-            w2,
+            call.w2,
             self.w2_scale,
-            output,
-            topk_ids,
-            topk_weights,
+            call.output,
+            call.topk_ids,
+            call.topk_weights,
             self.cu_count,
             self.group_size,
             self.w2_zp,
-            expert_map,
+            call.expert_map,
         )
 
-    def _prefill(
-        self,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor | None,
-        topk_ids: torch.Tensor,
-        activation: MoEActivation,
-        global_num_experts: int,
-        expert_map: torch.Tensor | None,
-        workspace: torch.Tensor,
-    ) -> None:
+    def _prefill(self, call: _Call) -> None:
         from vllm.model_executor.layers.fused_moe.experts import (
             hybrid_w4a16_triton as prefill,
         )
@@ -248,30 +241,29 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         )
 
         assert self.tiles is not None
-        sizes = *topk_ids.shape, w2.shape[1], w1.shape[1] // 2
+        sizes = *call.topk_ids.shape, call.w2.shape[1], call.w1.shape[1] // 2
         tokens, top_k, hidden, intermediate = sizes
         tiles = prefill_tiles(
-            self.tiles, tokens * top_k, global_num_experts, hidden, intermediate
+            self.tiles, tokens * top_k, call.global_num_experts, hidden, intermediate
         )
+        expert_map = call.expert_map
         blocks = moe_align_block_size(
-            topk_ids,
+            call.topk_ids,
             tiles.gate_up.block_m,
-            w1.shape[0] if expert_map is None else global_num_experts,
+            call.w1.shape[0] if expert_map is None else call.global_num_experts,
             expert_map,
             ignore_invalid_experts=expert_map is not None,
         )
         prefill.prefill_experts(
-            hidden_states,
-            prefill.Int4Matrix(w1, self.w1_scale, self.w1_zp, self.group_size),
-            prefill.Int4Matrix(w2, self.w2_scale, self.w2_zp, self.group_size),
-            output,
-            prefill.Workspace.split(workspace, *sizes),
-            topk_ids,
-            topk_weights,
+            call.x,
+            prefill.Int4Matrix(call.w1, self.w1_scale, self.w1_zp, self.group_size),
+            prefill.Int4Matrix(call.w2, self.w2_scale, self.w2_zp, self.group_size),
+            call.output,
+            prefill.Workspace.split(call.workspace, *sizes),
+            call.topk_ids,
+            call.topk_weights,
             expert_map,
             prefill.Blocks(*blocks),
-            prefill.Activation(
-                _OP_ACTIVATION[activation], *self._activation_arguments(activation)
-            ),
+            prefill.Activation(call.activation, *call.activation_arguments),
             tiles,
         )
