@@ -58,6 +58,7 @@ def stored_linear(format, rows, groups, group_size, symmetric, seed):
     return stored, {name: torch.from_numpy(array) for name, array in stored.items()}
 
 
+@settings(deadline=None)
 @given(**layouts)
 def test_packed_is_what_is_on_disk(format, rows, groups, group_size, symmetric, seed):
     stored, tensors = stored_linear(format, rows, groups, group_size, symmetric, seed)
@@ -112,6 +113,7 @@ def test_op_on_packed_is_matmul_on_dequantized(
     assert (np.abs(output.double().numpy() - expected) <= limit).all()
 
 
+@settings(deadline=None)
 @given(seed=layouts["seed"], rows=layouts["rows"], groups=layouts["groups"])
 def test_gptq_agrees_with_vllms_pack_and_unpack(seed, rows, groups):
     q = torch.from_numpy(
@@ -126,6 +128,7 @@ def test_gptq_agrees_with_vllms_pack_and_unpack(seed, rows, groups):
     assert torch.equal(unpacked, q.int())
 
 
+@settings(deadline=None)
 @given(seed=layouts["seed"], rows=layouts["rows"], groups=layouts["groups"])
 def test_awq_agrees_with_vllms_pack(seed, rows, groups):
     q = torch.from_numpy(
@@ -138,6 +141,7 @@ def test_awq_agrees_with_vllms_pack(seed, rows, groups):
     np.testing.assert_array_equal(unpack_row_zeros(zeros.numpy()), q.t())
 
 
+@settings(deadline=None)
 @given(seed=layouts["seed"], rows=layouts["rows"], groups=layouts["groups"])
 def test_pack_quantized_agrees_with_compressed_tensors(seed, rows, groups):
     rng = np.random.default_rng(seed)
