@@ -25,6 +25,9 @@ ROWS = (
     ("fork/**/*", "fork", ""),
 )
 
+# Reads checkpoints in tests/fixtures: binary files, and a patch takes text only.
+NEEDS_FIXTURES = "tests/hybrid_w4a16/quantization/test_real_checkpoints.py"
+
 PLUGIN = "vllm/plugins/hybrid_w4a16"
 
 OUR_HEADER = "Copyright contributors to the hybrid-w4a16 project"
@@ -58,6 +61,7 @@ def files_to_add(project: Path) -> dict[str, str]:
             if file.is_file() and "__pycache__" not in file.parts:
                 path = (Path(target) / file.relative_to(project / base)).as_posix()
                 files[path] = file.read_text().replace(OUR_HEADER, VLLM_HEADER)
+    del files[NEEDS_FIXTURES]
     return dict(sorted(_without_overlay(files).items()))
 
 
