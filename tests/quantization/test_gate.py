@@ -8,7 +8,14 @@ import re
 
 import pytest
 import torch
-from moe_layers import LAYER_NAME, Checkpoint, Shape, inc_config, make_layer
+from moe_layers import (
+    LAYER_NAME,
+    Checkpoint,
+    Shape,
+    fresh_gate_records,
+    inc_config,
+    make_layer,
+)
 
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
@@ -22,12 +29,7 @@ from vllm.plugins.hybrid_w4a16 import gate, switch
 @pytest.fixture(autouse=True)
 def fresh_gate(monkeypatch):
     """An empty record per test, and log lines that caplog sees."""
-    for record in ("_accepted", "_reasons_logged"):
-        monkeypatch.setattr(gate, record, set())
-    for record in ("_ready", "_declined"):
-        monkeypatch.setattr(gate, record, {})
-    monkeypatch.delenv(switch.NAME, raising=False)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    fresh_gate_records(monkeypatch)
 
 
 EPLB = dataclasses.replace(FusedMoEParallelConfig.make_no_parallel(), enable_eplb=True)

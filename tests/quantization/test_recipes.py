@@ -2,11 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Checkpoints whose layers are not all alike, and formats that are not taken."""
 
-import logging
-
 import pytest
 import torch
-from moe_layers import CONFIG_CLASSES, LAYER_NAME, Shape, make_layer, quant_config
+from moe_layers import (
+    CONFIG_CLASSES,
+    LAYER_NAME,
+    Shape,
+    fresh_gate_records,
+    make_layer,
+    quant_config,
+)
 
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -21,7 +26,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
     HybridW4A16MoEMethod,
 )
 from vllm.model_executor.layers.quantization.inc.schemes import inc_wna16_scheme
-from vllm.plugins.hybrid_w4a16 import gate, switch
+from vllm.plugins.hybrid_w4a16 import switch
 
 AUTOROUND = ["auto_round:auto_gptq", "auto_round:auto_awq"]
 EXPERT = LAYER_NAME.replace(".", r"\.")
@@ -30,12 +35,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @pytest.fixture(autouse=True)
 def fresh_gate(monkeypatch):
-    for record in ("_accepted", "_reasons_logged"):
-        monkeypatch.setattr(gate, record, set())
-    for record in ("_ready", "_declined"):
-        monkeypatch.setattr(gate, record, {})
-    monkeypatch.delenv(switch.NAME, raising=False)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    fresh_gate_records(monkeypatch)
 
 
 def every_expert(recipe, projections=PROJECTIONS, experts=8):

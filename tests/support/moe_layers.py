@@ -3,6 +3,7 @@
 """Routed-experts layers as vLLM builds them, and checkpoints to load into them."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 from vllm.model_executor.layers.quantization.inc.inc import INCConfig
+from vllm.plugins.hybrid_w4a16 import gate, switch
 
 LAYER_NAME = "model.layers.3.mlp.experts"
 
@@ -189,6 +191,16 @@ def random_routing(
     logits = torch.randn(tokens, shape.experts, generator=generator)
     weights, ids = logits.softmax(-1).topk(shape.top_k)
     return weights / weights.sum(-1, keepdim=True), ids.int()
+
+
+def fresh_gate_records(monkeypatch) -> None:
+    """For one test: an empty gate, no switch, and log lines that caplog sees."""
+    for record in ("_accepted", "_reasons_logged"):
+        monkeypatch.setattr(gate, record, set())
+    for record in ("_ready", "_declined"):
+        monkeypatch.setattr(gate, record, {})
+    monkeypatch.delenv(switch.NAME, raising=False)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 
 def run_layer(
