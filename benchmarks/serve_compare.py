@@ -4,18 +4,20 @@
 """Compares ways to serve a model: ``vllm serve`` under ``vllm bench serve``.
 
 Each round starts every variant's server once, warms it up and drives all load points;
-rounds alternate the order. Writes DIR/serve.json, serve.md and serve.png. Exit status:
-0; 1 when a variant did not run; 2 for a bad argument; 130 after Ctrl-C, which stops
-the servers.
+rounds alternate the order. With --together all servers start once, side by side, and
+take turns. Writes DIR/serve.json, serve.md and serve.png. Exit status: 0; 1 when a
+variant did not run; 2 for a bad argument; 130 after Ctrl-C, which stops the servers.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from serve_bench.summary import summarize  # noqa: E402
 from vllm_server import ServerError, VllmServer  # noqa: E402
 
 START_REPORT_S = 20.0
+Case = tuple[Variant, str]  # and its mode
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -65,6 +68,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add("--warmups", type=int, default=2, help="requests before each point (default 2)")
     add("--repeats", type=int, default=3, help="rounds (default 3)")
+    add(
+        "--together",
+        action="store_true",
+        help="start all servers side by side and keep them for all rounds; only one is "
+        "driven at a time, their memory has to fit (--serve-args)",
+    )
     add(
         "--serve-args", default="", help="arguments for every vllm serve, as one string"
     )
@@ -141,45 +150,75 @@ class Comparison:
         models = list(dict.fromkeys(v.model for v in options.variants))
         self.facts = facts.gather(models, contexts, options.bandwidth)
         cases = [(v, mode) for mode in options.modes for v in options.variants]
-        for number in range(options.repeats):
-            for variant, mode in cases if number % 2 == 0 else cases[::-1]:
-                name = f"{variant.name}, {mode}"
-                if name in self.failures:
-                    continue
-                self.progress.say(f"round {number + 1}/{options.repeats}: {name}")
-                try:
-                    self.measure(number, variant, mode)
-                except ServerError as error:
-                    self.failures[name] = str(error)
-                    self.progress.say(f"  FAILED: {error}")
-            self.write()
+        with contextlib.ExitStack() as kept:
+            servers = self.start_all(cases, kept) if options.together else {}
+            for number in range(options.repeats):
+                for case in cases if number % 2 == 0 else cases[::-1]:
+                    if _name(case) in self.failures:
+                        continue
+                    self.progress.say(
+                        f"round {number + 1}/{options.repeats}: {_name(case)}"
+                    )
+                    with self.noting_failure(case), contextlib.ExitStack() as stack:
+                        server = servers.get(_name(case))
+                        if server is None:
+                            server = stack.enter_context(self.server(case, number))
+                            self.wait_ready(server)
+                        self.measure(number, case, server)
+                self.write()
 
-    def measure(self, number: int, variant: Variant, mode: str) -> None:
-        """One server, all load points. Raises ``ServerError``."""
-        options = self.options
-        log = options.out / f"{variant.name}-{mode}-{number + 1}.log"
-        words = [*MODES[mode], *shlex.split(options.serve_args), *variant.arguments]
-        with VllmServer(variant.model, log, words, variant.environment) as server:
-            watch = StartWatch(server, self.progress)
-            server.wait_ready(options.start_timeout, watch)
-            self.progress.say("  the server is ready")
-            for point in options.points:
-                values = self.drive(server, variant, point)
-                self.samples.append(
-                    {
-                        "variant": variant.name,
-                        "mode": mode,
-                        "round": number,
-                        **vars(point),
-                        **values,
-                    }
-                )
-                self.progress.say(
-                    f"  {point}: TTFT {values['ttft_ms']:.1f} ms, TPOT "
-                    f"{values['tpot_ms']:.2f} ms, "
-                    f"{values['output_tokens_per_s']:.1f} tokens/s"
-                )
-            self.moe_log[variant.name] = moe_lines(server.log_text())
+    def server(self, case: Case, number: int) -> VllmServer:
+        """A server that starts when it is entered."""
+        variant, mode = case
+        log = self.options.out / f"{variant.name}-{mode}-{number + 1}.log"
+        words = [*MODES[mode], *shlex.split(self.options.serve_args)]
+        return VllmServer(
+            variant.model, log, [*words, *variant.arguments], variant.environment
+        )
+
+    def start_all(
+        self, cases: list[Case], kept: contextlib.ExitStack
+    ) -> dict[str, VllmServer]:
+        """By name of the case: its server, ready unless the failure is noted."""
+        self.progress.say(f"starting {len(cases)} servers")
+        servers = {_name(c): kept.enter_context(self.server(c, 0)) for c in cases}
+        for case in cases:
+            with self.noting_failure(case):
+                self.wait_ready(servers[_name(case)])
+        return servers
+
+    @contextlib.contextmanager
+    def noting_failure(self, case: Case) -> Iterator[None]:
+        try:
+            yield
+        except ServerError as error:
+            self.failures[_name(case)] = str(error)
+            self.progress.say(f"  FAILED: {_name(case)}: {error}")
+
+    def wait_ready(self, server: VllmServer) -> None:
+        server.wait_ready(self.options.start_timeout, StartWatch(server, self.progress))
+        self.progress.say("  the server is ready")
+
+    def measure(self, number: int, case: Case, server: VllmServer) -> None:
+        """All load points of a server that is ready. Raises ``ServerError``."""
+        variant, mode = case
+        for point in self.options.points:
+            values = self.drive(server, variant, point)
+            self.samples.append(
+                {
+                    "variant": variant.name,
+                    "mode": mode,
+                    "round": number,
+                    **vars(point),
+                    **values,
+                }
+            )
+            self.progress.say(
+                f"  {point}: TTFT {values['ttft_ms']:.1f} ms, TPOT "
+                f"{values['tpot_ms']:.2f} ms, "
+                f"{values['output_tokens_per_s']:.1f} tokens/s"
+            )
+        self.moe_log[variant.name] = moe_lines(server.log_text())
 
     def drive(
         self, server: VllmServer, variant: Variant, point: Point
@@ -210,6 +249,7 @@ class Comparison:
                 "warmups": options.warmups,
                 "image": options.image,
                 "serve_args": options.serve_args,
+                "together": options.together,
                 "note": options.note,
             },
             "variants": [
@@ -229,6 +269,10 @@ class Comparison:
         (out / "serve.md").write_text(report.markdown(result))
         if result["summary"]:
             report.plot(out / "serve.png", result)
+
+
+def _name(case: Case) -> str:
+    return f"{case[0].name}, {case[1]}"
 
 
 def moe_lines(log: str) -> list[str]:

@@ -29,10 +29,14 @@ def markdown(result: dict[str, Any]) -> str:
     versions = [machine["vllm"], f"torch {machine['torch']}"]
     versions += [f"{name} {v}" for name, v in machine["packages"].items() if v]
     commit = str(machine["commit"])[:12] + " with changes" * bool(machine["dirty"])
+    servers = (
+        "all on the same servers, started together and driven one at a time"
+        if settings["together"]
+        else "each with servers of its own"
+    )
     how = (
-        f"Median (least to largest) of {settings['repeats']} rounds, each with servers "
-        f"of its own; ratio: output tokens/s over `{result['baseline']}` in the same "
-        "round."
+        f"Median (least to largest) of {settings['repeats']} rounds, {servers}; ratio: "
+        f"output tokens/s over `{result['baseline']}` in the same round."
     )
     lines = [
         f"# Serving: {', '.join(v['name'] for v in result['variants'])}",

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Servers on the bundled checkpoint, and what it should compute."""
 
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,16 @@ from vllm_server import VllmServer  # noqa: E402
 
 START_TIMEOUT_S = 600.0
 
+# A small model does not need the share of a GPU's memory that vLLM takes by default;
+# other processes may be using it.
+_ON_GPU = ["--gpu-memory-utilization=0.2", f"--kv-cache-memory-bytes={2**30}"]
+SERVE_ARGUMENTS = [
+    "--no-enable-prefix-caching",
+    *(_ON_GPU if torch.cuda.is_available() else []),
+    # what the machine at hand needs, such as another attention backend
+    *shlex.split(os.environ.get("HYBRID_W4A16_TEST_SERVE_ARGS", "")),
+]
+
 # What each server is started with: vLLM's defaults with the switch at its default (on
 # CUDA hybrid is opt-in), and eager mode under "require". The cache of compiled code is
 # thrown away with the server, so that what runs is what the sources say now.
@@ -25,6 +37,12 @@ MODES: dict[str, tuple[list[str], str | None]] = {
     "compiled": ([], None if torch.version.cuda is None else "1"),
     "eager": (["--enforce-eager"], "require"),
 }
+
+
+@pytest.fixture(scope="session")
+def serve_arguments() -> list[str]:
+    """For every server."""
+    return SERVE_ARGUMENTS
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +69,7 @@ def client(
     with VllmServer(
         checkpoint,
         folder / "server.log",
-        ["--dtype=bfloat16", "--no-enable-prefix-caching", *arguments],
+        ["--dtype=bfloat16", *SERVE_ARGUMENTS, *arguments],
         environment,
     ) as server:
         server.wait_ready(START_TIMEOUT_S)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, Qwen3MoeForCausalLM
+from transformers.initialization import no_init_weights
 
 _NUMPY_OF = {
     "I64": np.int64,
@@ -63,8 +64,14 @@ def dequantize(
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights in float32, dequantized, named as in the file."""
-    stored = read_safetensors(folder / "model.safetensors")
+    """The checkpoint's weights in float32, dequantized, named as in the files."""
+    dense = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        dense.update(_dense(read_safetensors(file)))
+    return {name: torch.from_numpy(w) for name, w in dense.items()}
+
+
+def _dense(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     dense = {}
     for name, tensor in stored.items():
         layer, _, kind = name.rpartition(".")
@@ -72,8 +79,8 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
             parts = (stored[f"{layer}.{part}"] for part in ("qzeros", "scales"))
             dense[f"{layer}.weight"] = dequantize(tensor, *parts)
         elif kind not in ("qzeros", "scales"):
-            dense[name] = tensor
-    return {name: torch.from_numpy(np.array(w)) for name, w in dense.items()}
+            dense[name] = np.array(tensor, np.float32)
+    return dense
 
 
 def _fuse_experts(
@@ -96,7 +103,7 @@ class ReferenceModel:
     """float32 results of an ``auto_round:auto_gptq`` Qwen3-MoE checkpoint.
 
     Args:
-        folder: config.json, tokenizer.json and a single model.safetensors.
+        folder: config.json, tokenizer.json and ``*.safetensors``, no linear in two.
     """
 
     def __init__(self, folder: Path):
@@ -105,9 +112,11 @@ class ReferenceModel:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         weights = _weights(folder)
         _fuse_experts(weights, config.num_hidden_layers, config.num_experts)
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # tied
-        self.model = Qwen3MoeForCausalLM(config).eval()
-        self.model.load_state_dict(weights)
+        if config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        with no_init_weights():  # random numbers for a large model take long
+            self.model = Qwen3MoeForCausalLM(config).eval()
+        self.model.load_state_dict(weights, assign=True)
 
     @torch.inference_mode()
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
