@@ -46,7 +46,7 @@ extern "C" GPU_KERNEL(128) void block_sum(const char* fault, const float* in,
   sum += gpu::shuffle_xor<2>(sum);
   sum += gpu::shuffle_xor<1>(sum);
   const bool written = !broken("uninitialised LDS") || wave != 2;
-  if (lane == 0 && written) lds[broken("LDS overrun") ? wave + 129 : wave] = sum;
+  if (lane == 0 && written) lds[broken("LDS overrun") ? wave + 641 : wave] = sum;
   if (broken("barrier in one wave")) {
     if (wave != 1) return;
     gpu::block_barrier();
