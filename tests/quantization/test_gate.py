@@ -33,12 +33,20 @@ def fresh_gate(monkeypatch):
 
 
 EPLB = dataclasses.replace(FusedMoEParallelConfig.make_no_parallel(), enable_eplb=True)
-BATCHED = dataclasses.replace(
-    FusedMoEParallelConfig.make_no_parallel(),
-    dp_size=2,
-    ep_size=2,
-    use_ep=True,
-    all2all_backend="deepep_low_latency",
+
+
+def data_parallel(backend="allgather_reducescatter", ep=True):
+    return dataclasses.replace(
+        FusedMoEParallelConfig.make_no_parallel(),
+        dp_size=2,
+        ep_size=2 if ep else 1,
+        use_ep=ep,
+        all2all_backend=backend,
+    )
+
+
+PASSTHROUGH = dataclasses.replace(
+    FusedMoEParallelConfig.make_no_parallel(), all2all_backend="passthrough"
 )
 
 # what differs from a layer that is accepted, and the reason that names it
@@ -70,7 +78,21 @@ DECLINED = {
     "bias": ({}, {"has_bias": True}, "experts have a bias"),
     "LoRA": ({}, {"is_lora_enabled": True}, "LoRA is enabled"),
     "EPLB": ({}, {"moe_parallel_config": EPLB}, "EPLB.* is enabled"),
-    "batched experts": ({}, {"moe_parallel_config": BATCHED}, "batches per expert"),
+    "batched experts": (
+        {},
+        {"moe_parallel_config": data_parallel("deepep_low_latency")},
+        "all-to-all backend deepep_low_latency, supported: allgather_reducescatter",
+    ),
+    "other weights": (
+        {},
+        {"moe_parallel_config": data_parallel("moonep")},
+        "all-to-all backend moonep, supported: allgather_reducescatter",
+    ),
+    "experts dispatch": (
+        {},
+        {"moe_parallel_config": PASSTHROUGH},
+        "all-to-all backend passthrough, supported: allgather_reducescatter",
+    ),
 }
 
 

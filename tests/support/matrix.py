@@ -86,11 +86,15 @@ def run_cells(
         finally:
             for process in processes:
                 process.kill()
-        answers = folder / f"answers-{ranks}-0.jsonl"
-        lines = answers.read_text().splitlines() if answers.exists() else []
-        for line in lines:
-            answer = json.loads(line)
-            found[Cell.from_json(answer["cell"])] = answer
+        for rank in range(ranks):
+            answers = folder / f"answers-{ranks}-{rank}.jsonl"
+            lines = answers.read_text().splitlines() if answers.exists() else []
+            for answer in map(json.loads, lines):
+                cell = Cell.from_json(answer["cell"])
+                if rank == 0 or "error" in answer:
+                    found[cell] = answer
+                elif cell.data_parallel and "answers" in found.get(cell, {}):
+                    found[cell]["answers"] += answer["answers"]
     for cell in cells:
         log = folder / f"log-{cell.ranks}-0.txt"
         found.setdefault(cell, {"error": f"no answer:\n{log.read_text()[-2000:]}"})
@@ -123,9 +127,11 @@ def judge(
         }
         same = one_rank.get((cell.recipe, cell.dtype))
         if same is not None and same is not answer:
-            verdict["same_tokens"] = [a["tokens"] for a in same["answers"]] == [
-                a["tokens"] for a in answer["answers"]
-            ]
+            # of data parallel ranks only the first gets the prompts of one rank
+            verdict["same_tokens"] = all(
+                one["tokens"] == other["tokens"]
+                for one, other in zip(same["answers"], answer["answers"], strict=False)
+            )
         verdict["ok"] = is_good(cell, verdict)
         verdicts[cell] = verdict
     return verdicts

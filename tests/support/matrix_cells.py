@@ -27,12 +27,21 @@ class Deployment:
     reload: bool = False
     """Garbage is loaded over the weights first, then the checkpoint again."""
 
+    @property
+    def data_parallel(self) -> bool:
+        """Each rank answers prompts of its own."""
+        return "data_parallel_size" in self.arguments
+
 
 DEPLOYMENTS = {
     "1 rank": Deployment(),
     "TP 2": Deployment(2, {"tensor_parallel_size": 2}),
     "TP 2, EP 2": Deployment(
         2, {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    ),
+    "DP 2": Deployment(2, {"data_parallel_size": 2}),
+    "DP 2, EP 2": Deployment(
+        2, {"data_parallel_size": 2, "enable_expert_parallel": True}
     ),
     # eager, vLLM 0.32's CPU model runner has no buffer for what the second stage gets
     "PP 2": Deployment(
@@ -60,6 +69,10 @@ class Cell:
     @property
     def ranks(self) -> int:
         return DEPLOYMENTS[self.deployment].ranks
+
+    @property
+    def data_parallel(self) -> bool:
+        return DEPLOYMENTS[self.deployment].data_parallel
 
     @property
     def name(self) -> str:
@@ -101,7 +114,15 @@ def other_models() -> list[Cell]:
 
 
 def other_deployments() -> list[Cell]:
-    return [Cell(DEPLOYED, "bfloat16", name) for name in OTHER_DEPLOYMENTS]
+    """Data parallel in float16, where the tokens have to be those of one rank."""
+    return [
+        Cell(
+            DEPLOYED,
+            "float16" if DEPLOYMENTS[name].data_parallel else "bfloat16",
+            name,
+        )
+        for name in OTHER_DEPLOYMENTS
+    ]
 
 
 def full() -> list[Cell]:

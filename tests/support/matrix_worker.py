@@ -31,8 +31,11 @@ os.environ.update(
 )
 
 
-def answers(llm: Any, with_prompt: bool) -> list[dict[str, Any]]:
-    """Greedy completions with the log-probabilities of what was seen and said."""
+def answers(llm: Any, with_prompt: bool, seed: int = 0) -> list[dict[str, Any]]:
+    """Greedy completions with the log-probabilities of what was seen and said.
+
+    seed: of the prompts, whose length depends on it, too.
+    """
     from vllm import SamplingParams
 
     parameters = SamplingParams(
@@ -43,7 +46,8 @@ def answers(llm: Any, with_prompt: bool) -> list[dict[str, Any]]:
         detokenize=False,
         ignore_eos=True,
     )
-    texts = [{"prompt_token_ids": ids} for ids in prompts(PROMPTS, PROMPT_TOKENS)]
+    length = PROMPT_TOKENS - 5 * seed
+    texts = [{"prompt_token_ids": ids} for ids in prompts(PROMPTS, length, seed)]
     result = []
     for output in llm.generate(texts, parameters, use_tqdm=False):
         completion = output.outputs[0]
@@ -84,6 +88,37 @@ def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
     llm.reset_prefix_cache()
 
 
+def give_the_cpu_what_data_parallel_needs() -> None:
+    """vLLM's CPU communicator has no ``all_gatherv`` and ``reduce_scatterv``, so that
+    no MoE model runs data parallel there. With these it does, and the experts see the
+    tokens of all ranks as they do on a GPU.
+    """
+    import torch
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    def gather_one(self, rows, sizes):
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=self.device_group)
+        return torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
+
+    def all_gatherv(self, input_, dim=0, sizes=None):
+        assert dim == 0 and sizes is not None
+        if isinstance(input_, torch.Tensor):
+            return gather_one(self, input_, sizes)
+        return [gather_one(self, each, sizes) for each in input_]
+
+    def reduce_scatterv(self, input_, dim=0, sizes=None):
+        assert dim == 0 and sizes is not None
+        of_ranks = gather_one(self, input_[None], [1] * len(sizes))
+        total = of_ranks.float().sum(0).to(input_.dtype)
+        return total.split(sizes)[self.rank_in_group].clone()
+
+    CpuCommunicator.all_gatherv = all_gatherv
+    CpuCommunicator.reduce_scatterv = reduce_scatterv
+
+
 def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     """The answers of one cell."""
     from vllm import LLM
@@ -100,6 +135,10 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
         "dtype": cell.dtype,
         **deployment.arguments,
     }
+    seed = 0
+    if deployment.data_parallel:
+        give_the_cpu_what_data_parallel_needs()
+        seed = int(os.environ["RANK"])
     if deployment.ranks > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
     llm = LLM(str(checkpoint), **arguments)
@@ -108,7 +147,7 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
         garbage_then_checkpoint(llm, checkpoint)
     if arguments["enable_prefix_caching"]:
         answers(llm, False)  # what the second time finds in the cache
-    return answers(llm, deployment.seen)
+    return answers(llm, deployment.seen, seed)
 
 
 def main() -> None:
