@@ -7,6 +7,8 @@
 Importing vLLM takes far longer than a cell; so each rank is a process that lives for
 many cells, with vLLM's ``external_launcher`` executor where there are two. Ranks are
 told who they are by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+MATRIX_ARGUMENTS: JSON of further arguments of ``LLM``, for a vLLM that needs some.
 """
 
 import gc
@@ -18,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
 from matrix_cells import DEPLOYMENTS, Cell
 from tiny_models import make_checkpoint, prompts
 
@@ -88,12 +91,24 @@ def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
     llm.reset_prefix_cache()
 
 
+def sleep_and_wake(llm: Any) -> None:
+    """Both levels of vLLM's sleep mode, as a caller does it, do not change a token."""
+    tokens = [a["tokens"] for a in answers(llm, False)]
+    llm.sleep(level=1)
+    llm.wake_up()
+    assert [a["tokens"] for a in answers(llm, False)] == tokens
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+    assert [a["tokens"] for a in answers(llm, False)] == tokens
+
+
 def give_the_cpu_what_data_parallel_needs() -> None:
     """vLLM's CPU communicator has no ``all_gatherv`` and ``reduce_scatterv``, so that
     no MoE model runs data parallel there. With these it does, and the experts see the
     tokens of all ranks as they do on a GPU.
     """
-    import torch
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
     def gather_one(self, rows, sizes):
@@ -134,10 +149,16 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
         "max_num_batched_tokens": 128,
         "dtype": cell.dtype,
         **deployment.arguments,
+        **json.loads(os.environ.get("MATRIX_ARGUMENTS", "{}")),
     }
+    if cell.recipe.model == "qwen3_5_moe":  # there is no tokenizer to place images by
+        arguments["language_model_only"] = True
+    if torch.cuda.is_available():  # what the cell before held may be free a bit later
+        arguments["gpu_memory_utilization"] = 0.3
     seed = 0
     if deployment.data_parallel:
-        give_the_cpu_what_data_parallel_needs()
+        if not torch.cuda.is_available():
+            give_the_cpu_what_data_parallel_needs()
         seed = int(os.environ["RANK"])
     if deployment.ranks > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
@@ -145,6 +166,8 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     if deployment.reload:
         os.environ["MATRIX_CELL"] = json.dumps(cell.to_json())
         garbage_then_checkpoint(llm, checkpoint)
+    if deployment.sleep:
+        sleep_and_wake(llm)
     if arguments["enable_prefix_caching"]:
         answers(llm, False)  # what the second time finds in the cache
     return answers(llm, deployment.seen, seed)

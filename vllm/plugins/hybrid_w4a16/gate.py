@@ -119,7 +119,9 @@ def decline_reason(
             "allgather_reducescatter"
         )
     if parallel.dp_size > 1 and not can_gather_tokens():
-        return "data parallel: vLLM cannot gather tokens of several ranks on this device"
+        return (
+            "data parallel: vLLM cannot gather tokens of several ranks on this device"
+        )
     if config.has_bias:
         return "experts have a bias"
     if config.is_lora_enabled:
