@@ -96,6 +96,7 @@ def _qwen3_5_moe() -> PretrainedConfig:
         "moe_intermediate_size": INTERMEDIATE,
         "shared_expert_intermediate_size": INTERMEDIATE,
         "num_experts": EXPERTS,
+        "num_experts_per_tok": EXPERTS,  # none to choose in bf16, which ties
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 64,
