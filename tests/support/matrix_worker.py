@@ -147,14 +147,15 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
         "max_model_len": 128,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 128,
+        "kv_cache_memory_bytes": 1 << 26,
         "dtype": cell.dtype,
         **deployment.arguments,
         **json.loads(os.environ.get("MATRIX_ARGUMENTS", "{}")),
     }
+    if torch.cuda.is_available():  # what the cell before held may be free a bit later
+        arguments["gpu_memory_utilization"] = 0.5
     if cell.recipe.model == "qwen3_5_moe":  # there is no tokenizer to place images by
         arguments["language_model_only"] = True
-    if torch.cuda.is_available():  # what the cell before held may be free a bit later
-        arguments["gpu_memory_utilization"] = 0.3
     seed = 0
     if deployment.data_parallel:
         if not torch.cuda.is_available():
@@ -180,6 +181,9 @@ def main() -> None:
 
     for index, values in enumerate(json.loads(cells_file.read_text())):
         cell = Cell.from_json(values)
+        # vLLM collects garbage seven times a cell, which takes longer than all the rest
+        # of it if what was imported is looked at each time
+        gc.freeze()
         os.environ["MASTER_PORT"] = str(port + index)
         start = time.monotonic()
         answer: dict[str, Any] = {"cell": values}

@@ -172,14 +172,15 @@ class Checkpoint:
     ) -> torch.Tensor:
         """float64 [M, H]: the MoE layer over the dequantized weights."""
         result = torch.zeros(x.shape, dtype=torch.float64)
-        for m, row in enumerate(x.double()):
-            for weight, e in zip(topk_weights[m], topk_ids[m], strict=True):
-                w = {
-                    name: torch.from_numpy(self.format.dequantize(linear))
-                    for name, linear in self.experts[int(e)].items()
-                }
+        for e in topk_ids.unique().tolist():
+            w = {
+                name: torch.from_numpy(self.format.dequantize(linear))
+                for name, linear in self.experts[e].items()
+            }
+            for m, k in (topk_ids == e).nonzero().tolist():
+                row = x[m].double()
                 hidden = activation(w["gate_proj"] @ row, w["up_proj"] @ row)
-                result[m] += weight.double() * (w["down_proj"] @ hidden)
+                result[m] += topk_weights[m, k].double() * (w["down_proj"] @ hidden)
         return result
 
 
