@@ -14,6 +14,7 @@ from moe_layers import (
     Shape,
     fresh_gate_records,
     inc_config,
+    is_opt_in,
     make_layer,
 )
 
@@ -140,7 +141,12 @@ def test_declined_layer_is_an_error_under_require(case, stock_path, monkeypatch)
         make_layer(Shape(), config, **moe)
 
 
-@pytest.mark.parametrize("value", ["auto", "1", "require"])
+by_default = pytest.mark.skipif(is_opt_in(), reason="opt-in on this device")
+
+
+@pytest.mark.parametrize(
+    "value", [pytest.param("auto", marks=by_default), "1", "require"]
+)
 def test_supported_layer_is_accepted(value, monkeypatch, caplog):
     monkeypatch.setenv(switch.NAME, value)
     layer = make_layer(Shape(), inc_config())
@@ -148,6 +154,7 @@ def test_supported_layer_is_accepted(value, monkeypatch, caplog):
     assert "goes vLLM's own way" not in caplog.text
 
 
+@by_default
 def test_explicit_moe_backend_wins_over_auto(stock_path, caplog):
     with pytest.raises(Declined):
         make_layer(Shape(), inc_config(), moe_backend="triton")
