@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from moe_layers import (
+    DEVICE,
     LAYER_NAME,
     Checkpoint,
     Shape,
@@ -166,6 +167,26 @@ def test_explicit_switch_wins_over_moe_backend(value, monkeypatch):
     monkeypatch.setenv(switch.NAME, value)
     layer = make_layer(Shape(), inc_config(), moe_backend="triton")
     assert type(layer.quant_method) is INCHybridW4A16MoEMethod
+
+
+@pytest.mark.parametrize("ep", [True, False], ids=["ep", "tp"])
+def test_data_parallel_where_tokens_can_be_gathered(ep, monkeypatch):
+    """vLLM's communicator on the CPU cannot: any MoE model fails there."""
+    monkeypatch.setenv(switch.NAME, "require")
+    moe = {"moe_parallel_config": data_parallel(ep=ep)}
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="data parallel: vLLM cannot gather"):
+            make_layer(Shape(), inc_config(), **moe)
+        monkeypatch.setattr(gate, "can_gather_tokens", lambda: True)
+    layer = make_layer(Shape(), inc_config(), **moe)
+    assert type(layer.quant_method) is INCHybridW4A16MoEMethod
+
+
+def test_ranks_of_data_parallelism_cut_experts_too():
+    parallel = dataclasses.replace(data_parallel(ep=False), tp_size=4)
+    message = "tensor times data parallel size 4 cuts .*sizes that work: 1, 2; or"
+    with pytest.raises(ValueError, match=message):
+        make_layer(Shape(), inc_config(), moe_parallel_config=parallel)
 
 
 def test_missing_op_library_is_a_reason(monkeypatch, caplog):

@@ -34,6 +34,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.inc.inc import INCConfig
 from vllm.platforms import current_platform
 from vllm.plugins.hybrid_w4a16 import gate, switch
+from vllm.v1.worker.workspace import (
+    init_workspace_manager,
+    is_workspace_manager_initialized,
+)
 
 LAYER_NAME = "model.layers.3.mlp.experts"
 # Layers live where the machine's vLLM has them. What goes into them and what they
@@ -89,6 +93,8 @@ def make_layer(
     ep, tp: expert-parallel and tensor-parallel size and rank. moe_overrides: fields of
     ``FusedMoEConfig``.
     """
+    if DEVICE != "cpu" and not is_workspace_manager_initialized():
+        init_workspace_manager(torch.device(DEVICE))  # as vLLM's worker does
     ep_size, ep_rank = ep
     parallel = dataclasses.replace(
         FusedMoEParallelConfig.make_no_parallel(),
