@@ -50,7 +50,7 @@ GPU_DEVICE uint32_t unpack_pair(uint32_t word) {
   constexpr int kShift = Format<DT>::kNibbleShift - 4 * I;
   constexpr uint32_t kMask = 0x000f000fu << Format<DT>::kNibbleShift;
   const uint32_t moved = kShift >= 0 ? word << (kShift & 31) : word >> (-kShift & 31);
-  return (moved & kMask) | Format<DT>::kOffsetPair;
+  return gpu::and_or(moved, kMask, Format<DT>::kOffsetPair);
 }
 
 }  // namespace moe_int4

@@ -52,6 +52,25 @@ GPU_ANYWHERE constexpr int staged_bytes(int slots) {
 // Code for how many slots per pass serves `count` of them.
 GPU_ANYWHERE constexpr int slots_for(int count) { return count <= 1 ? 1 : kSlotsPerPass; }
 
+// Kernels for one activation row per expert: whether weights go through LDS (stream_tile.cuh).
+constexpr bool kStreams = gpu::kHasMma && gpu::kHasAsyncCopy;
+
+// StreamTile's LDS is a ring of windows, each the weights of kWindowBlocks blocks, 16 bytes a lane
+// and row set, and their activations. Once a block, zeros for lanes without activations follow.
+constexpr int kWindowBlocks = 4;
+constexpr int kRingWindows = 2;
+constexpr int kBlockWeightBytes = kRowsPerWave * kBlockK / 2;
+constexpr int kWindowWeightBytes = kWindowBlocks * kBlockWeightBytes;
+constexpr int kWindowBytes = kWindowWeightBytes + kWindowBlocks * kBlockK * 2;
+constexpr int kStreamZeroBytes = kBlockK * 2;
+
+// LDS of one wave that multiplies `pairs` pairs of `blocks` blocks each.
+GPU_ANYWHERE constexpr int stream_lds_bytes_per_wave(int blocks, int pairs) {
+  const int windows = pairs * ((blocks + kWindowBlocks - 1) / kWindowBlocks);
+  return kSlotListBytes + result_bytes(1) +
+         (windows < kRingWindows ? windows : kRingWindows) * kWindowBytes;
+}
+
 // For an entry point _tT when at most `rows` activation rows meet one expert.
 GPU_ANYWHERE constexpr int lds_bytes_per_wave(int t, int rows) {
   const int slots = slots_for(rows < t ? rows : t);

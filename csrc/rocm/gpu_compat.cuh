@@ -6,40 +6,56 @@
 //
 // Every platform offers, with the same meaning (the host branch implements exactly this list):
 //
-//   GPU_DEVICE                 attribute of a function that kernels call (inline)
-//   GPU_KERNEL(max_threads)    attribute of an entry point, `extern "C" GPU_KERNEL(256) void
-//   name(...)` kHasMma                    constexpr bool: mma_16x8x16 is the fast product here. The
-//   host takes
-//                              it from the macro GPU_HOST_MMA (0 or 1), so that tests run both.
+//   GPU_DEVICE               attribute of a function that kernels call (inline)
+//   GPU_KERNEL(max_threads)  attribute of an entry point:
+//                            `extern "C" GPU_KERNEL(256) void name(...)`
+//   kHasMma                  constexpr bool: mma_16x8x16 is the fast product here. The host takes
+//                            it from the macro GPU_HOST_MMA (0 or 1), so that tests run both.
+//   kHasAsyncCopy            constexpr bool: copies to LDS run in the background. The host takes
+//                            it from the same macro.
 //
 //   per lane, no cooperation:
-//   int lane()                 0..31
-//   int wave()                 wave of the block, 0..; wave-uniform
-//   int block_x/_y/_z()        block in the grid
-//   char* dynamic_lds()        the block's LDS, 16-byte aligned, LaunchShape::lds_bytes long,
-//                              uninitialised (the host poisons it)
-//   int uniform(int v)         v, which is the same in all lanes; may move it to a scalar register
-//   void settle(T*& p)         hint: p is worked out here rather than where it is used
-//   U32x4 load_weights(p)      16 bytes from global memory, 16-byte aligned, read once
-//   (non-temporal) U32x4 load_16(p)           16 bytes from global memory or LDS, 16-byte aligned,
-//   cached float half_to_float(uint16_t), uint16_t float_to_half(float)       fp16 bits, round to
-//   nearest even float exp2_fast(float), rcp_fast(float)                            2^x and 1/x,
-//   error below 2^-20 float dot2(Half, uint32_t a, uint32_t b, float c)                  c +
-//   a.lo*b.lo + a.hi*b.hi, fp32 sum float dot2(BFloat16, uint32_t a, uint32_t b, float c) the same
-//   for bf16 pairs void prefetch_l2(p)        hint: the 128 bytes around global address p will be
-//   read; no effect
-//                              on results for any p that may be read
-//   void allow_next_grid()     the next grid of the stream may start (CUDA with
-//   LaunchShape::overlap;
-//                              else nothing)
+//   int lane()               0..31
+//   int wave()               wave of the block, 0..; wave-uniform
+//   int block_x/_y/_z()      block in the grid
+//   char* dynamic_lds()      the block's LDS, 16-byte aligned, LaunchShape::lds_bytes long,
+//                            uninitialised (the host poisons it)
+//   int uniform(int v)       v, which is the same in all lanes; may move it to a scalar register
+//   void settle(T*& p)       hint: p is worked out here rather than where it is used
+//   U32x4 load_weights(p)    16 bytes from global memory, 16-byte aligned, read once (non-temporal)
+//   U32x4 load_16(p)         16 bytes from global memory or LDS, 16-byte aligned, cached
+//   U32x4 load_16_any(p)     the same, 2-byte aligned
+//   float half_to_float(uint16_t), uint16_t float_to_half(float)   fp16 bits, round to nearest even
+//   float exp2_fast(float), rcp_fast(float)                        2^x and 1/x, error below 2^-20
+//   float dot2(Half, uint32_t a, uint32_t b, float c)      c + a.lo*b.lo + a.hi*b.hi, fp32 sum
+//   float dot2(BFloat16, uint32_t a, uint32_t b, float c)  the same for bf16 pairs
+//   uint32_t and_or(x, mask, bits)                         (x & mask) | bits
+//   int first_bit(uint32_t)  place of the lowest bit that is set; there is one
+//   void prefetch_l2(p)      hint: the 128 bytes around global address p will be read; no effect on
+//                            results for any p that may be read
+//   void allow_next_grid()   the next grid of the stream may start (CUDA with LaunchShape::overlap;
+//                            else nothing)
 //   void wait_previous_grid()  returns when everything that the previous grid wrote is visible
 //
+//   per lane, from memory to LDS:
+//   LdsAddress lds_address(p)                    p, in LDS, to be added to and loaded from
+//   U32x4 lds_load_16(LdsAddress)                16 bytes, 16-byte aligned
+//   void copy_weights_async(LdsAddress, p, bool real)   starts copying 16 bytes from global memory
+//   void copy_16_async(LdsAddress, p, bool real)        to LDS, both 16-byte aligned; zeros unless
+//                                                real, and p is not read. Weights are read once.
+//   void commit_copies()                         what the lane started since the last one: a group
+//   void wait_copies<N>()                        returns when all but the lane's last N groups have
+//                                                arrived; other lanes see them after a barrier
+//   void wait_all_copies()                       ... when everything has, in groups or not
+//
 //   wave-collective (all 32 lanes of a wave arrive, none has left the kernel):
-//   uint32_t wave_ballot(bool)                bit i: lane i's argument
-//   T shuffle_xor<Mask>(T v)                  value of lane() ^ Mask, Mask 1, 2, 4, 8, 16; T int or
-//   float void wave_barrier()                       LDS written before by any lane of the wave is
-//   seen
-//                                             after by all of them, and reads before come first
+//   uint32_t wave_ballot(bool)       bit i: lane i's argument
+//   T shuffle_xor<Mask>(T v)         value of lane() ^ Mask, Mask 1, 2, 4, 8, 16; T int or float
+//   T shuffle(T v, int from)         value of lane `from`
+//   T shuffle_in_quad(T v, int from) value of lane lane() / 4 * 4 + from % 4
+//   void wave_barrier()              LDS written before by any lane of the wave is seen after by
+//   all
+//                                    of them, and reads before come first
 //   void mma_16x8x16(DT, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 //       d += A B for A [16, 16], B [16, 8] in DT, d in fp32. With g = lane / 4, t = lane % 4:
 //       a[0] = A[g][2t, 2t+1]    a[1] = A[g+8][2t, 2t+1]    b[0] = B[2t, 2t+1][g]
@@ -48,16 +64,15 @@
 //       Only where kHasMma.
 //
 //   block-collective (all lanes of the block arrive, none has left the kernel):
-//   void block_barrier()                      as wave_barrier, for the block
+//   void block_barrier()             as wave_barrier, for the block
 //
 //   code that starts kernels (plain C++ compiled with HYBRID_W4A16_CUDA or HYBRID_W4A16_HIP):
-//   Stream                                    opaque stream handle
+//   Stream                           opaque stream handle
 //   void launch(kernel, const LaunchShape&, Stream, args...)  runs kernel(args...) over the shape
-//                                             (CUDA, HIP: on the stream); throws std::runtime_error
-//                                             with the vendor's message. The host runs it to the
-//                                             end.
-//   int current_device()                      index of the current device (CUDA, HIP)
-//   std::string current_arch()                "gfx1151", "sm_90", "host": the current device
+//                                    (CUDA, HIP: on the stream); throws std::runtime_error with the
+//                                    vendor's message. The host runs it to the end.
+//   int current_device()             index of the current device (CUDA, HIP)
+//   std::string current_arch()       "gfx1151", "sm_90", "host": the current device
 #pragma once
 
 #include <cstdint>
@@ -82,12 +97,15 @@ struct LaunchShape {
 
 }  // namespace gpu
 
-// GPU_UNROLL: before a loop that indexes registers. GPU_ANYWHERE: attribute of constexpr functions
+// GPU_UNROLL: before a loop that indexes registers; GPU_ROLLED: before one whose code is to stay
+// short. GPU_ANYWHERE: attribute of constexpr functions
 // that kernels and host code share.
 #if defined(__CUDACC__) || defined(__HIP__)
 #define GPU_UNROLL _Pragma("unroll")
+#define GPU_ROLLED _Pragma("unroll 1")
 #else
 #define GPU_UNROLL
+#define GPU_ROLLED
 #endif
 #if defined(__CUDACC__)
 #define GPU_ANYWHERE __host__ __device__
@@ -106,6 +124,7 @@ struct LaunchShape {
 namespace gpu {
 
 constexpr bool kHasMma = true;
+constexpr bool kHasAsyncCopy = true;
 
 GPU_DEVICE int lane() { return threadIdx.x & (kWaveSize - 1); }
 GPU_DEVICE int wave() { return threadIdx.x / kWaveSize; }
@@ -142,6 +161,35 @@ GPU_DEVICE U32x4 load_16_any(const uint16_t* p) {
   return r;
 }
 
+using LdsAddress = uint32_t;
+GPU_DEVICE LdsAddress lds_address(void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+GPU_DEVICE U32x4 lds_load_16(LdsAddress p) {
+  U32x4 r;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.v[0]), "=r"(r.v[1]), "=r"(r.v[2]), "=r"(r.v[3])
+               : "r"(p)
+               : "memory");
+  return r;
+}
+GPU_DEVICE void copy_weights_async(LdsAddress lds, const void* p, bool real) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(lds), "l"(p),
+               "r"(real ? 16 : 0)
+               : "memory");
+}
+GPU_DEVICE void copy_16_async(LdsAddress lds, const void* p, bool real) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(lds), "l"(p),
+               "r"(real ? 16 : 0)
+               : "memory");
+}
+GPU_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+GPU_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+GPU_DEVICE void wait_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 GPU_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 GPU_DEVICE uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 GPU_DEVICE float exp2_fast(float x) {
@@ -163,6 +211,12 @@ GPU_DEVICE float dot2(BFloat16, uint32_t a, uint32_t b, float c) {
   const float low = __uint_as_float(a << 16) * __uint_as_float(b << 16);
   return fmaf(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u), c + low);
 }
+GPU_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t r;  // written out: the compiler makes two instructions of constants
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(x), "r"(mask), "r"(bits));
+  return r;
+}
+GPU_DEVICE int first_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 GPU_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 GPU_DEVICE void allow_next_grid() {
@@ -181,20 +235,26 @@ template <int Mask, typename T>
 GPU_DEVICE T shuffle_xor(T v) {
   return __shfl_xor_sync(0xffffffffu, v, Mask);
 }
+template <typename T>
+GPU_DEVICE T shuffle(T v, int from) {
+  return __shfl_sync(0xffffffffu, v, from);
+}
+template <typename T>
+GPU_DEVICE T shuffle_in_quad(T v, int from) {
+  return __shfl_sync(0xffffffffu, v, from, 4);
+}
 GPU_DEVICE void wave_barrier() { __syncwarp(); }
 GPU_DEVICE void block_barrier() { __syncthreads(); }
 
 GPU_DEVICE void mma_16x8x16(Half, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
                             const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -212,6 +272,7 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 namespace gpu {
 
 constexpr bool kHasMma = false;
+constexpr bool kHasAsyncCopy = false;
 
 GPU_DEVICE int lane() { return __builtin_amdgcn_workitem_id_x() & (kWaveSize - 1); }
 GPU_DEVICE int uniform(int v) { return __builtin_amdgcn_readfirstlane(v); }
@@ -240,6 +301,20 @@ GPU_DEVICE U32x4 load_16_any(const uint16_t* p) {  // one instruction: unaligned
   return __builtin_bit_cast(U32x4, *reinterpret_cast<const Unaligned*>(p));
 }
 
+using LdsAddress = char*;
+GPU_DEVICE LdsAddress lds_address(void* p) { return static_cast<char*>(p); }
+GPU_DEVICE U32x4 lds_load_16(LdsAddress p) { return *reinterpret_cast<const U32x4*>(p); }
+GPU_DEVICE void copy_weights_async(LdsAddress lds, const void* p, bool real) {
+  *reinterpret_cast<U32x4*>(lds) = real ? load_weights(p) : U32x4{{0, 0, 0, 0}};
+}
+GPU_DEVICE void copy_16_async(LdsAddress lds, const void* p, bool real) {
+  *reinterpret_cast<U32x4*>(lds) = real ? load_16(p) : U32x4{{0, 0, 0, 0}};
+}
+GPU_DEVICE void commit_copies() {}
+template <int N>
+GPU_DEVICE void wait_copies() {}
+GPU_DEVICE void wait_all_copies() {}
+
 GPU_DEVICE float half_to_float(uint16_t bits) {
   return static_cast<float>(__builtin_bit_cast(_Float16, bits));
 }
@@ -256,12 +331,22 @@ GPU_DEVICE float dot2(BFloat16, uint32_t a, uint32_t b, float c) {
   return __builtin_amdgcn_fdot2_f32_bf16(__builtin_bit_cast(BFloat2, a),
                                          __builtin_bit_cast(BFloat2, b), c, false);
 }
+GPU_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+GPU_DEVICE int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
 GPU_DEVICE void prefetch_l2(const void*) {}
 GPU_DEVICE void allow_next_grid() {}
 GPU_DEVICE void wait_previous_grid() {}
 
 GPU_DEVICE uint32_t wave_ballot(bool p) { return __builtin_amdgcn_ballot_w32(p); }
+template <typename T>
+GPU_DEVICE T shuffle(T v, int from) {
+  return __builtin_bit_cast(T, __builtin_amdgcn_ds_bpermute(4 * from, __builtin_bit_cast(int, v)));
+}
+template <typename T>
+GPU_DEVICE T shuffle_in_quad(T v, int from) {
+  return shuffle(v, lane() / 4 * 4 + from % 4);
+}
 template <int Mask, typename T>
 GPU_DEVICE T shuffle_xor(T v) {
   const int bits = __builtin_bit_cast(int, v);
@@ -305,6 +390,7 @@ using Stream = void*;
 
 #if defined(HYBRID_W4A16_CUDA)
 constexpr bool kHasMma = true;
+constexpr bool kHasAsyncCopy = true;
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -349,6 +435,7 @@ inline std::string current_arch() {
 }
 #else
 constexpr bool kHasMma = false;
+constexpr bool kHasAsyncCopy = false;
 
 inline void check(hipError_t error, const char* what) {
   if (error != hipSuccess) {

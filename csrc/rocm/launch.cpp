@@ -54,6 +54,11 @@ int small(int64_t stride, int rows) {
   return static_cast<int>(stride);
 }
 
+// Whether rows of `stride` elements from `a` on can be copied 16 bytes at a time.
+bool aligned(const void* a, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(a) % 16 == 0 && stride % 8 == 0;
+}
+
 // A grid's second or third dimension.
 int grid_size(int size, const char* what) {
   if (size > 65535) {
@@ -69,7 +74,7 @@ void launch_gemm(const GemmArgs& args, void* stream) {
   const Weights& w = args.w;
   if (args.num_blocks == 0) return;
   const int blocks = ceil_div(w.k, kBlockK), tiles = ceil_div(w.n, kRowsPerWave);
-  const int waves = waves_sharing_k(tuning(kFamily, blocks), blocks,
+  const int waves = waves_sharing_k(tuning(kFamily, blocks), blocks, 1,
                                     int64_t{tiles} * args.num_blocks, args.cu_count);
   const int rows = args.block_size_m == 1 ? 1 : kMaxSlots;
   const int wave_lds = lds_bytes_per_wave(rows, args.block_size_m);
@@ -83,21 +88,25 @@ void launch_gemm(const GemmArgs& args, void* stream) {
               args.num_rows, args.top_k, waves, wave_lds, blocks, ceil_div(blocks, waves));
 }
 
-void launch_gate_up(const GateUpArgs& args, void* stream) {
+void launch_gate_up(const GateUpArgs& args, void* queue) {
   const Weights& w = args.w;
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
   const int inter = w.n / 2;
   const int blocks = ceil_div(w.k, kBlockK), tiles = ceil_div(inter, kRowGroups);
   const Tuning& tuned = tuning(kFamily, blocks);
-  const int tokens = r.num_tokens <= tuned.gate_up_single ? 1 : kMaxSlots;
-  const int waves =
-      waves_sharing_k(tuned, blocks, int64_t{tiles} * r.top_k * r.num_tokens, args.cu_count);
-  const int wave_lds = lds_bytes_per_wave(tokens, r.num_tokens);
+  const bool single =
+      r.num_tokens <= tuned.gate_up_single && (!kStreams || aligned(args.a, args.a_stride_m));
+  const int tokens = single ? 1 : kMaxSlots;
+  const bool stream = single && kStreams;
+  const int waves = waves_sharing_k(tuned, blocks, stream ? kWindowBlocks : 1,
+                                    int64_t{tiles} * r.top_k * r.num_tokens, args.cu_count);
+  const int wave_lds = stream ? stream_lds_bytes_per_wave(ceil_div(blocks, waves), 1)
+                              : lds_bytes_per_wave(tokens, r.num_tokens);
   gpu::launch(gate_up_kernel(args.dtype, w, tokens),
               {tiles, grid_size(r.top_k, "top_k"), grid_size(r.num_tokens, "tokens"),
-               waves * gpu::kWaveSize, waves * wave_lds, true},
-              stream, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+               waves * gpu::kWaveSize, waves * wave_lds + (stream ? kStreamZeroBytes : 0), true},
+              queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
               static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
               w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
               args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
@@ -105,22 +114,28 @@ void launch_gate_up(const GateUpArgs& args, void* stream) {
               args.beta, args.limit, waves, wave_lds, blocks, ceil_div(blocks, waves));
 }
 
-void launch_down(const DownArgs& args, void* stream) {
+void launch_down(const DownArgs& args, void* queue) {
   const Weights& w = args.w;
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
   const int blocks = ceil_div(w.k, kBlockK);
   const Tuning& tuned = tuning(kFamily, blocks);
-  const int tokens = r.num_tokens <= tuned.down_single ? 1 : kMaxSlots;
+  const bool single =
+      r.num_tokens <= tuned.down_single && (!kStreams || aligned(args.a, args.a_stride_m));
+  const int tokens = single ? 1 : kMaxSlots;
   const int block_tokens = r.num_tokens < tokens ? r.num_tokens : tokens;
-  const int waves = tokens == 1 ? tuned.down_waves / r.num_tokens : tuned.down_waves;
+  const int waves = single ? waves_of_single_down(tuned, r.num_tokens) : tuned.down_waves;
   const int log2_k_slices = log2_down_k_slices(tuned, blocks, waves, block_tokens * r.top_k);
-  const int wave_lds = lds_bytes_per_wave(tokens, r.num_tokens);
+  const bool stream = single && kStreams;
+  const int shares = waves >> log2_k_slices;
+  const int wave_lds = stream ? stream_lds_bytes_per_wave(ceil_div(blocks, 1 << log2_k_slices),
+                                                          ceil_div(r.top_k, shares))
+                              : lds_bytes_per_wave(tokens, r.num_tokens);
   gpu::launch(
       down_kernel(args.dtype, w, tokens),
       {ceil_div(w.n, kRowsPerWave), grid_size(ceil_div(r.num_tokens, tokens), "blocks of tokens"),
-       1, waves * gpu::kWaveSize, waves * wave_lds, true},
-      stream, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+       1, waves * gpu::kWaveSize, waves * wave_lds + (stream ? kStreamZeroBytes : 0), true},
+      queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
       static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
       w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c, args.c_stride_m,
       r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size, r.num_tokens,

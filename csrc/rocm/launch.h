@@ -10,7 +10,7 @@
 namespace moe_int4 {
 
 void launch_gemm(const GemmArgs& args, void* stream);
-void launch_gate_up(const GateUpArgs& args, void* stream);
-void launch_down(const DownArgs& args, void* stream);
+void launch_gate_up(const GateUpArgs& args, void* queue);
+void launch_down(const DownArgs& args, void* queue);
 
 }  // namespace moe_int4

@@ -8,12 +8,78 @@
 // every run.
 #include "entry_points.h"
 #include "slots.cuh"
+#include "stream_tile.cuh"
 #include "wave_tile.cuh"
 
 namespace moe_int4 {
 
+// The kernel for one token per block where weights stream through LDS. Router ids, expert map and
+// weights are read before the previous grid has ended: that is gate_up, or a grid that lets this
+// one start only when it has ended, so that what came before it is complete.
+static_assert(!kStreams || gpu::kWaveSize == 2 * kRowsPerWave);
+template <typename DT, int G, bool ZP>
+GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
+  const WeightStack weights = MOE_INT4_WEIGHT_STACK;
+  const Router router = MOE_INT4_ROUTER;
+  const int token = gpu::block_y(), first_row = gpu::block_x() * kRowsPerWave;
+  const int index0 = first_row + lane_row(), index1 = index0 + kRowGroups;
+  const int row0 = index0 < n ? index0 : n - 1, row1 = index1 < n ? index1 : n - 1;
+  const int first = (gpu::wave() & ((1 << log2_k_slices) - 1)) * blocks_per_wave;
+  const int last = first + blocks_per_wave < blocks ? first + blocks_per_wave : blocks;
+  const int share = gpu::wave() >> log2_k_slices, shares = waves >> log2_k_slices;
+  char* const lds = gpu::dynamic_lds();
+  const WaveLds mine = wave_lds(lds + gpu::wave() * wave_lds_bytes, 1);
+  char* const empty = lds + waves * wave_lds_bytes;
+  if (gpu::wave() == 0 && gpu::lane() < kStreamZeroBytes / 16) {
+    reinterpret_cast<gpu::U32x4*>(empty)[gpu::lane()] = {{0, 0, 0, 0}};
+  }
+  StreamTile<DT, G, ZP, false> tile(weights, row0, row1, first, last, k, mine.staged, empty);
+  gpu::block_barrier();
+
+  float sums[2] = {};
+  for (int chunk = 0; chunk < top_k; chunk += gpu::kWaveSize) {
+    const int t = chunk + gpu::lane();
+    int expert = -1;
+    if (t < top_k && t % shares == share) expert = router.local_expert(router.id(token, t));
+    const uint32_t picked = gpu::wave_ballot(expert >= 0), pairs = first < last ? picked : 0;
+    tile.template request_weights<false>(pairs, expert);
+    if (chunk == 0) {
+      gpu::wait_previous_grid();
+      gpu::allow_next_grid();
+    }
+    float weight = 1.0f;
+    if (topk_weights != nullptr && t < top_k) weight = topk_weights[token * tw_stride_m + t];
+    const auto row_of = [&](int pair) {
+      return static_cast<const uint16_t*>(a) +
+             (static_cast<int64_t>(token) * top_k + chunk + pair) * a_stride_m;
+    };
+    tile.template request_activations<true>(pairs, row_of);
+    tile.run(pairs, row_of, [&](int pair, const float (&acc)[2]) {
+      const float w = gpu::shuffle(weight, pair);
+      sums[0] += w * acc[0];
+      sums[1] += w * acc[1];
+    });
+  }
+  if (lane_k() == 0) {
+    mine.results[lane_row()] = sums[0];
+    mine.results[kRowGroups + lane_row()] = sums[1];
+  }
+  gpu::block_barrier();
+
+  if (gpu::wave() != 0) return;
+  const int column = first_row + gpu::lane() % kRowsPerWave;
+  float sum = 0.0f;  // half of the waves in the lower lanes, half in the upper ones
+  for (int w = gpu::lane() / kRowsPerWave; w < waves; w += gpu::kWaveSize / kRowsPerWave) {
+    sum += wave_lds(lds + w * wave_lds_bytes, 1).results[column - first_row];
+  }
+  sum += gpu::shuffle_xor<kRowsPerWave>(sum);
+  if (gpu::lane() < kRowsPerWave && column < n) {
+    static_cast<uint16_t*>(c)[token * c_stride_m + column] = Format<DT>::from_float(sum);
+  }
+}
+
 template <typename DT, int G, bool ZP, int T>
-GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
+GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
   const Router router = MOE_INT4_ROUTER;
   const int first_token = gpu::block_y() * T;
@@ -94,15 +160,26 @@ GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
   }
 }
 
+#define MOE_INT4_DOWN_VALUES                                                                       \
+  a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e,     \
+      z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m, expert_map, \
+      map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves, wave_lds_bytes, blocks,       \
+      blocks_per_wave, log2_k_slices
+
+template <typename DT, int G, bool ZP, int T>
+GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
+  if constexpr (T == 1 && kStreams) {
+    down_stream<DT, G, ZP>(MOE_INT4_DOWN_VALUES);
+  } else {
+    down_tiles<DT, G, ZP, T>(MOE_INT4_DOWN_VALUES);
+  }
+}
+
 }  // namespace moe_int4
 
-#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                             \
-  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,           \
-                                                                     T)(MOE_INT4_DOWN_ARGS) {      \
-    moe_int4::down<DT, G, ZP, T>(a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e,     \
-                                 s_stride_n, zeros, z_stride_e, z_stride_n8, num_experts, n, k, c, \
-                                 c_stride_m, ids, ids_are_int64, ids_stride_m, expert_map,         \
-                                 map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves,    \
-                                 wave_lds_bytes, blocks, blocks_per_wave, log2_k_slices);          \
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                        \
+  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,      \
+                                                                     T)(MOE_INT4_DOWN_ARGS) { \
+    moe_int4::down<DT, G, ZP, T>(MOE_INT4_DOWN_VALUES);                                       \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, down)

@@ -9,6 +9,7 @@
 #include "activation.cuh"
 #include "entry_points.h"
 #include "slots.cuh"
+#include "stream_tile.cuh"
 #include "wave_tile.cuh"
 
 namespace moe_int4 {
@@ -28,8 +29,6 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
   const WaveLds mine = wave_lds(lds + gpu::wave() * wave_lds_bytes, T);
   const auto* const acts = static_cast<const uint16_t*>(a);
 
-  gpu::wait_previous_grid();
-  gpu::allow_next_grid();
   int count = 1;
   const auto multiply = [&](auto& tile, int expert, const WeightRow& gate, const WeightRow& up,
                             int first_slot, const auto& row_of) {
@@ -39,7 +38,35 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
       mine.results[(first_slot + s) * kRowsPerWave + r * kRowGroups + lane_row()] = sum;
     });
   };
-  if constexpr (T == 1) {
+  if constexpr (T == 1 && kStreams) {
+    char* const zeros = lds + waves * wave_lds_bytes;
+    if (gpu::wave() == 0 && gpu::lane() < kStreamZeroBytes / 16) {
+      reinterpret_cast<gpu::U32x4*>(zeros)[gpu::lane()] = {{0, 0, 0, 0}};
+    }
+    const auto row_of = [&](int) { return acts + token * a_stride_m; };
+    StreamTile<DT, G, ZP, true> tile(weights, row, row + inter, first, last, k, mine.staged, zeros);
+    gpu::block_barrier();
+    gpu::wait_previous_grid();
+    gpu::allow_next_grid();
+    const uint32_t pairs = first < last;
+    const int id = router.id(token, t);
+    tile.template request_activations<false>(pairs, row_of);
+    const int expert = gpu::uniform(router.local_expert(id));
+    if (expert < 0) return gpu::wait_all_copies();
+    tile.template request_weights<true>(pairs, expert);
+    float sums[2] = {};
+    tile.run(pairs, row_of, [&](int, const float (&acc)[2]) {
+      sums[0] = acc[0];
+      sums[1] = acc[1];
+    });
+    if (lane_k() == 0) {
+      mine.results[lane_row()] = sums[0];
+      mine.results[kRowGroups + lane_row()] = sums[1];
+    }
+    if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
+  } else if constexpr (T == 1) {
+    gpu::wait_previous_grid();
+    gpu::allow_next_grid();
     const auto row_of = [&](int) { return acts + token * a_stride_m; };
     WaveTile<DT, G, ZP, 1> tile(first, last, k);
     const int id = router.id(token, t);
@@ -50,6 +77,8 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
     multiply(tile, expert, gate, up, 0, row_of);
     if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
   } else {
+    gpu::wait_previous_grid();
+    gpu::allow_next_grid();
     const PickedIds picked(router, first_token, tokens);
     const int id = gpu::uniform(router.id(token, t));
     const int expert = gpu::uniform(router.local_expert(id));

@@ -20,24 +20,24 @@ struct Tuning {
   // Up to this many tokens each token's experts get blocks of their own (the _t1 kernels), above it
   // tokens that picked the same expert share its weights (_t8).
   int gate_up_single;
-  int down_single;  // a power of two, as down_waves is: down_waves / tokens waves per block
+  int down_single;
 };
 
 constexpr int kAnySize = 1 << 30;
 
 // The first row that fits is used; gate_up, down and gemm each look up their own k.
 constexpr Tuning kTuning[] = {
-    // H100, hidden 2048, top-8, 1 to 8 tokens: 768 x 128 experts (blocks of k 16 and 6) and
+    // H100, hidden 2048, top-8, 1 to 16 tokens: 768 x 128 experts (blocks of k 16 and 6) and
     // 512 x 256 experts (16 and 4); figures in README.md. Fewer waves starve the memory at
-    // 1 token, more cost prologues at 8. Reading shared weights again, from the L2, costs gate_up
-    // less than finding out who shares them.
-    {Family::kCuda, 2, 11, 16, 0, 8, 2},
-    {Family::kCuda, kAnySize, 11, 16, 1, 8, 2},
+    // 1 token, more cost prologues. Reading shared weights again, from the L2, costs less than
+    // finding out who shares them.
+    {Family::kCuda, 2, 16, 16, 0, 24, 24},
+    {Family::kCuda, kAnySize, 16, 16, 1, 24, 24},
     // Not measured: chosen from the resource report, to fill the 32 wave slots of a compute unit.
     {Family::kRdna, 2, 24, 8, 0, 1, 1},
     {Family::kRdna, kAnySize, 24, 8, 1, 1, 1},
     // Small, and with every kind of sharing.
-    {Family::kHost, 1, 1, 4, 0, 1, 2},
+    {Family::kHost, 1, 1, 4, 0, 1, 3},
     {Family::kHost, kAnySize, 12, 4, 1, 2, 1},
 };
 
@@ -47,13 +47,22 @@ constexpr const Tuning& tuning(Family family, int blocks_k) {
   return *row;
 }
 
-// Waves that share k of a tile, a power of two: `tiles` of them run on `compute_units`.
-constexpr int waves_sharing_k(const Tuning& tuned, int blocks_k, int64_t tiles, int compute_units) {
+// Waves that share k of a tile, a power of two: `tiles` of them run on `compute_units`. Each has at
+// least `min_blocks` of the k.
+constexpr int waves_sharing_k(const Tuning& tuned, int blocks_k, int min_blocks, int64_t tiles,
+                              int compute_units) {
   int waves = 1;
-  while (2 * waves <= kMaxWavesSharingK && 2 * waves <= blocks_k &&
+  while (2 * waves <= kMaxWavesSharingK && 2 * waves * min_blocks <= blocks_k &&
          tiles * waves < static_cast<int64_t>(tuned.waves_per_cu) * compute_units) {
     waves *= 2;
   }
+  return waves;
+}
+
+// Waves of a down block for one token: as many as leave a power of two to each token.
+constexpr int waves_of_single_down(const Tuning& tuned, int tokens) {
+  int waves = tuned.down_waves;
+  while (waves > 1 && waves * tokens > tuned.down_waves) waves /= 2;
   return waves;
 }
 
@@ -61,6 +70,7 @@ constexpr int waves_sharing_k(const Tuning& tuned, int blocks_k, int64_t tiles, 
 // (token, expert): more than the table's where pairs are too few to occupy the waves.
 constexpr int log2_down_k_slices(const Tuning& tuned, int blocks_k, int waves, int pairs) {
   int log2 = tuned.down_log2_k_slices;
+  while (1 << log2 > waves) --log2;
   while (pairs << log2 < waves && 2 << log2 <= blocks_k) ++log2;
   return log2;
 }

@@ -46,7 +46,7 @@ extern "C" GPU_KERNEL(128) void block_sum(const char* fault, const float* in,
   sum += gpu::shuffle_xor<2>(sum);
   sum += gpu::shuffle_xor<1>(sum);
   const bool written = !broken("uninitialised LDS") || wave != 2;
-  if (lane == 0 && written) lds[broken("LDS overrun") ? wave + 129 : wave] = sum;
+  if (lane == 0 && written) lds[broken("LDS overrun") ? wave + 641 : wave] = sum;
   if (broken("barrier in one wave")) {
     if (wave != 1) return;
     gpu::block_barrier();
@@ -67,6 +67,14 @@ extern "C" GPU_KERNEL(128) void block_sum(const char* fault, const float* in,
     gpu::wave_barrier();
   }
   total = lds[4 + (thread ^ 7)];
+  // A copy in the background: the row's first four values to LDS of the lane's own.
+  const auto to = gpu::lds_address(lds + 132 + 4 * thread);
+  gpu::copy_16_async(to + (broken("copy past the end") ? 2048 : 0), row, true);
+  if (!broken("copy in no group")) gpu::commit_copies();
+  if (!broken("copy nobody waits for")) gpu::wait_copies<0>();
+  const gpu::U32x4 first = gpu::lds_load_16(to);
+  if (broken("copy in no group")) gpu::wait_all_copies();
+  total += gpu::bit_cast<float>(first.v[1]) - row[1];
   if (thread == 0) out[gpu::block_x()] = total;
 }
 
@@ -81,7 +89,8 @@ int main(int, char** argv) {
     for (int i = 0; i < 512; ++i) in[i] = static_cast<float>(i % 128 + i / 128);
     gpu_host::set_order(order);
     const bool odd = std::strcmp(argv[1], "odd block") == 0;
-    const gpu::LaunchShape shape{4, 1, 1, odd ? 100 : 128, 132 * sizeof(float), false};
+    const gpu::LaunchShape shape{4, 1, 1, odd ? 100 : 128, (132 + 512) * sizeof(float),
+                                 false};
     gpu::launch(block_sum, shape, nullptr, argv[1], in.data(), out.data());
     for (float value : out) std::printf("%g ", value);
     std::printf("\n");
@@ -106,6 +115,8 @@ FAULTS = {
     "same word from all waves": "LDS race",
     "missing wave barrier": "LDS race",
     "shuffle for a barrier": "LDS race",
+    "copy past the end": "heap-buffer-overflow",
+    "copy nobody waits for": "ends before its copies to LDS have arrived",
     "odd block": "block of 100 lanes",
 }
 
@@ -142,7 +153,8 @@ def test_fault_is_reported_with_the_kernel(toy, fault):
     assert "kernel block_sum" in run.stderr
 
 
-def test_uninitialised_lds_spoils_the_result(toy):
-    run = toy("uninitialised LDS")
+@pytest.mark.parametrize("fault", ["uninitialised LDS", "copy in no group"])
+def test_unwritten_lds_spoils_the_result(toy, fault):
+    run = toy(fault)
     assert run.returncode == 0, run.stderr
     assert set(run.stdout.split()) <= {"nan", "-nan"}

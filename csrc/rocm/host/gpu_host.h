@@ -25,6 +25,7 @@
 namespace gpu {
 
 constexpr bool kHasMma = GPU_HOST_MMA;
+constexpr bool kHasAsyncCopy = GPU_HOST_MMA;
 
 using Stream = void*;
 
@@ -46,6 +47,36 @@ inline U32x4 load_16_any(const uint16_t* p) {
   return r;
 }
 inline U32x4 load_weights(const void* p) { return load_16(p); }
+
+// A copy that is on its way leaves poison where it goes, and arrives when the lane waits for it.
+using LdsAddress = char*;
+inline LdsAddress lds_address(void* p) { return static_cast<char*>(p); }
+inline U32x4 lds_load_16(LdsAddress p) { return load_16(p); }
+inline void copy_16_async(LdsAddress lds, const void* p, bool real) {
+  if (reinterpret_cast<uintptr_t>(lds) % 16 != 0) gpu_host::fail("misaligned 16-byte copy");
+  const U32x4 value = real ? load_16(p) : U32x4{{0, 0, 0, 0}};
+  *reinterpret_cast<U32x4*>(lds) = {{~0u, ~0u, ~0u, ~0u}};
+  gpu_host::copies().started.push_back(
+      {lds, {value.v[0], value.v[1], value.v[2], value.v[3]}, gpu_host::copies().groups});
+}
+inline void copy_weights_async(LdsAddress lds, const void* p, bool real) {
+  copy_16_async(lds, p, real);
+}
+inline void commit_copies() { ++gpu_host::copies().groups; }
+inline void finish_copies(int groups) {
+  auto& started = gpu_host::copies().started;
+  size_t done = 0;
+  for (; done < started.size() && started[done].group < groups; ++done) {
+    const gpu_host::Copy& copy = started[done];
+    *reinterpret_cast<U32x4*>(copy.to) = {{copy.v[0], copy.v[1], copy.v[2], copy.v[3]}};
+  }
+  started.erase(started.begin(), started.begin() + done);
+}
+template <int N>
+void wait_copies() {
+  finish_copies(gpu_host::copies().groups - N);
+}
+inline void wait_all_copies() { finish_copies(gpu_host::copies().groups + 1); }
 
 template <typename To, typename From>
 To bit_cast(const From& from) {
@@ -69,6 +100,9 @@ float dot2(DT dtype, uint32_t a, uint32_t b, float c) {
   return std::fma(to_float(dtype, a >> 16), to_float(dtype, b >> 16), low);
 }
 
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+inline int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
+
 // Reads the byte, so that AddressSanitizer sees a hint that points nowhere.
 inline void prefetch_l2(const void* p) { (void)*static_cast<const volatile char*>(p); }
 inline void allow_next_grid() {}
@@ -85,6 +119,17 @@ T shuffle_xor(T v) {
   static_assert(sizeof(T) == 4 && (Mask == 1 || Mask == 2 || Mask == 4 || Mask == 8 || Mask == 16));
   const auto* all = gpu_host::wave_gather({{bit_cast<uint32_t>(v)}}, "shuffle_xor");
   return bit_cast<T>(all[lane() ^ Mask].v[0]);
+}
+template <typename T>
+T shuffle(T v, int from) {
+  static_assert(sizeof(T) == 4);
+  const auto* all = gpu_host::wave_gather({{bit_cast<uint32_t>(v)}}, "shuffle");
+  if (from < 0 || from >= kWaveSize) gpu_host::fail("shuffle from no lane");
+  return bit_cast<T>(all[from].v[0]);
+}
+template <typename T>
+T shuffle_in_quad(T v, int from) {
+  return shuffle(v, lane() / 4 * 4 + from % 4);
 }
 inline void wave_barrier() { gpu_host::wave_barrier(); }
 inline void block_barrier() { gpu_host::block_barrier(); }

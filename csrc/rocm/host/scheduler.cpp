@@ -57,6 +57,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // instrumented frames are large; pages come on demand
 constexpr size_t kGuardBytes = 4096;
+constexpr size_t kMaxLdsBytes = (GPU_HOST_MMA ? 227 : 64) * 1024;
 constexpr int kFailExit = 70;  // EX_SOFTWARE; AddressSanitizer and UBSan exit with 1
 
 enum class State { kReady, kAtExchange, kAtWaveBarrier, kAtBlockBarrier, kDone };
@@ -68,6 +69,7 @@ struct Fiber {
   State state = State::kDone;
   const char* what = "";
   int parity = 0;
+  Copies copies;
 };
 
 struct Wave {
@@ -115,6 +117,7 @@ void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_bottom, &m.scheduler_size);
   Fiber& self = m.fibers[m.current];
   (*m.lane)();
+  if (!self.copies.started.empty()) fail("the lane ends before its copies to LDS have arrived");
   self.state = State::kDone;
   self.what = "";
   __sanitizer_start_switch_fiber(nullptr, m.scheduler_bottom, m.scheduler_size);
@@ -137,6 +140,7 @@ void reset_fiber(Fiber& f) {
   f.sp = top;
   f.state = State::kReady;
   f.parity = 0;
+  f.copies = {};
 }
 
 void resume(int index) {
@@ -346,6 +350,7 @@ void run_block(size_t lds_bytes) {
 }  // namespace
 
 int thread_index() { return machine().current; }
+Copies& copies() { return machine().fibers[machine().current].copies; }
 Dim3 block_index() { return machine().block; }
 char* dynamic_lds() { return machine().lds; }
 
@@ -378,7 +383,10 @@ void launch(const std::string& kernel, Dim3 grid, int threads, size_t lds_bytes,
     fail("block of " + std::to_string(threads) + " lanes; need a multiple of 32 up to 1024");
   }
   if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) fail("empty grid");
-  if (lds_bytes > 64 * 1024) fail(std::to_string(lds_bytes) + " bytes of LDS; 65536 are the most");
+  if (lds_bytes > kMaxLdsBytes) {
+    fail(std::to_string(lds_bytes) + " bytes of LDS; " + std::to_string(kMaxLdsBytes) +
+         " are the most");
+  }
   m.fibers.resize(std::max<size_t>(m.fibers.size(), threads));
   m.waves.resize(threads / kWaveSize);
   m.rng.seed(m.order.seed);

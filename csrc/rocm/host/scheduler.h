@@ -8,7 +8,9 @@
 //   - a cross-lane operation that not all 32 lanes of the wave reach,
 //   - a barrier that not all lanes of the block reach,
 //   - LDS bytes that one lane writes and another touches with no barrier between,
-//   - a block that is no whole number of waves, or wants more than 64 KiB of LDS.
+//   - a lane that ends while copies to LDS that it started are on their way,
+//   - a block that is no whole number of waves, or wants more LDS than there is: 64 KiB, or
+//     227 KiB in a build with matrix instructions, as on sm_90.
 // LDS starts as 0xff bytes (NaN in fp16, bf16 and fp32), so reads of unwritten LDS spoil the
 // result. Out-of-bounds accesses are AddressSanitizer's to find: build with
 // -fsanitize=address,undefined.
@@ -44,6 +46,20 @@ struct Order {
   Schedule schedule = Schedule::kForward;
   uint64_t seed = 0;
 };
+
+// A copy of 16 bytes to LDS that has not arrived.
+struct Copy {
+  char* to;
+  uint32_t v[4];
+  int group;
+};
+struct Copies {
+  std::vector<Copy> started;
+  int groups = 0;  // committed
+};
+
+// The running lane's copies.
+Copies& copies();
 
 // Where the running lane is. Valid inside a kernel only.
 int thread_index();
