@@ -73,6 +73,13 @@
 //                                    vendor's message. The host runs it to the end.
 //   int current_device()             index of the current device (CUDA, HIP)
 //   std::string current_arch()       "gfx1151", "sm_90", "host": the current device
+//
+//   for the runner of host/, which tests use:
+//   void* allocate(size_t), void release(void*)    memory that kernels see, exactly of that size
+//   void copy_in(void* to, const void* from, size_t), copy_out(...)   into and out of it; wait for
+//                                    what was launched
+//   kOrders, void set_order(int)     in how many orders lanes can be made to run, and to choose one
+//   std::string take_launched()      names of the kernels launched since, one a line, where known
 #pragma once
 
 #include <cstdint>
@@ -418,6 +425,19 @@ inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream st
   check(cudaLaunchKernelExC(&config, kernel, args), "kernel launch");
 }
 
+inline void* allocate(size_t size) {
+  void* p = nullptr;
+  check(cudaMalloc(&p, size), "cudaMalloc");
+  return p;
+}
+inline void release(void* p) { check(cudaFree(p), "cudaFree"); }
+inline void copy_in(void* to, const void* from, size_t size) {
+  check(cudaMemcpy(to, from, size, cudaMemcpyHostToDevice), "cudaMemcpy");
+}
+inline void copy_out(void* to, const void* from, size_t size) {
+  check(cudaMemcpy(to, from, size, cudaMemcpyDeviceToHost), "cudaMemcpy");
+}
+
 inline int current_device() {
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -449,6 +469,19 @@ inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream st
         "kernel launch");
 }
 
+inline void* allocate(size_t size) {
+  void* p = nullptr;
+  check(hipMalloc(&p, size), "hipMalloc");
+  return p;
+}
+inline void release(void* p) { check(hipFree(p), "hipFree"); }
+inline void copy_in(void* to, const void* from, size_t size) {
+  check(hipMemcpy(to, from, size, hipMemcpyHostToDevice), "hipMemcpy");
+}
+inline void copy_out(void* to, const void* from, size_t size) {
+  check(hipMemcpy(to, from, size, hipMemcpyDeviceToHost), "hipMemcpy");
+}
+
 inline int current_device() {
   int device = 0;
   check(hipGetDevice(&device), "hipGetDevice");
@@ -462,6 +495,10 @@ inline std::string current_arch() {
   return name.substr(0, name.find(':'));
 }
 #endif
+
+constexpr int kOrders = 2;  // the hardware's own, which may change from run to run
+inline void set_order(int) {}
+inline std::string take_launched() { return {}; }
 
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream, A... args) {

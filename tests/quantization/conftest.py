@@ -2,11 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """These tests look at layers as a vLLM process with the plugin builds them."""
 
-import pytest
+import os
 
-from vllm.plugins.hybrid_w4a16 import register
+import pytest
+from moe_layers import is_opt_in
+
+from vllm.plugins.hybrid_w4a16 import register, switch
 
 
 @pytest.fixture(scope="session", autouse=True)
 def hooks_applied():
     register()
+    if is_opt_in():
+        os.environ.setdefault(switch.NAME, "1")

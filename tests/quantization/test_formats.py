@@ -15,6 +15,7 @@ from moe_layers import (
     Checkpoint,
     Shape,
     make_layer,
+    peak_of_processing,
     quant_config,
     random_routing,
     relative_error,
@@ -78,22 +79,6 @@ def error_of(layer, checkpoint, dtype, tokens=5):
     x, weights, ids = inputs(tokens, checkpoint.shape, dtype)
     expected = checkpoint.forward(x, weights, ids)
     return relative_error(run_layer(layer, x, weights, ids), expected)
-
-
-def peak_of_processing(layer):
-    """Bytes above the start, by the allocator's own record."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        layer.quant_method.process_weights_after_loading(layer)
-    live = peak = moves = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-            moves += 1
-    assert moves > 2 * layer.local_num_experts, "no allocations were recorded"
-    return peak
 
 
 @every_format

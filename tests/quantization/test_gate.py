@@ -9,11 +9,13 @@ import re
 import pytest
 import torch
 from moe_layers import (
+    DEVICE,
     LAYER_NAME,
     Checkpoint,
     Shape,
     fresh_gate_records,
     inc_config,
+    is_opt_in,
     make_layer,
 )
 
@@ -33,12 +35,20 @@ def fresh_gate(monkeypatch):
 
 
 EPLB = dataclasses.replace(FusedMoEParallelConfig.make_no_parallel(), enable_eplb=True)
-BATCHED = dataclasses.replace(
-    FusedMoEParallelConfig.make_no_parallel(),
-    dp_size=2,
-    ep_size=2,
-    use_ep=True,
-    all2all_backend="deepep_low_latency",
+
+
+def data_parallel(backend="allgather_reducescatter", ep=True):
+    return dataclasses.replace(
+        FusedMoEParallelConfig.make_no_parallel(),
+        dp_size=2,
+        ep_size=2 if ep else 1,
+        use_ep=ep,
+        all2all_backend=backend,
+    )
+
+
+PASSTHROUGH = dataclasses.replace(
+    FusedMoEParallelConfig.make_no_parallel(), all2all_backend="passthrough"
 )
 
 # what differs from a layer that is accepted, and the reason that names it
@@ -70,7 +80,21 @@ DECLINED = {
     "bias": ({}, {"has_bias": True}, "experts have a bias"),
     "LoRA": ({}, {"is_lora_enabled": True}, "LoRA is enabled"),
     "EPLB": ({}, {"moe_parallel_config": EPLB}, "EPLB.* is enabled"),
-    "batched experts": ({}, {"moe_parallel_config": BATCHED}, "batches per expert"),
+    "batched experts": (
+        {},
+        {"moe_parallel_config": data_parallel("deepep_low_latency")},
+        "all-to-all backend deepep_low_latency, supported: allgather_reducescatter",
+    ),
+    "other weights": (
+        {},
+        {"moe_parallel_config": data_parallel("moonep")},
+        "all-to-all backend moonep, supported: allgather_reducescatter",
+    ),
+    "experts dispatch": (
+        {},
+        {"moe_parallel_config": PASSTHROUGH},
+        "all-to-all backend passthrough, supported: allgather_reducescatter",
+    ),
 }
 
 
@@ -118,7 +142,12 @@ def test_declined_layer_is_an_error_under_require(case, stock_path, monkeypatch)
         make_layer(Shape(), config, **moe)
 
 
-@pytest.mark.parametrize("value", ["auto", "1", "require"])
+by_default = pytest.mark.skipif(is_opt_in(), reason="opt-in on this device")
+
+
+@pytest.mark.parametrize(
+    "value", [pytest.param("auto", marks=by_default), "1", "require"]
+)
 def test_supported_layer_is_accepted(value, monkeypatch, caplog):
     monkeypatch.setenv(switch.NAME, value)
     layer = make_layer(Shape(), inc_config())
@@ -126,6 +155,7 @@ def test_supported_layer_is_accepted(value, monkeypatch, caplog):
     assert "goes vLLM's own way" not in caplog.text
 
 
+@by_default
 def test_explicit_moe_backend_wins_over_auto(stock_path, caplog):
     with pytest.raises(Declined):
         make_layer(Shape(), inc_config(), moe_backend="triton")
@@ -137,6 +167,26 @@ def test_explicit_switch_wins_over_moe_backend(value, monkeypatch):
     monkeypatch.setenv(switch.NAME, value)
     layer = make_layer(Shape(), inc_config(), moe_backend="triton")
     assert type(layer.quant_method) is INCHybridW4A16MoEMethod
+
+
+@pytest.mark.parametrize("ep", [True, False], ids=["ep", "tp"])
+def test_data_parallel_where_tokens_can_be_gathered(ep, monkeypatch):
+    """vLLM's communicator on the CPU cannot: any MoE model fails there."""
+    monkeypatch.setenv(switch.NAME, "require")
+    moe = {"moe_parallel_config": data_parallel(ep=ep)}
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="data parallel: vLLM cannot gather"):
+            make_layer(Shape(), inc_config(), **moe)
+        monkeypatch.setattr(gate, "can_gather_tokens", lambda: True)
+    layer = make_layer(Shape(), inc_config(), **moe)
+    assert type(layer.quant_method) is INCHybridW4A16MoEMethod
+
+
+def test_ranks_of_data_parallelism_cut_experts_too():
+    parallel = dataclasses.replace(data_parallel(ep=False), tp_size=4)
+    message = "tensor times data parallel size 4 cuts .*sizes that work: 1, 2; or"
+    with pytest.raises(ValueError, match=message):
+        make_layer(Shape(), inc_config(), moe_parallel_config=parallel)
 
 
 def test_missing_op_library_is_a_reason(monkeypatch, caplog):

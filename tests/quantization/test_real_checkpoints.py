@@ -114,9 +114,10 @@ def test_layer_against_float64(folder, dtype):
 def test_the_tools_mean_the_same_weights():
     """All quantized one model: read rightly, they differ by the quantization alone."""
     weights = {folder.name: RealCheckpoint(folder, 0).weights() for folder in BUNDLED}
-    assert len(weights) == 4
+    assert len(weights) == 6
     for one, other in itertools.combinations(weights, 2):
         difference = np.linalg.norm(weights[one] - weights[other])
         relative = difference / np.linalg.norm(weights[one])
-        # int4 by rounding: 0.08 to 0.12 each; another order of K or N would give 1.4
+        # int4 by rounding: 0.08 to 0.12 each, GPTQ's 0.16 from those; another order of
+        # K or N would give 1.4
         assert relative < 0.2, (one, other)

@@ -26,6 +26,14 @@ class Deployment:
     off and fails in the first of two stages."""
     reload: bool = False
     """Garbage is loaded over the weights first, then the checkpoint again."""
+    sleep: bool = False
+    """It sleeps first and is woken, weights in host memory (level 1), then weights
+    loaded anew (level 2). Only on GPUs: vLLM has no sleep mode on the CPU."""
+
+    @property
+    def data_parallel(self) -> bool:
+        """Each rank answers prompts of its own."""
+        return "data_parallel_size" in self.arguments
 
 
 DEPLOYMENTS = {
@@ -33,6 +41,10 @@ DEPLOYMENTS = {
     "TP 2": Deployment(2, {"tensor_parallel_size": 2}),
     "TP 2, EP 2": Deployment(
         2, {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    ),
+    "DP 2": Deployment(2, {"data_parallel_size": 2}),
+    "DP 2, EP 2": Deployment(
+        2, {"data_parallel_size": 2, "enable_expert_parallel": True}
     ),
     # eager, vLLM 0.32's CPU model runner has no buffer for what the second stage gets
     "PP 2": Deployment(
@@ -42,11 +54,18 @@ DEPLOYMENTS = {
     "prefix caching": Deployment(1, {"enable_prefix_caching": True}, seen=False),
     "weights reloaded": Deployment(1, reload=True),
     "compiled": Deployment(1, {"enforce_eager": False}),
+    "sleep mode": Deployment(1, {"enable_sleep_mode": True}, sleep=True),
 }
 # The checkpoint that is deployed in every way.
 DEPLOYED = Recipe(format="compressed-tensors", symmetric=False, group_size=64)
+# The project's first target, as published but for its size.
+QWEN35 = Recipe("qwen3_5_moe", "auto_round:auto_gptq", True, 128)
 SHARDINGS = ("1 rank", "TP 2", "TP 2, EP 2")
-OTHER_DEPLOYMENTS = tuple(name for name in DEPLOYMENTS if name not in SHARDINGS)
+OTHER_DEPLOYMENTS = tuple(
+    name
+    for name, deployment in DEPLOYMENTS.items()
+    if name not in SHARDINGS and not deployment.sleep
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +79,10 @@ class Cell:
     @property
     def ranks(self) -> int:
         return DEPLOYMENTS[self.deployment].ranks
+
+    @property
+    def data_parallel(self) -> bool:
+        return DEPLOYMENTS[self.deployment].data_parallel
 
     @property
     def name(self) -> str:
@@ -90,21 +113,53 @@ def grid() -> list[Cell]:
 
 
 def other_models() -> list[Cell]:
-    """The other models in every format; float16, since their routers tie in bf16."""
+    """The other models in every format; float16, since their routers tie in bf16.
+
+    But vLLM's linear attention on the CPU is bf16 alone.
+    """
     return [
-        Cell(Recipe(model, format, symmetric, 128), "float16")
+        Cell(
+            Recipe(model, format, symmetric, 128),
+            "bfloat16" if model == "qwen3_5_moe" else "float16",
+        )
         for model, format, symmetric in itertools.product(
             MODELS, FORMATS, (True, False)
         )
         if model != "qwen3_moe" and exists(format, symmetric)
+    ] + [
+        Cell(QWEN35, "bfloat16", sharding)
+        for sharding in SHARDINGS
+        if sharding != "1 rank"
     ]
 
 
 def other_deployments() -> list[Cell]:
-    return [Cell(DEPLOYED, "bfloat16", name) for name in OTHER_DEPLOYMENTS]
+    """Data parallel in float16, where the tokens have to be those of one rank."""
+    return [
+        Cell(
+            DEPLOYED,
+            "float16" if DEPLOYMENTS[name].data_parallel else "bfloat16",
+            name,
+        )
+        for name in OTHER_DEPLOYMENTS
+    ]
+
+
+def on_a_gpu() -> list[Cell]:
+    """What test_matrix runs beyond its subset where there is a GPU.
+
+    Sleep mode last: its memory pool lives as long as the process.
+    """
+    return [
+        Cell(DEPLOYED, "float16", "compiled"),
+        Cell(QWEN35, "float16"),
+        *(Cell(QWEN35, dtype, "compiled") for dtype in DTYPES),
+        Cell(DEPLOYED, "float16", "sleep mode"),
+    ]
 
 
 def full() -> list[Cell]:
+    """The support matrix, as far as the CPU goes."""
     return other_deployments() + other_models() + grid()
 
 
@@ -139,6 +194,7 @@ def subset() -> list[Cell]:
     models = [
         Cell(Recipe("mixtral", "awq", False, 128), "float16"),
         Cell(Recipe("glm4_moe", "compressed-tensors", True, 128), "float16"),
+        Cell(QWEN35, "bfloat16"),
     ]
     shards = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
     others = [cell for cell in other_deployments() if cell.deployment != "compiled"]

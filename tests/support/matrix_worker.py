@@ -7,6 +7,8 @@
 Importing vLLM takes far longer than a cell; so each rank is a process that lives for
 many cells, with vLLM's ``external_launcher`` executor where there are two. Ranks are
 told who they are by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+MATRIX_ARGUMENTS: JSON of further arguments of ``LLM``, for a vLLM that needs some.
 """
 
 import gc
@@ -18,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import torch
 from matrix_cells import DEPLOYMENTS, Cell
 from tiny_models import make_checkpoint, prompts
 
@@ -31,8 +34,11 @@ os.environ.update(
 )
 
 
-def answers(llm: Any, with_prompt: bool) -> list[dict[str, Any]]:
-    """Greedy completions with the log-probabilities of what was seen and said."""
+def answers(llm: Any, with_prompt: bool, seed: int = 0) -> list[dict[str, Any]]:
+    """Greedy completions with the log-probabilities of what was seen and said.
+
+    seed: of the prompts, whose length depends on it, too.
+    """
     from vllm import SamplingParams
 
     parameters = SamplingParams(
@@ -43,7 +49,8 @@ def answers(llm: Any, with_prompt: bool) -> list[dict[str, Any]]:
         detokenize=False,
         ignore_eos=True,
     )
-    texts = [{"prompt_token_ids": ids} for ids in prompts(PROMPTS, PROMPT_TOKENS)]
+    length = PROMPT_TOKENS - 5 * seed
+    texts = [{"prompt_token_ids": ids} for ids in prompts(PROMPTS, length, seed)]
     result = []
     for output in llm.generate(texts, parameters, use_tqdm=False):
         completion = output.outputs[0]
@@ -84,6 +91,49 @@ def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
     llm.reset_prefix_cache()
 
 
+def sleep_and_wake(llm: Any) -> None:
+    """Both levels of vLLM's sleep mode, as a caller does it, do not change a token."""
+    tokens = [a["tokens"] for a in answers(llm, False)]
+    llm.sleep(level=1)
+    llm.wake_up()
+    assert [a["tokens"] for a in answers(llm, False)] == tokens
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+    assert [a["tokens"] for a in answers(llm, False)] == tokens
+
+
+def give_the_cpu_what_data_parallel_needs() -> None:
+    """vLLM's CPU communicator has no ``all_gatherv`` and ``reduce_scatterv``, so that
+    no MoE model runs data parallel there. With these it does, and the experts see the
+    tokens of all ranks as they do on a GPU.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    def gather_one(self, rows, sizes):
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=self.device_group)
+        return torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
+
+    def all_gatherv(self, input_, dim=0, sizes=None):
+        assert dim == 0 and sizes is not None
+        if isinstance(input_, torch.Tensor):
+            return gather_one(self, input_, sizes)
+        return [gather_one(self, each, sizes) for each in input_]
+
+    def reduce_scatterv(self, input_, dim=0, sizes=None):
+        assert dim == 0 and sizes is not None
+        of_ranks = gather_one(self, input_[None], [1] * len(sizes))
+        total = of_ranks.float().sum(0).to(input_.dtype)
+        return total.split(sizes)[self.rank_in_group].clone()
+
+    CpuCommunicator.all_gatherv = all_gatherv
+    CpuCommunicator.reduce_scatterv = reduce_scatterv
+
+
 def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     """The answers of one cell."""
     from vllm import LLM
@@ -97,18 +147,31 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
         "max_model_len": 128,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 128,
+        "kv_cache_memory_bytes": 1 << 26,
         "dtype": cell.dtype,
         **deployment.arguments,
+        **json.loads(os.environ.get("MATRIX_ARGUMENTS", "{}")),
     }
+    if torch.cuda.is_available():  # what the cell before held may be free a bit later
+        arguments["gpu_memory_utilization"] = 0.5
+    if cell.recipe.model == "qwen3_5_moe":  # there is no tokenizer to place images by
+        arguments["language_model_only"] = True
+    seed = 0
+    if deployment.data_parallel:
+        if not torch.cuda.is_available():
+            give_the_cpu_what_data_parallel_needs()
+        seed = int(os.environ["RANK"])
     if deployment.ranks > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
     llm = LLM(str(checkpoint), **arguments)
     if deployment.reload:
         os.environ["MATRIX_CELL"] = json.dumps(cell.to_json())
         garbage_then_checkpoint(llm, checkpoint)
+    if deployment.sleep:
+        sleep_and_wake(llm)
     if arguments["enable_prefix_caching"]:
         answers(llm, False)  # what the second time finds in the cache
-    return answers(llm, deployment.seen)
+    return answers(llm, deployment.seen, seed)
 
 
 def main() -> None:
@@ -118,6 +181,9 @@ def main() -> None:
 
     for index, values in enumerate(json.loads(cells_file.read_text())):
         cell = Cell.from_json(values)
+        # vLLM collects garbage seven times a cell, which takes longer than all the rest
+        # of it if what was imported is looked at each time
+        gc.freeze()
         os.environ["MASTER_PORT"] = str(port + index)
         start = time.monotonic()
         answer: dict[str, Any] = {"cell": values}

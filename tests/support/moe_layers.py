@@ -21,6 +21,10 @@ from vllm.model_executor.layers.fused_moe.config import (
     RoutingMethodType,
 )
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
+    DeviceFamily,
+    device_family,
+)
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -28,9 +32,17 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 from vllm.model_executor.layers.quantization.inc.inc import INCConfig
+from vllm.platforms import current_platform
 from vllm.plugins.hybrid_w4a16 import gate, switch
+from vllm.v1.worker.workspace import (
+    init_workspace_manager,
+    is_workspace_manager_initialized,
+)
 
 LAYER_NAME = "model.layers.3.mlp.experts"
+# Layers live where the machine's vLLM has them. What goes into them and what they
+# are compared with is made on the CPU, where ``run_layer`` also brings the output.
+DEVICE = current_platform.device_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +93,8 @@ def make_layer(
     ep, tp: expert-parallel and tensor-parallel size and rank. moe_overrides: fields of
     ``FusedMoEConfig``.
     """
+    if DEVICE != "cpu" and not is_workspace_manager_initialized():
+        init_workspace_manager(torch.device(DEVICE))  # as vLLM's worker does
     ep_size, ep_rank = ep
     parallel = dataclasses.replace(
         FusedMoEParallelConfig.make_no_parallel(),
@@ -90,16 +104,17 @@ def make_layer(
         tp_size=tp[0],
         tp_rank=tp[1],
     )
-    experts = ExpertMapManager(
-        max_num_batched_tokens=64,
-        top_k=shape.top_k,
-        global_num_experts=shape.experts,
-        num_redundant_experts=0,
-        num_expert_group=None,
-        moe_parallel_config=parallel,
-        placement_strategy="linear",
-        enable_eplb=False,
-    )
+    with torch.device(DEVICE):
+        experts = ExpertMapManager(
+            max_num_batched_tokens=64,
+            top_k=shape.top_k,
+            global_num_experts=shape.experts,
+            num_redundant_experts=0,
+            num_expert_group=None,
+            moe_parallel_config=parallel,
+            placement_strategy="linear",
+            enable_eplb=False,
+        )
     moe_config = FusedMoEConfig(
         **{
             "num_experts": shape.experts,
@@ -109,14 +124,14 @@ def make_layer(
             "num_local_experts": experts.local_num_experts,
             "num_logical_experts": shape.experts,
             "activation": MoEActivation.SILU,
-            "device": "cpu",
+            "device": DEVICE,
             "routing_method": RoutingMethodType.Renormalize,
             "moe_parallel_config": parallel,
             "in_dtype": dtype,
             **moe_overrides,
         }
     )
-    with set_current_vllm_config(VllmConfig()):
+    with set_current_vllm_config(VllmConfig()), torch.device(DEVICE):
         return RoutedExperts(
             name, dtype, moe_config, quant_config, expert_map_manager=experts
         )
@@ -172,14 +187,15 @@ class Checkpoint:
     ) -> torch.Tensor:
         """float64 [M, H]: the MoE layer over the dequantized weights."""
         result = torch.zeros(x.shape, dtype=torch.float64)
-        for m, row in enumerate(x.double()):
-            for weight, e in zip(topk_weights[m], topk_ids[m], strict=True):
-                w = {
-                    name: torch.from_numpy(self.format.dequantize(linear))
-                    for name, linear in self.experts[int(e)].items()
-                }
+        for e in topk_ids.unique().tolist():
+            w = {
+                name: torch.from_numpy(self.format.dequantize(linear))
+                for name, linear in self.experts[e].items()
+            }
+            for m, k in (topk_ids == e).nonzero().tolist():
+                row = x[m].double()
                 hidden = activation(w["gate_proj"] @ row, w["up_proj"] @ row)
-                result[m] += weight.double() * (w["down_proj"] @ hidden)
+                result[m] += topk_weights[m, k].double() * (w["down_proj"] @ hidden)
         return result
 
 
@@ -193,13 +209,46 @@ def random_routing(
     return weights / weights.sum(-1, keepdim=True), ids.int()
 
 
+def is_opt_in() -> bool:
+    """Whether the device at hand is one that only ``VLLM_HYBRID_W4A16_MOE=1`` takes."""
+    family = device_family()
+    return isinstance(family, DeviceFamily) and family.opt_in
+
+
+def peak_of_processing(layer: RoutedExperts) -> int:
+    """Bytes above the start that converting a loaded layer takes at any moment.
+
+    By the allocator's own record; a GPU's rounds each tensor up to 512 bytes.
+    """
+    if DEVICE != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        layer.quant_method.process_weights_after_loading(layer)
+        return torch.cuda.max_memory_allocated() - start
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        layer.quant_method.process_weights_after_loading(layer)
+    live = peak = moves = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+            moves += 1
+    assert moves > 2 * layer.local_num_experts, "no allocations were recorded"
+    return peak
+
+
 def fresh_gate_records(monkeypatch) -> None:
-    """For one test: an empty gate, no switch, and log lines that caplog sees."""
+    """For one test: an empty gate, the switch as the tests have it by default, and log
+    lines that caplog sees."""
     for record in ("_accepted", "_reasons_logged"):
         monkeypatch.setattr(gate, record, set())
     for record in ("_ready", "_declined"):
         monkeypatch.setattr(gate, record, {})
     monkeypatch.delenv(switch.NAME, raising=False)
+    if is_opt_in():
+        monkeypatch.setenv(switch.NAME, "1")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 
@@ -210,8 +259,9 @@ def run_layer(
     topk_ids: torch.Tensor,
 ) -> torch.Tensor:
     """One forward pass of the routed experts."""
+    inputs = (tensor.to(DEVICE) for tensor in (x, topk_weights, topk_ids))
     with set_forward_context(None, VllmConfig()):
-        return layer.forward_modular(x, topk_weights, topk_ids)
+        return layer.forward_modular(*inputs).cpu()
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -21,10 +21,13 @@ import torch
 from int4_formats import FORMATS
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Glm4MoeConfig,
     MixtralConfig,
     PretrainedConfig,
+    Qwen3_5MoeConfig,
     Qwen3MoeConfig,
 )
 
@@ -83,7 +86,50 @@ def _glm4_moe() -> PretrainedConfig:
     )
 
 
-MODELS = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "glm4_moe": _glm4_moe}
+def _qwen3_5_moe() -> PretrainedConfig:
+    """As published: the text model inside a vision-language one.
+
+    A shared expert, linear attention and one layer of full attention.
+    """
+    text = _COMMON | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "moe_intermediate_size": INTERMEDIATE,
+        "shared_expert_intermediate_size": INTERMEDIATE,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": EXPERTS,  # none to choose in bf16, which ties
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    }
+    del text["tie_word_embeddings"], text["torch_dtype"]
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+    }
+    return Qwen3_5MoeConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=False,
+        torch_dtype="bfloat16",
+    )
+
+
+MODELS = {
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
+    "glm4_moe": _glm4_moe,
+    "qwen3_5_moe": _qwen3_5_moe,
+}
+
+
+def _model_class(config: PretrainedConfig) -> type:
+    if hasattr(config, "vision_config"):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -108,9 +154,8 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
         return folder
     dense = folder / "dense"
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        MODELS[recipe.model](), dtype=torch.bfloat16
-    )
+    model_config = MODELS[recipe.model]()
+    model = _model_class(model_config).from_config(model_config, dtype=torch.bfloat16)
     model.save_pretrained(dense)
     format = FORMATS[recipe.format]
     rng = np.random.default_rng(seed)
@@ -139,6 +184,8 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
         "self_attn",
         "mlp.gate$",
         "shared_expert",
+        "linear_attn",
+        "visual",
         "lm_head",
         r"layers.0.mlp.\w+_",
     ]
@@ -157,9 +204,9 @@ class DenseReference:
     """float32 results of a checkpoint's dequantized weights in transformers."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder / "dense", dtype=torch.float32
-        ).eval()
+        dense = folder / "dense"
+        model_class = _model_class(AutoConfig.from_pretrained(dense))
+        self.model = model_class.from_pretrained(dense, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def logprobs(self, tokens: list[int]) -> torch.Tensor:

@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -159,5 +160,28 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, Stream, A... args) {
 }
 
 inline std::string current_arch() { return "host"; }
+
+inline void* allocate(size_t size) { return std::malloc(size); }
+inline void release(void* p) { std::free(p); }
+inline void copy_in(void* to, const void* from, size_t size) { std::memcpy(to, from, size); }
+inline void copy_out(void* to, const void* from, size_t size) { std::memcpy(to, from, size); }
+
+constexpr int kOrders = 5;
+inline void set_order(int i) {
+  constexpr gpu_host::Order orders[kOrders] = {{gpu_host::Schedule::kForward},
+                                               {gpu_host::Schedule::kBackward},
+                                               {gpu_host::Schedule::kRoundRobin},
+                                               {gpu_host::Schedule::kRandom, 1},
+                                               {gpu_host::Schedule::kRandom, 2}};
+  gpu_host::set_order(orders[i]);
+}
+inline std::string take_launched() {
+  static size_t taken = 0;
+  std::string names;
+  for (; taken < gpu_host::launched_kernels().size(); ++taken) {
+    names += gpu_host::launched_kernels()[taken] + "\n";
+  }
+  return names;
+}
 
 }  // namespace gpu

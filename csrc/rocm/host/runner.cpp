@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Runs the GPU launchers on the host, over a stream: each record on stdin is one op call, each
+// Runs the GPU launchers over a stream, on the host or, built for one, on a GPU: each record on stdin is one op call, each
 // record on stdout its result. A record is a uint32 count of fields; a field is a uint32 length
 // and its name, a uint64 size and its bytes. Scalars are int64 or double fields, strides and
 // shapes are named as in moe_int4_args.h; "op" is gemm, gate_up or down. A tensor that is
 // absent is a null pointer; "NAME.offset" moves it that many bytes off a 16-byte boundary.
-// The call runs once per order of lanes and waves; the outputs must agree bit for bit.
-// The reply has "c" and "kernels" (the launched kernels' names, one a line).
+// The call runs once per order of lanes and waves (gpu::kOrders); the outputs must agree bit for
+// bit. The reply has "c" and "kernels" (the launched kernels' names, one a line, where known).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -16,41 +16,40 @@
 #include <memory>
 #include <string>
 
+#include "gpu_compat.cuh"
 #include "launch.h"
-#include "scheduler.h"
 
 namespace {
 
 using namespace moe_int4;
-
-constexpr gpu_host::Order kOrders[] = {{gpu_host::Schedule::kForward},
-                                       {gpu_host::Schedule::kBackward},
-                                       {gpu_host::Schedule::kRoundRobin},
-                                       {gpu_host::Schedule::kRandom, 1},
-                                       {gpu_host::Schedule::kRandom, 2}};
 
 [[noreturn]] void die(const std::string& message) {
   std::fprintf(stderr, "runner: %s\n", message.c_str());
   std::exit(2);
 }
 
-// A heap block of exactly the field's size, so that AddressSanitizer sees the first byte past it.
+// Memory for kernels of exactly the field's size, so that AddressSanitizer or compute-sanitizer
+// sees the first byte past it.
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(const char* bytes, size_t size, size_t offset) : size_(size), offset_(offset) {
-    block_.reset(static_cast<char*>(std::malloc(offset + size)));
-    std::memset(block_.get(), 0xff, offset);
-    if (size != 0) std::memcpy(data(), bytes, size);
+  Buffer(const std::string& bytes, size_t offset) : size_(bytes.size()), offset_(offset) {
+    const std::string all = std::string(offset, '\xff') + bytes;
+    block_.reset(static_cast<char*>(gpu::allocate(all.size())));
+    gpu::copy_in(block_.get(), all.data(), all.size());
   }
   char* data() const { return block_.get() + offset_; }
-  size_t size() const { return size_; }
+  std::string bytes() const {
+    std::string out(size_, '\0');
+    gpu::copy_out(out.data(), data(), size_);
+    return out;
+  }
 
  private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
+  struct Release {
+    void operator()(char* p) const { gpu::release(p); }
   };
-  std::unique_ptr<char, Free> block_;
+  std::unique_ptr<char, Release> block_;
   size_t size_ = 0, offset_ = 0;
 };
 
@@ -110,14 +109,9 @@ class Call {
   T* tensor(const std::string& name) {
     if (fields_.count(name) == 0) return nullptr;
     const size_t offset = fields_.count(name + ".offset") ? i64(name + ".offset") : 0;
-    const std::string& bytes = text(name);
-    return reinterpret_cast<T*>(
-        (buffers_[name] = Buffer(bytes.data(), bytes.size(), offset)).data());
+    return reinterpret_cast<T*>((buffers_[name] = Buffer(text(name), offset)).data());
   }
-  std::string bytes(const std::string& name) const {
-    const Buffer& buffer = buffers_.at(name);
-    return std::string(buffer.data(), buffer.size());
-  }
+  std::string bytes(const std::string& name) const { return buffers_.at(name).bytes(); }
 
   Weights weights() {
     Weights w{};
@@ -213,25 +207,20 @@ int main() {
   Call call;
   while (call.read()) {
     std::string result;
-    const size_t first_launch = gpu_host::launched_kernels().size();
-    for (const gpu_host::Order& order : kOrders) {
-      gpu_host::set_order(order);
+    for (int order = 0; order < gpu::kOrders; ++order) {
+      gpu::set_order(order);
       call.run();
       const std::string now = call.bytes("c");
-      if (&order != &kOrders[0] && now != result) {
-        die("the order of waves changes the result of " + gpu_host::launched_kernels().back() +
-            " (schedule " + std::to_string(static_cast<int>(order.schedule)) + ")");
+      if (order > 0 && now != result) {
+        die("the result of " + call.text("op") + " is another one in order " +
+            std::to_string(order));
       }
       result = now;
-    }
-    std::string kernels;
-    for (size_t i = first_launch; i < gpu_host::launched_kernels().size(); ++i) {
-      kernels += gpu_host::launched_kernels()[i] + "\n";
     }
     const uint32_t fields = 2;
     std::fwrite(&fields, sizeof(fields), 1, stdout);
     write_field("c", result);
-    write_field("kernels", kernels);
+    write_field("kernels", gpu::take_launched());
     std::fflush(stdout);
   }
   return 0;

@@ -112,15 +112,42 @@ def decline_reason(
         return f"activations in {config.in_dtype}, supported: fp16 and bf16"
     if not HybridW4A16MoEExperts._supports_activation(config.activation):
         return f"activation {config.activation.value!r}"
-    if not HybridW4A16MoEExperts._supports_parallel_config(config.moe_parallel_config):
-        return "the all-to-all backend hands over batches per expert"
+    parallel = config.moe_parallel_config
+    if not HybridW4A16MoEExperts._supports_parallel_config(parallel):
+        return (
+            f"all-to-all backend {parallel.all2all_backend}, supported: "
+            "allgather_reducescatter"
+        )
+    if parallel.dp_size > 1 and not can_gather_tokens():
+        return (
+            "data parallel: vLLM cannot gather tokens of several ranks on this device"
+        )
     if config.has_bias:
         return "experts have a bias"
     if config.is_lora_enabled:
         return "LoRA is enabled"
-    if config.moe_parallel_config.enable_eplb:
+    if parallel.enable_eplb:
         return "expert load balancing (EPLB) is enabled"
     return None
+
+
+def can_gather_tokens() -> bool:
+    """Whether vLLM's communicator on this platform has what data parallelism needs.
+
+    That of the CPU in vLLM 0.32 and 0.33 has not: any MoE model, quantized or not,
+    ends in ``NotImplementedError`` there.
+    """
+    from vllm.distributed.device_communicators.base_device_communicator import (
+        DeviceCommunicatorBase,
+    )
+    from vllm.platforms import current_platform
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    own = resolve_obj_by_qualname(current_platform.get_device_communicator_cls())
+    return all(
+        getattr(own, name) is not getattr(DeviceCommunicatorBase, name)
+        for name in ("all_gatherv", "reduce_scatterv")
+    )
 
 
 class TensorParallelMisfit(str):
@@ -131,15 +158,18 @@ def tensor_parallel_misfit(
     config: "FusedMoEConfig", group_size: int | tuple[int, int]
 ) -> TensorParallelMisfit | None:
     """What to say where ranks get parts of a group, but another number would not."""
-    size, ranks = config.intermediate_size, config.moe_parallel_config.tp_size
+    parallel = config.moe_parallel_config
+    size, ranks = config.intermediate_size, parallel.tp_size
     if ranks == 1 or not isinstance(group_size, int) or group_size < 1:
         return None
     groups = size // group_size
     if size % group_size or groups % ranks == 0:
         return None
     fits = [str(n) for n in range(1, groups + 1) if groups % n == 0]
+    # without expert parallelism vLLM cuts experts over the ranks of both
+    kind = "tensor times data parallel" if parallel.dp_size > 1 else "tensor parallel"
     return TensorParallelMisfit(
-        f"tensor parallel size {ranks} cuts the experts' intermediate size {size} into "
+        f"{kind} size {ranks} cuts the experts' intermediate size {size} into "
         f"{size / ranks:g} per rank, not a multiple of the group size {group_size}; "
         f"sizes that work: {', '.join(fits)}; or --enable-expert-parallel"
     )

@@ -113,7 +113,12 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
-        return not moe_parallel_config.use_batched_activation_format
+        # other back ends hand tokens over in a form of their own (per expert, or still
+        # to be dispatched)
+        config = moe_parallel_config
+        return not config.use_passthrough_all2all and (
+            config.use_ag_rs_all2all_kernels or not config.use_all2all_kernels
+        )
 
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         return TopKWeightAndReduceNoOP()

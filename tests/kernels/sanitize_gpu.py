@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The cases of test_moe_int4_on_host.py on an NVIDIA GPU, under compute-sanitizer.
+
+``python tests/kernels/sanitize_gpu.py [--arch sm_90] [--tools memcheck,racecheck,...]``
+
+Builds the kernels, their launchers and csrc/rocm/host/runner.cpp with nvcc into one
+program without torch, so that all that the sanitizer reports is ours; runs every case
+twice, checks the results against float64 and that both runs gave the same bits, first
+without a tool and then under each. Prints a line per tool. Exit status 1: something
+was reported or wrong; 2: no nvcc, or it failed. ``--program`` takes what ``--build``
+left elsewhere. Needs numpy and pytest.
+"""
+
+import argparse
+import concurrent.futures
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import test_moe_int4_on_host as host
+
+ROCM = host.ROOT / "csrc" / "rocm"
+TOOLS = "memcheck,racecheck,initcheck,synccheck"
+
+
+def build(nvcc, arch, folder):
+    """Compiles the program into `folder`, an object per process; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = arch.removeprefix("sm_")
+    common = [nvcc, "-std=c++17", "-O3", f"-I{ROCM}", f"-I{ROCM.parent}"]
+    kernels = ["-x", "cu", "-gencode", f"arch=compute_{number},code={arch}"]
+    jobs = [(source, kernels) for source in sorted(ROCM.glob("*.hip"))]
+    plain = ["-x", "c++", "-DHYBRID_W4A16_CUDA"]
+    jobs += [(ROCM / "launch.cpp", plain), (ROCM / "host" / "runner.cpp", plain)]
+
+    def compile_one(source, flags):
+        out = folder / f"{source.stem}.o"
+        subprocess.run([*common, *flags, "-c", source, "-o", out], check=True)
+        return out
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        objects = list(pool.map(lambda job: compile_one(*job), jobs))
+    program = folder / "runner"
+    subprocess.run([nvcc, "-cudart", "static", *objects, "-o", program], check=True)
+    return program
+
+
+def run(command, combinations):
+    """Runs all cases in one process; returns (wrong results, what was printed)."""
+    cases = [case for key in combinations for case in host.Maker(*key).cases()]
+    calls = b"".join(host.record(case.fields) for case in cases)
+    done = subprocess.run(command, input=calls, capture_output=True, check=False)
+    text = done.stderr.decode(errors="replace")
+    replies = list(host.read_records(done.stdout))
+    wrong = []
+    if done.returncode or len(replies) != len(cases):
+        wrong.append(f"{len(replies)} of {len(cases)} replies, exit {done.returncode}")
+    for case, reply in zip(cases, replies, strict=False):
+        try:
+            case.check(reply["c"])
+        except AssertionError as error:
+            wrong.append(str(error))
+    return wrong, text, len(cases)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--tools", default=TOOLS)
+    parser.add_argument("--build", type=Path, help="only build, into this folder")
+    parser.add_argument("--program", type=Path, help="what --build made")
+    parser.add_argument("--nvcc", default=shutil.which("nvcc"))
+    parser.add_argument("--logs", type=Path, default=Path("build/sanitizer"))
+    options = parser.parse_args()
+    program = options.program
+    if program is None:
+        if options.nvcc is None:
+            print("no nvcc on the PATH", file=sys.stderr)
+            return 2
+        try:
+            folder = options.build or Path("build/sanitizer")
+            program = build(options.nvcc, options.arch, folder.resolve())
+        except subprocess.CalledProcessError:
+            return 2
+        if options.build:
+            print(program)
+            return 0
+    combinations = [key[1:] for key in host.COMBINATIONS if key[0]]
+    options.logs.mkdir(parents=True, exist_ok=True)
+    print(f"seed {host.SEED}, {len(combinations)} combinations")
+
+    def check(tool):
+        command = [program.resolve()]
+        if tool != "none":
+            sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+            command = [*sanitizer, "--log-file", options.logs / f"{tool}.log", *command]
+        wrong, text, count = run(command, combinations)
+        log = options.logs / f"{tool}.log"
+        report = log.read_text().splitlines()[-1] if log.exists() else text[-300:]
+        verdict = "ok" if not wrong else f"FAILED: {wrong[:3]} {text[-500:]}"
+        print(f"{tool}: {count} calls, twice each: {verdict}  {report}", flush=True)
+        return bool(wrong)
+
+    # Side by side: a sanitizer spends most of its time on the host.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        failed = list(pool.map(check, ["none", *options.tools.split(",")]))
+    return int(any(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
