@@ -166,12 +166,22 @@ def test_written_results(tool, tmp_path):
     assert "| hybrid | eager | 100/128 | 1 | 50.0 | 33.33 (27.78 to 50.00) " in text
     assert "| 30.0 (20.0 to 36.0) | 1.80 (1.50 to 2.00) |" in text
     assert "Not measured on AMD hardware." in text
+    assert "Median (least to largest) of 3 rounds, each with servers of its own" in text
     assert "`triton, eager` did not run: no such backend" in text
     assert "`hybrid`: HybridW4A16 MoE: 6/6 layers" in text
     assert "0123456789ab with changes" in text
     written = json.loads((tmp_path / "serve.json").read_text())
     assert written["samples"] == SAMPLES
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_run_says_how_many_rounds_it_has(tool, tmp_path):
+    comparison = make_result(tool, tmp_path)
+    comparison.options.together = True
+    comparison.samples = [s for s in SAMPLES if s["round"] == 0]
+    comparison.write()
+    text = (tmp_path / "serve.md").read_text()
+    assert "of 1 round, all on the same servers, started together" in text
 
 
 def test_rocm_results_do_not_disclaim(tool, tmp_path):

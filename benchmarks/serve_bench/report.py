@@ -35,8 +35,8 @@ def markdown(result: dict[str, Any]) -> str:
         else "each with servers of its own"
     )
     how = (
-        f"Median (least to largest) of {settings['repeats']} rounds, {servers}; ratio: "
-        f"output tokens/s over `{result['baseline']}` in the same round."
+        f"Median (least to largest) of {_rounds(result)}, {servers}; ratio: output "
+        f"tokens/s over `{result['baseline']}` in the same round."
     )
     lines = [
         f"# Serving: {', '.join(v['name'] for v in result['variants'])}",
@@ -57,6 +57,12 @@ def markdown(result: dict[str, Any]) -> str:
         for line in variant["moe_log"]
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _rounds(result: dict[str, Any]) -> str:
+    """How many rounds there are results of; an interrupted run has fewer than asked."""
+    done = max((row["rounds"] for row in result["summary"]), default=0)
+    return f"{done} round{'s' * (done != 1)}"
 
 
 def _table(rows: list[Row]) -> list[str]:
@@ -121,7 +127,7 @@ def plot(path: pathlib.Path, result: dict[str, Any]) -> None:
     where = machine.get("gpu") or f"{machine['cpu']} ({machine['cpu_threads']} threads)"
     figure.suptitle(
         f"{result['title']}\n{where}, {machine['vllm']}, "
-        f"median of {result['settings']['repeats']} rounds, least to largest",
+        f"median of {_rounds(result)}, least to largest",
         fontsize=12,
     )
     figure.savefig(path, dpi=110)

@@ -361,8 +361,14 @@ def moe_int4_prefill_sum(
     tl.store(out_ptr + token * stride_om + n, out, mask=n < H)
 
 
+# The host's share of a call bounds short prompts outside of CUDA graphs: hence plain
+# arithmetic and few views below (triton.cdiv and tensor_split cost microseconds each).
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _padded(k: int) -> int:
-    return triton.cdiv(k, _STEP) * _STEP
+    return _cdiv(k, _STEP) * _STEP
 
 
 class Blocks(NamedTuple):
@@ -405,8 +411,8 @@ class Int4Matrix(NamedTuple):
 def to_planes(x: torch.Tensor, out: torch.Tensor) -> None:
     """x fp16/bf16 [M, K] (innermost stride 1) into out [M, K padded], plane order."""
     tokens, k = x.shape
-    steps = min(8, triton.next_power_of_2(triton.cdiv(k, _STEP)))
-    moe_int4_prefill_to_planes[(tokens, triton.cdiv(k, steps * _STEP))](
+    steps = min(8, 1 << (_cdiv(k, _STEP) - 1).bit_length())
+    moe_int4_prefill_to_planes[(tokens, _cdiv(k, steps * _STEP))](
         x, out, k, x.stride(0), out.stride(0), STEPS=steps, num_warps=4
     )
 
@@ -429,7 +435,7 @@ def gate_up(
     intermediate = w13.words.shape[1] // 2
     hidden = w13.scales.shape[2] * w13.group_size
     tensors, strides = w13.kernel_arguments()
-    tiles = triton.cdiv(_padded(intermediate), tile.block_n)
+    tiles = _cdiv(_padded(intermediate), tile.block_n)
     limit = float("inf") if activation.limit is None else activation.limit
     moe_int4_prefill_gate_up[(blocks.expert_ids.shape[0] * tiles,)](
         planes,
@@ -474,7 +480,7 @@ def down(
     hidden = w2.words.shape[1]
     intermediate = w2.scales.shape[2] * w2.group_size
     tensors, strides = w2.kernel_arguments()
-    tiles = triton.cdiv(hidden, tile.block_n)
+    tiles = _cdiv(hidden, tile.block_n)
     moe_int4_prefill_down[(blocks.expert_ids.shape[0] * tiles,)](
         planes,
         *tensors,
@@ -513,7 +519,7 @@ def sum_pairs(
     """
     tokens, hidden = out.shape
     num_ids = num_experts if expert_map is None else expert_map.shape[0]
-    moe_int4_prefill_sum[(tokens, triton.cdiv(hidden, 1024))](
+    moe_int4_prefill_sum[(tokens, _cdiv(hidden, 1024))](
         pairs,
         out,
         topk_ids,
@@ -565,12 +571,12 @@ class Workspace(NamedTuple):
                 f"workspace: {needed} elements are needed, got {buffer.numel()}"
             )
         pairs = tokens * top_k
-        middle_size = pairs * _padded(intermediate)
-        middle, shared = buffer.view(-1).tensor_split([middle_size])
+        planes, middle = _padded(hidden), _padded(intermediate)
+        shared = buffer.storage_offset() + pairs * middle
         return cls(
-            shared[: tokens * _padded(hidden)].view(tokens, -1),
-            middle.view(pairs, -1),
-            shared[: pairs * hidden].view(pairs, hidden),
+            buffer.as_strided((tokens, planes), (planes, 1), shared),
+            buffer.as_strided((pairs, middle), (middle, 1)),
+            buffer.as_strided((pairs, hidden), (hidden, 1), shared),
         )
 
 
