@@ -134,6 +134,19 @@ def give_the_cpu_what_data_parallel_needs() -> None:
     CpuCommunicator.reduce_scatterv = reduce_scatterv
 
 
+def tell_shared_memory_of_cells_apart() -> None:
+    """vLLM's CPU ranks name it after the address they meet at, of which nothing is left
+    with an external launcher: a run that was killed would be in the way of the next.
+    """
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    shared = cpu_communicator._CPUSHMDistributed
+    name = shared.make_group_name
+    shared.make_group_name = staticmethod(
+        lambda ranks: os.environ["MASTER_PORT"] + name(ranks).lstrip("/")
+    )
+
+
 def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     """The answers of one cell."""
     from vllm import LLM
@@ -179,6 +192,8 @@ def main() -> None:
     port = int(os.environ.get("MASTER_PORT", "0"))
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    if not torch.cuda.is_available():
+        tell_shared_memory_of_cells_apart()
     for index, values in enumerate(json.loads(cells_file.read_text())):
         cell = Cell.from_json(values)
         # vLLM collects garbage seven times a cell, which takes longer than all the rest
