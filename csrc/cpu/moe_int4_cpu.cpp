@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <memory>
 #include <new>
 #include <utility>
 #include <vector>
@@ -28,16 +27,37 @@ constexpr int64_t kAlignment = 64;  // a cache line and the widest vector
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-struct Free {
-  void operator()(char* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<char, Free>;
+// Memory that a thread keeps from call to call: touching fresh pages would cost as much as the
+// work in them.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  char* at_least(int64_t bytes) {
+    if (bytes > bytes_) {
+      std::free(data_);
+      bytes_ = 0;
+      data_ = static_cast<char*>(std::aligned_alloc(kAlignment, aligned(bytes)));
+      if (data_ == nullptr) throw std::bad_alloc();
+      bytes_ = bytes;
+    }
+    return data_;
+  }
 
-Buffer allocate(int64_t bytes) {
-  char* p =
-      static_cast<char*>(std::aligned_alloc(kAlignment, aligned(std::max<int64_t>(bytes, 1))));
-  if (p == nullptr) throw std::bad_alloc();
-  return Buffer(p);
+ private:
+  char* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+struct Buffers {
+  Buffer rows, sums, scratch;
+};
+
+Buffers& buffers() {
+  thread_local Buffers of_this_thread;
+  return of_this_thread;
 }
 
 // The rows of a call, sorted by expert; the rows of an expert keep their order.
@@ -138,7 +158,8 @@ struct Part {
   int32_t first, columns;
 };
 
-// A call's converted activations and the scratch of its threads.
+// A call's converted activations and the scratch of its threads. They lie in buffers of the thread
+// that calls: one Call at a time.
 class Call {
  public:
   Call(DType dtype, const void* a, int64_t a_stride_m, const Weights& w, const Grouping& grouping,
@@ -152,18 +173,18 @@ class Call {
       first_rows_.push_back(rows);
       rows += kernels_.rows_allocated(dtype, expert.count);
     }
-    rows_ = allocate(rows * row_stride_);
-    sums_ = allocate(rows * sums_stride_ * 4);
+    rows_ = buffers().rows.at_least(rows * row_stride_);
+    sums_ = reinterpret_cast<float*>(buffers().sums.at_least(rows * sums_stride_ * 4));
     prepare(static_cast<const uint16_t*>(a), a_stride_m);
     kernel_scratch_ = aligned(kernels_.scratch_bytes(w.k, w.group_size, grouping.max_count));
     thread_bytes_ = kernel_scratch_ + aligned(4 * floats_per_thread);
-    scratch_ = allocate(thread_bytes_ * torch::stable::get_num_threads());
+    scratch_ = buffers().scratch.at_least(thread_bytes_ * torch::stable::get_num_threads());
   }
 
   const Kernels& isa() const { return kernels_; }
 
   float* floats(int64_t thread) const {
-    return reinterpret_cast<float*>(scratch_.get() + thread * thread_bytes_ + kernel_scratch_);
+    return reinterpret_cast<float*>(scratch_ + thread * thread_bytes_ + kernel_scratch_);
   }
 
   // out[r][j] for all rows r of the expert and columns first + j. `next` is what this thread will
@@ -188,15 +209,14 @@ class Call {
     tile.m = part.expert->count;
     tile.out = out;
     tile.out_stride = out_stride;
-    tile.scratch = scratch_.get() + thread * thread_bytes_;
+    tile.scratch = scratch_ + thread * thread_bytes_;
     kernels_.multiply(tile);
   }
 
  private:
   PreparedRows prepared(const Grouping::Expert& expert) const {
     const int64_t row = first_rows_[&expert - grouping_.experts.data()];
-    return {rows_.get() + row * row_stride_, row_stride_,
-            reinterpret_cast<float*>(sums_.get()) + row * sums_stride_, sums_stride_};
+    return {rows_ + row * row_stride_, row_stride_, sums_ + row * sums_stride_, sums_stride_};
   }
 
   void prepare(const uint16_t* a, int64_t a_stride_m) const {
@@ -230,13 +250,18 @@ class Call {
   const Grouping& grouping_;
   std::vector<int64_t> first_rows_;  // of each expert
   int64_t row_stride_, sums_stride_, kernel_scratch_, thread_bytes_;
-  Buffer rows_, sums_, scratch_;
+  char *rows_, *scratch_;
+  float* sums_;
 };
 
 constexpr int32_t kPartColumns = 32;
 
 uint16_t* row_of(void* c, int64_t stride, int64_t row) {
   return static_cast<uint16_t*>(c) + row * stride;
+}
+
+const uint16_t* row_of(const void* a, int64_t stride, int64_t row) {
+  return static_cast<const uint16_t*>(a) + row * stride;
 }
 
 // Runs work(part, next, thread) over parts of kPartColumns output columns, expert by expert.
@@ -268,7 +293,24 @@ void gemm(const GemmArgs& args) {
   });
 }
 
-void gate_up(const GateUpArgs& args) {
+// Tokens whose converted activations take up to kMaxBytes; at least kFewestTokens, since every
+// piece of a call reads the weights again.
+int32_t tokens_together(const Weights& w, int32_t top_k) {
+  constexpr int64_t kMaxBytes = 64 << 20, kFewestTokens = 256;
+  return static_cast<int32_t>(std::max(kMaxBytes / (2 * int64_t{w.k} * top_k), kFewestTokens));
+}
+
+// Tokens [begin, begin + count).
+Routing slice(Routing routing, int32_t begin, int32_t count) {
+  const int64_t at = begin * routing.ids_stride_m;
+  routing.ids = routing.ids_are_int64
+                    ? static_cast<const void*>(static_cast<const int64_t*>(routing.ids) + at)
+                    : static_cast<const int32_t*>(routing.ids) + at;
+  routing.num_tokens = count;
+  return routing;
+}
+
+void gate_up_together(const GateUpArgs& args) {
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, true);
   if (grouping.experts.empty()) return;
   const int64_t half = int64_t{grouping.max_count} * kPartColumns;
@@ -288,11 +330,22 @@ void gate_up(const GateUpArgs& args) {
   });
 }
 
+void gate_up(const GateUpArgs& args) {
+  const int32_t tokens = args.routing.num_tokens, top_k = args.routing.top_k;
+  const int32_t step = tokens_together(args.w, top_k);
+  for (int32_t begin = 0; begin < tokens; begin += step) {
+    GateUpArgs some = args;
+    some.a = row_of(args.a, args.a_stride_m, begin);
+    some.c = row_of(args.c, args.c_stride_m, int64_t{begin} * top_k);
+    some.routing = slice(args.routing, begin, std::min(step, tokens - begin));
+    gate_up_together(some);
+  }
+}
+
 // A turn of a thread computes some columns of all tokens, to which it adds the experts in ascending
 // order.
-void down(const DownArgs& args) {
+void down_together(const DownArgs& args) {
   const int32_t tokens = args.routing.num_tokens, top_k = args.routing.top_k, n = args.w.n;
-  if (tokens == 0) return;
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, false);
   constexpr int64_t kMaxColumns = 4 * kPartColumns;  // of a turn: 256 KiB of sums for 512 tokens
   const int64_t sums = tokens * kMaxColumns;
@@ -341,6 +394,19 @@ void down(const DownArgs& args) {
       }
     }
   });
+}
+
+void down(const DownArgs& args) {
+  const int32_t tokens = args.routing.num_tokens, top_k = args.routing.top_k;
+  const int32_t step = tokens_together(args.w, top_k);
+  for (int32_t begin = 0; begin < tokens; begin += step) {
+    DownArgs some = args;
+    some.a = row_of(args.a, args.a_stride_m, int64_t{begin} * top_k);
+    some.c = row_of(args.c, args.c_stride_m, begin);
+    if (args.topk_weights != nullptr) some.topk_weights += begin * args.tw_stride_m;
+    some.routing = slice(args.routing, begin, std::min(step, tokens - begin));
+    down_together(some);
+  }
 }
 
 void gemm_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
