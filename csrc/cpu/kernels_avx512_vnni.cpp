@@ -22,16 +22,9 @@ constexpr int32_t kManyRows = 8;      // from here on the fp32 kernels are faste
 constexpr int32_t kChunk = 128;       // weights in a vector of words
 constexpr int32_t kChunkWords = 16;   // words in it
 constexpr int32_t kChunkBytes = 256;  // activations of a chunk
-// Weight rows at once. They lie a quarter of the tile apart, so that each is a stream of its own
-// for the processor's prefetchers: neighbouring rows were read at half the speed (DESIGN notes in
-// benchmarks/README.md).
-constexpr int32_t kStreams = 4;
-#ifndef AHEAD
-#define AHEAD 0
-#define HINT _MM_HINT_T0
-#endif
-constexpr int32_t kAhead = AHEAD;
-constexpr auto kHint = HINT;
+constexpr int32_t kWeightRows = 4;    // at once, neighbours
+constexpr int32_t kTogether = 4;      // activation rows at once
+constexpr int32_t kScalesAhead = 16;  // weight rows between prefetch and use of their scales
 
 int64_t integer_bytes(int32_t k) { return round_up<int64_t>(k, kChunk) / kChunk * kChunkBytes; }
 
@@ -47,33 +40,29 @@ int64_t row_bytes(DType dtype, int32_t k) {
 }
 
 // What weight rows at hand need of their groups, for up to kTogether activation rows.
-constexpr int32_t kTogether = 4;
 struct Groups {
   float* products;  // scale * step, [activation row][weight row][group]
   float* totals;    // -scale * zp * sum, [activation row][weight row][16 lanes]
 };
 
-// Scratch of a tile: scales and -scale * zp of a weight row; groups of the weight rows at hand and
-// of those that come next, so that they are in memory long before they are read.
+// Scratch of a tile: groups of the weight rows at hand and of those that come next, so that they
+// are written long before they are read.
 struct Scratch {
   int64_t groups;
-  float *scales, *zeros;
   Groups of[2];
   explicit Scratch(const Tile& t) : groups(padded_groups(t.k, t.group_size)) {
-    scales = static_cast<float*>(t.scratch);
-    zeros = scales + groups;
-    float* next = zeros + groups;
+    auto* next = static_cast<float*>(t.scratch);
     for (Groups& g : of) {
       g.products = next;
-      g.totals = g.products + kTogether * kStreams * groups;
-      next = g.totals + kTogether * kStreams * 16;
+      g.totals = g.products + kTogether * kWeightRows * groups;
+      next = g.totals + kTogether * kWeightRows * 16;
     }
   }
 };
 
 int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
   const int64_t groups = padded_groups(k, group_size);
-  const int64_t few = 4 * (2 * groups + 2 * kTogether * kStreams * (groups + 16));
+  const int64_t few = 4 * 2 * kTogether * kWeightRows * (groups + 16);
   const int64_t many = kAvx512.scratch_bytes(k, group_size, m);
   return many > few ? many : few;
 }
@@ -101,8 +90,8 @@ float quantize(const float* values, int32_t count, int16_t* to, int32_t* sum) {
 
 // Splits the integers of a chunk into bytes and orders those. A word's are one quarter of a vector.
 void store_chunk(const int16_t* integers, char* to) {
-  const __m512i order = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14));
+  const __m512i order =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14));
   const __m512i half = _mm512_set1_epi16(0x80);
   __m512i v[4];
   for (int32_t i = 0; i < 4; ++i) {
@@ -111,7 +100,8 @@ void store_chunk(const int16_t* integers, char* to) {
     v[i] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi16(x, half), half), order);
   }
   // From [4 words][4 kinds] in each of the four to [kind][16 words].
-  const __m512i word_of = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+  const __m512i word_of =
+      _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
   const __m512i word_of_2 =
       _mm512_setr_epi32(2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
   const __m512i a = _mm512_permutex2var_epi32(v[0], word_of, v[1]);    // kinds 0, 1 of words 0..7
@@ -162,28 +152,31 @@ inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
                     _mm_add_ps(_mm512_extractf32x4_ps(abcd, 2), _mm512_extractf32x4_ps(abcd, 3)));
 }
 
-// Weight rows n, n + apart, ... (R of them) and activation rows r0, r0 + 1, ... (T of them).
+// Weight rows n, n + 1, ... (R of them) and activation rows r0, r0 + 1, ... (T of them).
 struct Rows {
-  int32_t n, apart, r0;
+  int32_t n, r0;
 };
 
 template <int32_t T, int32_t R>
 void load_groups_of(const Tile& t, const Rows& rows, const Scratch& scratch, const Groups& to) {
+  const float *steps[T], *sums[T];
+  for (int32_t i = 0; i < T; ++i) {
+    const char* a = t.a.data + (rows.r0 + i) * t.a.stride;
+    steps[i] = reinterpret_cast<const float*>(a + integer_bytes(t.k));
+    sums[i] = t.a.sums + (rows.r0 + i) * t.a.sums_stride;
+  }
   for (int32_t r = 0; r < R; ++r) {
-    load_groups<0>(t, rows.n + r * rows.apart, scratch.scales, scratch.zeros);
-    for (int32_t i = 0; i < T; ++i) {
-      const char* a = t.a.data + (rows.r0 + i) * t.a.stride;
-      const auto* steps = reinterpret_cast<const float*>(a + integer_bytes(t.k));
-      const float* sums = t.a.sums + (rows.r0 + i) * t.a.sums_stride;
-      float* products = to.products + (i * R + r) * scratch.groups;
-      __m512 total = _mm512_setzero_ps();
-      for (int32_t g = 0; g < groups_of(t); g += 16) {
-        total = _mm512_fmadd_ps(_mm512_load_ps(scratch.zeros + g), _mm512_load_ps(sums + g), total);
-        _mm512_store_ps(products + g, _mm512_mul_ps(_mm512_load_ps(scratch.scales + g),
-                                                    _mm512_load_ps(steps + g)));
+    _mm_prefetch(scales_ahead(t, rows.n + r + kScalesAhead), _MM_HINT_T0);
+    __m512 total[T] = {};
+    for (int32_t g = 0; g < groups_of(t); g += 16) {
+      const GroupVectors groups = load_group_vectors<0>(t, rows.n + r, g);
+      for (int32_t i = 0; i < T; ++i) {
+        total[i] = _mm512_fmadd_ps(groups.zeros, _mm512_load_ps(sums[i] + g), total[i]);
+        _mm512_store_ps(to.products + (i * R + r) * scratch.groups + g,
+                        _mm512_mul_ps(groups.scales, _mm512_load_ps(steps[i] + g)));
       }
-      _mm512_store_ps(to.totals + (i * R + r) * 16, total);
     }
+    for (int32_t i = 0; i < T; ++i) _mm512_store_ps(to.totals + (i * R + r) * 16, total[i]);
   }
 }
 
@@ -208,24 +201,19 @@ void multiply_rows(const Tile& t, const Rows& rows, const Scratch& scratch, cons
   const uint32_t* q[R];
   __m512 total[R][T];
   for (int32_t r = 0; r < R; ++r) {
-    q[r] = t.q + (rows.n + r * rows.apart) * t.q_stride;
+    q[r] = t.q + (rows.n + r) * t.q_stride;
     for (int32_t i = 0; i < T; ++i) total[r][i] = _mm512_load_ps(groups.totals + (i * R + r) * 16);
   }
   for (int32_t i = 0; i < T; ++i) a[i] = t.a.data + (rows.r0 + i) * t.a.stride;
   const float* products = groups.products;
-#ifdef NEIGHBOURS
-  const char* ahead = row_ahead(t, rows.n + R) + kAhead;
-#endif
+  // The next R rows are fetched in the order of their addresses: that is what memory is best at.
+  const char* ahead = row_ahead(t, rows.n + R);
   const auto chunk = [&](int32_t word, __mmask16 mask) {
     const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
     __m512i low[R], high[R], sums[R][T] = {};
     for (int32_t r = 0; r < R; ++r) {
-#ifdef NEIGHBOURS
-      _mm_prefetch(ahead, kHint);
+      _mm_prefetch(ahead, _MM_HINT_T0);
       ahead += 64;
-#else
-      if (kAhead != 0) _mm_prefetch(reinterpret_cast<const char*>(q[r] + word) + kAhead, kHint);
-#endif
       const __m512i words = _mm512_maskz_loadu_epi32(mask, q[r] + word);
       low[r] = _mm512_and_si512(words, nibbles);
       high[r] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibbles);
@@ -255,38 +243,28 @@ void multiply_rows(const Tile& t, const Rows& rows, const Scratch& scratch, cons
   for (int32_t i = 0; i < T; ++i) {
     float* out = t.out + (rows.r0 + i) * t.out_stride + rows.n - t.first;
     if constexpr (R == 4) {
-      alignas(16) float sums[4];
-      _mm_store_ps(sums, sums_of(total[0][i], total[1][i], total[2][i], total[3][i]));
-      for (int32_t r = 0; r < R; ++r) out[r * rows.apart] = sums[r];
+      _mm_storeu_ps(out, sums_of(total[0][i], total[1][i], total[2][i], total[3][i]));
     } else {
-      for (int32_t r = 0; r < R; ++r) out[r * rows.apart] = _mm512_reduce_add_ps(total[r][i]);
+      for (int32_t r = 0; r < R; ++r) out[r] = _mm512_reduce_add_ps(total[r][i]);
     }
   }
 }
 
-// Columns [n, end) of the tile, R at once, times T activation rows; end - n is a multiple of R.
+// Weight rows [n, end), R at once, times T activation rows; end - n is a multiple of R.
 template <int32_t G, int32_t T, int32_t R>
 void multiply_columns(const Tile& t, int32_t n, int32_t end, int32_t r0, const Scratch& scratch) {
-  const int32_t count = (end - n) / R;
-  if (count == 0) return;
-#ifdef NEIGHBOURS
-  const int32_t apart = 1, step = R;
-#else
-  const int32_t apart = count, step = 1;
-#endif
-  load_groups_of<T, R>(t, {n, apart, r0}, scratch, scratch.of[0]);
-  for (int32_t j = 0; j < count; ++j) {
-    if (j + 1 < count) {
-      load_groups_of<T, R>(t, {n + (j + 1) * step, apart, r0}, scratch, scratch.of[(j + 1) % 2]);
-    }
-    multiply_rows<G, T, R>(t, {n + j * step, apart, r0}, scratch, scratch.of[j % 2]);
+  if (n == end) return;
+  load_groups_of<T, R>(t, {n, r0}, scratch, scratch.of[0]);
+  for (int32_t turn = 0; n < end; n += R, ++turn) {
+    if (n + R < end) load_groups_of<T, R>(t, {n + R, r0}, scratch, scratch.of[(turn + 1) % 2]);
+    multiply_rows<G, T, R>(t, {n, r0}, scratch, scratch.of[turn % 2]);
   }
 }
 
-// All columns of the tile times T activation rows.
+// All weight rows of the tile times T activation rows.
 template <int32_t G, int32_t T>
 void multiply_together(const Tile& t, int32_t r0, const Scratch& scratch) {
-  constexpr int32_t kRows = T <= 2 ? kStreams : 2;  // as the registers allow
+  constexpr int32_t kRows = T <= 2 ? kWeightRows : 2;  // as the registers allow
   const int32_t end = t.first + t.columns, middle = end - t.columns % kRows;
   multiply_columns<G, T, kRows>(t, t.first, middle, r0, scratch);
   multiply_columns<G, T, 1>(t, middle, end, r0, scratch);
@@ -296,7 +274,7 @@ template <int32_t G>
 void multiply_few(const Tile& t) {
   const Scratch scratch(t);
   int32_t r = 0;
-  for (; t.m - r >= 4; r += 4) multiply_together<G, 4>(t, r, scratch);
+  for (; t.m - r >= kTogether; r += kTogether) multiply_together<G, 4>(t, r, scratch);
   if (t.m - r == 3) multiply_together<G, 3>(t, r, scratch);
   if (t.m - r == 2) multiply_together<G, 2>(t, r, scratch);
   if (t.m - r == 1) multiply_together<G, 1>(t, r, scratch);

@@ -201,6 +201,8 @@ class Call {
     tile.zeros = w_.zeros == nullptr ? nullptr : w_.zeros + id * w_.z_stride_e;
     tile.z_stride = w_.z_stride_n8;
     tile.next = w_.q + next.expert->id * w_.q_stride_e + next.first * w_.q_stride_n;
+    tile.next_scales = static_cast<const uint16_t*>(w_.scales) + next.expert->id * w_.s_stride_e +
+                       next.first * w_.s_stride_n;
     tile.first = part.first;
     tile.columns = part.columns;
     tile.k = w_.k;
