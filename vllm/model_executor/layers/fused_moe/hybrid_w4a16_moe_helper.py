@@ -114,8 +114,8 @@ def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     """Ask Linux for huge pages under a CPU tensor that has not been written yet.
 
     Decode reads each expert's weights once, a few MiB here and there: with pages of
-    4 KiB the processor spends a part of that time on looking up where they are. Advice:
-    where the kernel does not take it, or off Linux, nothing changes. Returns ``tensor``.
+    4 KiB a part of that time goes into looking up where they are. Advice: where the
+    kernel does not take it, or off Linux, nothing changes. Returns ``tensor``.
     """
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if tensor.device.type != "cpu" or advice is None:
