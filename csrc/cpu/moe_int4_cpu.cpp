@@ -258,7 +258,8 @@ class Call {
 
 // Output columns of a part. Each part is a run of memory: few rows are done with it so soon that it
 // has to be long (one token in Qwen3-30B-A3B shape, Zen 4, first decile: gate_up takes 410 us with
-// 32 columns, 379 with 64, 338 with 128), while the results of many rows have to stay in the first caches.
+// 32 columns, 379 with 64, 338 with 128), while the results of many rows have to stay in the first
+// caches.
 int32_t part_columns(const Grouping& grouping, int32_t columns, int64_t experts) {
   constexpr int32_t kNarrow = 32, kWide = 128, kFewRows = 16, kPartsPerThread = 4;
   int32_t part = grouping.max_count <= kFewRows ? kWide : kNarrow;
