@@ -51,6 +51,7 @@ def build_hybrid(
             HybridW4A16MoEExperts,
         )
         from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
+            advise_huge_pages,
             shuffle_exllama_,
         )
     except ImportError as error:
@@ -58,7 +59,13 @@ def build_hybrid(
             f"the overlay is not installed beside vLLM: {error}"
         ) from None
     _require_support(HybridW4A16MoEExperts, moe_config, _hybrid_needs())
-    packed = [shuffle_exllama_(layer.w13.clone()), shuffle_exllama_(layer.w2.clone())]
+
+    def in_our_memory(tensor: torch.Tensor) -> torch.Tensor:
+        # as the layer's parameters are made
+        return advise_huge_pages(torch.empty_like(tensor)).copy_(tensor)
+
+    packed = [shuffle_exllama_(in_our_memory(w)) for w in (layer.w13, layer.w2)]
+    scales = [in_our_memory(s) for s in (layer.s13, layer.s2)]
 
     def experts(w13_scale: torch.Tensor, w2_scale: torch.Tensor) -> Any:
         quant_config = int4_w4a16_moe_quant_config(
@@ -69,7 +76,7 @@ def build_hybrid(
             experts.prefill_from = 1 if only == "prefill" else None
         return experts
 
-    return _ExpertsCall(case, experts, [*packed, layer.s13, layer.s2], copies)
+    return _ExpertsCall(case, experts, [*packed, *scales], copies, in_our_memory)
 
 
 def build_peer(
@@ -196,12 +203,13 @@ class _ExpertsCall:
         make_experts: Callable[..., Any],
         tensors: list[torch.Tensor],
         copies: int,
+        copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
     ) -> None:
         self._case = case
         self._workspaces: dict[int, tuple[torch.Tensor, ...]] = {}
         self._layers = []
         for index in range(copies):
-            mine = tensors if index == 0 else [tensor.clone() for tensor in tensors]
+            mine = tensors if index == 0 else [copy(tensor) for tensor in tensors]
             self._layers.append((make_experts(*mine[2:]), mine[0], mine[1]))
 
     def _workspace(

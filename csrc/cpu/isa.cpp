@@ -34,7 +34,7 @@ bool has_avx512() {
 
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 // The processor has AMX tiles with bf16, the operating system saves them, and Linux lets this
 // process use them (Intel SDM volume 1, chapter 18; Linux Documentation/arch/x86/xstate.rst).
@@ -42,8 +42,7 @@ bool has_amx_bf16() {
 #if defined(__linux__)
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr uint32_t kTileAndBf16 = 1u << 24 | 1u << 22;  // leaf 7, edx
-  if (!has_avx512_bf16() || !has_avx512_vnni() ||
-      __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 ||
+  if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 ||
       (edx & kTileAndBf16) != kTileAndBf16) {
     return false;
   }

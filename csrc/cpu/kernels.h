@@ -42,7 +42,8 @@ struct Tile {
   int64_t s_stride;
   const uint32_t* zeros;  // null: symmetric
   int64_t z_stride;
-  const uint32_t* next;  // the packed row that the thread will read after this tile
+  const uint32_t* next;     // the packed row that the thread will read after this tile
+  const void* next_scales;  // and its scales
   int32_t first, columns, k, group_size;
   PreparedRows a;
   int32_t m;

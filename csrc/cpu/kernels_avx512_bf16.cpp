@@ -9,17 +9,21 @@
 // leave as -scale * (128 + zp) * (sum of the group's activations), at the cost of five of fp32's
 // 24 bits.
 //
-// Few rows: few_rows_avx512.h. Many rows: 32 weight rows are transposed and dequantized so that
-// lanes are weight rows, then multiplied for blocks of up to kMaxBlock activation rows.
+// Few rows are left to the AVX512_VNNI kernels. Many rows: 32 weight rows are transposed and
+// dequantized so that lanes are weight rows, then multiplied for blocks of up to kMaxBlock
+// activation rows.
 #include <immintrin.h>
 
-#include "few_rows_avx512.h"
 #include "kernels_common.h"
+#include "vectors_avx512.h"
 
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kManyRows = 5;   // from here on dequantizing first is faster
+constexpr int32_t kManyRows = 5;     // from here on dequantizing first is faster
+constexpr int32_t kChunk = 128;      // activations ordered together
+constexpr int32_t kChunkWords = 16;  // words of their weights
+constexpr int32_t kPlaneBytes = 256;
 constexpr int32_t kColumns = 32;   // weight rows dequantized together
 constexpr int32_t kBlockK = 256;   // of this many weights each: 16 KiB, stays in the first cache
 constexpr int32_t kMaxBlock = 12;  // activation rows per block: 24 accumulators
@@ -27,7 +31,19 @@ constexpr int32_t kMaxBlock = 12;  // activation rows per block: 24 accumulators
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
 
 int64_t row_bytes(DType dtype, int32_t k) {
-  return round_up<int64_t>(k, kChunk) / kChunk * kPlaneBytes * planes_of(dtype);
+  const int64_t few = kAvx512Vnni.row_bytes(dtype, k);
+  const int64_t many = round_up<int64_t>(k, kChunk) / kChunk * kPlaneBytes * planes_of(dtype);
+  return many > few ? many : few;
+}
+
+// Orders the 64 pairs of a chunk, one plane: [i 0..3][word 0..15], pair i of every word.
+inline void store_plane(const uint16_t* values, char* to) {
+  uint32_t words[64], ordered[64];
+  memcpy(words, values, sizeof(words));
+  for (int32_t i = 0; i < 4; ++i) {
+    for (int32_t j = 0; j < 16; ++j) ordered[16 * i + j] = words[4 * j + i];
+  }
+  memcpy(to, ordered, sizeof(ordered));
 }
 
 void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums) {
@@ -58,6 +74,7 @@ void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums
 }
 
 void prepare(const Source& source, const PreparedRows& rows) {
+  if (source.m < kManyRows) return kAvx512Vnni.prepare(source, rows);
   for (int32_t i = 0; i < source.count; ++i) {
     prepare_row(source, source.a[i], rows.data + (source.begin + i) * rows.stride,
                 rows.sums + (source.begin + i) * rows.sums_stride);
@@ -79,31 +96,12 @@ struct Scratch {
   }
 };
 
-int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
+int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
   const int64_t many =
       int64_t{8} * (kColumns + 1) * round_up(k / group_size, 16) + 2 * kColumns * kBlockK;
-  const int64_t few = few_scratch_bytes(k, group_size);
+  const int64_t few = kAvx512Vnni.scratch_bytes(k, group_size, m);
   return many > few ? many : few;
 }
-
-// Weights as 128 + q, activations as they are in P planes.
-template <int32_t P>
-struct Bf16Dot {
-  using Sum = __m512;
-  static constexpr int32_t kPlanes = P;
-  static constexpr int32_t kOffset = 128;
-  static constexpr bool kSteps = false;
-  template <int32_t I>
-  static __m512i weights(__m512i words) {
-    return pairs<I>(words);
-  }
-  static Sum add(Sum sum, __m512i a, __m512i w) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)w);
-  }
-  static __m512 scaled(Sum sum, __m512 scale, __m512, __m512 total) {
-    return _mm512_fmadd_ps(sum, scale, total);
-  }
-};
 
 // Dequantizes words [word0, word0 + count) of kColumns weight rows from n on into
 // [word][i 0..3][weight row 0..31] pairs. Rows past the last one repeat it.
@@ -233,12 +231,8 @@ void multiply_many(const Tile& t, const Scratch& scratch) {
 }
 
 void multiply(const Tile& t) {
-  const bool half = t.dtype == DType::kHalf;
-  if (t.m < kManyRows) {
-    half ? multiply_few<Bf16Dot<2>>(t) : multiply_few<Bf16Dot<1>>(t);
-  } else {
-    half ? multiply_many<2>(t, Scratch(t)) : multiply_many<1>(t, Scratch(t));
-  }
+  if (t.m < kManyRows) return kAvx512Vnni.multiply(t);
+  t.dtype == DType::kHalf ? multiply_many<2>(t, Scratch(t)) : multiply_many<1>(t, Scratch(t));
 }
 
 }  // namespace

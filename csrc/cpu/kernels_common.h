@@ -100,6 +100,13 @@ inline const char* row_ahead(const Tile& t, int32_t n) {
                                                 : t.next + past * t.q_stride);
 }
 
+// Scales of weight row n, likewise.
+inline const char* scales_ahead(const Tile& t, int32_t n) {
+  const int32_t past = n - (t.first + t.columns);
+  const void* from = past < 0 ? t.scales : t.next_scales;
+  return static_cast<const char*>(from) + 2 * (past < 0 ? n : past) * t.s_stride;
+}
+
 inline int32_t groups_of(const Tile& t) { return t.k / t.group_size; }
 
 // Scales of weight row n, one per group.

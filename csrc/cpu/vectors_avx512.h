@@ -49,28 +49,37 @@ inline __mmask16 first_lanes(int32_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }
 
-// Scales of weight row n and -scale * (Offset + zp), one per group, padded with zeros to a multiple
-// of 16 groups.
+// Scales of weight row n and -scale * (Offset + zp) of its groups g .. g + 15, zeros past the last.
+struct GroupVectors {
+  __m512 scales, zeros;
+};
+
+template <int32_t Offset>
+inline GroupVectors load_group_vectors(const Tile& t, int32_t n, int32_t g) {
+  const __mmask16 mask = first_lanes(groups_of(t) - g);
+  const auto* from = static_cast<const uint16_t*>(t.scales) + n * t.s_stride + g;
+  const __m256i raw = _mm256_maskz_loadu_epi16(mask, from);
+  const __m512 scales =
+      t.dtype == DType::kHalf
+          ? _mm512_cvtph_ps(raw)
+          : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+  __m512 offset = _mm512_set1_ps(-Offset - 8);
+  if (t.zeros != nullptr) {
+    const __m512i words = _mm512_maskz_loadu_epi32(mask, t.zeros + n / 8 * t.z_stride + g);
+    const __m512i zero = _mm512_and_si512(_mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * (n % 8))),
+                                          _mm512_set1_epi32(15));
+    offset = _mm512_sub_ps(_mm512_set1_ps(-Offset), _mm512_cvtepi32_ps(zero));
+  }
+  return {scales, _mm512_mul_ps(scales, offset)};
+}
+
+// The same of all groups of a row, padded with zeros to a multiple of 16 groups.
 template <int32_t Offset>
 inline void load_groups(const Tile& t, int32_t n, float* scales, float* zeros) {
-  const uint16_t* from = static_cast<const uint16_t*>(t.scales) + n * t.s_stride;
-  const int32_t groups = groups_of(t);
-  for (int32_t g = 0; g < groups; g += 16) {
-    const __mmask16 mask = first_lanes(groups - g);
-    const __m256i raw = _mm256_maskz_loadu_epi16(mask, from + g);
-    const __m512 scale =
-        t.dtype == DType::kHalf
-            ? _mm512_cvtph_ps(raw)
-            : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-    __m512 offset = _mm512_set1_ps(-Offset - 8);
-    if (t.zeros != nullptr) {
-      const __m512i words = _mm512_maskz_loadu_epi32(mask, t.zeros + n / 8 * t.z_stride + g);
-      const __m512i zero = _mm512_and_si512(_mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * (n % 8))),
-                                            _mm512_set1_epi32(15));
-      offset = _mm512_sub_ps(_mm512_set1_ps(-Offset), _mm512_cvtepi32_ps(zero));
-    }
-    _mm512_store_ps(scales + g, scale);
-    _mm512_store_ps(zeros + g, _mm512_mul_ps(scale, offset));
+  for (int32_t g = 0; g < groups_of(t); g += 16) {
+    const GroupVectors groups = load_group_vectors<Offset>(t, n, g);
+    _mm512_store_ps(scales + g, groups.scales);
+    _mm512_store_ps(zeros + g, groups.zeros);
   }
 }
 

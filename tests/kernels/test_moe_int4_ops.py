@@ -440,6 +440,52 @@ def test_same_bits_every_time(device, every_isa, threads, dtype, tokens):
             assert torch.equal(first, bits()), (isa, count)
 
 
+def test_more_tokens_than_are_worked_on_together(device):
+    # the CPU takes 256 tokens at a time where K * top_k is this large (tokens_together)
+    torch.manual_seed(5)
+    tokens, together, k, top_k = 300, 256, 16384, 8
+    w = Experts(2, 64, k, 128, torch.bfloat16, zeros=True)
+    packed, scales, zero_points = w.args(device)
+    x = odd_rows(torch.randn(tokens, k).bfloat16(), 8).to(device)
+    pairs = odd_rows(torch.randn(tokens * top_k, k).bfloat16(), 8).to(device)
+    ids = odd_rows(torch.randint(0, 2, (tokens, top_k)), 3, 0).to(device)
+    weights = odd_rows(torch.rand(tokens, top_k), 5, 0.0).to(device)
+
+    def run(begin, end):
+        h = Output((end - begin) * top_k, 32, torch.bfloat16, device, 3)
+        c = Output(end - begin, 64, torch.bfloat16, device, 3)
+        ops.fused_moe_wvSplitK_int4_gate_up(
+            x[begin:end],
+            packed,
+            scales,
+            h.view,
+            ids[begin:end],
+            "silu",
+            40,
+            128,
+            zero_points,
+        )
+        ops.fused_moe_wvSplitK_int4_down(
+            pairs[begin * top_k : end * top_k],
+            packed,
+            scales,
+            c.view,
+            ids[begin:end],
+            weights[begin:end],
+            40,
+            128,
+            zero_points,
+        )
+        h.check_surroundings()
+        c.check_surroundings()
+        return h.view.cpu(), c.view.cpu()
+
+    whole, first, rest = run(0, tokens), run(0, together), run(together, tokens)
+    for all_rows, *pieces in zip(whole, first, rest, strict=True):
+        assert all_rows.isfinite().all()
+        assert torch.equal(all_rows, torch.cat(pieces))
+
+
 # ------------------------------------------------------------------ arguments
 def good_arguments(op: str, device: str = "cpu") -> dict:
     """A valid call: 3 tokens, top 2, 4 experts, K = 128, N = 48, groups of 32."""

@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """From a checkpoint's words to the packed layout."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -183,3 +186,34 @@ def test_shuffle_of_any_length_works_in_place(words):
     np.testing.assert_array_equal(
         unpack_exllama(tensor.numpy()[:, None]).reshape(words, 8), expected
     )
+
+
+def flags_of_the_memory_at(address: int) -> list[str]:
+    """What Linux notes about the mapping that holds ``address`` (proc(5), VmFlags)."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match("([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            begin, end = (int(bound, 16) for bound in bounds.groups())
+            inside = begin <= address < end
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise LookupError(f"no mapping at {address:#x}")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(),
+    reason="needs a Linux kernel with transparent huge pages",
+)
+def test_experts_are_advised_to_lie_on_huge_pages():
+    experts = helper.empty_experts(8, (1024, 256), 1024, 2048, 0)
+    middle = experts.data_ptr() + experts.nbytes // 2
+    assert "hg" in flags_of_the_memory_at(middle)
+    assert experts.count_nonzero() == 0
+
+
+def test_advice_on_huge_pages_leaves_what_is_small_or_elsewhere_alone():
+    small, elsewhere = torch.arange(4), torch.empty(1 << 20, device="meta")
+    assert helper.advise_huge_pages(small) is small
+    assert small.tolist() == [0, 1, 2, 3]
+    assert helper.advise_huge_pages(elsewhere) is elsewhere

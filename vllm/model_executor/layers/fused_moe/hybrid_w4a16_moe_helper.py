@@ -12,6 +12,8 @@ where the device profits from it), and on the way there it never needs more than
 expert's weights on top.
 """
 
+import ctypes
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 # at least this many, of at most about this many words.
 _SHUFFLE_CHUNKS = 8
 _SHUFFLE_CHUNK_WORDS = 1 << 16
+# Of x86-64 and, with pages of 4 KiB, of AArch64; smaller tensors cannot hold one.
+_HUGE_PAGE = 2 << 20
 _PACKED = "hybrid_w4a16_packed"
 # Which row of eight an AWQ word's nibble i belongs to.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -102,7 +106,27 @@ def empty_experts(
     that its N padded rows need later, so that padding costs no second buffer.
     """
     slots = torch.zeros(num_experts, n * (k // 8 + padding), dtype=torch.int32)
+    advise_huge_pages(slots)
     return slots[:, : n * k // 8].view(num_experts, *shape)
+
+
+def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Ask Linux for huge pages under a CPU tensor that has not been written yet.
+
+    Decode reads each expert's weights once, a few MiB here and there: with pages of
+    4 KiB a part of that time goes into looking up where they are. Advice: where the
+    kernel does not take it, or off Linux, nothing changes. Returns ``tensor``.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if tensor.device.type != "cpu" or advice is None:
+        return tensor
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.untyped_storage().nbytes() - begin
+    if size >= _HUGE_PAGE:
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(begin), ctypes.c_size_t(size), ctypes.c_int(advice)
+        )
+    return tensor
 
 
 def row_padding(k: int, device_pads: bool) -> int:

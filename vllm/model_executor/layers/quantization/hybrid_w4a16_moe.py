@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
     CheckpointPacking,
+    advise_huge_pages,
     empty_experts,
     is_packed,
     row_padding,
@@ -119,8 +120,10 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
                     tensor = empty_experts(num_experts, shape, n, k, padding)
                 elif suffix == packing.scales:
                     tensor = torch.zeros(num_experts, *shape, dtype=params_dtype)
+                    advise_huge_pages(tensor)
                 elif with_zeros:
                     tensor = torch.zeros(num_experts, *shape, dtype=torch.int32)
+                    advise_huge_pages(tensor)
                 else:
                     continue
                 _register(layer, weight, suffix, tensor, attributes)
