@@ -11,6 +11,7 @@ import pytest
 import torch
 from int4_formats import FORMATS
 from moe_layers import (
+    DEVICE,
     LAYER_NAME,
     Checkpoint,
     Shape,
@@ -178,7 +179,8 @@ def test_weights_are_reloaded_into_the_same_tensors(
         pad_rows(monkeypatch)
     layer = empty_layer(format, symmetric, shape)
     model = torch.nn.ModuleDict({"experts": layer})
-    record_metadata_for_reloading(model)
+    with torch.device(DEVICE):  # as vLLM's loader does
+        record_metadata_for_reloading(model)
     Checkpoint(shape, symmetric, format=format).load_into(layer)
     before = {n: (p.data_ptr(), p.stride()) for n, p in layer.named_parameters()}
     checkpoint = Checkpoint(shape, symmetric, seed=1, format=format)
@@ -189,6 +191,11 @@ def test_weights_are_reloaded_into_the_same_tensors(
         after = {n: (p.data_ptr(), p.stride()) for n, p in layer.named_parameters()}
         assert after == before
         assert error_of(layer, checkpoint, torch.bfloat16) < 8e-3
+    # nothing but the layer's own tensors is kept
+    config, packing = layer.quant_method.moe_quant_config, layer.quant_method.packing
+    assert config.w1_scale is getattr(layer, f"w13_{packing.scales}")
+    assert config.w2_scale is getattr(layer, f"w2_{packing.scales}")
+    assert config.w1_zp is getattr(layer, f"w13_{packing.zeros}", None)
 
 
 @every_format

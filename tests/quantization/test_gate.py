@@ -189,12 +189,12 @@ def test_ranks_of_data_parallelism_cut_experts_too():
         make_layer(Shape(), inc_config(), moe_parallel_config=parallel)
 
 
-def test_missing_op_library_is_a_reason(monkeypatch, caplog):
+def test_missing_op_library_is_a_reason(stock_path, monkeypatch, caplog):
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 
     monkeypatch.setattr(ops, "load_error", lambda: "the op library X does not exist")
-    layer = make_layer(Shape(), inc_config())
-    assert type(layer.quant_method) is UnquantizedFusedMoEMethod
+    with pytest.raises(Declined):
+        make_layer(Shape(), inc_config())
     assert "the op library X does not exist" in caplog.text
 
 

@@ -224,6 +224,7 @@ def test_zero_points_that_were_never_loaded_are_noticed():
         layer.quant_method.process_weights_after_loading(layer)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a custom op hides it on GPUs")
 def test_apply_traces_without_graph_break():
     shape = Shape()
     layer, _ = loaded_layer(shape)

@@ -283,7 +283,7 @@ def setup_hybrid_w4a16_moe(
             if packing.k_first:
                 _convert(layer, f"{name}_{packing.scales}", _transposed_copy)
             _convert(layer, f"{name}_{packing.qweight}", packing.to_exllama)
-    _install_kernel(method, layer)
+    install_kernel(method, layer)
 
 
 def is_packed(weight: torch.Tensor) -> bool:
@@ -360,7 +360,8 @@ def global_expert(layer: "RoutedExperts", local_expert: int) -> int:
     return int((expert_map == local_expert).nonzero()[0].item())
 
 
-def _install_kernel(method: "HybridW4A16MoEMethod", layer: "RoutedExperts") -> None:
+def install_kernel(method: "HybridW4A16MoEMethod", layer: "RoutedExperts") -> None:
+    """Make the method's kernel over the converted tensors that the layer holds now."""
     method.moe_quant_config = method.get_fused_moe_quant_config(layer)
     prepare_finalize = maybe_make_prepare_finalize(
         moe=method.moe,

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
     CheckpointPacking,
     advise_huge_pages,
     empty_experts,
+    install_kernel,
     is_packed,
     row_padding,
     setup_hybrid_w4a16_moe,
@@ -167,6 +168,12 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor | UnfinalizedMoEOutput:
         """Run the routed experts on ``x`` [M, H]; returns [M, H] in ``x``'s dtype."""
+        config = self.moe_quant_config
+        assert config is not None
+        if config.w1_scale is not getattr(layer, f"w13_{self.packing.scales}"):
+            # vLLM's reload copies what it loaded into the tensors of before and puts
+            # those back; the kernel must not keep the others alive
+            install_kernel(self, layer)
         assert self.moe_kernel is not None
         return self.moe_kernel.apply(
             hidden_states=x,
