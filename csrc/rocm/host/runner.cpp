@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Runs the GPU launchers over a stream, on the host or, built for one, on a GPU: each record on stdin is one op call, each
-// record on stdout its result. A record is a uint32 count of fields; a field is a uint32 length
-// and its name, a uint64 size and its bytes. Scalars are int64 or double fields, strides and
-// shapes are named as in moe_int4_args.h; "op" is gemm, gate_up or down. A tensor that is
-// absent is a null pointer; "NAME.offset" moves it that many bytes off a 16-byte boundary.
-// The call runs once per order of lanes and waves (gpu::kOrders); the outputs must agree bit for
-// bit. The reply has "c" and "kernels" (the launched kernels' names, one a line, where known).
+// Runs the GPU launchers over a stream, on the host or, built for one, on a GPU: each record on
+// stdin is one op call, each record on stdout its result. A record is a uint32 count of fields; a
+// field is a uint32 length and its name, a uint64 size and its bytes. Scalars are int64 or double
+// fields, strides and shapes are named as in moe_int4_args.h; "op" is gemm, gate_up or down. A
+// tensor that is absent is a null pointer; "NAME.offset" moves it that many bytes off a 16-byte
+// boundary. The call runs once per order of lanes and waves (gpu::kOrders); the outputs must agree
+// bit for bit. The reply has "c" and "kernels" (the launched kernels' names, one a line, where
+// known).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
