@@ -72,6 +72,7 @@
 //                                    (CUDA, HIP: on the stream); throws std::runtime_error with the
 //                                    vendor's message. The host runs it to the end.
 //   int current_device()             index of the current device (CUDA, HIP)
+//   int max_lds_bytes()              most LDS that a block may have on the current device
 //   std::string current_arch()       "gfx1151", "sm_90", "host": the current device
 //
 //   for the runner of host/, which tests use:
@@ -444,6 +445,17 @@ inline int current_device() {
   return device;
 }
 
+inline int max_lds_bytes() {
+  thread_local int asked = -1, bytes = 0;
+  const int device = current_device();
+  if (device != asked) {
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "cudaDeviceGetAttribute");
+    asked = device;
+  }
+  return bytes;
+}
+
 inline std::string current_arch() {
   const int device = current_device();
   int major = 0, minor = 0;
@@ -487,6 +499,8 @@ inline int current_device() {
   check(hipGetDevice(&device), "hipGetDevice");
   return device;
 }
+
+inline int max_lds_bytes() { return 64 * 1024; }
 
 inline std::string current_arch() {
   hipDeviceProp_t properties;

@@ -124,17 +124,21 @@ void launch_down(const DownArgs& args, void* queue) {
       r.num_tokens <= tuned.down_single && (!kStreams || aligned(args.a, args.a_stride_m));
   const int tokens = single ? 1 : kMaxSlots;
   const int block_tokens = r.num_tokens < tokens ? r.num_tokens : tokens;
-  const int waves = single ? waves_of_single_down(tuned, r.num_tokens) : tuned.down_waves;
-  const int log2_k_slices = log2_down_k_slices(tuned, blocks, waves, block_tokens * r.top_k);
   const bool stream = single && kStreams;
-  const int shares = waves >> log2_k_slices;
-  const int wave_lds = stream ? stream_lds_bytes_per_wave(ceil_div(blocks, 1 << log2_k_slices),
-                                                          ceil_div(r.top_k, shares))
-                              : lds_bytes_per_wave(tokens, r.num_tokens);
+  int waves = single ? waves_of_single_down(tuned, r.num_tokens) : tuned.down_waves;
+  int log2_k_slices, wave_lds, lds;
+  for (;; waves /= 2) {  // until the device has the LDS
+    log2_k_slices = log2_down_k_slices(tuned, blocks, waves, block_tokens * r.top_k);
+    wave_lds = stream ? stream_lds_bytes_per_wave(ceil_div(blocks, 1 << log2_k_slices),
+                                                  ceil_div(r.top_k, waves >> log2_k_slices))
+                      : lds_bytes_per_wave(tokens, r.num_tokens);
+    lds = waves * wave_lds + (stream ? kStreamZeroBytes : 0);
+    if (!stream || waves == 1 || lds <= gpu::max_lds_bytes()) break;
+  }
   gpu::launch(
       down_kernel(args.dtype, w, tokens),
       {ceil_div(w.n, kRowsPerWave), grid_size(ceil_div(r.num_tokens, tokens), "blocks of tokens"),
-       1, waves * gpu::kWaveSize, waves * wave_lds + (stream ? kStreamZeroBytes : 0), true},
+       1, waves * gpu::kWaveSize, lds, true},
       queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
       static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
       w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c, args.c_stride_m,

@@ -11,6 +11,8 @@ namespace moe_int4 {
 
 void launch_gemm(const GemmArgs& args, void* stream);
 void launch_gate_up(const GateUpArgs& args, void* queue);
+// May read router ids, expert map and weights before the previous grid of the stream has ended, if
+// that grid lets the next one start early, as gate_up does: they are not its output.
 void launch_down(const DownArgs& args, void* queue);
 
 }  // namespace moe_int4

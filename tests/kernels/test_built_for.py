@@ -20,7 +20,8 @@ CUDA_RUNTIME = """
 #include <cstdlib>
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor,
-                      cudaDevAttrComputeCapabilityMinor };
+                      cudaDevAttrComputeCapabilityMinor,
+                      cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };

@@ -57,7 +57,6 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // instrumented frames are large; pages come on demand
 constexpr size_t kGuardBytes = 4096;
-constexpr size_t kMaxLdsBytes = (GPU_HOST_MMA ? 227 : 64) * 1024;
 constexpr int kFailExit = 70;  // EX_SOFTWARE; AddressSanitizer and UBSan exit with 1
 
 enum class State { kReady, kAtExchange, kAtWaveBarrier, kAtBlockBarrier, kDone };
@@ -350,6 +349,11 @@ void run_block(size_t lds_bytes) {
 }  // namespace
 
 int thread_index() { return machine().current; }
+int max_lds_bytes() {
+  static const char* const given = std::getenv("GPU_HOST_LDS_BYTES");
+  return given != nullptr ? std::atoi(given) : (GPU_HOST_MMA ? 227 : 64) * 1024;
+}
+
 Copies& copies() { return machine().fibers[machine().current].copies; }
 Dim3 block_index() { return machine().block; }
 char* dynamic_lds() { return machine().lds; }
@@ -383,8 +387,8 @@ void launch(const std::string& kernel, Dim3 grid, int threads, size_t lds_bytes,
     fail("block of " + std::to_string(threads) + " lanes; need a multiple of 32 up to 1024");
   }
   if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) fail("empty grid");
-  if (lds_bytes > kMaxLdsBytes) {
-    fail(std::to_string(lds_bytes) + " bytes of LDS; " + std::to_string(kMaxLdsBytes) +
+  if (lds_bytes > static_cast<size_t>(max_lds_bytes())) {
+    fail(std::to_string(lds_bytes) + " bytes of LDS; " + std::to_string(max_lds_bytes()) +
          " are the most");
   }
   m.fibers.resize(std::max<size_t>(m.fibers.size(), threads));

@@ -9,8 +9,7 @@
 //   - a barrier that not all lanes of the block reach,
 //   - LDS bytes that one lane writes and another touches with no barrier between,
 //   - a lane that ends while copies to LDS that it started are on their way,
-//   - a block that is no whole number of waves, or wants more LDS than there is: 64 KiB, or
-//     227 KiB in a build with matrix instructions, as on sm_90.
+//   - a block that is no whole number of waves, or wants more LDS than there is.
 // LDS starts as 0xff bytes (NaN in fp16, bf16 and fp32), so reads of unwritten LDS spoil the
 // result. Out-of-bounds accesses are AddressSanitizer's to find: build with
 // -fsanitize=address,undefined.
@@ -60,6 +59,10 @@ struct Copies {
 
 // The running lane's copies.
 Copies& copies();
+
+// Most LDS that a block may have: 64 KiB, or 227 KiB in a build with matrix instructions, as on
+// sm_90, or what the environment variable GPU_HOST_LDS_BYTES says.
+int max_lds_bytes();
 
 // Where the running lane is. Valid inside a kernel only.
 int thread_index();
