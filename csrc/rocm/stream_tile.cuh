@@ -123,6 +123,7 @@ class StreamTile {
       done(gpu::first_bit(pairs), acc);
     }
     gpu::wait_all_copies();
+    gpu::wave_barrier();  // the ring has been read
   }
 
  private:

@@ -256,7 +256,9 @@ class Maker:
 
     def down(self, tokens, n, k):
         fields = {}
-        top_k, experts = self.pick(1, 2, 3, 8), self.pick(1, 2, 4)
+        # More than 32: a wave has a lane for each of that many pairs at a time.
+        most = 40 if tokens == 1 else 8
+        top_k, experts = self.pick(1, 2, 3, most), self.pick(1, 2, 4)
         a = self.activations(fields, tokens * top_k, k)
         w = self.weights(fields, experts, n, k)
         local = self.routing(fields, tokens, top_k, experts)
