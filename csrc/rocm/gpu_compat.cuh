@@ -54,8 +54,7 @@
 //   T shuffle(T v, int from)         value of lane `from`
 //   T shuffle_in_quad(T v, int from) value of lane lane() / 4 * 4 + from % 4
 //   void wave_barrier()              LDS written before by any lane of the wave is seen after by
-//   all
-//                                    of them, and reads before come first
+//                                    all of them, and reads before come first
 //   void mma_16x8x16(DT, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 //       d += A B for A [16, 16], B [16, 8] in DT, d in fp32. With g = lane / 4, t = lane % 4:
 //       a[0] = A[g][2t, 2t+1]    a[1] = A[g+8][2t, 2t+1]    b[0] = B[2t, 2t+1][g]

@@ -54,9 +54,11 @@ int small(int64_t stride, int rows) {
   return static_cast<int>(stride);
 }
 
-// Whether rows of `stride` elements from `a` on can be copied 16 bytes at a time.
-bool aligned(const void* a, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(a) % 16 == 0 && stride % 8 == 0;
+// Whether `tokens` rows of `stride` elements from `a` on go to the kernels for one activation row,
+// which serve up to `most`; where those stream, they copy 16 bytes at a time.
+bool goes_single(int tokens, int most, const void* a, int64_t stride) {
+  const bool aligned = reinterpret_cast<uintptr_t>(a) % 16 == 0 && stride % 8 == 0;
+  return tokens <= most && (aligned || !kStreams);
 }
 
 // A grid's second or third dimension.
@@ -95,8 +97,7 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
   const int inter = w.n / 2;
   const int blocks = ceil_div(w.k, kBlockK), tiles = ceil_div(inter, kRowGroups);
   const Tuning& tuned = tuning(kFamily, blocks);
-  const bool single =
-      r.num_tokens <= tuned.gate_up_single && (!kStreams || aligned(args.a, args.a_stride_m));
+  const bool single = goes_single(r.num_tokens, tuned.gate_up_single, args.a, args.a_stride_m);
   const int tokens = single ? 1 : kMaxSlots;
   const bool stream = single && kStreams;
   const int waves = waves_sharing_k(tuned, blocks, stream ? kWindowBlocks : 1,
@@ -120,8 +121,7 @@ void launch_down(const DownArgs& args, void* queue) {
   if (r.num_tokens == 0) return;
   const int blocks = ceil_div(w.k, kBlockK);
   const Tuning& tuned = tuning(kFamily, blocks);
-  const bool single =
-      r.num_tokens <= tuned.down_single && (!kStreams || aligned(args.a, args.a_stride_m));
+  const bool single = goes_single(r.num_tokens, tuned.down_single, args.a, args.a_stride_m);
   const int tokens = single ? 1 : kMaxSlots;
   const int block_tokens = r.num_tokens < tokens ? r.num_tokens : tokens;
   const bool stream = single && kStreams;

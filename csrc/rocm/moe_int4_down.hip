@@ -30,9 +30,6 @@ GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
   char* const lds = gpu::dynamic_lds();
   const WaveLds mine = wave_lds(lds + gpu::wave() * wave_lds_bytes, 1);
   char* const empty = lds + waves * wave_lds_bytes;
-  if (gpu::wave() == 0 && gpu::lane() < kStreamZeroBytes / 16) {
-    reinterpret_cast<gpu::U32x4*>(empty)[gpu::lane()] = {{0, 0, 0, 0}};
-  }
   StreamTile<DT, G, ZP, false> tile(weights, row0, row1, first, last, k, mine.staged, empty);
   gpu::block_barrier();
 

@@ -40,9 +40,6 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
   };
   if constexpr (T == 1 && kStreams) {
     char* const zeros = lds + waves * wave_lds_bytes;
-    if (gpu::wave() == 0 && gpu::lane() < kStreamZeroBytes / 16) {
-      reinterpret_cast<gpu::U32x4*>(zeros)[gpu::lane()] = {{0, 0, 0, 0}};
-    }
     const auto row_of = [&](int) { return acts + token * a_stride_m; };
     StreamTile<DT, G, ZP, true> tile(weights, row, row + inter, first, last, k, mine.staged, zeros);
     gpu::block_barrier();

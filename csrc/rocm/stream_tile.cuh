@@ -22,7 +22,8 @@ class StreamTile {
   static constexpr int kColumns = kGroups == 1 ? 1 : 2;  // of a lane's two, those in use
 
  public:
-  // Row sets begin at row0 and row1 of the lane; `ring` and `zeros` are LDS.
+  // Row sets begin at row0 and row1 of the lane; `ring` is the wave's LDS, `zeros` the block's,
+  // which its first wave fills: a block barrier has to follow.
   GPU_DEVICE StreamTile(const WeightStack& weights, int row0, int row1, int first, int last, int k,
                         char* ring, char* zeros)
       : weights_(weights),
@@ -30,6 +31,9 @@ class StreamTile {
         last_(last),
         k_(k),
         ring_(gpu::lds_address(ring) + 16 * gpu::lane()) {
+    if (gpu::wave() == 0 && gpu::lane() < kStreamZeroBytes / 16) {
+      reinterpret_cast<gpu::U32x4*>(zeros)[gpu::lane()] = {{0, 0, 0, 0}};
+    }
     const int lane_blocks = (k - 32 * lane_k() + kBlockK - 1) >> kLog2BlockK;
     limit_ = lane_blocks < last ? lane_blocks : last;
     const bool mine = lane_row() < kGroups && 32 * lane_k() / G == lane_row();

@@ -105,8 +105,9 @@ def empty_experts(
     With ``padding``, words per packed row, experts lie further apart: each has the room
     that its N padded rows need later, so that padding costs no second buffer.
     """
-    slots = torch.zeros(num_experts, n * (k // 8 + padding), dtype=torch.int32)
-    advise_huge_pages(slots)
+    slots = advise_huge_pages(
+        torch.zeros(num_experts, n * (k // 8 + padding), dtype=torch.int32)
+    )
     return slots[:, : n * k // 8].view(num_experts, *shape)
 
 

@@ -119,11 +119,9 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
             for suffix, shape in packing.shapes(n, k, self.group_size).items():
                 if suffix == packing.qweight:
                     tensor = empty_experts(num_experts, shape, n, k, padding)
-                elif suffix == packing.scales:
-                    tensor = torch.zeros(num_experts, *shape, dtype=params_dtype)
-                    advise_huge_pages(tensor)
-                elif with_zeros:
-                    tensor = torch.zeros(num_experts, *shape, dtype=torch.int32)
+                elif suffix == packing.scales or with_zeros:
+                    dtype = params_dtype if suffix == packing.scales else torch.int32
+                    tensor = torch.zeros(num_experts, *shape, dtype=dtype)
                     advise_huge_pages(tensor)
                 else:
                     continue
