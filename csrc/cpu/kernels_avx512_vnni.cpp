@@ -28,10 +28,11 @@ constexpr int32_t kChunk = 128;         // weights in a vector of words
 constexpr int32_t kChunkWords = 16;     // words in it
 constexpr int32_t kIntegerBytes = 256;  // activations of a chunk
 constexpr int32_t kChunkBytes = kIntegerBytes + 64;
-constexpr int32_t kWeightRows = 4;     // at once
-constexpr int32_t kTogether = 4;       // activation rows at once
-constexpr int32_t kRun = 8;            // rows of a stream whose scales are read together
-constexpr int32_t kBytesAhead = 2048;  // between prefetch and use of weights in a stream
+constexpr int32_t kWeightRows = 4;  // at once
+constexpr int32_t kTogether = 4;    // activation rows at once
+constexpr int32_t kRun = 8;         // rows of a stream whose scales are read together
+// Bytes between prefetch and use of weights in a stream: into the second cache, then the first.
+constexpr int32_t kBytesAhead = 2048, kBytesNear = 512;
 
 int64_t integer_bytes(int32_t k) { return round_up<int64_t>(k, kChunk) / kChunk * kChunkBytes; }
 
@@ -255,6 +256,7 @@ inline __attribute__((always_inline)) void add_chunk(Rows<T, R>& rows, int64_t w
 #pragma GCC unroll 4
   for (int32_t r = 0; r < R; ++r) {
     _mm_prefetch(rows.ahead[r] + word, _MM_HINT_T1);
+    _mm_prefetch(rows.q[r] + word + kBytesNear / 4, _MM_HINT_T0);
     const __m512i words = _mm512_maskz_loadu_epi32(mask, rows.q[r] + word);
     half0[r] = _mm512_and_si512(words, nibbles);
     half1[r] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibbles);
