@@ -2,7 +2,7 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // Kernel for AMX (tdpbf16ps): experts with kFewestRows or more rows. Fewer rows are left to the
-// AVX512_VNNI kernels: where there is AMX, vdpbf16ps takes twice as long as vpdpwssd.
+// kernel of bytes.
 //
 // A tile product is out^T[16 weight rows][16 activation rows] += w[16][32 k] * a^T[32 k][16]. In
 // this orientation weights need no transposition: 16 pairs of a weight row are one row of a tile.
@@ -21,7 +21,7 @@
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kFewestRows = 3;
+constexpr int32_t kFewestRows = 17;
 constexpr int32_t kChunk = 128;  // weights in a vector of words
 constexpr int32_t kTileBytes = 1024;
 constexpr int32_t kChunkBytes = 4 * kTileBytes;  // of 16 rows, one plane
@@ -31,9 +31,15 @@ bool uses_tiles(int32_t m) { return m >= kFewestRows; }
 
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
 
-int64_t row_bytes(DType dtype, int32_t k) { return kAvx512Vnni.row_bytes(dtype, k); }
+int64_t row_bytes(DType dtype, int32_t k) {
+  const int64_t few = kAmxInt8.row_bytes(dtype, k);
+  const int64_t many = round_up<int64_t>(k, kChunk) * 2 * planes_of(dtype);
+  return many > few ? many : few;
+}
 
-int32_t rows_allocated(DType, int32_t m) { return uses_tiles(m) ? round_up(m, 16) : m; }
+int32_t rows_allocated(DType dtype, int32_t m) {
+  return uses_tiles(m) ? round_up(m, 16) : kAmxInt8.rows_allocated(dtype, m);
+}
 
 // 16 pairs of a row of activations.
 inline void load_pairs(DType dtype, const uint16_t* a, __m512i (&planes)[2]) {
@@ -59,7 +65,7 @@ inline void load_pairs(DType dtype, const uint16_t* a, __m512i (&planes)[2]) {
 }
 
 void prepare(const Source& source, const PreparedRows& rows) {
-  if (!uses_tiles(source.m)) return kAvx512Vnni.prepare(source, rows);
+  if (!uses_tiles(source.m)) return kAmxInt8.prepare(source, rows);
   const int32_t planes = planes_of(source.dtype);
   const int32_t words = source.group_size / 8 < 16 ? source.group_size / 8 : 16;  // in a tile
   char* to = rows.data + source.begin * rows.stride;
@@ -119,7 +125,7 @@ int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
   const int64_t floats = 4 * 256 + int64_t{2} * kColumns * round_up(k / group_size, 16) +
                          int64_t{kColumns} * round_up(m, 32);
   const int64_t tiles = 4 * kChunkBytes + 4 * floats;
-  const int64_t few = kAvx512Vnni.scratch_bytes(k, group_size, m);
+  const int64_t few = kAmxInt8.scratch_bytes(k, group_size, m < kFewestRows ? m : kFewestRows - 1);
   return tiles > few ? tiles : few;
 }
 
@@ -359,7 +365,7 @@ void multiply_groups(const Tile& t) {
 }
 
 void multiply(const Tile& t) {
-  if (!uses_tiles(t.m)) return kAvx512Vnni.multiply(t);
+  if (!uses_tiles(t.m)) return kAmxInt8.multiply(t);
   switch (t.group_size) {
     case 32:
       return multiply_groups<4>(t);

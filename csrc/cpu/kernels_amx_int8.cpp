@@ -24,6 +24,7 @@ namespace {
 
 constexpr int32_t kPanel = 8;        // activation rows
 constexpr int32_t kChunk = 128;      // weights in a vector of words
+constexpr int32_t kChunkWords = 16;
 constexpr int32_t kTileBytes = 1024;
 constexpr int32_t kBlockBytes = 2 * kTileBytes;  // unpacked weights of 16 weight rows
 constexpr int32_t kRows = 32;                    // weight rows at once, two blocks
@@ -34,13 +35,20 @@ constexpr int32_t kTableGroups = 16;             // groups whose scales are conv
 #ifndef VAR_ADJ
 #define VAR_ADJ 4
 #endif
-#ifndef VAR_AHEAD
-#define VAR_AHEAD 0
+#ifndef VAR_MID
+#define VAR_MID 0
+#endif
+#ifndef VAR_L1
+#define VAR_L1 0
 #endif
 #ifndef VAR_HINT
 #define VAR_HINT _MM_HINT_T1
 #endif
+#ifndef VAR_DEPTH
+#define VAR_DEPTH 2
+#endif
 constexpr int32_t kBatch = VAR_BATCH;  // groups scaled together
+constexpr int32_t kDepth = VAR_DEPTH;  // chunks between unpacking and multiplication
 constexpr int32_t kAdjacent = VAR_ADJ;
 
 int32_t chunks_of(int32_t k) { return (k + kChunk - 1) / kChunk; }
@@ -194,22 +202,22 @@ void prepare(const Source& source, const PreparedRows& rows) {
 
 // Scratch of a tile.
 struct Scratch {
-  char* weights;  // two chunks of unpacked weights, [2 blocks][64 or 32 bytes wide tiles]
-  float* scales;  // of two times kTableGroups groups, [group][kRows] or, of 16 lanes, transposed
+  char* weights;  // kDepth + 1 chunks of unpacked weights, [2 blocks][64 or 32 bytes wide tiles]
+  float* scales;  // of kTableGroups groups, [group][kRows] or, of 16 lanes, transposed
   float* zeros;   // the same of scale * (8 - zero point)
   float* totals;  // [panel][kRows][lane]
   char* results;  // [panel][kBatch][kRows][lane]
   Scratch(void* scratch, int32_t lanes, int32_t panels) {
     weights = static_cast<char*>(scratch);
-    scales = reinterpret_cast<float*>(weights + 4 * kBlockBytes);
-    zeros = scales + 2 * kTableGroups * kRows;
-    totals = zeros + 2 * kTableGroups * kRows;
+    scales = reinterpret_cast<float*>(weights + (kDepth + 1) * 2 * kBlockBytes);
+    zeros = scales + kTableGroups * kRows;
+    totals = zeros + kTableGroups * kRows;
     results = reinterpret_cast<char*>(totals + panels * kRows * lanes);
   }
 };
 
 int64_t scratch_bytes(int32_t, int32_t, int32_t m) {
-  const int64_t tables = 4 * kBlockBytes + int64_t{4} * 4 * kTableGroups * kRows;
+  const int64_t tables = (kDepth + 1) * 2 * kBlockBytes + int64_t{4} * 2 * kTableGroups * kRows;
   return tables + int64_t{4} * panels_of(m) * kRows * 16 * (1 + kBatch);
 }
 
@@ -243,8 +251,8 @@ struct Part {
 //
 // Work goes from unit to unit, a group of kRows weight rows times one panel. Tiles must not be
 // read from memory that was just written, nor results soon after their product. So a unit's turn
-// multiplies it, unpacks weights of the next chunk, scales results that are in memory and puts
-// those of the unit before into memory.
+// stores results of the unit before, multiplies its own, unpacks weights of the chunk after next
+// and scales results.
 template <int32_t G, int32_t L, bool Z>
 class Multiplier {
  public:
@@ -255,45 +263,44 @@ class Multiplier {
         panels_(panels_of(t.m)),
         groups_(groups_of(t)),
         chunks_(chunks_of(t.k)),
+        vectors_at_(words_bytes(t.k, L)),
         panel_bytes_(panel_bytes(t.k, t.group_size, L)),
         next_scales_(static_cast<const char*>(part.next_scales)) {
     for (int32_t j = 0; j < kRows; ++j) {
-      offsets_[j] = part.row(j) * t.q_stride;
-      if (VAR_AHEAD) {
-        ahead_offsets_[j] = (part.row(j) - part.first) * t.q_stride * 4;
-      } else {
-        ahead_offsets_[j] =
-            j / kAdjacent * kAdjacent * part.passes * t.q_stride * 4 + j % kAdjacent * 64;
-      }
+      rows_[j] = part.row(j);
+      offsets_[j] = rows_[j] * t.q_stride;
+      ahead_offsets_[j] =
+          j / kAdjacent * kAdjacent * part.passes * t.q_stride * 4 + j % kAdjacent * 64;
     }
   }
 
   void run() {
     memset(scratch_.totals, 0, sizeof(float) * panels_ * kRows * L);
-    set_source(0, 0);
-    unpack(0, 4);
+    for (int32_t i = 0; i < kDepth; ++i) {
+      next_source();
+      unpack(0, 4);
+    }
     for (int32_t pass = 0; pass < part_.passes; ++pass) {
       for (int32_t chunk = 0; chunk < chunks_; ++chunk) multiply_chunk(pass, chunk);
     }
-    finish_unit();
-    finish_unit();
+    store_results();
+    scale_results();
   }
 
  private:
+  // A group of a pass times a panel.
   struct Unit {
     int32_t pass, group, panel;
   };
 
+  char* buffer(int32_t i) const { return scratch_.weights + i * 2 * kBlockBytes; }
+
+  static void advance(int32_t& buffer) { buffer = buffer == kDepth ? 0 : buffer + 1; }
+
   void multiply_chunk(int32_t pass, int32_t chunk) {
-    const char* weights = scratch_.weights + chunk_parity_ * 2 * kBlockBytes;
-    chunk_parity_ ^= 1;
-    if (chunk + 1 < chunks_) {
-      set_source(pass, chunk + 1);
-    } else if (pass + 1 < part_.passes) {
-      set_source(pass + 1, 0);
-    } else {
-      set_source(pass, chunk);  // again, for nothing
-    }
+    const char* weights = buffer(multiplied_);
+    advance(multiplied_);
+    next_source();
     const int32_t end = (chunk + 1) * G < groups_ ? (chunk + 1) * G : groups_;
     int32_t quarter = 0;
     for (int32_t group = chunk * G; group < end; ++group) {
@@ -302,12 +309,14 @@ class Multiplier {
       for (int32_t panel = 0; panel < panels_; ++panel) {
         const char* a = t_.a.data + panel * panel_bytes_;
         const char* words = a + (int64_t{chunk} * 32 + group % G * (32 / G)) * 4 * L;
-        const char* start = a + words_bytes(t_.k, L) + int64_t{groups_ + group} * 64;
+        const char* start = a + vectors_at_ + int64_t{groups_ + group} * 64;
+        if (pending_) store_results();
         memory_barrier();
         start_results(start);
         multiply_tiles(false, w, words);
         if constexpr (G == 1) {
           if (panel == 0) unpack(0, 2);
+          if (VAR_MID && waiting_ > 0) scale_results();
           memory_barrier();
           multiply_tiles(true, w + kTileBytes, words + 64 * L);
           if (panel == 0) unpack(2, 4);
@@ -317,7 +326,6 @@ class Multiplier {
         }
         if (waiting_ > 0) scale_results();
         if (panel == 0) load_tables(pass, group);
-        if (pending_) store_results();
         pending_ = true;
         unit_ = {pass, group, panel};
         odd_ = !odd_;
@@ -326,13 +334,6 @@ class Multiplier {
     if constexpr (G > 1) {
       if (quarter < 4) unpack(quarter, 4);
     }
-  }
-
-  // What a turn does after its own unit.
-  void finish_unit() {
-    if (waiting_ > 0) scale_results();
-    if (pending_) store_results();
-    pending_ = false;
   }
 
   // Results of the unit at hand are in tiles 0 (first block) and 1, or 2 and 3 if odd.
@@ -394,62 +395,74 @@ class Multiplier {
     }
   }
 
-  // Next chunk to unpack.
-  void set_source(int32_t pass, int32_t chunk) {
-    source_ = t_.q + pass * kAdjacent * t_.q_stride + chunk * (kChunk / 8);
-    mask_ = first_lanes(t_.k / 8 - chunk * (kChunk / 8));
-    unpacked_ = scratch_.weights + chunk_parity_ * 2 * kBlockBytes;
-    if (VAR_AHEAD) {
-      const int32_t step = pass * chunks_ + chunk + VAR_AHEAD;
-      int32_t p = step / chunks_, c = step % chunks_;
-      const uint32_t* base = t_.q + part_.first * t_.q_stride;
-      if (p >= part_.passes) {
-        p -= part_.passes;
-        base = part_.next;
-      }
-      ahead_ = reinterpret_cast<const char*>(base + p * kAdjacent * t_.q_stride) + c * 64;
-      return;
+  // Goes on to the next chunk to unpack; past the end, to the last one again.
+  void next_source() {
+    source_ = t_.q + int64_t{source_pass_} * kAdjacent * t_.q_stride + source_chunk_ * kChunkWords;
+    mask_ = first_lanes(t_.k / 8 - source_chunk_ * kChunkWords);
+    unpacked_ = buffer(filled_);
+    advance(filled_);
+    const bool more = source_pass_ + 1 < part_.passes;
+    const uint32_t* ahead =
+        more ? t_.q + (part_.first + (source_pass_ + 1) * kAdjacent) * t_.q_stride : part_.next;
+    ahead_ = reinterpret_cast<const char*>(ahead) + int64_t{source_chunk_} * kAdjacent * 64;
+    if (source_chunk_ + 1 < chunks_) {
+      ++source_chunk_;
+    } else if (more) {
+      source_chunk_ = 0;
+      ++source_pass_;
     }
-    const uint32_t* ahead = pass + 1 < part_.passes
-                                ? t_.q + (part_.first + (pass + 1) * kAdjacent) * t_.q_stride
-                                : part_.next;
-    ahead_ = reinterpret_cast<const char*>(ahead) + chunk * kAdjacent * 64;
   }
 
   // Unpacks quarters of the chunk's weight rows. In quarters, so that other work finds its way in
   // between.
   void unpack(int32_t begin, int32_t end) const {
     const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
+    const uint32_t* source = source_;  // the compiler cannot know that stores leave members alone
+    const char* ahead = ahead_;
+    char* to = unpacked_;
+    const __mmask16 mask = mask_;
     for (int32_t j = begin * (kRows / 4); j < end * (kRows / 4); ++j) {
-      _mm_prefetch(ahead_ + ahead_offsets_[j], VAR_HINT);
-      const __m512i words = _mm512_maskz_loadu_epi32(mask_, source_ + offsets_[j]);
+      _mm_prefetch(ahead + ahead_offsets_[j], VAR_HINT);
+      if (VAR_L1) _mm_prefetch(source + offsets_[j] + 16 * VAR_L1, _MM_HINT_T0);
+      const __m512i words = _mm512_maskz_loadu_epi32(mask, source + offsets_[j]);
       __m512i v[2] = {_mm512_and_si512(words, nibbles),
                       _mm512_and_si512(_mm512_srli_epi32(words, 4), nibbles)};
       arrange<G>(v);
-      char* to = unpacked_ + j / 16 * kBlockBytes + j % 16 * 64;
-      _mm512_store_si512(to, v[0]);
-      _mm512_store_si512(to + kTileBytes, v[1]);
+      char* row = to + j / 16 * kBlockBytes + j % 16 * 64;
+      _mm512_store_si512(row, v[0]);
+      _mm512_store_si512(row + kTileBytes, v[1]);
     }
   }
 
-  // Converts scales and zero points of kTableGroups groups, when the first of them is met, into one
-  // of two tables.
+  // Converts scales and zero points of kTableGroups groups when the first of them is met.
   void load_tables(int32_t pass, int32_t group) {
     _mm_prefetch(next_scales_, _MM_HINT_T0);
     next_scales_ += 2 * kRows;
     if (group % kTableGroups != 0) return;
-    table_parity_ ^= 1;
-    const int64_t at = table_parity_ * kTableGroups * kRows;
+    const __mmask16 mask = first_lanes(groups_ - group);
+    const auto* from = static_cast<const uint16_t*>(t_.scales) + group;
+    const int64_t stride = t_.s_stride;
+    const bool half = t_.dtype == DType::kHalf;
     for (int32_t block = 0; block < 2; ++block) {
       __m512i scales[16], zeros[16];
       for (int32_t j = 0; j < 16; ++j) {
-        int32_t row = part_.row(16 * block + j) + pass * kAdjacent;
-        const GroupVectors groups = load_group_vectors<-8>(t_, row, group);
-        scales[j] = _mm512_castps_si512(groups.scales);
-        zeros[j] = _mm512_castps_si512(groups.zeros);
+        const int32_t row = rows_[16 * block + j] + pass * kAdjacent;
+        const __m256i raw = _mm256_maskz_loadu_epi16(mask, from + row * stride);
+        scales[j] = half ? _mm512_castps_si512(_mm512_cvtph_ps(raw))
+                         : _mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+        if constexpr (Z) {
+          const uint32_t* words = t_.zeros + row / 8 * t_.z_stride + group;
+          const __m512i zero = _mm512_and_si512(
+              _mm512_srl_epi32(_mm512_maskz_loadu_epi32(mask, words),
+                               _mm_cvtsi32_si128(4 * (row % 8))),
+              _mm512_set1_epi32(15));
+          const __m512 offset = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(8), zero));
+          zeros[j] =
+              _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(scales[j]), offset));
+        }
       }
-      store_table(scales, scratch_.scales + at, block);
-      if constexpr (Z) store_table(zeros, scratch_.zeros + at, block);
+      store_table(scales, scratch_.scales, block);
+      if constexpr (Z) store_table(zeros, scratch_.zeros, block);
     }
   }
 
@@ -463,21 +476,19 @@ class Multiplier {
   }
 
   void scale_results() {
-    // Passes of few groups have their next table already.
-    const int32_t parity = table_parity_ ^ table_ahead();
     for (int32_t panel = 0; panel < panels_; ++panel) {
       switch (waiting_) {
         case 1:
-          scale_groups<1>(panel, parity);
+          scale_groups<1>(panel);
           break;
         case 2:
-          scale_groups<2>(panel, parity);
+          scale_groups<2>(panel);
           break;
         case 3:
-          scale_groups<3>(panel, parity);
+          scale_groups<3>(panel);
           break;
         default:
-          scale_groups<4>(panel, parity);
+          scale_groups<4>(panel);
       }
     }
     if (waiting_group_ + waiting_ == groups_) {
@@ -486,17 +497,10 @@ class Multiplier {
     waiting_ = 0;
   }
 
-  // Whether a table after that of the waiting groups has been loaded: the unit in tiles is of it.
-  int32_t table_ahead() const {
-    return pending_ && (unit_.pass != waiting_pass_ ||
-                        unit_.group / kTableGroups != waiting_group_ / kTableGroups);
-  }
-
   // totals += scale * step * results + scale * (8 - zero point) * step * sum, for N groups.
   template <int32_t N>
-  void scale_groups(int32_t panel, int32_t parity) const {
-    const char* vectors = t_.a.data + panel * panel_bytes_ + words_bytes(t_.k, L);
-    const int64_t table = parity * kTableGroups * kRows;
+  void scale_groups(int32_t panel) const {
+    const char* vectors = t_.a.data + panel * panel_bytes_ + vectors_at_;
     const int32_t group = waiting_group_ % kTableGroups;
     const char* results = scratch_.results + panel * int64_t{kBatch} * kRows * L * 4;
     float* totals = scratch_.totals + panel * kRows * L;
@@ -517,8 +521,8 @@ class Multiplier {
       return total;
     };
     if constexpr (L == 16) {
-      const float* scales = scratch_.scales + table + group;
-      const float* zeros = scratch_.zeros + table + group;
+      const float* scales = scratch_.scales + group;
+      const float* zeros = scratch_.zeros + group;
       for (int32_t j = 0; j < kRows; ++j) {
         __m512 total = _mm512_load_ps(totals + 16 * j);
         for (int32_t g = 0; g < N; ++g) {
@@ -536,7 +540,7 @@ class Multiplier {
         __m512 total[L];
         for (int32_t i = 0; i < L; ++i) total[i] = _mm512_load_ps(to + 16 * i);
         for (int32_t g = 0; g < N; ++g) {
-          const int64_t at = table + (group + g) * kRows + 16 * block;
+          const int32_t at = (group + g) * kRows + 16 * block;
           const __m512 scales = _mm512_load_ps(scratch_.scales + at);
           const __m512 zeros = Z ? _mm512_load_ps(scratch_.zeros + at) : _mm512_setzero_ps();
           for (int32_t i = 0; i < L; ++i) {
@@ -611,13 +615,15 @@ class Multiplier {
   const Part& part_;
   const Scratch scratch_;
   const int32_t panels_, groups_, chunks_;
-  const int64_t panel_bytes_;
+  const int64_t vectors_at_, panel_bytes_;  // of a panel: where its steps lie
+  int32_t rows_[kRows];
   int64_t offsets_[kRows], ahead_offsets_[kRows];  // of weight rows, from row 0 on; of prefetches
   const char *next_scales_, *ahead_ = nullptr;
   const uint32_t* source_ = nullptr;
   char* unpacked_ = nullptr;
   __mmask16 mask_ = 0;
-  int32_t chunk_parity_ = 0, table_parity_ = 0;
+  int32_t filled_ = 0, multiplied_ = 0;  // buffers: next ones
+  int32_t source_pass_ = 0, source_chunk_ = 0;
   bool odd_ = false, pending_ = false;  // pending: results of unit_ are in tiles
   Unit unit_{};
   int32_t waiting_ = 0, waiting_pass_ = 0, waiting_group_ = 0;  // groups to be scaled
