@@ -20,7 +20,7 @@
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kManyRows = 5;     // from here on dequantizing first is faster
+constexpr int32_t kManyRows = 8;     // from here on dequantizing first is faster
 constexpr int32_t kChunk = 128;      // activations ordered together
 constexpr int32_t kChunkWords = 16;  // words of their weights
 constexpr int32_t kPlaneBytes = 256;

@@ -12,19 +12,26 @@
 // Lanes are the 16 words of a chunk of a weight row, which is read once for up to four activation
 // rows. Bits 0..3 of a word's bytes are the weights v0 v4 v1 v5 (half 0), bits 4..7 v2 v6 v3 v7
 // (half 1). Activations are stored in that order, [chunk of 128][high, low][half][word], padded
-// with zeros; behind the row stand the steps, one per group.
+// with zeros; behind every chunk stands -8 * the sum of each word's, which takes the zero point of
+// symmetric weights off, and behind the row the steps, one per group, over and over.
+//
+// The weight rows of a tile are read as streams, a few rows at a time, one from each. They are far
+// apart, since neighbours in one page hinder what fetches ahead (2 threads, GB/s, four rows at a
+// time side by side and apart: Zen 4 22 and 58, Sapphire Rapids 39 and 43).
 #include "vectors_avx512.h"
 
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kManyRows = 8;      // from here on the fp32 kernels are faster
-constexpr int32_t kChunk = 128;       // weights in a vector of words
-constexpr int32_t kChunkWords = 16;   // words in it
-constexpr int32_t kChunkBytes = 256;  // activations of a chunk
-constexpr int32_t kWeightRows = 4;    // at once, neighbours
-constexpr int32_t kTogether = 4;      // activation rows at once
-constexpr int32_t kScalesAhead = 16;  // weight rows between prefetch and use of their scales
+constexpr int32_t kManyRows = 8;        // from here on the fp32 kernels are faster
+constexpr int32_t kChunk = 128;         // weights in a vector of words
+constexpr int32_t kChunkWords = 16;     // words in it
+constexpr int32_t kIntegerBytes = 256;  // activations of a chunk
+constexpr int32_t kChunkBytes = kIntegerBytes + 64;
+constexpr int32_t kWeightRows = 4;     // at once
+constexpr int32_t kTogether = 4;       // activation rows at once
+constexpr int32_t kRun = 8;            // rows of a stream whose scales are read together
+constexpr int32_t kBytesAhead = 2048;  // between prefetch and use of weights in a stream
 
 int64_t integer_bytes(int32_t k) { return round_up<int64_t>(k, kChunk) / kChunk * kChunkBytes; }
 
@@ -39,30 +46,14 @@ int64_t row_bytes(DType dtype, int32_t k) {
   return many > few ? many : few;
 }
 
-// What weight rows at hand need of their groups, for up to kTogether activation rows.
-struct Groups {
-  float* products;  // scale * step, [activation row][weight row][group]
-  float* totals;    // -scale * zp * sum, [activation row][weight row][16 lanes]
-};
-
-// Scratch of a tile: groups of the weight rows at hand and of those that come next, so that they
-// are written long before they are read.
-struct Scratch {
-  int64_t groups;
-  Groups of[2];
-  explicit Scratch(const Tile& t) : groups(padded_groups(t.k, t.group_size)) {
-    auto* next = static_cast<float*>(t.scratch);
-    for (Groups& g : of) {
-      g.products = next;
-      g.totals = g.products + kTogether * kWeightRows * groups;
-      next = g.totals + kTogether * kWeightRows * 16;
-    }
-  }
-};
+// Floats of scratch per activation row: scale * step of the groups of a run in each stream, and as
+// much as a vector may run over.
+int64_t product_floats(int32_t groups) {
+  return round_up<int64_t>(int64_t{kWeightRows} * kRun * groups, 16) + 16;
+}
 
 int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
-  const int64_t groups = padded_groups(k, group_size);
-  const int64_t few = 4 * 2 * kTogether * kWeightRows * (groups + 16);
+  const int64_t few = 4 * kTogether * product_floats(k / group_size);
   const int64_t many = kAvx512.scratch_bytes(k, group_size, m);
   return many > few ? many : few;
 }
@@ -114,11 +105,21 @@ void store_chunk(const int16_t* integers, char* to) {
   _mm512_store_si512(to + 192, _mm512_shuffle_i64x2(c, d, 0xee));
 }
 
+// -8 * the sum of each word's activations, from the bytes of their chunk.
+void store_offsets(const char* bytes, float* to) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_load_si512(bytes));
+  sum = _mm512_dpbusd_epi32(sum, ones, _mm512_load_si512(bytes + 64));
+  sum = _mm512_slli_epi32(sum, 8);
+  sum = _mm512_dpbusd_epi32(sum, ones, _mm512_load_si512(bytes + 128));
+  sum = _mm512_dpbusd_epi32(sum, ones, _mm512_load_si512(bytes + 192));
+  _mm512_store_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(-8)));
+}
+
 void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums) {
-  const int32_t k = source.k;
+  const int32_t k = source.k, groups = k / source.group_size;
   auto* steps = reinterpret_cast<float*>(row + integer_bytes(k));
-  for (int64_t g = 0; g < padded_groups(k, source.group_size); ++g) steps[g] = 0;
-  for (int32_t g = 0; g < round_up(k / source.group_size, kSumsPadding); ++g) sums[g] = 0;
+  for (int32_t g = 0; g < round_up(groups, kSumsPadding); ++g) sums[g] = 0;
   for (int32_t begin = 0; begin < k; begin += kChunk, row += kChunkBytes) {
     const int32_t count = k - begin < kChunk ? k - begin : kChunk;
     float values[kChunk];
@@ -128,9 +129,13 @@ void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums
       const int32_t group = (begin + i) / source.group_size;
       int32_t sum;
       steps[group] = quantize(values + i, source.group_size, integers + i, &sum);
-      sums[group] = steps[group] * static_cast<float>(sum);
+      sums[group] = static_cast<float>(sum);
     }
     store_chunk(integers, row);
+    store_offsets(row, reinterpret_cast<float*>(row + kIntegerBytes));
+  }
+  for (int64_t g = groups; g < padded_groups(k, source.group_size); ++g) {
+    steps[g] = steps[g - groups];
   }
 }
 
@@ -152,132 +157,199 @@ inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
                     _mm_add_ps(_mm512_extractf32x4_ps(abcd, 2), _mm512_extractf32x4_ps(abcd, 3)));
 }
 
-// Weight rows n, n + 1, ... (R of them) and activation rows r0, r0 + 1, ... (T of them).
-struct Rows {
-  int32_t n, r0;
+// What a tile's sizes come to.
+struct Sizes {
+  int32_t groups, words;  // of a row
+  int32_t rows_ahead;     // between prefetch and use
+  int64_t products;       // floats per activation row
+  explicit Sizes(const Tile& t) : groups(groups_of(t)), words(t.k / 8) {
+    const auto bytes = static_cast<int32_t>(4 * t.q_stride);
+    rows_ahead = (kBytesAhead + bytes - 1) / bytes;
+    products = product_floats(groups);
+  }
 };
 
-template <int32_t T, int32_t R>
-void load_groups_of(const Tile& t, const Rows& rows, const Scratch& scratch, const Groups& to) {
-  const float *steps[T], *sums[T];
-  for (int32_t i = 0; i < T; ++i) {
-    const char* a = t.a.data + (rows.r0 + i) * t.a.stride;
-    steps[i] = reinterpret_cast<const float*>(a + integer_bytes(t.k));
-    sums[i] = t.a.sums + (rows.r0 + i) * t.a.sums_stride;
-  }
-  for (int32_t r = 0; r < R; ++r) {
-    _mm_prefetch(scales_ahead(t, rows.n + r + kScalesAhead), _MM_HINT_T0);
-    __m512 total[T] = {};
-    for (int32_t g = 0; g < groups_of(t); g += 16) {
-      const GroupVectors groups = load_group_vectors<0>(t, rows.n + r, g);
-      for (int32_t i = 0; i < T; ++i) {
-        total[i] = _mm512_fmadd_ps(groups.zeros, _mm512_load_ps(sums[i] + g), total[i]);
-        _mm512_store_ps(to.products + (i * R + r) * scratch.groups + g,
-                        _mm512_mul_ps(groups.scales, _mm512_load_ps(steps[i] + g)));
-      }
+// R streams of `apart` weight rows each: row n of stream r is weight row first + r * apart + n.
+struct Streams {
+  int32_t first, apart;
+  int32_t row(int32_t r, int32_t n) const { return first + r * apart + n; }
+};
+
+// products[i] = scale * step, of the groups of `rows` weight rows from n on.
+inline void load_products(const Tile& t, const Sizes& sizes, int32_t n, int32_t rows,
+                          const float* steps, float* products) {
+  const int32_t groups = sizes.groups;
+  const auto* scales = static_cast<const uint16_t*>(t.scales) + n * t.s_stride;
+  const bool dense = t.s_stride == groups;
+  const int32_t runs = dense ? 1 : rows, count = dense ? rows * groups : groups;
+  for (int32_t run = 0; run < runs; ++run, scales += t.s_stride, products += groups) {
+    for (int32_t i = 0, g = 0; i < count; i += 16) {
+      const __m512 some = load_16(t.dtype, scales + i, first_lanes(count - i));
+      _mm512_storeu_ps(products + i, _mm512_mul_ps(some, _mm512_loadu_ps(steps + g)));
+      for (g += 16; g >= groups;) g -= groups;
     }
-    for (int32_t i = 0; i < T; ++i) _mm512_store_ps(to.totals + (i * R + r) * 16, total[i]);
   }
 }
 
-// Adds to sums a quarter of a chunk: one byte of the activations and one half of the weights.
+// Products of rows [begin, end) of R streams for T activation rows from r0 on:
+// [activation row][stream][row][group].
 template <int32_t T, int32_t R>
-inline void accumulate(const char* const (&a)[T], int32_t offset, const __m512i (&w)[R],
-                       __m512i (&sums)[R][T]) {
-  for (int32_t i = 0; i < T; ++i) {
-    const __m512i x = _mm512_load_si512(a[i] + offset);
-    for (int32_t r = 0; r < R; ++r) sums[r][i] = _mm512_dpbusd_epi32(sums[r][i], w[r], x);
+void load_run(const Tile& t, const Sizes& sizes, const Streams& streams, int32_t begin, int32_t end,
+              int32_t r0) {
+  auto* products = static_cast<float*>(t.scratch);
+  for (int32_t r = 0; r < R; ++r) {
+    const auto* ahead =
+        end < streams.apart
+            ? static_cast<const uint16_t*>(t.scales) + streams.row(r, end) * t.s_stride
+            : static_cast<const uint16_t*>(t.next_scales) + r * streams.apart * t.s_stride;
+    for (int32_t i = 0; i < kRun * sizes.groups; i += 32) _mm_prefetch(ahead + i, _MM_HINT_T0);
+    for (int32_t i = 0; i < T; ++i) {
+      const char* a = t.a.data + (r0 + i) * t.a.stride;
+      load_products(t, sizes, streams.row(r, begin), end - begin,
+                    reinterpret_cast<const float*>(a + integer_bytes(t.k)),
+                    products + i * sizes.products + r * kRun * sizes.groups);
+    }
   }
 }
 
-// G groups in a chunk.
-template <int32_t G, int32_t T, int32_t R>
-void multiply_rows(const Tile& t, const Rows& rows, const Scratch& scratch, const Groups& groups) {
-  constexpr int32_t kShift = G == 4 ? 2 : 3;  // log2 of the words of a group, where G > 1
+// Sum over the groups of weight row n of product * (8 - zero point) * sum, in lanes.
+inline __m512 offset_of(const Tile& t, int32_t groups, int32_t n, const float* products,
+                        const float* sums) {
+  __m512 total = _mm512_setzero_ps();
+  if (t.zeros == nullptr) return total;
+  for (int32_t g = 0; g < groups; g += 16) {
+    const __mmask16 mask = first_lanes(groups - g);
+    const __m512 offset = _mm512_sub_ps(_mm512_set1_ps(8), zero_points(t, n, g, mask));
+    const __m512 weighted = _mm512_mul_ps(offset, _mm512_load_ps(sums + g));
+    total = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, products + g), weighted, total);
+  }
+  return total;
+}
+
+// What is at hand of R weight rows and T activation rows.
+template <int32_t T, int32_t R>
+struct Rows {
+  const char* a[T];
+  const uint32_t *q[R], *ahead[R];
+  const float* products[R][T];
+  __m512 total[R][T];
+};
+
+// The products of the G groups of a chunk, each in the lanes of its words.
+template <int32_t G>
+inline __m512 spread(const float* products) {
+  if constexpr (G == 1) return _mm512_set1_ps(*products);
+  constexpr int32_t kShift = G == 4 ? 2 : 3;  // log2 of the words of a group
   const __m512i group_of_lane = _mm512_srli_epi32(
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), kShift);
-  const int32_t words_per_row = t.k / 8;
-  const char* a[T];
-  const uint32_t* q[R];
-  __m512 total[R][T];
+  return _mm512_permutexvar_ps(group_of_lane, _mm512_loadu_ps(products));
+}
+
+// Adds the chunk that begins at a word of the rows.
+template <int32_t G, int32_t T, int32_t R>
+inline __attribute__((always_inline)) void add_chunk(Rows<T, R>& rows, int64_t word,
+                                                     __mmask16 mask) {
+  const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
+  const int64_t chunk = word / kChunkWords;
+  __m512i half0[R], half1[R];
+#pragma GCC unroll 4
   for (int32_t r = 0; r < R; ++r) {
-    q[r] = t.q + (rows.n + r) * t.q_stride;
-    for (int32_t i = 0; i < T; ++i) total[r][i] = _mm512_load_ps(groups.totals + (i * R + r) * 16);
+    _mm_prefetch(rows.ahead[r] + word, _MM_HINT_T1);
+    const __m512i words = _mm512_maskz_loadu_epi32(mask, rows.q[r] + word);
+    half0[r] = _mm512_and_si512(words, nibbles);
+    half1[r] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibbles);
   }
-  for (int32_t i = 0; i < T; ++i) a[i] = t.a.data + (rows.r0 + i) * t.a.stride;
-  const float* products = groups.products;
-  // The next R rows are fetched in the order of their addresses: that is what memory is best at.
-  const char* ahead = row_ahead(t, rows.n + R);
-  const auto chunk = [&](int32_t word, __mmask16 mask) {
-    const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
-    __m512i low[R], high[R], sums[R][T] = {};
-    for (int32_t r = 0; r < R; ++r) {
-      _mm_prefetch(ahead, _MM_HINT_T0);
-      ahead += 64;
-      const __m512i words = _mm512_maskz_loadu_epi32(mask, q[r] + word);
-      low[r] = _mm512_and_si512(words, nibbles);
-      high[r] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibbles);
-    }
-    accumulate<T, R>(a, 0, low, sums);
-    accumulate<T, R>(a, 64, high, sums);
-    for (int32_t r = 0; r < R; ++r) {
-      for (int32_t i = 0; i < T; ++i) sums[r][i] = _mm512_slli_epi32(sums[r][i], 8);
-    }
-    accumulate<T, R>(a, 128, low, sums);
-    accumulate<T, R>(a, 192, high, sums);
-    for (int32_t i = 0; i < T; ++i) {
-      for (int32_t r = 0; r < R; ++r) {
-        const float* product = products + (i * R + r) * scratch.groups;
-        const __m512 scale = G == 1
-                                 ? _mm512_set1_ps(*product)
-                                 : _mm512_permutexvar_ps(group_of_lane, _mm512_loadu_ps(product));
-        total[r][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][i]), scale, total[r][i]);
-      }
-      a[i] += kChunkBytes;
-    }
-    products += G;
-  };
-  int32_t word = 0;
-  for (; word + kChunkWords <= words_per_row; word += kChunkWords) chunk(word, 0xffff);
-  if (word < words_per_row) chunk(word, first_lanes(words_per_row - word));
+#pragma GCC unroll 4
   for (int32_t i = 0; i < T; ++i) {
-    float* out = t.out + (rows.r0 + i) * t.out_stride + rows.n - t.first;
-    if constexpr (R == 4) {
-      _mm_storeu_ps(out, sums_of(total[0][i], total[1][i], total[2][i], total[3][i]));
-    } else {
-      for (int32_t r = 0; r < R; ++r) out[r] = _mm512_reduce_add_ps(total[r][i]);
+    const char* a = rows.a[i] + chunk * kChunkBytes;
+    const __m512i high0 = _mm512_load_si512(a), high1 = _mm512_load_si512(a + 64);
+    const __m512i low0 = _mm512_load_si512(a + 128), low1 = _mm512_load_si512(a + 192);
+    const __m512 offset = _mm512_load_ps(a + kIntegerBytes);
+#pragma GCC unroll 4
+    for (int32_t r = 0; r < R; ++r) {
+      __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), half0[r], high0);
+      sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, half1[r], high1), 8);
+      sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, half0[r], low0), half1[r], low1);
+      const __m512 value = _mm512_add_ps(_mm512_cvtepi32_ps(sum), offset);
+      rows.total[r][i] =
+          _mm512_fmadd_ps(value, spread<G>(rows.products[r][i] + chunk * G), rows.total[r][i]);
     }
   }
 }
 
-// Weight rows [n, end), R at once, times T activation rows; end - n is a multiple of R.
+// R streams times T activation rows from r0 on. G groups in a chunk.
 template <int32_t G, int32_t T, int32_t R>
-void multiply_columns(const Tile& t, int32_t n, int32_t end, int32_t r0, const Scratch& scratch) {
-  if (n == end) return;
-  load_groups_of<T, R>(t, {n, r0}, scratch, scratch.of[0]);
-  for (int32_t turn = 0; n < end; n += R, ++turn) {
-    if (n + R < end) load_groups_of<T, R>(t, {n + R, r0}, scratch, scratch.of[(turn + 1) % 2]);
-    multiply_rows<G, T, R>(t, {n, r0}, scratch, scratch.of[turn % 2]);
+void multiply_streams(const Tile& t, const Sizes& sizes, const Streams& streams, int32_t r0) {
+  Rows<T, R> rows;
+#pragma GCC unroll 4
+  for (int32_t i = 0; i < T; ++i) rows.a[i] = t.a.data + (r0 + i) * t.a.stride;
+#pragma GCC unroll 4
+  for (int32_t r = 0; r < R; ++r) {
+    rows.q[r] = t.q + streams.row(r, 0) * t.q_stride;
+    rows.ahead[r] = rows.q[r] + sizes.rows_ahead * t.q_stride;
+  }
+  for (int32_t n = 0; n < streams.apart; ++n) {
+    const int32_t in_run = n % kRun;
+    if (in_run == 0) {
+      const int32_t end = n + kRun < streams.apart ? n + kRun : streams.apart;
+      load_run<T, R>(t, sizes, streams, n, end, r0);
+    }
+    const int32_t past = n + sizes.rows_ahead - streams.apart;
+#pragma GCC unroll 4
+    for (int32_t r = 0; r < R; ++r) {
+      if (past == 0) rows.ahead[r] = t.next + r * streams.apart * t.q_stride;
+#pragma GCC unroll 4
+      for (int32_t i = 0; i < T; ++i) {
+        rows.products[r][i] = static_cast<const float*>(t.scratch) + i * sizes.products +
+                              (r * kRun + in_run) * sizes.groups;
+        rows.total[r][i] = offset_of(t, sizes.groups, streams.row(r, n), rows.products[r][i],
+                                     t.a.sums + (r0 + i) * t.a.sums_stride);
+      }
+    }
+    int32_t word = 0;
+    for (; word + kChunkWords <= sizes.words; word += kChunkWords) {
+      add_chunk<G, T, R>(rows, word, 0xffff);
+    }
+    if (word < sizes.words) add_chunk<G, T, R>(rows, word, first_lanes(sizes.words - word));
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < T; ++i) {
+      float* out = t.out + (r0 + i) * t.out_stride - t.first;
+      if constexpr (R == 4) {
+        float sums[4];
+        _mm_storeu_ps(
+            sums, sums_of(rows.total[0][i], rows.total[1][i], rows.total[2][i], rows.total[3][i]));
+        for (int32_t r = 0; r < 4; ++r) out[streams.row(r, n)] = sums[r];
+      } else {
+#pragma GCC unroll 4
+        for (int32_t r = 0; r < R; ++r) {
+          out[streams.row(r, n)] = _mm512_reduce_add_ps(rows.total[r][i]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int32_t r = 0; r < R; ++r) {
+      rows.q[r] += t.q_stride;
+      rows.ahead[r] += t.q_stride;
+    }
   }
 }
 
 // All weight rows of the tile times T activation rows.
 template <int32_t G, int32_t T>
-void multiply_together(const Tile& t, int32_t r0, const Scratch& scratch) {
-  constexpr int32_t kRows = T <= 2 ? kWeightRows : 2;  // as the registers allow
-  const int32_t end = t.first + t.columns, middle = end - t.columns % kRows;
-  multiply_columns<G, T, kRows>(t, t.first, middle, r0, scratch);
-  multiply_columns<G, T, 1>(t, middle, end, r0, scratch);
+void multiply_together(const Tile& t, const Sizes& sizes, int32_t r0) {
+  const int32_t apart = t.columns / kWeightRows, rest = t.columns % kWeightRows;
+  if (apart > 0) multiply_streams<G, T, kWeightRows>(t, sizes, {t.first, apart}, r0);
+  if (rest > 0) multiply_streams<G, T, 1>(t, sizes, {t.first + apart * kWeightRows, rest}, r0);
 }
 
 template <int32_t G>
 void multiply_few(const Tile& t) {
-  const Scratch scratch(t);
+  const Sizes sizes(t);
   int32_t r = 0;
-  for (; t.m - r >= kTogether; r += kTogether) multiply_together<G, 4>(t, r, scratch);
-  if (t.m - r == 3) multiply_together<G, 3>(t, r, scratch);
-  if (t.m - r == 2) multiply_together<G, 2>(t, r, scratch);
-  if (t.m - r == 1) multiply_together<G, 1>(t, r, scratch);
+  for (; t.m - r >= kTogether; r += kTogether) multiply_together<G, 4>(t, sizes, r);
+  if (t.m - r == 3) multiply_together<G, 3>(t, sizes, r);
+  if (t.m - r == 2) multiply_together<G, 2>(t, sizes, r);
+  if (t.m - r == 1) multiply_together<G, 1>(t, sizes, r);
 }
 
 void multiply(const Tile& t) {

@@ -69,7 +69,7 @@ struct Grouping {
   // Of each row: which row of a goes in, and which row of c (gemm, gate_up) or which pair of token
   // and slot (down) it belongs to.
   std::vector<int32_t> inputs, outputs;
-  int32_t max_count = 0;
+  int32_t max_count = 0, num_inputs = 0;
 
   // `input` and `output` of rows in any order, and their experts; a negative expert: skipped.
   Grouping(const std::vector<int32_t>& experts_of, const std::vector<int32_t>& input,
@@ -90,6 +90,7 @@ struct Grouping {
       if (experts_of[i] < 0) continue;
       const int32_t at = next[experts_of[i]]++;
       inputs[at] = input[i];
+      num_inputs = std::max(num_inputs, input[i] + 1);
       outputs[at] = output[i];
     }
   }
@@ -135,18 +136,22 @@ Grouping group_blocks(const GemmArgs& args) {
   return Grouping(experts_of, input, output, args.w.num_experts);
 }
 
-// Runs work(begin, end, thread) over units of work. Threads take a few units at a time, so that a
-// slow one does not hold up the others, but as many as still read a long run of memory.
+// Runs work(begin, end, thread) over units of work. A thread takes many units at first, a long run
+// of memory, and ever fewer towards the end, so that all end together.
 template <typename Work>
 void for_each_thread(int64_t units, const Work& work) {
-  constexpr int64_t kTurnsPerThread = 8;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t step = std::max<int64_t>(1, units / (threads * kTurnsPerThread));
+  constexpr int64_t kTurns = 2;  // of every thread that what is left would make
+  const int64_t turns = kTurns * threads;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
-      for (int64_t begin = next.fetch_add(step); begin < units; begin = next.fetch_add(step)) {
-        work(begin, std::min(begin + step, units), thread);
+      int64_t begin = next.load(), end = 0;
+      while (begin < units) {
+        end = begin + std::max<int64_t>(1, (units - begin) / turns);
+        if (!next.compare_exchange_weak(begin, end)) continue;
+        work(begin, end, thread);
+        begin = next.load();
       }
     }
   });
@@ -168,11 +173,7 @@ class Call {
     // The odd line keeps the same place of several rows out of the same set of the cache.
     row_stride_ = aligned(kernels_.row_bytes(dtype, w.k)) + kAlignment;
     sums_stride_ = (w.k / w.group_size + kSumsPadding - 1) / kSumsPadding * kSumsPadding;
-    int64_t rows = 0;
-    for (const Grouping::Expert& expert : grouping.experts) {
-      first_rows_.push_back(rows);
-      rows += kernels_.rows_allocated(dtype, expert.count);
-    }
+    const int64_t rows = place_rows();
     rows_ = buffers().rows.at_least(rows * row_stride_);
     sums_ = reinterpret_cast<float*>(buffers().sums.at_least(rows * sums_stride_ * 4));
     prepare(static_cast<const uint16_t*>(a), a_stride_m);
@@ -216,6 +217,21 @@ class Call {
   }
 
  private:
+  // Where the experts' rows go; returns how many there are. Experts that have the same row for
+  // their only one share it.
+  int64_t place_rows() {
+    std::vector<int64_t> alone(grouping_.num_inputs, -1);  // of each input
+    int64_t rows = 0;
+    for (const Grouping::Expert& expert : grouping_.experts) {
+      int64_t fresh = rows;
+      int64_t& place = expert.count == 1 ? alone[grouping_.inputs[expert.begin]] : fresh;
+      if (place < 0) place = rows;
+      first_rows_.push_back(place);
+      if (place == rows) rows += kernels_.rows_allocated(dtype_, expert.count);
+    }
+    return rows;
+  }
+
   PreparedRows prepared(const Grouping::Expert& expert) const {
     const int64_t row = first_rows_[&expert - grouping_.experts.data()];
     return {rows_ + row * row_stride_, row_stride_, sums_ + row * sums_stride_, sums_stride_};
@@ -223,7 +239,11 @@ class Call {
 
   void prepare(const uint16_t* a, int64_t a_stride_m) const {
     std::vector<std::pair<const Grouping::Expert*, int32_t>> blocks;
+    int64_t placed = -1;
     for (const Grouping::Expert& expert : grouping_.experts) {
+      const int64_t place = first_rows_[&expert - grouping_.experts.data()];
+      if (place <= placed) continue;  // shared
+      placed = place;
       for (int32_t r = 0; r < expert.count; r += kPreparedTogether) blocks.push_back({&expert, r});
     }
     constexpr int64_t kBlocksPerThread = 16;  // fewer are not worth another thread
@@ -256,16 +276,17 @@ class Call {
   float* sums_;
 };
 
-// Output columns of a part. Each part is a run of memory: few rows are done with it so soon that it
-// has to be long (one token in Qwen3-30B-A3B shape, Zen 4, first decile: gate_up takes 410 us with
-// 32 columns, 379 with 64, 338 with 128), while the results of many rows have to stay in the first
-// caches.
-int32_t part_columns(const Grouping& grouping, int32_t columns, int64_t experts) {
-  constexpr int32_t kNarrow = 32, kWide = 128, kFewRows = 16, kPartsPerThread = 4;
-  int32_t part = grouping.max_count <= kFewRows ? kWide : kNarrow;
-  const int64_t enough = kPartsPerThread * int64_t{torch::stable::get_num_threads()};
-  while (part > kNarrow && experts * ((columns + part - 1) / part) < enough) part /= 2;
-  return part;
+// Threads are given units of output columns; those that follow each other make a part. Each part
+// is a run of memory: few rows are done with it so soon that it has to be long (one token in
+// Qwen3-30B-A3B shape, Zen 4, first decile: gate_up takes 410 us with 32 columns, 379 with 64, 338
+// with 128), while the results of many rows have to stay in the first caches.
+constexpr int32_t kUnitColumns = 32;
+
+int32_t units_of(int32_t columns) { return (columns + kUnitColumns - 1) / kUnitColumns; }
+
+int32_t widest_part(const Grouping& grouping) {
+  constexpr int32_t kWide = 128, kFewRows = 16;
+  return grouping.max_count <= kFewRows ? kWide : kUnitColumns;
 }
 
 uint16_t* row_of(void* c, int64_t stride, int64_t row) {
@@ -276,23 +297,30 @@ const uint16_t* row_of(const void* a, int64_t stride, int64_t row) {
   return static_cast<const uint16_t*>(a) + row * stride;
 }
 
-// Runs work(part, next, thread) over parts of `wide` of the output columns, expert by expert.
+// Runs work(part, next, thread) over parts of up to `wide` of the output columns, expert by expert.
 template <typename Work>
 void for_each_part(const Grouping& grouping, int32_t columns, int32_t wide, const Work& work) {
-  const int64_t parts = (columns + wide - 1) / wide;
-  const auto part = [&](int64_t i) {
-    const auto first = static_cast<int32_t>(i % parts * wide);
-    return Part{&grouping.experts[i / parts], first, std::min(wide, columns - first)};
+  const int64_t units = units_of(columns);
+  // The part of units i, i + 1, ...; `end` becomes the unit after it.
+  const auto part = [&](int64_t i, int64_t& end) {
+    const auto first = static_cast<int32_t>(i % units * kUnitColumns);
+    end = std::min({end, i - i % units + units, i + wide / kUnitColumns});
+    const auto past = static_cast<int32_t>((end - i) * kUnitColumns) + first;
+    return Part{&grouping.experts[i / units], first, std::min(past, columns) - first};
   };
-  for_each_thread(parts * grouping.experts.size(), [&](int64_t begin, int64_t end, int64_t thread) {
-    for (int64_t i = begin; i < end; ++i) work(part(i), part(std::min(i + 1, end - 1)), thread);
+  for_each_thread(units * grouping.experts.size(), [&](int64_t begin, int64_t end, int64_t thread) {
+    for (int64_t i = begin, past = end; i < end; i = past, past = end) {
+      const Part now = part(i, past);
+      int64_t after = end;
+      work(now, past < end ? part(past, after) : now, thread);
+    }
   });
 }
 
 void gemm(const GemmArgs& args) {
   const Grouping grouping = group_blocks(args);
   if (grouping.experts.empty()) return;
-  const int32_t wide = part_columns(grouping, args.w.n, grouping.experts.size());
+  const int32_t wide = widest_part(grouping);
   const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping,
                   int64_t{grouping.max_count} * wide);
   for_each_part(grouping, args.w.n, wide, [&](const Part& part, const Part& next, int64_t thread) {
@@ -327,7 +355,7 @@ void gate_up_together(const GateUpArgs& args) {
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, true);
   if (grouping.experts.empty()) return;
   const int32_t columns = args.w.n / 2;
-  const int32_t wide = part_columns(grouping, columns, grouping.experts.size());
+  const int32_t wide = widest_part(grouping);
   const int64_t half = int64_t{grouping.max_count} * wide;
   const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping, 2 * half);
   for_each_part(grouping, columns, wide, [&](const Part& part, const Part& next, int64_t thread) {
@@ -361,9 +389,9 @@ void gate_up(const GateUpArgs& args) {
 void down_together(const DownArgs& args) {
   const int32_t tokens = args.routing.num_tokens, top_k = args.routing.top_k, n = args.w.n;
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, false);
-  constexpr int64_t kMaxColumns = 128;  // of a turn: 256 KiB of sums for 512 tokens
-  const int32_t wide = part_columns(grouping, n, 1);
-  const int64_t sums = tokens * kMaxColumns;
+  constexpr int32_t kMaxColumns = 128;  // of a turn: 256 KiB of sums for 512 tokens
+  const int32_t wide = widest_part(grouping);
+  const int64_t sums = int64_t{tokens} * kMaxColumns;
   const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping,
                   sums + int64_t{grouping.max_count} * wide);
   const auto weight_of = [&](int32_t pair) {
@@ -371,40 +399,39 @@ void down_together(const DownArgs& args) {
                ? 1.0f
                : args.topk_weights[pair / top_k * args.tw_stride_m + pair % top_k];
   };
-  // Parts [begin, end) of an expert, added to total[token][column].
+  // Columns [first, past) of an expert, added to total[token][column - first].
   const auto add_expert = [&](const Grouping::Expert* expert, const Grouping::Expert* next_expert,
-                              int64_t begin, int64_t end, float* total, int64_t thread) {
+                              int32_t first, int32_t past, float* total, int64_t thread) {
     float* y = total + sums;
-    const auto part = [&](const Grouping::Expert* of, int64_t i) {
-      const auto first = static_cast<int32_t>(i * wide);
-      return Part{of, first, std::min(wide, n - first)};
+    const auto part = [&](const Grouping::Expert* of, int32_t column) {
+      return Part{of, column, std::min(wide, past - column)};
     };
-    for (int64_t i = begin; i < end; ++i) {
-      const Part at = part(expert, i);
-      const Part next = i + 1 < end ? part(expert, i + 1) : part(next_expert, begin);
+    for (int32_t column = first; column < past; column += wide) {
+      const Part at = part(expert, column);
+      const Part next =
+          column + wide < past ? part(expert, column + wide) : part(next_expert, first);
       call.multiply(at, next, y, wide, thread);
       for (int32_t r = 0; r < expert->count; ++r) {
         const int32_t pair = grouping.outputs[expert->begin + r];
         const float weight = weight_of(pair);
-        float* to = total + pair / top_k * kMaxColumns + (i - begin) * wide;
+        float* to = total + pair / top_k * kMaxColumns + column - first;
         for (int32_t j = 0; j < at.columns; ++j) to[j] += weight * y[r * wide + j];
       }
     }
   };
-  const int64_t parts = (n + wide - 1) / wide;
-  for_each_thread(parts, [&](int64_t turn_begin, int64_t turn_end, int64_t thread) {
+  for_each_thread(units_of(n), [&](int64_t turn_begin, int64_t turn_end, int64_t thread) {
     float* total = call.floats(thread);
-    for (int64_t begin = turn_begin; begin < turn_end; begin += kMaxColumns / wide) {
-      const int64_t end = std::min(begin + kMaxColumns / wide, turn_end);
+    const int32_t turn_past = std::min(static_cast<int32_t>(turn_end) * kUnitColumns, n);
+    for (int32_t first = static_cast<int32_t>(turn_begin) * kUnitColumns; first < turn_past;
+         first += kMaxColumns) {
+      const int32_t past = std::min(first + kMaxColumns, turn_past);
       std::fill_n(total, sums, 0.0f);
       for (size_t e = 0; e < grouping.experts.size(); ++e) {
         const size_t next = std::min(e + 1, grouping.experts.size() - 1);
-        add_expert(&grouping.experts[e], &grouping.experts[next], begin, end, total, thread);
+        add_expert(&grouping.experts[e], &grouping.experts[next], first, past, total, thread);
       }
-      const auto first = static_cast<int32_t>(begin * wide);
-      const int32_t columns = std::min(static_cast<int32_t>(end) * wide, n) - first;
       for (int32_t m = 0; m < tokens; ++m) {
-        call.isa().store(args.dtype, total + m * kMaxColumns, columns,
+        call.isa().store(args.dtype, total + m * kMaxColumns, past - first,
                          row_of(args.c, args.c_stride_m, m) + first);
       }
     }

@@ -49,6 +49,22 @@ inline __mmask16 first_lanes(int32_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }
 
+// 16-bit values as floats; zeros where the mask is not set.
+inline __m512 load_16(DType dtype, const uint16_t* from, __mmask16 mask) {
+  const __m256i raw = _mm256_maskz_loadu_epi16(mask, from);
+  return dtype == DType::kHalf
+             ? _mm512_cvtph_ps(raw)
+             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+// Zero points of weight row n, groups g .. g + 15, as far as the mask is set.
+inline __m512 zero_points(const Tile& t, int32_t n, int32_t g, __mmask16 mask) {
+  if (t.zeros == nullptr) return _mm512_set1_ps(8);
+  const __m512i words = _mm512_maskz_loadu_epi32(mask, t.zeros + n / 8 * t.z_stride + g);
+  return _mm512_cvtepi32_ps(_mm512_and_si512(
+      _mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * (n % 8))), _mm512_set1_epi32(15)));
+}
+
 // Scales of weight row n and -scale * (Offset + zp) of its groups g .. g + 15, zeros past the last.
 struct GroupVectors {
   __m512 scales, zeros;
@@ -56,20 +72,10 @@ struct GroupVectors {
 
 template <int32_t Offset>
 inline GroupVectors load_group_vectors(const Tile& t, int32_t n, int32_t g) {
-  const __mmask16 mask = first_lanes(groups_of(t) - g);
   const auto* from = static_cast<const uint16_t*>(t.scales) + n * t.s_stride + g;
-  const __m256i raw = _mm256_maskz_loadu_epi16(mask, from);
-  const __m512 scales =
-      t.dtype == DType::kHalf
-          ? _mm512_cvtph_ps(raw)
-          : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-  __m512 offset = _mm512_set1_ps(-Offset - 8);
-  if (t.zeros != nullptr) {
-    const __m512i words = _mm512_maskz_loadu_epi32(mask, t.zeros + n / 8 * t.z_stride + g);
-    const __m512i zero = _mm512_and_si512(_mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * (n % 8))),
-                                          _mm512_set1_epi32(15));
-    offset = _mm512_sub_ps(_mm512_set1_ps(-Offset), _mm512_cvtepi32_ps(zero));
-  }
+  const __mmask16 mask = first_lanes(groups_of(t) - g);
+  const __m512 scales = load_16(t.dtype, from, mask);
+  const __m512 offset = _mm512_sub_ps(_mm512_set1_ps(-Offset), zero_points(t, n, g, mask));
   return {scales, _mm512_mul_ps(scales, offset)};
 }
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix_cells import SHARDINGS, Cell, full
+from matrix_cells import DEPLOYMENTS, SHARDINGS, Cell, full
 from tiny_models import DenseReference
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -53,14 +53,25 @@ def free_ports(count: int) -> int:
     return port if port + count < 65536 else port - count
 
 
+def batches(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that the same processes run: those with as many ranks."""
+    sleeping = [cell for cell in cells if DEPLOYMENTS[cell.deployment].sleep]
+    awake = [cell for cell in cells if cell not in sleeping]
+    found = [
+        [cell for cell in awake if cell.ranks == ranks]
+        for ranks in sorted({cell.ranks for cell in awake})
+    ]
+    return found + [[cell] for cell in sleeping]
+
+
 def run_cells(
     cells: Sequence[Cell], folder: Path, timeout_s: float = 3600.0
 ) -> dict[Cell, dict[str, Any]]:
-    """The answers of every cell, those with as many ranks in the same processes."""
+    """The answers of every cell."""
     found: dict[Cell, dict[str, Any]] = {}
-    for ranks in sorted({cell.ranks for cell in cells}):
-        batch = [cell for cell in cells if cell.ranks == ranks]
-        todo = folder / f"cells-{ranks}.json"
+    for number, batch in enumerate(batches(cells)):
+        ranks = batch[0].ranks
+        todo = folder / f"cells-{number}.json"
         todo.write_text(json.dumps([cell.to_json() for cell in batch]))
         environment = {
             **os.environ,
@@ -77,8 +88,8 @@ def run_cells(
             environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
         processes = []
         for rank in range(ranks):
-            log = (folder / f"log-{ranks}-{rank}.txt").open("w")
-            answers = folder / f"answers-{ranks}-{rank}.jsonl"
+            log = (folder / f"log-{number}-{rank}.txt").open("w")
+            answers = folder / f"answers-{number}-{rank}.jsonl"
             processes.append(
                 subprocess.Popen(
                     [sys.executable, WORKER, todo, folder, answers],
@@ -94,7 +105,7 @@ def run_cells(
             for process in processes:
                 process.kill()
         for rank in range(ranks):
-            answers = folder / f"answers-{ranks}-{rank}.jsonl"
+            answers = folder / f"answers-{number}-{rank}.jsonl"
             lines = answers.read_text().splitlines() if answers.exists() else []
             for answer in map(json.loads, lines):
                 cell = Cell.from_json(answer["cell"])
@@ -102,9 +113,9 @@ def run_cells(
                     found[cell] = answer
                 elif cell.data_parallel and "answers" in found.get(cell, {}):
                     found[cell]["answers"] += answer["answers"]
-    for cell in cells:
-        log = folder / f"log-{cell.ranks}-0.txt"
-        found.setdefault(cell, {"error": f"no answer:\n{log.read_text()[-2000:]}"})
+        log_text = (folder / f"log-{number}-0.txt").read_text()
+        for cell in batch:
+            found.setdefault(cell, {"error": f"no answer:\n{log_text[-2000:]}"})
     return found
 
 

@@ -28,7 +28,8 @@ class Deployment:
     """Garbage is loaded over the weights first, then the checkpoint again."""
     sleep: bool = False
     """It sleeps first and is woken, weights in host memory (level 1), then weights
-    loaded anew (level 2). Only on GPUs: vLLM has no sleep mode on the CPU."""
+    loaded anew (level 2). Only on GPUs: vLLM has no sleep mode on the CPU. Such a cell
+    has a process of its own, since vLLM's memory pool for it takes one engine."""
 
     @property
     def data_parallel(self) -> bool:
@@ -55,6 +56,9 @@ DEPLOYMENTS = {
     "weights reloaded": Deployment(1, reload=True),
     "compiled": Deployment(1, {"enforce_eager": False}),
     "sleep mode": Deployment(1, {"enable_sleep_mode": True}, sleep=True),
+    "sleep mode, compiled": Deployment(
+        1, {"enable_sleep_mode": True, "enforce_eager": False}, sleep=True
+    ),
 }
 # The checkpoint that is deployed in every way.
 DEPLOYED = Recipe(format="compressed-tensors", symmetric=False, group_size=64)
@@ -146,15 +150,13 @@ def other_deployments() -> list[Cell]:
 
 
 def on_a_gpu() -> list[Cell]:
-    """What test_matrix runs beyond its subset where there is a GPU.
-
-    Sleep mode last: its memory pool lives as long as the process.
-    """
+    """What test_matrix runs beyond its subset where there is a GPU."""
     return [
         Cell(DEPLOYED, "float16", "compiled"),
         Cell(QWEN35, "float16"),
         Cell(QWEN35, "bfloat16", "compiled"),
         Cell(DEPLOYED, "float16", "sleep mode"),
+        Cell(DEPLOYED, "float16", "sleep mode, compiled"),
     ]
 
 

@@ -92,16 +92,66 @@ def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
 
 
 def sleep_and_wake(llm: Any) -> None:
-    """Both levels of vLLM's sleep mode, as a caller does it, do not change a token."""
+    """Both levels of vLLM's sleep mode, as a caller does it: the memory is given back
+    meanwhile, and no token changes.
+    """
     tokens = [a["tokens"] for a in answers(llm, False)]
-    llm.sleep(level=1)
+    fall_asleep(llm, level=1)
     llm.wake_up()
     assert [a["tokens"] for a in answers(llm, False)] == tokens
-    llm.sleep(level=2)
+    fall_asleep(llm, level=2)
     llm.wake_up(tags=["weights"])
+    llm.apply_model(forget_weights)
     llm.collective_rpc("reload_weights")
     llm.wake_up(tags=["kv_cache"])
     assert [a["tokens"] for a in answers(llm, False)] == tokens
+
+
+def fall_asleep(llm: Any, level: int) -> None:
+    """Sleep, and see that the device has all of the weights' memory and more back."""
+    from vllm.device_allocator import get_mem_allocator_instance
+
+    allocations = get_mem_allocator_instance().pointer_to_data
+    sizes = {address: data.handle[1] for address, data in allocations.items()}
+    weights = {a: sizes[a] for a, data in allocations.items() if data.tag == "weights"}
+
+    def elsewhere(model: torch.nn.Module) -> list[str]:
+        return [
+            name
+            for name, p in model.named_parameters()
+            if p.numel()
+            and not any(a <= p.data_ptr() < a + size for a, size in weights.items())
+        ]
+
+    assert llm.apply_model(elsewhere) == [[]]
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    llm.sleep(level=level)
+    freed = torch.cuda.mem_get_info()[0] - free
+    assert all(data.is_asleep for data in allocations.values())
+    held = sum(sizes.values())
+    print(
+        f"level {level}: {freed=} {held=} weights={sum(weights.values())}", flush=True
+    )
+    assert freed >= held > sum(weights.values()) > 0
+
+
+@torch.inference_mode()
+def forget_weights(model: torch.nn.Module) -> None:
+    """Turn all that level 2 does not keep into NaN: what is in the memory of before
+    may still be what was there.
+    """
+    from vllm.device_allocator import cumem
+
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    pool = cumem.CuMemAllocator.get_instance()
+    for address, data in pool.pointer_to_data.items():
+        if data.tag == "weights":
+            cumem.libcudart.cudaMemset(address, 0xFF, data.handle[1])
+    torch.cuda.synchronize()
+    assert all(p.isnan().all() for p in model.parameters() if p.is_floating_point())
+    for name, buffer in model.named_buffers():
+        buffer.copy_(kept[name])
 
 
 def give_the_cpu_what_data_parallel_needs() -> None:
