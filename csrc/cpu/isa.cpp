@@ -36,8 +36,8 @@ bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vn
 
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
-// The processor has AMX tiles with bf16 and bytes, the operating system saves them, and Linux lets this
-// process use them (Intel SDM volume 1, chapter 18; Linux Documentation/arch/x86/xstate.rst).
+// The processor has AMX tiles with bf16 and bytes, the operating system saves them, and Linux lets
+// this process use them (Intel SDM volume 1, chapter 18; Linux Documentation/arch/x86/xstate.rst).
 bool has_amx() {
 #if defined(__linux__)
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;

@@ -31,27 +31,15 @@ constexpr int32_t kTileBytes = 1024;
 constexpr int32_t kChunkBytes = 2 * kTileBytes;  // of a panel, or unpacked of 16 weight rows
 constexpr int32_t kRows = 32;                    // weight rows at once, two blocks
 constexpr int32_t kTableGroups = 16;             // groups whose scales are converted together
-constexpr int32_t kAdjacent = 4;                 // weight rows that are neighbours in memory
-#ifndef VAR_HINT
-#define VAR_HINT _MM_HINT_T1
-#endif
-#ifndef VAR_DEPTH
-#define VAR_DEPTH 2
-#endif
-#ifndef VAR_ZERO
-#define VAR_ZERO 0
-#endif
-#ifndef VAR_HOIST
-#define VAR_HOIST 0
-#endif
-constexpr int32_t kDepth = VAR_DEPTH;  // chunks between unpacking and multiplication
+// Weight rows at once that are neighbours in memory: as many as outputs of one store.
+constexpr int32_t kAdjacent = 4;
 
 // L lanes in a set, G groups in a chunk.
 template <int32_t G, int32_t L>
 struct Shape {
-  static constexpr int32_t kSets = 16 / L;                               // groups in a unit
-  static constexpr int32_t kUnits = G > kSets ? G / kSets : 1;           // in a chunk
-  static constexpr int32_t kChunks = kSets > G ? kSets / G : 1;          // in a unit
+  static constexpr int32_t kSets = 16 / L;                       // groups in a unit
+  static constexpr int32_t kUnits = G > kSets ? G / kSets : 1;   // in a chunk
+  static constexpr int32_t kChunks = kSets > G ? kSets / G : 1;  // in a unit
 };
 
 int32_t chunks_of(int32_t k) { return (k + kChunk - 1) / kChunk; }
@@ -215,14 +203,14 @@ void prepare(const Source& source, const PreparedRows& rows) {
 
 // Scratch of a tile.
 struct Scratch {
-  char* weights;   // kDepth + 1 chunks of unpacked weights, [2 blocks][64 or 32 bytes wide tiles]
-  float* scales;   // [kRows][kTableGroups]
-  float* zeros;    // the same of scale * (8 - zero point)
-  float* totals;   // [panel][kRows][16 lanes]
-  int32_t* results;  // the same of a unit
+  char* weights;     // two chunks, unpacked: [2 blocks][tiles]
+  float* scales;     // [kRows][kTableGroups]
+  float* zeros;      // the same of scale * (8 - zero point)
+  float* totals;     // [panel][kRows][16 lanes]
+  int32_t* results;  // [kRows][16 lanes] of a unit of a panel
   Scratch(void* scratch, int32_t panels) {
     weights = static_cast<char*>(scratch);
-    scales = reinterpret_cast<float*>(weights + (kDepth + 1) * 2 * kChunkBytes);
+    scales = reinterpret_cast<float*>(weights + 2 * 2 * kChunkBytes);
     zeros = scales + kTableGroups * kRows;
     totals = zeros + kTableGroups * kRows;
     results = reinterpret_cast<int32_t*>(totals + panels * kRows * 16);
@@ -230,8 +218,8 @@ struct Scratch {
 };
 
 int64_t scratch_bytes(int32_t, int32_t, int32_t m) {
-  const int64_t tables = (kDepth + 1) * 2 * kChunkBytes + int64_t{4} * 2 * kTableGroups * kRows;
-  return tables + int64_t{4} * 2 * panels_of(m) * kRows * 16;
+  const int64_t tables = 2 * 2 * kChunkBytes + int64_t{4} * 2 * kTableGroups * kRows;
+  return tables + int64_t{4} * (panels_of(m) + 1) * kRows * 16;
 }
 
 // Tiles 0..3 hold results, 4 and 5 weights, 6 and 7 activations. U units in a chunk.
@@ -282,17 +270,13 @@ class Multiplier {
     for (int32_t j = 0; j < kRows; ++j) {
       rows_[j] = part.row(j);
       offsets_[j] = rows_[j] * t.q_stride;
-      ahead_offsets_[j] =
-          j / kAdjacent * kAdjacent * part.passes * t.q_stride * 4 + j % kAdjacent * 64;
     }
   }
 
   void run() {
     memset(scratch_.totals, 0, sizeof(float) * panels_ * kRows * 16);
-    for (int32_t i = 0; i < kDepth; ++i) {
-      next_source();
-      unpack(0, 4);
-    }
+    next_source();
+    unpack(0, 4);
     for (int32_t pass = 0; pass < part_.passes; ++pass) {
       for (int32_t chunk = 0; chunk < chunks_; ++chunk) multiply_chunk(pass, chunk);
     }
@@ -308,13 +292,8 @@ class Multiplier {
     int32_t pass, unit, panel;
   };
 
-  char* buffer(int32_t i) const { return scratch_.weights + i * 2 * kChunkBytes; }
-
-  static void advance(int32_t& buffer) { buffer = buffer == kDepth ? 0 : buffer + 1; }
-
   void multiply_chunk(int32_t pass, int32_t chunk) {
-    const char* weights = buffer(multiplied_);
-    advance(multiplied_);
+    const char* weights = unpacked_;
     next_source();
     const bool first = chunk % S::kChunks == 0;
     const bool last = chunk % S::kChunks == S::kChunks - 1 || chunk + 1 == chunks_;
@@ -322,19 +301,18 @@ class Multiplier {
     for (int32_t i = 0; i < S::kUnits; ++i) {
       const int32_t unit = chunk / S::kChunks * S::kUnits + i;
       if (unit == units_) break;
-      const char* w =
-          weights + (S::kUnits == 4 ? i / 2 * kTileBytes + i % 2 * 32 : i * kTileBytes);
+      const char* w = weights + (S::kUnits == 4 ? i / 2 * kTileBytes + i % 2 * 32 : i * kTileBytes);
       for (int32_t panel = 0; panel < panels_; ++panel) {
         const char* a = t_.a.data + panel * panel_bytes_;
         const char* words = a + int64_t{chunk} * kChunkBytes + i * (kChunkBytes / S::kUnits);
         if (first && pending_) store_results();
         memory_barrier();
         if (first) start_results(a + vectors_at_ + int64_t{units_ + unit} * 64);
-        multiply_tiles(false, w, words);
+        multiply_tiles(w, words);
         if constexpr (S::kUnits == 1) {
           if (panel == 0) unpack(0, 2);
           memory_barrier();
-          multiply_tiles(true, w + kTileBytes, words + kTileBytes);
+          multiply_tiles(w + kTileBytes, words + kTileBytes);
           if (panel == 0) unpack(2, 4);
         } else if (panel == 0) {
           unpack(quarter, quarter + 4 / S::kUnits);
@@ -358,15 +336,7 @@ class Multiplier {
 
   // Results of the unit at hand are in tiles 0 (first block) and 1, or 2 and 3 if odd.
   void start_results(const char* start) const {
-    if (VAR_ZERO) {
-      if (odd_) {
-        _tile_zero(2);
-        _tile_zero(3);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-      }
-    } else if (odd_) {
+    if (odd_) {
       _tile_loadd(2, start, 0);
       _tile_loadd(3, start, 0);
     } else {
@@ -375,33 +345,22 @@ class Multiplier {
     }
   }
 
-  void multiply_tiles(bool second, const char* w, const char* a) const {
+  void multiply_tiles(const char* w, const char* a) const {
     _tile_loadd(4, w, 64);
     _tile_loadd(5, w + kChunkBytes, 64);
-    if (second) {
-      _tile_loadd(7, a, 64);
-      if (odd_) {
-        _tile_dpbusd(2, 4, 7);
-        _tile_dpbusd(3, 5, 7);
-      } else {
-        _tile_dpbusd(0, 4, 7);
-        _tile_dpbusd(1, 5, 7);
-      }
+    _tile_loadd(6, a, 64);
+    if (odd_) {
+      _tile_dpbusd(2, 4, 6);
+      _tile_dpbusd(3, 5, 6);
     } else {
-      _tile_loadd(6, a, 64);
-      if (odd_) {
-        _tile_dpbusd(2, 4, 6);
-        _tile_dpbusd(3, 5, 6);
-      } else {
-        _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 5, 6);
-      }
+      _tile_dpbusd(0, 4, 6);
+      _tile_dpbusd(1, 5, 6);
     }
   }
 
   // Stores results of the unit before.
   void store_results() {
-    int32_t* to = scratch_.results + unit_.panel * kRows * 16;
+    int32_t* to = scratch_.results;
     memory_barrier();
     if (odd_) {  // so the unit before was even
       _tile_stored(0, to, 64);
@@ -418,8 +377,8 @@ class Multiplier {
   void next_source() {
     source_ = t_.q + int64_t{source_pass_} * kAdjacent * t_.q_stride + source_chunk_ * kChunkWords;
     mask_ = first_lanes(t_.k / 8 - source_chunk_ * kChunkWords);
-    unpacked_ = buffer(filled_);
-    advance(filled_);
+    char* first = scratch_.weights;
+    unpacked_ = unpacked_ == first ? first + 2 * kChunkBytes : first;
     const bool more = source_pass_ + 1 < part_.passes;
     const uint32_t* ahead =
         more ? t_.q + (part_.first + (source_pass_ + 1) * kAdjacent) * t_.q_stride : part_.next;
@@ -438,10 +397,12 @@ class Multiplier {
     const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
     const uint32_t* source = source_;  // the compiler cannot know that stores leave members alone
     const char* ahead = ahead_;
+    const int64_t stream = int64_t{4} * part_.passes * kAdjacent * t_.q_stride;
     char* to = unpacked_;
     const __mmask16 mask = mask_;
     for (int32_t j = begin * (kRows / 4); j < end * (kRows / 4); ++j) {
-      _mm_prefetch(ahead + ahead_offsets_[j], VAR_HINT);
+      // What comes next in a stream, in the order of addresses.
+      _mm_prefetch(ahead + j / kAdjacent * stream + j % kAdjacent * 64, _MM_HINT_T1);
       const __m512i words = _mm512_maskz_loadu_epi32(mask, source + offsets_[j]);
       __m512i v[2] = {_mm512_and_si512(words, nibbles),
                       _mm512_and_si512(_mm512_srli_epi32(words, 4), nibbles)};
@@ -471,10 +432,10 @@ class Multiplier {
       _mm512_store_ps(scratch_.scales + j * kTableGroups, scales);
       if constexpr (Z) {
         const uint32_t* words = t_.zeros + row / 8 * t_.z_stride + group;
-        const __m512i zero = _mm512_and_si512(
-            _mm512_srl_epi32(_mm512_maskz_loadu_epi32(mask, words),
-                             _mm_cvtsi32_si128(4 * (row % 8))),
-            _mm512_set1_epi32(15));
+        const __m512i zero =
+            _mm512_and_si512(_mm512_srl_epi32(_mm512_maskz_loadu_epi32(mask, words),
+                                              _mm_cvtsi32_si128(4 * (row % 8))),
+                             _mm512_set1_epi32(15));
         const __m512 offset = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(8), zero));
         _mm512_store_ps(scratch_.zeros + j * kTableGroups, _mm512_mul_ps(scales, offset));
       }
@@ -488,20 +449,21 @@ class Multiplier {
         t_.a.data + unit_.panel * panel_bytes_ + vectors_at_ + int64_t{unit_.unit} * 64;
     const __m512 steps = _mm512_load_ps(vectors);
     const __m512i start = _mm512_load_si512(vectors + int64_t{units_} * 64);
-    const __m512 sums = _mm512_mul_ps(steps, _mm512_mul_ps(_mm512_cvtepi32_ps(start), _mm512_set1_ps(-0.125f)));
+    const __m512 sums =
+        _mm512_mul_ps(steps, _mm512_mul_ps(_mm512_cvtepi32_ps(start), _mm512_set1_ps(-0.125f)));
     const __m512i set = _mm512_srli_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), L == 4 ? 2 : 3);
     const auto of_lanes = [&](const float* table) {
-      return S::kSets == 1 ? _mm512_set1_ps(*table)
-                           : _mm512_permutexvar_ps(set, _mm512_castps128_ps512(_mm_loadu_ps(table)));
+      return S::kSets == 1
+                 ? _mm512_set1_ps(*table)
+                 : _mm512_permutexvar_ps(set, _mm512_castps128_ps512(_mm_loadu_ps(table)));
     };
     const int32_t group = unit_.unit * S::kSets % kTableGroups;
     const float *scales = scratch_.scales + group, *zeros = scratch_.zeros + group;
-    const int32_t* results = scratch_.results + unit_.panel * kRows * 16;
+    const int32_t* results = scratch_.results;
     float* totals = scratch_.totals + unit_.panel * kRows * 16;
     for (int32_t j = 0; j < kRows; ++j) {
-      __m512i result = _mm512_load_si512(results + 16 * j);
-      if (VAR_ZERO) result = _mm512_add_epi32(result, start);
+      const __m512i result = _mm512_load_si512(results + 16 * j);
       const __m512 scale = _mm512_mul_ps(of_lanes(scales + j * kTableGroups), steps);
       __m512 total = _mm512_load_ps(totals + 16 * j);
       total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(result), scale, total);
@@ -555,13 +517,12 @@ class Multiplier {
   const Scratch scratch_;
   const int32_t panels_, groups_, units_, chunks_;
   const int64_t vectors_at_, panel_bytes_;  // of a panel: where its steps lie
-  int32_t rows_[kRows];
-  int64_t offsets_[kRows], ahead_offsets_[kRows];  // of weight rows, from row 0 on; of prefetches
+  int32_t rows_[kRows];                     // weight rows of pass 0
+  int64_t offsets_[kRows];
   const char *next_scales_, *ahead_ = nullptr;
   const uint32_t* source_ = nullptr;
   char* unpacked_ = nullptr;
   __mmask16 mask_ = 0;
-  int32_t filled_ = 0, multiplied_ = 0;  // buffers: next ones
   int32_t source_pass_ = 0, source_chunk_ = 0;
   bool odd_ = false;
   bool pending_ = false, waiting_ = false;  // results of unit_ are in tiles; in memory
