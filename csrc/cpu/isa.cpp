@@ -36,14 +36,14 @@ bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vn
 
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
-// The processor has AMX tiles with bf16, the operating system saves them, and Linux lets this
-// process use them (Intel SDM volume 1, chapter 18; Linux Documentation/arch/x86/xstate.rst).
-bool has_amx_bf16() {
+// The processor has AMX tiles with bf16 and bytes, the operating system saves them, and Linux lets
+// this process use them (Intel SDM volume 1, chapter 18; Linux Documentation/arch/x86/xstate.rst).
+bool has_amx() {
 #if defined(__linux__)
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr uint32_t kTileAndBf16 = 1u << 24 | 1u << 22;  // leaf 7, edx
+  constexpr uint32_t kTileInt8Bf16 = 1u << 24 | 1u << 25 | 1u << 22;  // leaf 7, edx
   if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 ||
-      (edx & kTileAndBf16) != kTileAndBf16) {
+      (edx & kTileInt8Bf16) != kTileInt8Bf16) {
     return false;
   }
   asm volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
@@ -60,7 +60,7 @@ bool has_amx_bf16() {
 // Best first.
 constexpr Candidate kAll[] = {
 #if defined(__x86_64__)
-    {&kAmxBf16, has_amx_bf16},
+    {&kAmxBf16, has_amx},
     {&kAvx512Bf16, has_avx512_bf16},
     {&kAvx512Vnni, has_avx512_vnni},
     {&kAvx512, has_avx512},

@@ -66,7 +66,7 @@ struct Kernels {
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmxBf16;
+extern const Kernels kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmxInt8, kAmxBf16;
 #endif
 
 }  // namespace moe_int4::cpu
