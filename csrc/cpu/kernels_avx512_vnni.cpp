@@ -236,14 +236,15 @@ struct Rows {
   __m512 total[R][T];
 };
 
-// The products of the G groups of a chunk, each in the lanes of its words.
+// The products of the G groups of a chunk, each in the lanes of its words; zeros past the mask,
+// where there may be no groups any more.
 template <int32_t G>
-inline __m512 spread(const float* products) {
+inline __m512 spread(const float* products, __mmask16 mask) {
   if constexpr (G == 1) return _mm512_set1_ps(*products);
   constexpr int32_t kShift = G == 4 ? 2 : 3;  // log2 of the words of a group
   const __m512i group_of_lane = _mm512_srli_epi32(
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), kShift);
-  return _mm512_permutexvar_ps(group_of_lane, _mm512_loadu_ps(products));
+  return _mm512_maskz_permutexvar_ps(mask, group_of_lane, _mm512_loadu_ps(products));
 }
 
 // Adds the chunk that begins at a word of the rows.
@@ -273,8 +274,8 @@ inline __attribute__((always_inline)) void add_chunk(Rows<T, R>& rows, int64_t w
       sum = _mm512_slli_epi32(_mm512_dpbusd_epi32(sum, half1[r], high1), 8);
       sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, half0[r], low0), half1[r], low1);
       const __m512 value = _mm512_add_ps(_mm512_cvtepi32_ps(sum), offset);
-      rows.total[r][i] =
-          _mm512_fmadd_ps(value, spread<G>(rows.products[r][i] + chunk * G), rows.total[r][i]);
+      rows.total[r][i] = _mm512_fmadd_ps(value, spread<G>(rows.products[r][i] + chunk * G, mask),
+                                         rows.total[r][i]);
     }
   }
 }
