@@ -4,21 +4,16 @@
 // Few activation rows (decode) with AVX512_VNNI: dot products of bytes (vpdpbusd). Many rows are
 // left to the fp32 kernels.
 //
-// Activations become integers of 16 bits, per group in steps of max|a| / 32639, so that the error
-// of a group is below 1e-4 of its norm: a twentieth of bf16's own rounding. An integer is
-// 256 * high + low in signed bytes: sums within a group are exact. Activations below 1e-33 count
-// as zero.
-//
+// Activations are integers of two signed bytes (integers_avx512.h): sums within a group are exact.
 // Lanes are the 16 words of a chunk of a weight row, which is read once for up to four activation
-// rows. Bits 0..3 of a word's bytes are the weights v0 v4 v1 v5 (half 0), bits 4..7 v2 v6 v3 v7
-// (half 1). Activations are stored in that order, [chunk of 128][high, low][half][word], padded
-// with zeros; behind every chunk stands -8 * the sum of each word's, which takes the zero point of
-// symmetric weights off, and behind the row the steps, one per group, over and over.
+// rows. Activations are stored as [chunk of 128][high, low][half][word], padded with zeros; behind
+// every chunk stands -8 * the sum of each word's, which takes the zero point of symmetric weights
+// off, and behind the row the steps, one per group, over and over.
 //
 // The weight rows of a tile are read as streams, a few rows at a time, one from each. They are far
 // apart, since neighbours in one page hinder what fetches ahead (2 threads, GB/s, four rows at a
 // time side by side and apart: Zen 4 22 and 58, Sapphire Rapids 39 and 43).
-#include "vectors_avx512.h"
+#include "integers_avx512.h"
 
 namespace moe_int4::cpu {
 namespace {
@@ -59,53 +54,6 @@ int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
   return many > few ? many : few;
 }
 
-// Integers of a group and their sum; returns the step.
-float quantize(const float* values, int32_t count, int16_t* to, int32_t* sum) {
-  constexpr float kLargest = 127 * 256 + 127;
-  int32_t bits = 0;  // of the largest magnitude; those of a NaN are larger still
-  for (int32_t i = 0; i < count; ++i) {
-    const int32_t magnitude = bits_as<int32_t>(values[i]) & 0x7fffffff;
-    bits = magnitude > bits ? magnitude : bits;
-  }
-  const float largest = bits_as<float>(bits);
-  const float inverse = largest > 1e-33f ? kLargest / largest : 0.0f;
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  int32_t total = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    const int32_t value = bits_as<int32_t>(values[i] * inverse + kRound) - bits_as<int32_t>(kRound);
-    to[i] = static_cast<int16_t>(value);
-    total += to[i];
-  }
-  *sum = total;
-  return largest / kLargest;
-}
-
-// Splits the integers of a chunk into bytes and orders those. A word's are one quarter of a vector.
-void store_chunk(const int16_t* integers, char* to) {
-  const __m512i order =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14));
-  const __m512i half = _mm512_set1_epi16(0x80);
-  __m512i v[4];
-  for (int32_t i = 0; i < 4; ++i) {
-    const __m512i x = _mm512_loadu_si512(integers + 32 * i);
-    // + 128, then the low byte is low + 128 and the high byte is rounded
-    v[i] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi16(x, half), half), order);
-  }
-  // From [4 words][4 kinds] in each of the four to [kind][16 words].
-  const __m512i word_of =
-      _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
-  const __m512i word_of_2 =
-      _mm512_setr_epi32(2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
-  const __m512i a = _mm512_permutex2var_epi32(v[0], word_of, v[1]);    // kinds 0, 1 of words 0..7
-  const __m512i b = _mm512_permutex2var_epi32(v[2], word_of, v[3]);    // of words 8..15
-  const __m512i c = _mm512_permutex2var_epi32(v[0], word_of_2, v[1]);  // kinds 2, 3
-  const __m512i d = _mm512_permutex2var_epi32(v[2], word_of_2, v[3]);
-  _mm512_store_si512(to, _mm512_shuffle_i64x2(a, b, 0x44));
-  _mm512_store_si512(to + 64, _mm512_shuffle_i64x2(a, b, 0xee));
-  _mm512_store_si512(to + 128, _mm512_shuffle_i64x2(c, d, 0x44));
-  _mm512_store_si512(to + 192, _mm512_shuffle_i64x2(c, d, 0xee));
-}
-
 // -8 * the sum of each word's activations, from the bytes of their chunk.
 void store_offsets(const char* bytes, float* to) {
   const __m512i ones = _mm512_set1_epi8(1);
@@ -128,11 +76,16 @@ void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums
     to_float(source.dtype, a + begin, count, values);
     for (int32_t i = 0; i < count; i += source.group_size) {
       const int32_t group = (begin + i) / source.group_size;
-      int32_t sum;
-      steps[group] = quantize(values + i, source.group_size, integers + i, &sum);
-      sums[group] = static_cast<float>(sum);
+      const Quantized of_group = quantize(values + i, source.group_size, integers + i);
+      steps[group] = of_group.step;
+      sums[group] = static_cast<float>(256 * of_group.high + of_group.low);
     }
-    store_chunk(integers, row);
+    __m512i high[2], low[2];
+    split(integers, high, low);
+    _mm512_store_si512(row, high[0]);
+    _mm512_store_si512(row + 64, high[1]);
+    _mm512_store_si512(row + 128, low[0]);
+    _mm512_store_si512(row + 192, low[1]);
     store_offsets(row, reinterpret_cast<float*>(row + kIntegerBytes));
   }
   for (int64_t g = groups; g < padded_groups(k, source.group_size); ++g) {

@@ -401,6 +401,26 @@ def test_nan_stays_in_its_row(device, every_isa, dtype, rows):
         assert c.view[1:].isfinite().all(), isa
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 20])
+@pytest.mark.parametrize("k,group_size", [(64, 32), (192, 32), (192, 64)])
+def test_nan_stays_in_its_call(device, every_isa, k, group_size, rows):
+    # kernels keep memory from call to call and may read past a row's last group
+    torch.manual_seed(0)
+    dtype = torch.bfloat16
+    before = Experts(1, 64, 2048, 32, dtype)
+    experts = Experts(1, 40, k, group_size, dtype)
+    ids = torch.zeros(rows, 1, dtype=torch.int32, device=device)
+    for isa in every_isa():
+        for layer, size, value in ((before, 32, torch.nan), (experts, group_size, 1)):
+            w, scales, _ = layer.args(device)
+            a = torch.full((rows, 8 * w.shape[2]), value, dtype=dtype, device=device)
+            c = Output(rows, w.shape[1], dtype, device, 0)
+            ops.fused_moe_wvSplitK_int4_down(
+                *(a, w, scales, c.view, ids, None, 40, size)
+            )
+        assert c.view.isfinite().all(), isa
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 4, 33])
 def test_same_bits_every_time(device, every_isa, threads, dtype, tokens):
