@@ -144,7 +144,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
 
             elements = prefill.Workspace.elements(M, topk, K, N // 2)
             return (0,), (elements,), (M, K)
-        return (0,), (M, topk, N // 2), (M, K)
+        return (0,), (M * topk, N // 2), (M, K)
 
     def _is_prefill(self, tokens: int) -> bool:
         return self.prefill_from is not None and tokens >= self.prefill_from
@@ -210,7 +210,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             self._decode(call)
 
     def _decode(self, call: _Call) -> None:
-        gate_up = call.workspace.flatten(0, 1)
+        gate_up = call.workspace
         ops.fused_moe_wvSplitK_int4_gate_up(
             call.x,
             call.w1,
