@@ -137,9 +137,10 @@ Grouping group_blocks(const GemmArgs& args) {
 }
 
 // Runs work(begin, end, thread) over units of work. A thread takes many units at first, a long run
-// of memory, and ever fewer towards the end, so that all end together.
+// of memory, and ever fewer towards the end, so that all end together; multiples of `together` as
+// long as there are so many.
 template <typename Work>
-void for_each_thread(int64_t units, const Work& work) {
+void for_each_thread(int64_t units, int64_t together, const Work& work) {
   const int64_t threads = torch::stable::get_num_threads();
   constexpr int64_t kTurns = 2;  // of every thread that what is left would make
   const int64_t turns = kTurns * threads;
@@ -148,7 +149,8 @@ void for_each_thread(int64_t units, const Work& work) {
     for (int64_t thread = first; thread < last; ++thread) {
       int64_t begin = next.load(), end = 0;
       while (begin < units) {
-        end = begin + std::max<int64_t>(1, (units - begin) / turns);
+        const int64_t some = std::max<int64_t>(1, (units - begin) / turns);
+        end = begin + (some > together ? some - some % together : some);
         if (!next.compare_exchange_weak(begin, end)) continue;
         work(begin, end, thread);
         begin = next.load();
@@ -308,7 +310,8 @@ void for_each_part(const Grouping& grouping, int32_t columns, int32_t wide, cons
     const auto past = static_cast<int32_t>((end - i) * kUnitColumns) + first;
     return Part{&grouping.experts[i / units], first, std::min(past, columns) - first};
   };
-  for_each_thread(units * grouping.experts.size(), [&](int64_t begin, int64_t end, int64_t thread) {
+  const int64_t all = units * static_cast<int64_t>(grouping.experts.size());
+  for_each_thread(all, wide / kUnitColumns, [&](int64_t begin, int64_t end, int64_t thread) {
     for (int64_t i = begin, past = end; i < end; i = past, past = end) {
       const Part now = part(i, past);
       int64_t after = end;
@@ -419,7 +422,8 @@ void down_together(const DownArgs& args) {
       }
     }
   };
-  for_each_thread(units_of(n), [&](int64_t turn_begin, int64_t turn_end, int64_t thread) {
+  constexpr int32_t kTogether = kMaxColumns / kUnitColumns;
+  const auto turn = [&](int64_t turn_begin, int64_t turn_end, int64_t thread) {
     float* total = call.floats(thread);
     const int32_t turn_past = std::min(static_cast<int32_t>(turn_end) * kUnitColumns, n);
     for (int32_t first = static_cast<int32_t>(turn_begin) * kUnitColumns; first < turn_past;
@@ -435,7 +439,8 @@ void down_together(const DownArgs& args) {
                          row_of(args.c, args.c_stride_m, m) + first);
       }
     }
-  });
+  };
+  for_each_thread(units_of(n), kTogether, turn);
 }
 
 void down(const DownArgs& args) {
