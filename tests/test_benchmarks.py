@@ -7,6 +7,7 @@ How fast anything is, is never asserted here.
 
 import json
 import pathlib
+import time
 
 import pytest
 import torch
@@ -76,6 +77,11 @@ def check_rows(result: dict, moe_bench) -> None:
         assert row["gbps"] == pytest.approx(picked_bytes / row["us"] / 1e3)
         read = result["ceilings"]["read_gbps"]
         assert row["pct_read"] == pytest.approx(100 * row["gbps"] / read)
+        if row["read_now_gbps"] is None:
+            assert result["machine"]["device"] != "cpu" and row["pct_read_now"] is None
+        else:
+            now = 100 * row["gbps"] / row["read_now_gbps"]
+            assert row["pct_read_now"] == pytest.approx(now)
         bound = moe_bench.backends.BACKENDS[row["backend"]].max_error
         assert 0 < row["rel_error"] <= bound
         cell = row["tokens"], row["routing"], row["group_size"]
@@ -170,6 +176,18 @@ def test_second_ceilings_keep_the_better_method(moe_bench, monkeypatch):
     assert (second["read_gbps"], second["read_method"]) == (9.0, "b")
     assert second["methods"]["read"] == {"a": 8.0, "b": 9.0}
     assert second["copy_gbps"] == 4.0
+
+
+def test_reads_of_the_moment_take_the_best_method(moe_bench, monkeypatch):
+    ceilings = moe_bench.ceilings
+    calls = []
+    methods = {"slow": lambda: time.sleep(0.05), "fast": lambda: calls.append(1)}
+    monkeypatch.setattr(ceilings, "_cpu_read_methods", lambda threads: methods)
+    now = ceilings.ReadNow(1)
+    now.measure()
+    now.measure()
+    assert len(calls) == len(now.gbps) == 2
+    assert min(now.gbps) > ceilings.CPU_BYTES / 0.05 / 1e9
 
 
 def test_plot_is_written(main, tmp_path):

@@ -10,6 +10,7 @@ import mmap
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,22 +61,47 @@ def _best_gbps(run: Callable[[], object], num_bytes: int) -> float:
 
 
 def _cpu_reads(threads: int) -> dict[str, float]:
+    return {
+        method: _best_gbps(run, CPU_BYTES)
+        for method, run in _cpu_read_methods(threads).items()
+    }
+
+
+class ReadNow:
+    """What the CPU reads at the moment: a machine shared with others may read twice as
+    much in one second as in the next, so a result needs the ceiling of its own time.
+
+    Keeps the buffers of all methods; ``gbps`` has one entry per ``measure()``.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._methods = _cpu_read_methods(threads)
+        self.gbps: list[float] = []
+
+    def measure(self) -> None:
+        """One pass of each method, the best one counts."""
+        best = float("inf")
+        for run in self._methods.values():
+            start = time.perf_counter()
+            run()
+            best = min(best, time.perf_counter() - start)
+        self.gbps.append(CPU_BYTES / best / 1e9)
+
+
+def _cpu_read_methods(threads: int) -> dict[str, Callable[[], object]]:
     normal = torch.ones(CPU_BYTES // 8, dtype=torch.int64)
-    results = {"torch.sum, int64": _best_gbps(normal.sum, CPU_BYTES)}
+    methods: dict[str, Callable[[], object]] = {"torch.sum, int64": normal.sum}
     try:
         from moe_bench.cpu_read import read_sum
     except ImportError:
-        return results
+        return methods
     for pages, data in (("normal", normal.numpy()), ("huge", _ones_on_huge_pages())):
         for streams in (1, 4):
             method = f"numba, {streams} stream(s) a thread, {pages} pages"
             if read_sum(data, streams, threads) != data.size:
                 raise RuntimeError(f"read ceiling, {method}: the sum is wrong")
-            results[method] = _best_gbps(
-                lambda: read_sum(data, streams, threads),  # noqa: B023
-                CPU_BYTES,
-            )
-    return results
+            methods[method] = partial(read_sum, data, streams, threads)
+    return methods
 
 
 def _ones_on_huge_pages() -> npt.NDArray[np.int64]:

@@ -20,6 +20,7 @@ _COLUMNS = (
     ("p90", "us_p90", "{:.1f}", 10),
     ("GB/s", "gbps", "{:.1f}", 8),
     ("% read", "pct_read", "{:.1f}", 6),
+    ("% now", "pct_read_now", "{:.1f}", 6),
     ("x hybrid", "ratio_to_hybrid", "{:.2f}", 8),
     ("rel. error", "rel_error", "{:.1e}", 10),
 )

@@ -100,6 +100,8 @@ class Benchmark:
         )
         found = ceilings.measure_ceilings(self.device, self.threads)
         say(ceilings_line(found))
+        on_cpu = self.device.type == "cpu"
+        self.read_now = ceilings.ReadNow(self.threads) if on_cpu else None
         self.cache_bytes = facts["cache_bytes"]
         self.result: dict[str, Any] = {
             "machine": facts,
@@ -212,8 +214,15 @@ class Benchmark:
                 del running[name]
                 self._fail(case, name, error)
         steps = {name: rotation.step(batches) for name, rotation in running.items()}
-        measure = timing.time_on_cpu if on_cpu else timing.time_on_gpu
-        samples = measure(steps, self.args.repeats)
+        if self.read_now is None:
+            samples = timing.time_on_gpu(steps, self.args.repeats)
+            read_now = None
+        else:
+            self.read_now.gbps.clear()
+            samples = timing.time_on_cpu(
+                steps, self.args.repeats, self.read_now.measure
+            )
+            read_now = statistics.median(self.read_now.gbps)
         hybrid = statistics.median(samples["hybrid"]) if "hybrid" in samples else None
         for name, times in samples.items():
             # a graph runs all batches, a single call one of them
@@ -236,6 +245,8 @@ class Benchmark:
                 "samples": len(times),
                 "gbps": gbps,
                 "pct_read": 100 * gbps / self.result["ceilings"]["read_gbps"],
+                "read_now_gbps": read_now,
+                "pct_read_now": None if read_now is None else 100 * gbps / read_now,
                 "ratio_to_hybrid": None if hybrid is None else us / hybrid,
                 "rel_error": errors[name],
                 "distinct_experts": distinct,

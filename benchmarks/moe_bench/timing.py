@@ -23,12 +23,15 @@ MIN_SAMPLES = 2
 GRAPH_CALLS = 64
 
 
-def time_on_cpu(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+def time_on_cpu(
+    steps: dict[str, Step], repeats: int, before_round: Callable[[], None]
+) -> dict[str, list[float]]:
     """Microseconds of single calls, about ``repeats`` per backend."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step(0)
     for _ in range(ROUNDS):
+        before_round()
         for name, step in steps.items():
             _time_round(step, samples[name], samples_per_round(repeats))
     return samples
