@@ -39,6 +39,7 @@ def moe_bench(monkeypatch):
     monkeypatch.setattr(moe_bench.ceilings, "CPU_BYTES", 1 << 22)
     monkeypatch.setattr(moe_bench.ceilings, "GPU_BYTES", 1 << 30)
     monkeypatch.setattr(moe_bench.ceilings, "PASSES", 1)
+    monkeypatch.setattr(moe_bench.timing, "WARM_UP_SECONDS", 0)
     # no second table: the ceilings of such small buffers are not stable
     monkeypatch.setattr(moe_bench.run, "CEILING_NOISE", float("inf"))
     monkeypatch.setattr(moe_bench.machine, "cache_bytes", lambda device: 1 << 18)

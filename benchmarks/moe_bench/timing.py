@@ -19,6 +19,8 @@ ROUNDS = 4
 # A backend gets at most this long per round, but always MIN_SAMPLES samples.
 ROUND_SECONDS = 0.5
 MIN_SAMPLES = 2
+# Before the first round a backend on the CPU runs this long.
+WARM_UP_SECONDS = 0.5
 # Calls per graph: long enough that the launch of the graph itself does not show.
 GRAPH_CALLS = 64
 
@@ -29,12 +31,21 @@ def time_on_cpu(
     """Microseconds of single calls, about ``repeats`` per backend."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        step(0)
+        _warm_up(step)
     for _ in range(ROUNDS):
         before_round()
         for name, step in steps.items():
             _time_round(step, samples[name], samples_per_round(repeats))
     return samples
+
+
+def _warm_up(step: Step) -> None:
+    """At least one call; memory that was written a moment ago is slow at first."""
+    start = time.perf_counter()
+    for index in itertools.count():
+        step(index)
+        if time.perf_counter() - start > WARM_UP_SECONDS:
+            break
 
 
 def time_on_gpu(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
