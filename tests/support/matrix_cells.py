@@ -157,6 +157,7 @@ def on_a_gpu() -> list[Cell]:
         Cell(QWEN35, "bfloat16", "compiled"),
         Cell(DEPLOYED, "float16", "sleep mode"),
         Cell(DEPLOYED, "float16", "sleep mode, compiled"),
+        Cell(QWEN35, "float16", "sleep mode"),
     ]
 
 
