@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The CPU kernels of the int4 MoE ops, one tile at a time, against float64.
+
+The kernels of csrc/cpu are built under AddressSanitizer and UBSan, AMX instructions
+replaced by cpu/amx_emulation.h: so the AMX kernels are tested without AMX.
+cpu/tiles.cpp makes the cases, fresh in every run; a failure names the seed that
+brings them back (environment variable HYBRID_W4A16_TEST_SEED).
+"""
+
+import concurrent.futures
+import os
+import platform
+import re
+import secrets
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent / "cpu"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+SEED = int(os.environ.get("HYBRID_W4A16_TEST_SEED", secrets.randbits(32)))
+SKIPPED = 77  # tiles.cpp
+
+# fp32 sums of up to 5120 exact products of weights of up to 15 steps.
+SUMS = 3e-6
+# Activations as 16-bit integers: their error is below 1e-4 of a group's norm; more than
+# that in few outputs, whose errors do not average out.
+INTEGERS = 2e-4
+
+# Table: cases, limit of the relative error.
+TABLES = {
+    "amx_bf16": (150, INTEGERS),  # leaves few rows to amx_int8 and avx512_vnni
+    "amx_int8": (150, INTEGERS),
+    "avx512_bf16": (100, INTEGERS),  # leaves few rows to avx512_vnni
+    "avx512_vnni": (100, INTEGERS),
+    "avx512": (100, SUMS),
+    "avx2": (100, SUMS),
+    "portable": (50, SUMS),
+}
+
+
+def flags_of_kernels():
+    """Flags of each kernels_*.cpp for its instructions, as CMakeLists.txt has them."""
+    flags = {"portable": []}
+    if platform.machine() == "x86_64":
+        text = (CSRC / "cpu" / "CMakeLists.txt").read_text()
+        for name, words in re.findall(r"^  set\((\w+) (.+)\)$", text, re.MULTILINE):
+            flags[name] = []
+            for word in words.split():
+                flags[name] += flags.get(word.strip("${}"), [word])
+    return flags
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("clang++-22")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("cpu_tiles")
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    common = ["-std=c++20", "-O1", "-g1", "-fno-omit-frame-pointer", *sanitize]
+    common += ["-ffp-contract=fast", "-Wno-psabi", f"-I{CSRC}", f"-I{CSRC / 'cpu'}"]
+    sources = {}
+    # From the last on: the kernels of AMX take the longest.
+    for name, flags in reversed(flags_of_kernels().items()):
+        if name.startswith("amx"):
+            flags = [*flags, "-include", HERE / "amx_emulation.h"]
+        sources[CSRC / "cpu" / f"kernels_{name}.cpp"] = flags
+    sources[HERE / "tiles.cpp"] = []
+
+    def run(*command):
+        build = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert build.returncode == 0, build.stderr[:4000]
+
+    def compile_one(source):
+        target = folder / f"{source.stem}.o"
+        run(compiler, *common, *sources[source], "-c", source, "-o", target)
+        return target
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    run(compiler, *sanitize, *objects, "-o", folder / "tiles")
+    return folder / "tiles"
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_random_tiles_are_right(program, table):
+    if table != "portable" and platform.machine() != "x86_64":
+        pytest.skip("needs an x86-64 processor")
+    cases, limit = TABLES[table]
+    command = [program, table, str(cases), str(SEED), str(limit)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode == SKIPPED:
+        needed = "AVX2" if table == "avx2" else "AVX-512 with VNNI and BF16"
+        pytest.skip(f"needs a processor with {needed}")
+    if run.returncode != 0:
+        pytest.fail(
+            f"{run.stdout}{run.stderr[:4000]}{run.stderr[-600:]}", pytrace=False
+        )
+    assert run.stdout.startswith(f"{cases} cases")
