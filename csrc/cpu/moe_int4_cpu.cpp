@@ -279,15 +279,16 @@ class Call {
 };
 
 // Threads are given units of output columns; those that follow each other make a part. Each part
-// is a run of memory: few rows are done with it so soon that it has to be long (one token in
-// Qwen3-30B-A3B shape, Zen 4, first decile: gate_up takes 410 us with 32 columns, 379 with 64, 338
-// with 128), while the results of many rows have to stay in the first caches.
+// is a run of memory: few rows are done with it so soon that it has to be long (one token, Zen 4,
+// medians with 128, 256 and 512 columns: 515, 505 and 488 us in Qwen3-30B-A3B shape, 383, 376 and
+// 357 us in Qwen3.5-35B-A3B shape), while the results of many rows have to stay in the first
+// caches.
 constexpr int32_t kUnitColumns = 32;
 
 int32_t units_of(int32_t columns) { return (columns + kUnitColumns - 1) / kUnitColumns; }
 
 int32_t widest_part(const Grouping& grouping) {
-  constexpr int32_t kWide = 128, kFewRows = 16;
+  constexpr int32_t kWide = 512, kFewRows = 16;
   return grouping.max_count <= kFewRows ? kWide : kUnitColumns;
 }
 
@@ -392,9 +393,10 @@ void gate_up(const GateUpArgs& args) {
 void down_together(const DownArgs& args) {
   const int32_t tokens = args.routing.num_tokens, top_k = args.routing.top_k, n = args.w.n;
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, false);
-  constexpr int32_t kMaxColumns = 128;  // of a turn: 256 KiB of sums for 512 tokens
-  const int32_t wide = widest_part(grouping);
-  const int64_t sums = int64_t{tokens} * kMaxColumns;
+  // Columns of a turn: their sums, 128 KiB for 64 tokens, 256 KiB for 512, stay in the caches.
+  const int32_t turn_columns = tokens <= 64 ? 512 : 128;
+  const int32_t wide = std::min(widest_part(grouping), turn_columns);
+  const int64_t sums = int64_t{tokens} * turn_columns;
   const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping,
                   sums + int64_t{grouping.max_count} * wide);
   const auto weight_of = [&](int32_t pair) {
@@ -417,30 +419,30 @@ void down_together(const DownArgs& args) {
       for (int32_t r = 0; r < expert->count; ++r) {
         const int32_t pair = grouping.outputs[expert->begin + r];
         const float weight = weight_of(pair);
-        float* to = total + pair / top_k * kMaxColumns + column - first;
+        float* to = total + pair / top_k * turn_columns + column - first;
         for (int32_t j = 0; j < at.columns; ++j) to[j] += weight * y[r * wide + j];
       }
     }
   };
-  constexpr int32_t kTogether = kMaxColumns / kUnitColumns;
   const auto turn = [&](int64_t turn_begin, int64_t turn_end, int64_t thread) {
     float* total = call.floats(thread);
     const int32_t turn_past = std::min(static_cast<int32_t>(turn_end) * kUnitColumns, n);
     for (int32_t first = static_cast<int32_t>(turn_begin) * kUnitColumns; first < turn_past;
-         first += kMaxColumns) {
-      const int32_t past = std::min(first + kMaxColumns, turn_past);
-      std::fill_n(total, sums, 0.0f);
+         first += turn_columns) {
+      const int32_t past = std::min(first + turn_columns, turn_past);
+      for (int32_t m = 0; m < tokens; ++m)
+        std::fill_n(total + m * turn_columns, past - first, 0.0f);
       for (size_t e = 0; e < grouping.experts.size(); ++e) {
         const size_t next = std::min(e + 1, grouping.experts.size() - 1);
         add_expert(&grouping.experts[e], &grouping.experts[next], first, past, total, thread);
       }
       for (int32_t m = 0; m < tokens; ++m) {
-        call.isa().store(args.dtype, total + m * kMaxColumns, past - first,
+        call.isa().store(args.dtype, total + m * turn_columns, past - first,
                          row_of(args.c, args.c_stride_m, m) + first);
       }
     }
   };
-  for_each_thread(units_of(n), kTogether, turn);
+  for_each_thread(units_of(n), turn_columns / kUnitColumns, turn);
 }
 
 void down(const DownArgs& args) {

@@ -123,7 +123,7 @@ class Case {
     groups_ = pick(1, pick(0, 3) ? 12 : 40);
     k_ = group_size_ * groups_;
     m_ = pick(1, pick(0, 1) ? 40 : 9);  // kernels differ most where rows are few
-    columns_ = pick(0, 1) ? 32 * pick(1, 4) : pick(1, 140);
+    columns_ = pick(0, 1) ? 32 * pick(1, pick(0, 3) ? 4 : 16) : pick(1, 140);
     symmetric_ = pick(0, 1);
     first_ = pick(0, 3) ? 8 * pick(0, 3) : pick(0, 20);
     n_ = first_ + columns_ + pick(0, 9);
