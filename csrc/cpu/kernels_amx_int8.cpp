@@ -422,21 +422,13 @@ class Multiplier {
     const __mmask16 mask = first_lanes(groups_ - group);
     const auto* from = static_cast<const uint16_t*>(t_.scales) + group;
     const int64_t stride = t_.s_stride;
-    const bool half = t_.dtype == DType::kHalf;
+    const DType dtype = t_.dtype;
     for (int32_t j = 0; j < kRows; ++j) {
       const int32_t row = rows_[j] + pass * kAdjacent;
-      const __m256i raw = _mm256_maskz_loadu_epi16(mask, from + row * stride);
-      const __m512 scales =
-          half ? _mm512_cvtph_ps(raw)
-               : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+      const __m512 scales = load_16(dtype, from + row * stride, mask);
       _mm512_store_ps(scratch_.scales + j * kTableGroups, scales);
       if constexpr (Z) {
-        const uint32_t* words = t_.zeros + row / 8 * t_.z_stride + group;
-        const __m512i zero =
-            _mm512_and_si512(_mm512_srl_epi32(_mm512_maskz_loadu_epi32(mask, words),
-                                              _mm_cvtsi32_si128(4 * (row % 8))),
-                             _mm512_set1_epi32(15));
-        const __m512 offset = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(8), zero));
+        const __m512 offset = _mm512_sub_ps(_mm512_set1_ps(8), zero_points(t_, row, group, mask));
         _mm512_store_ps(scratch_.zeros + j * kTableGroups, _mm512_mul_ps(scales, offset));
       }
     }

@@ -279,10 +279,10 @@ class Call {
 };
 
 // Threads are given units of output columns; those that follow each other make a part. Each part
-// is a run of memory: few rows are done with it so soon that it has to be long (one token, Zen 4,
-// medians with 128, 256 and 512 columns: 515, 505 and 488 us in Qwen3-30B-A3B shape, 383, 376 and
-// 357 us in Qwen3.5-35B-A3B shape), while the results of many rows have to stay in the first
-// caches.
+// is a run of memory: few rows are done with it so soon that it has to be long (one token, Zen 4
+// at its fastest, medians with 128, 256 and 512 columns: 515, 505 and 488 us in Qwen3-30B-A3B
+// shape, 383, 376 and 357 us in Qwen3.5-35B-A3B shape), while the results of many rows have to stay
+// in the first caches.
 constexpr int32_t kUnitColumns = 32;
 
 int32_t units_of(int32_t columns) { return (columns + kUnitColumns - 1) / kUnitColumns; }
