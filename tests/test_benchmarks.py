@@ -6,13 +6,11 @@ How fast anything is, is never asserted here.
 """
 
 import json
-import pathlib
 import time
 
 import pytest
 import torch
 
-BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 SHAPE = "8:2:256:128"
 ROW_KEYS = {
     "shape",
@@ -30,7 +28,6 @@ ROW_KEYS = {
 @pytest.fixture
 def moe_bench(monkeypatch):
     """The package, with ceilings and caches shrunk so that a run takes seconds."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main() may overwrite it
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     import moe_bench.ceilings

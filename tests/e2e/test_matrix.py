@@ -10,11 +10,20 @@ same runs on it, and what the CPU does not have (sleep mode, Qwen3.5 in fp16).
 
 import itertools
 
-import matrix
 import pytest
 import torch
-from matrix_cells import DEPLOYED, SHARDINGS, Cell, full, grid, on_a_gpu, subset
-from tiny_models import DenseReference, Recipe, make_checkpoint, prompts
+
+from ..support import matrix
+from ..support.matrix_cells import (
+    DEPLOYED,
+    SHARDINGS,
+    Cell,
+    full,
+    grid,
+    on_a_gpu,
+    subset,
+)
+from ..support.tiny_models import DenseReference, Recipe, make_checkpoint, prompts
 
 GPUS = torch.cuda.device_count()
 CELLS = list(dict.fromkeys([*subset(), *on_a_gpu()]))

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from api_client import Client
-from checkpoints import WEIGHTS, copy_checkpoint, requantize, save_weights
-from reference_model import ReferenceModel
 from safetensors.torch import load_file
-from vllm_server import VllmServer
 
-from demo import SUMMARY
+from benchmarks.serve_bench.vllm_server import VllmServer
+from tools.demo import SUMMARY
+
+from ..support.api_client import Client
+from ..support.checkpoints import WEIGHTS, copy_checkpoint, requantize, save_weights
+from ..support.reference_model import ReferenceModel
 
 pytestmark = pytest.mark.e2e
 

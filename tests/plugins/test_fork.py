@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import check_drift, vllm_source
 from vllm.plugins.hybrid_w4a16 import cli, fork, fork_files, hooks
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -53,9 +54,6 @@ pytestmark = pytest.mark.slow
 @functools.cache
 def fetched(version: str) -> Path | str:
     """The unpacked source distribution, or why there is none."""
-    sys.path.insert(0, str(CHECKOUT / "tools"))
-    import vllm_source
-
     try:
         return vllm_source.fetch(version)
     except vllm_source.FetchError as error:
@@ -131,9 +129,9 @@ def environment(tree: Path) -> dict[str, str]:
     }
 
 
-def run_overlay(tree: Path, *arguments: object) -> str:
+def run_overlay(tree: Path, *arguments: object, cwd: Path | None = None) -> str:
     """Output of Python in ``tree``, this project beside its vLLM as a plugin."""
-    return run(sys.executable, *arguments, cwd=tree, env=environment(tree))
+    return run(sys.executable, *arguments, cwd=cwd or tree, env=environment(tree))
 
 
 def fork_command(*arguments: object) -> list[str]:
@@ -145,9 +143,9 @@ def fork_environment(tree: Path) -> dict[str, str]:
     return {**environment(tree), "VLLM_PLUGINS": ""}
 
 
-def run_fork(tree: Path, *arguments: object) -> str:
+def run_fork(tree: Path, *arguments: object, cwd: Path | None = None) -> str:
     """Output of Python in ``tree``, without this project."""
-    return run(*fork_command(*arguments), cwd=tree, env=fork_environment(tree))
+    return run(*fork_command(*arguments), cwd=cwd or tree, env=fork_environment(tree))
 
 
 def changed_lines(before: Path, after: Path, path: str) -> list[str]:
@@ -255,9 +253,6 @@ def test_a_target_that_is_not_there_stops_it_before_anything_is_written(
 
 
 def test_drift_is_reported_with_file_and_symbol(small_tree, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(CHECKOUT / "tools")
-    import check_drift
-
     file = small_tree / "vllm/model_executor/layers/fused_moe/activation.py"
     file.write_text(file.read_text().replace("class MoEActivation(", "class Moved("))
     monkeypatch.setattr(check_drift.vllm_source, "fetch", lambda version: small_tree)
@@ -323,12 +318,12 @@ def with_ops(trees):
 
 
 def test_fork_and_overlay_return_the_same_methods(version, trees, with_ops):
-    program = CHECKOUT / "tests/plugins/fork_grid.py"
+    program = ("-m", "tests.plugins.fork_grid")  # of this checkout, not of the tree
     stock, tree = trees(version, "stock"), with_ops(version)
     with ThreadPoolExecutor() as pool:  # a core each
         printed = (
-            pool.submit(run_overlay, stock, program),
-            pool.submit(run_fork, tree, program),
+            pool.submit(run_overlay, stock, *program, cwd=CHECKOUT),
+            pool.submit(run_fork, tree, *program, cwd=CHECKOUT),
         )
         overlay, forked = (each.result().splitlines()[-1] for each in printed)
     assert json.loads(forked) == json.loads(overlay)

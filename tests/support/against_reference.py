@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from api_client import Client
-from reference_model import ReferenceModel
+
+from .api_client import Client
+from .reference_model import ReferenceModel
 
 
 @dataclass(frozen=True)

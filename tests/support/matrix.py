@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The support matrix: run cells end to end, judge them, write the README's table.
 
-    python tests/support/matrix.py            # what is missing in tests/e2e/matrix.json
-    python tests/support/matrix.py --again    # everything
-    python tests/support/matrix.py --table    # only the README's table, from the file
+    python -m tests.support.matrix            # what is missing in tests/e2e/matrix.json
+    python -m tests.support.matrix --again    # everything
+    python -m tests.support.matrix --table    # only the README's table, from the file
 
 Each cell is a tiny random checkpoint run with ``LLM(...)`` on the CPU under
 ``VLLM_HYBRID_W4A16_MOE=require`` and compared with transformers in float32 on the
@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix_cells import DEPLOYMENTS, SHARDINGS, Cell, full
-from tiny_models import DenseReference
+
+from .matrix_cells import DEPLOYMENTS, SHARDINGS, Cell, full
+from .tiny_models import DenseReference
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "tests/e2e/matrix.json"
 README = CHECKOUT / "README.md"
 BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->\n"
-WORKER = Path(__file__).with_name("matrix_worker.py")
+WORKER = "tests.support.matrix_worker"
 STAND_INS = Path(__file__).with_name("stand_ins")
 
 # Mean difference of log-probabilities from the reference, nats. Measured when this was
@@ -92,7 +93,8 @@ def run_cells(
             answers = folder / f"answers-{number}-{rank}.jsonl"
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, WORKER, todo, folder, answers],
+                    [sys.executable, "-m", WORKER, todo, folder, answers],
+                    cwd=CHECKOUT,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=log,
                     stderr=subprocess.STDOUT,
