@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The support matrix: run cells end to end, judge them, write the README's table.
+"""The support matrix: run cells end to end, judge them, write docs/support.md's table.
 
     python -m tests.support.matrix            # what is missing in tests/e2e/matrix.json
     python -m tests.support.matrix --again    # everything
-    python -m tests.support.matrix --table    # only the README's table, from the file
+    python -m tests.support.matrix --table    # only the table, from the file
 
 Each cell is a tiny random checkpoint run with ``LLM(...)`` on the CPU under
 ``VLLM_HYBRID_W4A16_MOE=require`` and compared with transformers in float32 on the
@@ -31,7 +31,7 @@ from .tiny_models import DenseReference
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "tests/e2e/matrix.json"
-README = CHECKOUT / "README.md"
+DOCUMENT = CHECKOUT / "docs/support.md"
 BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->\n"
 WORKER = "tests.support.matrix_worker"
 STAND_INS = Path(__file__).with_name("stand_ins")
@@ -187,7 +187,7 @@ def _distance(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The README's table: a row per format, a column per sharding."""
+    """The table: a row per format, a column per sharding."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     others = []
     for result in results:
@@ -223,9 +223,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def write_table(results: list[dict[str, Any]]) -> None:
-    text = README.read_text()
+    text = DOCUMENT.read_text()
     before, rest = text.split(BEGIN)
-    README.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
+    DOCUMENT.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
 
 
 def load_results() -> list[dict[str, Any]]:
