@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     PrefillTiles,
     Tile,
 )

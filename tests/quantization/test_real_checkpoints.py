@@ -25,7 +25,7 @@ from moe_layers import (
 )
 from reference_model import read_safetensors
 
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
 )
 
