@@ -78,7 +78,8 @@ def load_error() -> str | None:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            return f"the op library {path} does not load: {error}"
+            # torch's own message names the file alone; the cause is the linker's
+            return f"the op library {path} does not load: {error.__cause__ or error}"
         if not _ops_registered():
             return f"the op library {path} is of another version: it lacks ops"
     for op in _OPS[:-1]:

@@ -233,6 +233,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         tiles = prefill_tiles(
             self.tuning, tokens * top_k, global_num_experts, hidden, intermediate
         )
+        # vLLM's op leaves out ids outside of the experts that it is told of
         blocks = moe_align_block_size(
             topk_ids,
             tiles.gate_up.block_m,
