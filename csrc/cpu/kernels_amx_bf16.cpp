@@ -25,31 +25,13 @@ constexpr int32_t kTileBytes = 1024;
 constexpr int32_t kChunkBytes = 4 * kTileBytes;  // of 16 rows, one plane
 constexpr int32_t kColumns = 32;                 // weight rows dequantized together
 
-// Up to so many rows go to the AMX kernel of bytes; one row to AVX512_VNNI. Sapphire Rapids,
-// 2 threads, groups of 128, k = 2048, GB/s of cold weights: AVX512_VNNI 41 (1 row), 29 (2), 21 (3);
-// AMX of bytes 32, 31, 30, 26 (8), 16 (16), 10 (24); this file 16 (3), 16 (8), 14 (16), 10 (24),
-// 10 (32). Of smaller groups, bytes have more results to scale.
-constexpr int32_t kFewRows = 8, kFewRowsOf128 = 16;
-
-// Kernels for an expert that has few rows, else null.
-const Kernels* for_few(int32_t m, int32_t group_size) {
-  if (m == 1) return &kAvx512Vnni;
-  return m <= (group_size == 128 ? kFewRowsOf128 : kFewRows) ? &kAmxInt8 : nullptr;
-}
-
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
 
 int64_t row_bytes(DType dtype, int32_t k) {
-  const int64_t few = kAvx512Vnni.row_bytes(dtype, k), bytes = kAmxInt8.row_bytes(dtype, k);
-  const int64_t many = round_up<int64_t>(k, kChunk) * 2 * planes_of(dtype);
-  const int64_t most = few > bytes ? few : bytes;
-  return most > many ? most : many;
+  return round_up<int64_t>(k, kChunk) * 2 * planes_of(dtype);
 }
 
-int32_t rows_allocated(DType dtype, int32_t m) {
-  if (m == 1) return kAvx512Vnni.rows_allocated(dtype, m);
-  return m <= kFewRows ? kAmxInt8.rows_allocated(dtype, m) : round_up(m, 16);
-}
+int32_t rows_allocated(DType, int32_t m) { return round_up(m, 16); }
 
 // 16 pairs of a row of activations.
 inline void load_pairs(DType dtype, const uint16_t* a, __m512i (&planes)[2]) {
@@ -75,7 +57,6 @@ inline void load_pairs(DType dtype, const uint16_t* a, __m512i (&planes)[2]) {
 }
 
 void prepare(const Source& source, const PreparedRows& rows) {
-  if (const Kernels* few = for_few(source.m, source.group_size)) return few->prepare(source, rows);
   const int32_t planes = planes_of(source.dtype);
   const int32_t words = source.group_size / 8 < 16 ? source.group_size / 8 : 16;  // in a tile
   char* to = rows.data + source.begin * rows.stride;
@@ -134,11 +115,7 @@ struct Scratch {
 int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
   const int64_t floats = 4 * 256 + int64_t{2} * kColumns * round_up(k / group_size, 16) +
                          int64_t{kColumns} * round_up(m, 32);
-  const int64_t tiles = 4 * kChunkBytes + 4 * floats;
-  const int64_t one = kAvx512Vnni.scratch_bytes(k, group_size, 1);
-  const int64_t few = kAmxInt8.scratch_bytes(k, group_size, kFewRowsOf128);
-  const int64_t most = one > few ? one : few;
-  return tiles > most ? tiles : most;
+  return 4 * kChunkBytes + 4 * floats;
 }
 
 // Dequantizes a chunk of one weight row: 4 rows of tiles, kTileBytes apart. G groups in a chunk.
@@ -377,7 +354,6 @@ void multiply_groups(const Tile& t) {
 }
 
 void multiply(const Tile& t) {
-  if (const Kernels* few = for_few(t.m, t.group_size)) return few->multiply(t);
   switch (t.group_size) {
     case 32:
       return multiply_groups<4>(t);
@@ -390,7 +366,6 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-const Kernels kAmxBf16 = {"amx_bf16", row_bytes, rows_allocated, scratch_bytes,
-                          prepare,    multiply,  activate,       store};
+const Kernel kAmxBf16 = {"amx_bf16", row_bytes, rows_allocated, scratch_bytes, prepare, multiply};
 
 }  // namespace moe_int4::cpu

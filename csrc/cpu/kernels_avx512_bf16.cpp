@@ -9,9 +9,8 @@
 // leave as -scale * (128 + zp) * (sum of the group's activations), at the cost of five of fp32's
 // 24 bits.
 //
-// Few rows are left to the AVX512_VNNI kernels. Many rows: 32 weight rows are transposed and
-// dequantized so that lanes are weight rows, then multiplied for blocks of up to kMaxBlock
-// activation rows.
+// 32 weight rows are transposed and dequantized so that lanes are weight rows, then multiplied for
+// blocks of up to kMaxBlock activation rows.
 #include <immintrin.h>
 
 #include "kernels_common.h"
@@ -20,7 +19,6 @@
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kManyRows = 8;     // from here on dequantizing first is faster
 constexpr int32_t kChunk = 128;      // activations ordered together
 constexpr int32_t kChunkWords = 16;  // words of their weights
 constexpr int32_t kPlaneBytes = 256;
@@ -31,9 +29,7 @@ constexpr int32_t kMaxBlock = 12;  // activation rows per block: 24 accumulators
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
 
 int64_t row_bytes(DType dtype, int32_t k) {
-  const int64_t few = kAvx512Vnni.row_bytes(dtype, k);
-  const int64_t many = round_up<int64_t>(k, kChunk) / kChunk * kPlaneBytes * planes_of(dtype);
-  return many > few ? many : few;
+  return round_up<int64_t>(k, kChunk) / kChunk * kPlaneBytes * planes_of(dtype);
 }
 
 // Orders the 64 pairs of a chunk, one plane: [i 0..3][word 0..15], pair i of every word.
@@ -74,7 +70,6 @@ void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums
 }
 
 void prepare(const Source& source, const PreparedRows& rows) {
-  if (source.m < kManyRows) return kAvx512Vnni.prepare(source, rows);
   for (int32_t i = 0; i < source.count; ++i) {
     prepare_row(source, source.a[i], rows.data + (source.begin + i) * rows.stride,
                 rows.sums + (source.begin + i) * rows.sums_stride);
@@ -96,11 +91,8 @@ struct Scratch {
   }
 };
 
-int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
-  const int64_t many =
-      int64_t{8} * (kColumns + 1) * round_up(k / group_size, 16) + 2 * kColumns * kBlockK;
-  const int64_t few = kAvx512Vnni.scratch_bytes(k, group_size, m);
-  return many > few ? many : few;
+int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
+  return int64_t{8} * (kColumns + 1) * round_up(k / group_size, 16) + 2 * kColumns * kBlockK;
 }
 
 // Dequantizes words [word0, word0 + count) of kColumns weight rows from n on into
@@ -231,13 +223,12 @@ void multiply_many(const Tile& t, const Scratch& scratch) {
 }
 
 void multiply(const Tile& t) {
-  if (t.m < kManyRows) return kAvx512Vnni.multiply(t);
   t.dtype == DType::kHalf ? multiply_many<2>(t, Scratch(t)) : multiply_many<1>(t, Scratch(t));
 }
 
 }  // namespace
 
-const Kernels kAvx512Bf16 = {"avx512_bf16", row_bytes, as_many_rows, scratch_bytes,
-                             prepare,       multiply,  activate,     store};
+const Kernel kAvx512Bf16 = {"avx512_bf16", row_bytes, as_many_rows,
+                            scratch_bytes, prepare,   multiply};
 
 }  // namespace moe_int4::cpu

@@ -18,7 +18,6 @@
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kManyRows = 8;        // from here on the fp32 kernels are faster
 constexpr int32_t kChunk = 128;         // weights in a vector of words
 constexpr int32_t kChunkWords = 16;     // words in it
 constexpr int32_t kIntegerBytes = 256;  // activations of a chunk
@@ -36,10 +35,8 @@ int64_t padded_groups(int32_t k, int32_t group_size) {
   return round_up<int64_t>(k / group_size, 16) + 16;
 }
 
-int64_t row_bytes(DType dtype, int32_t k) {
-  const int64_t few = integer_bytes(k) + 4 * padded_groups(k, 32);  // steps of the smallest groups
-  const int64_t many = kAvx512.row_bytes(dtype, k);
-  return many > few ? many : few;
+int64_t row_bytes(DType, int32_t k) {
+  return integer_bytes(k) + 4 * padded_groups(k, 32);  // steps of the smallest groups
 }
 
 // Floats of scratch per activation row: scale * step of the groups of a run in each stream, and as
@@ -48,10 +45,8 @@ int64_t product_floats(int32_t groups) {
   return round_up<int64_t>(int64_t{kWeightRows} * kRun * groups, 16) + 16;
 }
 
-int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
-  const int64_t few = 4 * kTogether * product_floats(k / group_size);
-  const int64_t many = kAvx512.scratch_bytes(k, group_size, m);
-  return many > few ? many : few;
+int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
+  return 4 * kTogether * product_floats(k / group_size);
 }
 
 // -8 * the sum of each word's activations, from the bytes of their chunk.
@@ -94,7 +89,6 @@ void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums
 }
 
 void prepare(const Source& source, const PreparedRows& rows) {
-  if (source.m >= kManyRows) return kAvx512.prepare(source, rows);
   for (int32_t i = 0; i < source.count; ++i) {
     prepare_row(source, source.a[i], rows.data + (source.begin + i) * rows.stride,
                 rows.sums + (source.begin + i) * rows.sums_stride);
@@ -310,7 +304,6 @@ void multiply_few(const Tile& t) {
 }
 
 void multiply(const Tile& t) {
-  if (t.m >= kManyRows) return kAvx512.multiply(t);
   switch (t.group_size) {
     case 32:
       return multiply_few<4>(t);
@@ -323,7 +316,7 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {"avx512_vnni", row_bytes, as_many_rows, scratch_bytes,
-                             prepare,       multiply,  activate,     store};
+const Kernel kAvx512Vnni = {"avx512_vnni", row_bytes, as_many_rows,
+                            scratch_bytes, prepare,   multiply};
 
 }  // namespace moe_int4::cpu

@@ -2,7 +2,7 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // The int4 MoE ops on the CPU: groups rows by expert, converts activations once, cuts the work
-// into tiles of output columns and hands those to the kernels of the instruction set in force.
+// into tiles of output columns and hands those to the kernels that tuning.h names.
 //
 // Each element of an output is computed by one thread and in an order that depends neither on the
 // number of threads nor on how the work was cut, so results are bitwise repeatable.
@@ -19,6 +19,7 @@
 #include "isa.h"
 #include "kernels.h"
 #include "moe_int4_checks.h"
+#include "tuning.h"
 
 namespace moe_int4::cpu {
 namespace {
@@ -171,20 +172,28 @@ class Call {
  public:
   Call(DType dtype, const void* a, int64_t a_stride_m, const Weights& w, const Grouping& grouping,
        int64_t floats_per_thread)
-      : kernels_(kernels()), dtype_(dtype), w_(w), grouping_(grouping) {
-    // The odd line keeps the same place of several rows out of the same set of the cache.
-    row_stride_ = aligned(kernels_.row_bytes(dtype, w.k)) + kAlignment;
+      : isa_(instruction_set()), dtype_(dtype), w_(w), grouping_(grouping) {
+    int64_t row_bytes = 0, scratch_bytes = 0;
+    for (const Grouping::Expert& expert : grouping.experts) {
+      const Kernel& kernel = kernel_for(isa_, expert.count, w.group_size, dtype);
+      kernels_.push_back(&kernel);
+      row_bytes = std::max(row_bytes, kernel.row_bytes(dtype, w.k));
+      scratch_bytes =
+          std::max(scratch_bytes, kernel.scratch_bytes(w.k, w.group_size, expert.count));
+    }
+    // An odd number of cache lines spreads the same place of several rows over the cache's sets.
+    row_stride_ = aligned(row_bytes) + kAlignment;
     sums_stride_ = (w.k / w.group_size + kSumsPadding - 1) / kSumsPadding * kSumsPadding;
     const int64_t rows = place_rows();
     rows_ = buffers().rows.at_least(rows * row_stride_);
     sums_ = reinterpret_cast<float*>(buffers().sums.at_least(rows * sums_stride_ * 4));
     prepare(static_cast<const uint16_t*>(a), a_stride_m);
-    kernel_scratch_ = aligned(kernels_.scratch_bytes(w.k, w.group_size, grouping.max_count));
+    kernel_scratch_ = aligned(scratch_bytes);
     thread_bytes_ = kernel_scratch_ + aligned(4 * floats_per_thread);
     scratch_ = buffers().scratch.at_least(thread_bytes_ * torch::stable::get_num_threads());
   }
 
-  const Kernels& isa() const { return kernels_; }
+  const Epilogue& epilogue() const { return *isa_.epilogue; }
 
   float* floats(int64_t thread) const {
     return reinterpret_cast<float*>(scratch_ + thread * thread_bytes_ + kernel_scratch_);
@@ -215,10 +224,18 @@ class Call {
     tile.out = out;
     tile.out_stride = out_stride;
     tile.scratch = scratch_ + thread * thread_bytes_;
-    kernels_.multiply(tile);
+    kernel_of(*part.expert).multiply(tile);
   }
 
  private:
+  int64_t index_of(const Grouping::Expert& expert) const {
+    return &expert - grouping_.experts.data();
+  }
+
+  const Kernel& kernel_of(const Grouping::Expert& expert) const {
+    return *kernels_[index_of(expert)];
+  }
+
   // Where the experts' rows go; returns how many there are. Experts that have the same row for
   // their only one share it.
   int64_t place_rows() {
@@ -229,13 +246,13 @@ class Call {
       int64_t& place = expert.count == 1 ? alone[grouping_.inputs[expert.begin]] : fresh;
       if (place < 0) place = rows;
       first_rows_.push_back(place);
-      if (place == rows) rows += kernels_.rows_allocated(dtype_, expert.count);
+      if (place == rows) rows += kernel_of(expert).rows_allocated(dtype_, expert.count);
     }
     return rows;
   }
 
   PreparedRows prepared(const Grouping::Expert& expert) const {
-    const int64_t row = first_rows_[&expert - grouping_.experts.data()];
+    const int64_t row = first_rows_[index_of(expert)];
     return {rows_ + row * row_stride_, row_stride_, sums_ + row * sums_stride_, sums_stride_};
   }
 
@@ -243,7 +260,7 @@ class Call {
     std::vector<std::pair<const Grouping::Expert*, int32_t>> blocks;
     int64_t placed = -1;
     for (const Grouping::Expert& expert : grouping_.experts) {
-      const int64_t place = first_rows_[&expert - grouping_.experts.data()];
+      const int64_t place = first_rows_[index_of(expert)];
       if (place <= placed) continue;  // shared
       placed = place;
       for (int32_t r = 0; r < expert.count; r += kPreparedTogether) blocks.push_back({&expert, r});
@@ -263,16 +280,17 @@ class Call {
         for (int32_t r = 0; r < source.count; ++r) {
           source.a[r] = a + grouping_.inputs[expert->begin + row + r] * a_stride_m;
         }
-        kernels_.prepare(source, prepared(*expert));
+        kernel_of(*expert).prepare(source, prepared(*expert));
       }
     });
   }
 
-  const Kernels& kernels_;
+  const InstructionSet& isa_;
   const DType dtype_;
   const Weights& w_;
   const Grouping& grouping_;
-  std::vector<int64_t> first_rows_;  // of each expert
+  std::vector<const Kernel*> kernels_;  // of each expert
+  std::vector<int64_t> first_rows_;     // likewise
   int64_t row_stride_, sums_stride_, kernel_scratch_, thread_bytes_;
   char *rows_, *scratch_;
   float* sums_;
@@ -332,8 +350,8 @@ void gemm(const GemmArgs& args) {
     call.multiply(part, next, y, wide, thread);
     for (int32_t r = 0; r < part.expert->count; ++r) {
       const int32_t row = grouping.outputs[part.expert->begin + r];
-      call.isa().store(args.dtype, y + r * wide, part.columns,
-                       row_of(args.c, args.c_stride_m, row) + part.first);
+      call.epilogue().store(args.dtype, y + r * wide, part.columns,
+                            row_of(args.c, args.c_stride_m, row) + part.first);
     }
   });
 }
@@ -370,8 +388,8 @@ void gate_up_together(const GateUpArgs& args) {
     call.multiply(up_part, next, up, wide, thread);
     for (int32_t r = 0; r < part.expert->count; ++r) {
       const int32_t row = grouping.outputs[part.expert->begin + r];
-      call.isa().activate(args, gate + r * wide, up + r * wide, part.columns,
-                          row_of(args.c, args.c_stride_m, row) + part.first);
+      call.epilogue().activate(args, gate + r * wide, up + r * wide, part.columns,
+                               row_of(args.c, args.c_stride_m, row) + part.first);
     }
   });
 }
@@ -437,8 +455,8 @@ void down_together(const DownArgs& args) {
         add_expert(&grouping.experts[e], &grouping.experts[next], first, past, total, thread);
       }
       for (int32_t m = 0; m < tokens; ++m) {
-        call.isa().store(args.dtype, total + m * turn_columns, past - first,
-                         row_of(args.c, args.c_stride_m, m) + first);
+        call.epilogue().store(args.dtype, total + m * turn_columns, past - first,
+                              row_of(args.c, args.c_stride_m, m) + first);
       }
     }
   };

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "csrc" / "rocm" / "host" / "build.py"
 
 # Arguments: tokens, top_k, then the ids of every token. A line per pair and order of
-# lanes: the pairs that it serves, each as token * top_k + t, in the order of their slots.
+# lanes: the pairs that it serves, as token * top_k + t, in the order of their slots.
 PROGRAM = r"""
 #include <cstdio>
 #include <cstdlib>
