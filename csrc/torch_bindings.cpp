@@ -56,6 +56,7 @@ std::string cpu_kernels(int64_t group_size, torch::headeronly::ScalarType dtype)
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
+  // Not used by the MoE layer, which runs gate_up and down; users of the first release call it.
   m.def(
       "fused_moe_wvSplitK_int4_gemm(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor expert_ids, int block_size_m, int cu_count, int group_size, "

@@ -20,9 +20,10 @@ namespace moe_int4::cpu {
 constexpr int32_t kPreparedTogether = 16;  // rows a call of prepare() converts at most
 constexpr int32_t kSumsPadding = 16;
 struct PreparedRows {
-  char* data;  // layout is the kernels' own; prepared calls lie kPreparedTogether * stride apart
+  char* data;  // laid out as the kernel likes; calls of prepare() write kPreparedTogether * stride
+               // apart
   int64_t stride;  // bytes
-  float* sums;     // of each row, over every group of k, padded with zeros to kSumsPadding
+  float* sums;     // of each row's groups, padded with zeros to kSumsPadding
   int64_t sums_stride;
 };
 

@@ -83,14 +83,14 @@ inline void add_sums(const float* values, int32_t begin, int32_t count, int32_t 
   for (int32_t i = 0; i < count; i += 32) sums[(begin + i) / group_size] += sum_of_32(values + i);
 }
 
-// Weight row n, for prefetching: past its last row the tile goes on with the next one.
+// Weight row n, for prefetching: past the tile's last row, rows of the thread's next tile.
 inline const char* row_ahead(const Tile& t, int32_t n) {
   const int32_t past = n - (t.first + t.columns);
   return reinterpret_cast<const char*>(past < 0 ? t.q + n * t.q_stride
                                                 : t.next + past * t.q_stride);
 }
 
-// Scales of weight row n, likewise.
+// The scales of weight row n, likewise.
 inline const char* scales_ahead(const Tile& t, int32_t n) {
   const int32_t past = n - (t.first + t.columns);
   const void* from = past < 0 ? t.scales : t.next_scales;

@@ -28,8 +28,8 @@ constexpr int64_t kAlignment = 64;  // a cache line and the widest vector
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Memory that a thread keeps from call to call: touching fresh pages would cost as much as the
-// work in them.
+// Memory that a thread keeps from call to call, because page faults of fresh memory would cost as
+// much as the work in it.
 class Buffer {
  public:
   Buffer() = default;
@@ -67,12 +67,11 @@ struct Grouping {
     int32_t id, begin, count;
   };
   std::vector<Expert> experts;
-  // Of each row: which row of a goes in, and which row of c (gemm, gate_up) or which pair of token
-  // and slot (down) it belongs to.
+  // Of each row: its row of a, and its row of c (gemm, gate_up) or pair of token and slot (down).
   std::vector<int32_t> inputs, outputs;
   int32_t max_count = 0, num_inputs = 0;
 
-  // `input` and `output` of rows in any order, and their experts; a negative expert: skipped.
+  // Rows in any order: the expert (negative: skipped), input and output of each.
   Grouping(const std::vector<int32_t>& experts_of, const std::vector<int32_t>& input,
            const std::vector<int32_t>& output, int32_t num_experts) {
     std::vector<int32_t> next(num_experts + 1, 0);
@@ -138,13 +137,12 @@ Grouping group_blocks(const GemmArgs& args) {
 }
 
 // Runs work(begin, end, thread) over units of work. A thread takes many units at first, a long run
-// of memory, and ever fewer towards the end, so that all end together; multiples of `together` as
-// long as there are so many.
+// of memory, and fewer and fewer towards the end, so that all threads finish together. It takes
+// multiples of `together` while enough are left.
 template <typename Work>
 void for_each_thread(int64_t units, int64_t together, const Work& work) {
   const int64_t threads = torch::stable::get_num_threads();
-  constexpr int64_t kTurns = 2;  // of every thread that what is left would make
-  const int64_t turns = kTurns * threads;
+  const int64_t turns = 2 * threads;  // a turn is this fraction of the units that are left
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
@@ -236,8 +234,8 @@ class Call {
     return *kernels_[index_of(expert)];
   }
 
-  // Where the experts' rows go; returns how many there are. Experts that have the same row for
-  // their only one share it.
+  // Places the experts' rows in rows_; returns how many there are. Experts whose only row is the
+  // same share it.
   int64_t place_rows() {
     std::vector<int64_t> alone(grouping_.num_inputs, -1);  // of each input
     int64_t rows = 0;
@@ -296,11 +294,10 @@ class Call {
   float* sums_;
 };
 
-// Threads are given units of output columns; those that follow each other make a part. Each part
-// is a run of memory: few rows are done with it so soon that it has to be long (one token, Zen 4
-// at its fastest, medians with 128, 256 and 512 columns: 515, 505 and 488 us in Qwen3-30B-A3B
-// shape, 383, 376 and 357 us in Qwen3.5-35B-A3B shape), while the results of many rows have to stay
-// in the first caches.
+// Threads take units of output columns; adjacent units of an expert make a part, which is one call
+// of a kernel and one run of memory. With few rows long runs are faster (one token, Zen 4, median
+// us with 128, 256 and 512 columns: 515, 505, 488 for Qwen3-30B-A3B; 383, 376, 357 for
+// Qwen3.5-35B-A3B). With many rows the results of a part have to fit the L1 and L2 caches.
 constexpr int32_t kUnitColumns = 32;
 
 int32_t units_of(int32_t columns) { return (columns + kUnitColumns - 1) / kUnitColumns; }
@@ -356,8 +353,8 @@ void gemm(const GemmArgs& args) {
   });
 }
 
-// Tokens whose converted activations take up to kMaxBytes; at least kFewestTokens, since every
-// piece of a call reads the weights again.
+// How many tokens a pass of a call handles: as many as kMaxBytes of converted activations allow, at
+// least kFewestTokens, since every pass reads the weights again.
 int32_t tokens_together(const Weights& w, int32_t top_k) {
   constexpr int64_t kMaxBytes = 64 << 20, kFewestTokens = 256;
   return static_cast<int32_t>(std::max(kMaxBytes / (2 * int64_t{w.k} * top_k), kFewestTokens));
@@ -406,12 +403,11 @@ void gate_up(const GateUpArgs& args) {
   }
 }
 
-// A turn of a thread computes some columns of all tokens, to which it adds the experts in ascending
-// order.
+// A thread's turn computes some columns for all tokens. It adds the experts in ascending order.
 void down_together(const DownArgs& args) {
   const int32_t tokens = args.routing.num_tokens, top_k = args.routing.top_k, n = args.w.n;
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, false);
-  // Columns of a turn: their sums, 128 KiB for 64 tokens, 256 KiB for 512, stay in the caches.
+  // Columns of a turn: their sums, 128 KiB for 64 tokens and 256 KiB for 512, stay in the L2 cache.
   const int32_t turn_columns = tokens <= 64 ? 512 : 128;
   const int32_t wide = std::min(widest_part(grouping), turn_columns);
   const int64_t sums = int64_t{tokens} * turn_columns;
