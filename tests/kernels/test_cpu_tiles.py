@@ -89,6 +89,7 @@ def program(tmp_path_factory):
     return folder / "tiles"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_random_tiles_are_right(program, kernel):
     if kernel != "portable" and platform.machine() != "x86_64":
