@@ -14,6 +14,7 @@ ROWS = (
     ("csrc/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/cpu/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/rocm/*.[chp]*", "csrc", "csrc/hybrid_w4a16"),
+    ("csrc/rocm/amd_archs.json", "csrc", "csrc/hybrid_w4a16"),
     ("tests/quantization/test_*.py", "tests", "tests/hybrid_w4a16"),
     ("tests/kernels/conftest.py", "tests", "tests/hybrid_w4a16"),
     ("tests/kernels/test_moe_int4_ops.py", "tests", "tests/hybrid_w4a16"),
@@ -27,6 +28,9 @@ ROWS = (
 
 # Reads checkpoints in tests/fixtures: binary files, and a patch takes text only.
 NEEDS_FIXTURES = "tests/hybrid_w4a16/quantization/test_real_checkpoints.py"
+
+# The fork's kernels are for AMD GPUs and the CPU.
+FOR_CUDA = "csrc/hybrid_w4a16/rocm/device_cuda.cpp"
 
 PLUGIN = "vllm/plugins/hybrid_w4a16"
 
@@ -61,7 +65,7 @@ def files_to_add(project: Path) -> dict[str, str]:
             if file.is_file() and "__pycache__" not in file.parts:
                 path = (Path(target) / file.relative_to(project / base)).as_posix()
                 files[path] = file.read_text().replace(OUR_HEADER, VLLM_HEADER)
-    del files[NEEDS_FIXTURES]
+    del files[NEEDS_FIXTURES], files[FOR_CUDA]
     return dict(sorted(_without_overlay(files).items()))
 
 
