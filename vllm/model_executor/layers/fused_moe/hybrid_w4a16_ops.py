@@ -5,16 +5,8 @@
 Notation: M tokens, E experts that live on this rank, K the reduction size, N output
 rows, G the group size, I the intermediate size per partition, H the hidden size.
 
-Weights of every op (packed by ``hybrid_w4a16_moe_helper``)::
-
-    w            int32 [E, N, K//8], ExLlama-shuffled: bits of a word are
-                 v0 | v2<<4 | v4<<8 | v6<<12 | v1<<16 | v3<<20 | v5<<24 | v7<<28;
-                 strides (any, multiple of 4 words >= K//8, 1), 16-byte aligned
-    scales       activation dtype [E, N, K//G], innermost stride 1
-    zero_points  int32 [E, N//8, K//G], row n at word n//8, bits 4*(n%8), innermost
-                 stride 1; ``None``: symmetric, zero point 8
-    dequantized  w[n, k] = (q[n, k] - zp[n, k//G]) * scales[n, k//G]
-
+Weights of every op are laid out as ``hybrid_w4a16_packing`` says: w int32
+[E, N, K//8], scales [E, N, K//G], zero_points int32 [E, N//8, K//G] or ``None``.
 Activations are fp16 or bf16, accumulation is fp32. All tensors of a call are on one
 device; row strides are honoured everywhere. An argument that does not fit raises
 ``RuntimeError`` naming the argument, what was expected and what came.
@@ -22,9 +14,12 @@ device; row strides are honoured everywhere. An argument that does not fit raise
 
 import functools
 import os
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
 _LIBRARY = "_hybrid_w4a16_C.so"
@@ -34,6 +29,25 @@ _OPS = (
     "fused_moe_wvSplitK_int4_down",
     "hybrid_w4a16_build_info",
 )
+
+
+class OpActivation(NamedTuple):
+    """How the ops and kernels know an activation."""
+
+    name: str
+    """The ops' argument."""
+    formula: int
+    """``moe_int4::Activation`` of C++ and the constant of the Triton kernels."""
+
+
+# Not SWIGLUOAI: it expects gate and up rows of w13 interleaved, as only gpt-oss stores
+# them (and gpt-oss's experts have a bias).
+ACTIVATIONS = {
+    MoEActivation.SILU: OpActivation("silu", 0),
+    MoEActivation.SWIGLUOAI_UNINTERLEAVE: OpActivation("swigluoai", 0),
+    MoEActivation.GELU: OpActivation("gelu", 1),
+    MoEActivation.GELU_TANH: OpActivation("gelu_tanh", 2),
+}
 
 
 def _ops_registered() -> bool:
@@ -155,6 +169,7 @@ def fused_moe_wvSplitK_int4_gate_up(
     alpha: float = 1.0,
     beta: float = 0.0,
     limit: float | None = None,
+    plan: Sequence[int] | None = None,
 ) -> None:
     """First half of a decode step: gate and up projections, activation applied.
 
@@ -177,6 +192,8 @@ def fused_moe_wvSplitK_int4_gate_up(
             Without it the ids are local; ids outside 0..E-1 are skipped.
         alpha, beta, limit: parameters of the formula; ``None``: no clamp. gpt-oss
             uses 1.702, 1.0, 7.0 (vLLM's ``SWIGLUOAI``).
+        plan: GPU launch plan, 1 to 8 integers that the kernels' launcher checks;
+            ``None``: the launcher's rule decides. On the CPU only ``None``.
     """
     torch.ops._rocm_C.fused_moe_wvSplitK_int4_gate_up(
         a,
@@ -192,6 +209,7 @@ def fused_moe_wvSplitK_int4_gate_up(
         alpha,
         beta,
         limit,
+        plan,
     )
 
 
@@ -206,6 +224,7 @@ def fused_moe_wvSplitK_int4_down(
     group_size: int,
     zero_points: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
+    plan: Sequence[int] | None = None,
 ) -> None:
     """Second half of a decode step: down projection, weighted and summed over top-k.
 
@@ -224,7 +243,7 @@ def fused_moe_wvSplitK_int4_down(
         cu_count: as in ``fused_moe_wvSplitK_int4_gemm``.
         group_size: G, 32, 64 or 128; I is a multiple of it.
         zero_points: [E, H//8, I//G] or ``None``.
-        expert_map: as in ``fused_moe_wvSplitK_int4_gate_up``.
+        expert_map, plan: as in ``fused_moe_wvSplitK_int4_gate_up``.
     """
     torch.ops._rocm_C.fused_moe_wvSplitK_int4_down(
         a,
@@ -237,4 +256,5 @@ def fused_moe_wvSplitK_int4_down(
         group_size,
         zero_points,
         expert_map,
+        plan,
     )
