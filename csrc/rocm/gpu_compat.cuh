@@ -303,9 +303,11 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 #elif defined(__HIP__)
 // ----------------------------------------------------------------------------------------- HIP
 // No HIP header: plain clang compiles kernels with -nogpuinc -nogpulib --offload-device-only.
+// Up to 128 VGPRs: 8 waves or more per SIMD on every architecture.
 #define GPU_DEVICE __attribute__((device)) inline __attribute__((always_inline))
-#define GPU_KERNEL(max_threads) \
-  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads)))
+#define GPU_KERNEL(max_threads)                                                         \
+  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads))) \
+  __attribute__((amdgpu_num_vgpr(128)))
 
 namespace gpu {
 

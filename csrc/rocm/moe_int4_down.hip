@@ -126,35 +126,38 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
       }
     }
   } else {
-    const Picked picked(router, topk_weights, tw_stride_m, first_token, tokens);
-    int token = 0, t = share;
-    for (; first < last; t += shares) {
-      for (; t >= top_k; t -= top_k) ++token;
-      if (token >= tokens) break;
-      const int expert = picked.expert(token, t);
-      if (expert < 0) continue;
-      gpu::wave_barrier();  // the lists and results of the previous pair have been used
-      const int count = list_slots(
-          picked, token, t, expert, [&](int slot, int slot_token, int slot_t, float weight) {
-            mine.in_row[slot] = (first_token + slot_token) * top_k + slot_t;
-            mine.out_row[slot] = slot_token;
-            mine.weight[slot] = weight;
+    for (int chunk = 0; first < last && chunk < top_k; chunk += Picked::kPlaces) {
+      const Picked picked(router, topk_weights, tw_stride_m, first_token, tokens, chunk);
+      const int places = top_k - chunk < Picked::kPlaces ? top_k - chunk : Picked::kPlaces;
+      int token = 0, place = share;
+      for (;; place += shares) {
+        for (; place >= places; place -= places) ++token;
+        if (token >= tokens) break;
+        const int t = chunk + place, expert = picked.expert(token, t);
+        if (expert < 0) continue;
+        gpu::wave_barrier();  // the lists and results of the previous pair have been used
+        const int count = list_slots(
+            picked, token, t, expert, [&](int slot, int slot_token, int slot_t, float weight) {
+              mine.in_row[slot] = (first_token + slot_token) * top_k + slot_t;
+              mine.out_row[slot] = slot_token;
+              mine.weight[slot] = weight;
+            });
+        if (count == 0) continue;
+        gpu::wave_barrier();
+        with_slots(count, [&](auto slots, int first_slot, int left) {
+          const auto row_of = [&](int s) {
+            return acts + mine.in_row[first_slot + (s < left ? s : 0)] * a_stride_m;
+          };
+          WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
+          tile.run(weights.at<ZP>(expert, rows), row_of, mine.staged);
+          tile.finish();
+          tile.for_each_result([&](int s, int r, float sum) {
+            if (s >= left) return;
+            mine.results[mine.out_row[first_slot + s] * kRowsPerWave + r * kRowGroups +
+                         lane_row()] += mine.weight[first_slot + s] * sum;
           });
-      if (count == 0) continue;
-      gpu::wave_barrier();
-      with_slots(count, [&](auto slots, int first_slot, int left) {
-        const auto row_of = [&](int s) {
-          return acts + mine.in_row[first_slot + (s < left ? s : 0)] * a_stride_m;
-        };
-        WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
-        tile.run(weights.at<ZP>(expert, rows), row_of, mine.staged);
-        tile.finish();
-        tile.for_each_result([&](int s, int r, float sum) {
-          if (s >= left) return;
-          mine.results[mine.out_row[first_slot + s] * kRowsPerWave + r * kRowGroups + lane_row()] +=
-              mine.weight[first_slot + s] * sum;
         });
-      });
+      }
     }
   }
   gpu::block_barrier();

@@ -10,8 +10,14 @@
 
 namespace moe_int4 {
 
+#define MOE_INT4_GEMM_VALUES                                                                     \
+  a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e,   \
+      z_stride_n8, num_experts, n, k, c, c_stride_m, expert_ids, sorted_token_ids, block_size_m, \
+      num_rows, top_k, waves, wave_lds_bytes, blocks, blocks_per_wave
+
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
+  gpu::keep_arguments(MOE_INT4_GEMM_VALUES);
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
   const int first_row = gpu::block_x() * kRowsPerWave;
   const int first = gpu::wave() * blocks_per_wave;
@@ -21,12 +27,12 @@ GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
 
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
-  const int expert = gpu::load_uniform(expert_ids + gpu::block_y());
-  if (expert < 0 || expert >= num_experts) return;
   // Padding reads what the block's first row reads; it writes nothing.
   const int row = gpu::lane() < block_size_m ? gpu::lane() : 0;
   const int64_t at = static_cast<int64_t>(gpu::block_y()) * block_size_m + row;
   const int64_t id = sorted_token_ids == nullptr ? at : sorted_token_ids[at];
+  const int expert = gpu::load_uniform(expert_ids + gpu::block_y());
+  if (expert < 0 || expert >= num_experts) return;
   const bool real = id >= 0 && id < num_rows;
   const uint32_t real_rows = gpu::wave_ballot(real);
   if (real_rows == 0) return;
@@ -73,12 +79,9 @@ GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
 
 }  // namespace moe_int4
 
-#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                             \
-  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,           \
-                                                                     T)(MOE_INT4_GEMM_ARGS) {      \
-    moe_int4::gemm<DT, G, ZP, T>(a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e,     \
-                                 s_stride_n, zeros, z_stride_e, z_stride_n8, num_experts, n, k, c, \
-                                 c_stride_m, expert_ids, sorted_token_ids, block_size_m, num_rows, \
-                                 top_k, waves, wave_lds_bytes, blocks, blocks_per_wave);           \
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                        \
+  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,      \
+                                                                     T)(MOE_INT4_GEMM_ARGS) { \
+    moe_int4::gemm<DT, G, ZP, T>(MOE_INT4_GEMM_VALUES);                                       \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, gemm)

@@ -99,70 +99,69 @@ struct Router {
   GPU_DEVICE int id_of(int low, int high) const { return !ids_are_int64 || high == 0 ? low : -1; }
 };
 
-// The experts that a block of tokens picked and, where wanted, the router's weights, spread over
-// the wave: four lanes share a token. Loaded once, all at the same time, for any number of
-// list_slots calls.
+// What kHeld * kLanesPerToken places t, from `first_t` on, of a block of tokens picked: experts
+// and, where wanted, the router's weights, spread over the wave: four lanes share a token. Loaded
+// once, all at the same time, for any number of list_slots calls.
 struct Picked {
   static constexpr int kLanesPerToken = gpu::kWaveSize / kMaxSlots;
-  static constexpr int kHeld = 4;  // per lane: 16 per token; others are loaded when needed
+  static constexpr int kHeld = 4;  // per lane
+  static constexpr int kPlaces = kHeld * kLanesPerToken;
 
   const Router& router;
   const float* router_weights;  // or null: 1
   int64_t weights_stride_m;
-  int first_token, tokens;
+  int first_token, tokens, first_t;
   int experts[kHeld];  // -1: not here
   float weights[kHeld];
 
   GPU_DEVICE Picked(const Router& router, const float* router_weights, int64_t weights_stride_m,
-                    int first_token, int tokens)
+                    int first_token, int tokens, int first_t)
       : router(router),
         router_weights(router_weights),
         weights_stride_m(weights_stride_m),
         first_token(first_token),
-        tokens(tokens) {
+        tokens(tokens),
+        first_t(first_t) {
     const int own = token() < tokens ? token() : tokens - 1;
     int t[kHeld];
     GPU_UNROLL
-    for (int j = 0; j < kHeld; ++j) t[j] = slot(j) < router.top_k ? slot(j) : router.top_k - 1;
-    // Weights first: whoever waits for the ids has them.
-    load_weights(own, t, weights);
+    for (int j = 0; j < kHeld; ++j) t[j] = place(j) < router.top_k ? place(j) : router.top_k - 1;
+    load_weights(own, t, weights);  // first: whoever waits for the ids has them
     router.local_experts(first_token + own, t, experts);
     GPU_UNROLL
     for (int j = 0; j < kHeld; ++j) {
-      if (token() >= tokens || slot(j) >= router.top_k) experts[j] = -1;
+      if (token() >= tokens || place(j) >= router.top_k) experts[j] = -1;
     }
   }
 
   static GPU_DEVICE int token() { return gpu::lane() / kLanesPerToken; }
-  static GPU_DEVICE int slot(int j) { return gpu::lane() % kLanesPerToken + j * kLanesPerToken; }
+  GPU_DEVICE int place(int j) const {
+    return first_t + gpu::lane() % kLanesPerToken + j * kLanesPerToken;
+  }
 
-  // Of the pair (first_token + token, t), the same in all lanes.
-  GPU_DEVICE int expert(int token, int t) const {
-    if (t < kHeld * kLanesPerToken) return held(experts, token, t);
-    return router.uniform_expert(first_token + token, t);
-  }
-  GPU_DEVICE float weight(int token, int t) const {
-    if (t < kHeld * kLanesPerToken) return held(weights, token, t);
-    return load_weight(token, t);
-  }
+  // Of the pair (first_token + token, t), one for all lanes; t is one of the places held.
+  GPU_DEVICE int expert(int token, int t) const { return held(experts, token, t); }
+  GPU_DEVICE float weight(int token, int t) const { return held(weights, token, t); }
 
   // Where the lane's token picked `expert`, which all lanes of a token know.
-  struct Place {
+  struct Found {
     int t;  // the first place, top_k: nowhere
     float weight;
   };
-  GPU_DEVICE Place find(int expert) const {
-    Place found = {router.top_k, 0.0f};
+  GPU_DEVICE Found find(int expert) const {
+    Found found = {router.top_k, 0.0f};
     GPU_UNROLL
     for (int j = kHeld - 1; j >= 0; --j) {
-      if (experts[j] == expert) found = {slot(j), weights[j]};
+      if (experts[j] == expert) found = {place(j), weights[j]};
     }
-    if (router.top_k > kHeld * kLanesPerToken) {
-      for (int j = kHeld; j * kLanesPerToken < router.top_k && found.t == router.top_k; ++j) {
-        if (token() < tokens && slot(j) < router.top_k &&
-            router.local_expert(router.id(first_token + token(), slot(j))) == expert) {
-          found = {slot(j), load_weight(token(), slot(j))};
-        }
+    if (router.top_k > kPlaces && token() < tokens) {
+      for (int t = gpu::lane() % kLanesPerToken; t < found.t; t += kLanesPerToken) {
+        if (t >= first_t && t < first_t + kPlaces) continue;
+        if (router.local_expert(router.id(first_token + token(), t)) != expert) continue;
+        found.t = t;
+        float weight[1];
+        load_weights(token(), {t}, weight);
+        found.weight = weight[0];
       }
     }
     found = earlier(found, {gpu::shuffle_xor<1>(found.t), gpu::shuffle_xor<1>(found.weight)});
@@ -170,31 +169,29 @@ struct Picked {
   }
 
  private:
+  // Without weights it loads an id in their place: no branch.
   template <int N>
   GPU_DEVICE void load_weights(int token, const int (&t)[N], float (&out)[N]) const {
-    GPU_UNROLL
-    for (int j = 0; j < N; ++j) out[j] = 1.0f;
-    if (router_weights == nullptr) return;
+    const bool have = router_weights != nullptr;
+    const void* from = have ? static_cast<const void*>(router_weights) : router.ids;
+    const int64_t row = have ? (first_token + token) * weights_stride_m : 0;
     GPU_UNROLL
     for (int j = 0; j < N; ++j) {
-      out[j] = router_weights[(first_token + token) * weights_stride_m + t[j]];
+      const uint32_t bits = static_cast<const uint32_t*>(from)[have ? row + t[j] : 0];
+      out[j] = have ? __builtin_bit_cast(float, bits) : 1.0f;
     }
-  }
-  GPU_DEVICE float load_weight(int token, int t) const {
-    float out[1];
-    load_weights(token, {t}, out);
-    return out[0];
   }
 
   template <typename T>
-  static GPU_DEVICE T held(const T (&values)[kHeld], int token, int t) {
+  GPU_DEVICE T held(const T (&values)[kHeld], int token, int t) const {
+    t -= first_t;
     T value = values[0];
     GPU_UNROLL
     for (int j = 1; j < kHeld; ++j) value = t / kLanesPerToken == j ? values[j] : value;
     return gpu::from_lane(value, token * kLanesPerToken + t % kLanesPerToken);
   }
 
-  static GPU_DEVICE Place earlier(const Place& a, const Place& b) { return b.t < a.t ? b : a; }
+  static GPU_DEVICE Found earlier(const Found& a, const Found& b) { return b.t < a.t ? b : a; }
 };
 
 // Sum of eight hexadecimal digits that are 0 or 1 each.
@@ -205,14 +202,14 @@ GPU_DEVICE int digit_sum(uint32_t digits) {
 // Lists the pairs (token, t) of a block of tokens that the pair (token, t) at hand is to serve, so
 // that an expert's weights are read once for all tokens of the block: the first token that picked
 // the expert serves all, the others none. A token that picked the expert twice gets the second pair
-// served on its own. `expert`, at least 0, is the pair's, `token` counts from the block's first.
-// Wave-collective; returns the number of pairs. `visit(slot, token, t, router weight)` runs in one
-// lane per pair.
+// served on its own. `expert`, at least 0, is the pair's, `token` counts from the block's first and
+// t is one of the places that `picked` holds. Wave-collective; returns the number of pairs.
+// `visit(slot, token, t, router weight)` runs in one lane per pair.
 template <typename Visit>
 GPU_DEVICE int list_slots(const Picked& picked, int token, int t, int expert, const Visit& visit) {
   static_assert(Picked::kLanesPerToken == 4, "the masks below hold one token per hex digit");
   const int top_k = picked.router.top_k;
-  const Picked::Place found = picked.find(expert);
+  const Picked::Found found = picked.find(expert);
   const bool leads = gpu::lane() % Picked::kLanesPerToken == 0;
   const uint32_t sharers = gpu::wave_ballot(leads && found.t < top_k);
   const uint32_t later = gpu::wave_ballot(leads && Picked::token() == token && found.t != t);
