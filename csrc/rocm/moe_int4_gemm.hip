@@ -2,6 +2,8 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // Grouped skinny GEMM: block b of up to T rows, all of one expert, that the caller sorted together.
+// vLLM's decode step does not use it (it runs gate_up and down). The op stays because users of the
+// first release call it.
 // A block owns kRowsPerWave output columns; its waves share k and their sums meet in LDS in wave
 // order.
 #include "entry_points.h"

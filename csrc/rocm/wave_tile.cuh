@@ -5,6 +5,18 @@
 // and up to S activation rows ("slots"). Each lane owns row g of both row sets (g = lane /
 // kLanesPerRow) and every kLanesPerRow-th run of 32 weights of them.
 //
+// One block of one row set, 16 bytes (32 weights) a lane; L is kLanesPerRow:
+//
+//     k          0..31      32..63            kBlockK - 32..
+//              +----------+----------+-------+------------+
+//     row 0    | lane 0   | lane 1   |  ...  | lane L-1   |      L = 8, 4 rows, kBlockK = 256:
+//     row 1    | lane L   | lane L+1 |  ...  | lane 2L-1  |      dot products
+//       ...                                                      L = 4, 8 rows, kBlockK = 128:
+//     last row | lane 32-L|          |  ...  | lane 31    |      matrix instructions
+//              +----------+----------+-------+------------+
+//
+// The second row set is the rows that follow, or in gate_up the up rows of the same indices.
+//
 // A turn takes kLoadDepth blocks. Its activations are requested before its weights, because AMD
 // waits for loads in the order in which they were requested, and all weights before any is used.
 // Weights stay in registers; activations go through LDS. The activations' sums, which take out the

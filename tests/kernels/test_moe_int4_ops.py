@@ -871,3 +871,23 @@ def test_instruction_sets(device):
         RuntimeError, match="isa: expected one of .*portable.*, got 'sse9'"
     ):
         select("sse9")
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_kernels_that_run_are_named(device, group_size, every_isa):
+    if device != "cpu":
+        pytest.skip("a GPU has one kernel for all")
+    many = {"avx512_vnni": "avx512"}  # its own kernel is for few rows
+    few = {"amx_bf16": "avx512_vnni", "avx512_bf16": "avx512_vnni"}
+    for isa in every_isa():
+        kernels = torch.ops._rocm_C.hybrid_w4a16_cpu_kernels(group_size, torch.half)
+        names = [part.split()[0] for part in kernels.split(", ")]
+        assert (names[0], names[-1]) == (few.get(isa, isa), many.get(isa, isa)), kernels
+
+
+def test_kernels_of_what_no_kernel_takes(device):
+    kernels = torch.ops._rocm_C.hybrid_w4a16_cpu_kernels
+    with pytest.raises(RuntimeError, match="group_size: expected 32, 64 or 128, got 8"):
+        kernels(8, torch.half)
+    with pytest.raises(RuntimeError, match="dtype: expected Half or .*, got Float"):
+        kernels(32, torch.float)
