@@ -158,10 +158,10 @@ struct Picked {
       for (int t = gpu::lane() % kLanesPerToken; t < found.t; t += kLanesPerToken) {
         if (t >= first_t && t < first_t + kPlaces) continue;
         if (router.local_expert(router.id(first_token + token(), t)) != expert) continue;
-        found.t = t;
+        const int at[1] = {t};
         float weight[1];
-        load_weights(token(), {t}, weight);
-        found.weight = weight[0];
+        load_weights(token(), at, weight);
+        found = {t, weight[0]};
       }
     }
     found = earlier(found, {gpu::shuffle_xor<1>(found.t), gpu::shuffle_xor<1>(found.weight)});
