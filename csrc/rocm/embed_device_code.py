@@ -85,7 +85,9 @@ def main(out: Path, entries: list[str]) -> None:
         )
         text += INCLUDE.format(i=i, file=blob)
     text += "namespace gpu {\n\nconst CodeObject kCodeObjects[] = {\n" + "".join(rows)
-    text += f"}};\nconst size_t kNumCodeObjects = {len(rows)};\n\n}}  // namespace gpu\n"
+    text += (
+        f"}};\nconst size_t kNumCodeObjects = {len(rows)};\n\n}}  // namespace gpu\n"
+    )
     out.write_text(text)
 
 
