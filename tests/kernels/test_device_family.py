@@ -27,6 +27,10 @@ def machine(monkeypatch):
         fake = SimpleNamespace(**checks, device_name=platform)
         monkeypatch.setattr(device, "current_platform", fake)
         monkeypatch.setattr(ops, "build_info", lambda: built)
+        held = built.get({"rocm": "hip"}.get(platform, platform), ())
+        monkeypatch.setattr(
+            ops, "refusal", lambda arch: None if arch in held else f"none for {arch}"
+        )
         # an instinct accelerator's and a WSL driver's names have such a tail
         properties = SimpleNamespace(
             gcnArchName=f"{arch}:sramecc+:xnack-", multi_processor_count=20
@@ -67,37 +71,42 @@ def test_the_cpu_has_one_path_for_any_number_of_tokens(machine):
 
 
 @pytest.mark.parametrize(
-    ("platform", "arch", "built", "reason"),
+    ("platform", "arch", "reason"),
     [
-        (
-            "rocm",
-            "gfx942",
-            BUILT,
-            (
-                "the op library holds no code for gfx942 "
-                "(it was built for: gfx1100, gfx1151, gfx1201)"
-            ),
-        ),
-        (
-            "cuda",
-            "sm_75",
-            BUILT,
-            "the op library holds no code for sm_75 (it was built for: sm_80, sm_90)",
-        ),
-        (
-            "rocm",
-            "gfx1151",
-            {"cpu": ("portable",)},
-            (
-                "the op library holds no code for gfx1151 "
-                "(it was built for: no GPU of this vendor)"
-            ),
-        ),
-        ("tpu", "", BUILT, "platform 'tpu' has no int4 MoE kernels"),
+        ("rocm", "gfx942", "none for gfx942"),
+        ("cuda", "sm_75", "none for sm_75"),
+        ("tpu", "", "platform 'tpu' has no int4 MoE kernels"),
     ],
 )
-def test_other_devices_are_refused_with_the_reason(
-    machine, platform, arch, built, reason
+def test_other_devices_are_refused_with_the_librarys_reason(
+    machine, platform, arch, reason
 ):
-    machine(platform, arch, built)
+    machine(platform, arch)
     assert device.device_family() == reason
+
+
+def test_a_library_without_gpu_kernels_refuses_every_gpu():
+    if "cpu" not in ops.build_info() or {"hip", "cuda"} & set(ops.build_info()):
+        pytest.skip("the op library here has GPU kernels")
+    reason = "the op library holds no GPU kernels, so none for gfx1151"
+    assert ops.refusal("gfx1151") == reason
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded"), [("gfx1151", [(1, "gfx1151")]), ("cpu", [])]
+)
+def test_kernels_are_loaded_on_the_device_at_hand(name, loaded, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(ops, "load_device", lambda *call: calls.append(call))
+    device.load_kernels(device.PLANNED[name])
+    assert calls == loaded
+
+
+def test_the_reason_of_the_linker_is_named(monkeypatch, tmp_path):
+    library = tmp_path / "broken.so"
+    library.write_bytes(b"no library")
+    monkeypatch.setattr(ops, "_LIBRARY", str(library))
+    monkeypatch.setattr(ops, "_ops_registered", lambda: False)
+    error = ops.load_error.__wrapped__()
+    assert str(library) in error and "file too short" in error

@@ -107,6 +107,25 @@ def build_info() -> dict[str, tuple[str, ...]]:
     return {kind: tuple(rest) for kind, *rest in (line.split() for line in lines)}
 
 
+def refusal(arch: str) -> str | None:
+    """Why the loaded op library does not run on a GPU, ``None`` if it does.
+
+    ``arch``: such as "gfx1151" or "sm_90". The library itself knows.
+    """
+    if not hasattr(torch.ops._rocm_C, "hybrid_w4a16_refusal"):
+        return f"the op library holds no GPU kernels, so none for {arch}"
+    return torch.ops._rocm_C.hybrid_w4a16_refusal(arch) or None
+
+
+def load_device(device: int, arch: str) -> None:
+    """Make the kernels ready on a GPU; once per device is enough.
+
+    Not while a graph is captured. Raises ``RuntimeError`` where ``refusal`` has a
+    reason.
+    """
+    torch.ops._rocm_C.hybrid_w4a16_load_device(device, arch)
+
+
 def fused_moe_wvSplitK_int4_gemm(
     a: torch.Tensor,
     w: torch.Tensor,
