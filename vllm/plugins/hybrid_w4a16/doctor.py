@@ -16,16 +16,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-import vllm
-from vllm.logger import suppress_logging
-from vllm.model_executor.layers.fused_moe.oracle import (
-    hybrid_w4a16_switch as switch,
-)
-from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import hooks
-
 DISTRIBUTION = "vllm-hybrid-w4a16"
 PLUGIN = "hybrid_w4a16"
 _REINSTALL = "pip install -v --no-build-isolation --force-reinstall --no-deps ."
@@ -48,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit status."""
+    from vllm.logger import suppress_logging
+    from vllm.model_executor.layers.fused_moe.oracle import (
+        hybrid_w4a16_switch as switch,
+    )
+
     switch.register()
     with suppress_logging(logging.CRITICAL):  # the table says it all
         checks = diagnose()
@@ -68,6 +63,8 @@ def diagnose() -> list[Check]:
 
 
 def _versions() -> Check:
+    import torch
+
     found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
     found += [f"hip {torch.version.hip}"] if torch.version.hip else []
     found += [f"cuda {torch.version.cuda}"] if torch.version.cuda else []
@@ -77,6 +74,8 @@ def _versions() -> Check:
 
 
 def _platform() -> Check:
+    from vllm.platforms import current_platform
+
     name = type(current_platform).__name__
     if name == "UnspecifiedPlatform":
         return Check(
@@ -91,6 +90,10 @@ def _platform() -> Check:
 
 
 def _architecture() -> Check:
+    import torch
+
+    from vllm.platforms import current_platform
+
     if current_platform.is_cpu():
         capability = torch.backends.cpu.get_cpu_capability()
         return Check("architecture", True, f"{platform.machine()}, {capability}")
@@ -110,6 +113,9 @@ def _architecture() -> Check:
 
 
 def _vllm_fits() -> Check:
+    import vllm
+    from vllm.plugins.hybrid_w4a16 import hooks
+
     misfits = []
     for hook in hooks.HOOKS:
         try:
@@ -154,6 +160,8 @@ def _device() -> Check:
 
 
 def _device_fix() -> str:
+    from vllm.platforms import current_platform
+
     if current_platform.is_rocm() or current_platform.is_cuda():
         return (
             "build the op library for this GPU, with hipcc or nvcc on PATH: "
@@ -181,6 +189,9 @@ def _plugin() -> Check:
 
 def _switch() -> Check:
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+    from vllm.model_executor.layers.fused_moe.oracle import (
+        hybrid_w4a16_switch as switch,
+    )
 
     try:
         value = switch.value()
