@@ -16,6 +16,7 @@ import pytest
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
+from vllm.platforms import current_platform
 from vllm.plugins import hybrid_w4a16
 from vllm.plugins.hybrid_w4a16 import hooks
 
@@ -133,8 +134,21 @@ def test_register_raises_on_a_missing_target_under_require(misfit, monkeypatch):
 def test_register_does_not_touch_the_hooks_when_off(misfit, monkeypatch, caplog):
     monkeypatch.setenv(switch.NAME, "0")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     hybrid_w4a16.register()
     assert caplog.text == ""
+
+
+def test_off_on_the_cpu_says_that_vllm_cannot_load_such_checkpoints(
+    monkeypatch, caplog
+):
+    monkeypatch.setenv(switch.NAME, "0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+    hybrid_w4a16.register()
+    assert f"{switch.NAME}=0: vLLM itself cannot load AutoRound, GPTQ or AWQ" in (
+        caplog.text
+    )
 
 
 def test_switch_refuses_unknown_values(monkeypatch):
