@@ -89,7 +89,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         # other back ends hand tokens over in a form of their own (per expert, or still
         # to be dispatched)
         config = moe_parallel_config
-        return not config.use_passthrough_all2all and (
+        # vLLM 0.30 and 0.31 have no such back end, nor the property
+        passthrough = getattr(config, "use_passthrough_all2all", False)
+        return not passthrough and (
             config.use_ag_rs_all2all_kernels or not config.use_all2all_kernels
         )
 
