@@ -47,7 +47,7 @@ std::string cpu_kernels(int64_t group_size, torch::headeronly::ScalarType dtype)
     fail(std::string("dtype: expected Half or BFloat16, got ") +
          torch::headeronly::toString(dtype));
   }
-  return moe_int4::cpu::describe_kernels(
+  return moe_int4::cpu::kernels_by_rows(
       static_cast<int32_t>(group_size),
       dtype == ScalarType::Half ? moe_int4::DType::kHalf : moe_int4::DType::kBFloat16);
 }
@@ -75,8 +75,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
   // For tests and benchmarks: puts an instruction set in force on the CPU ("": the best one) and
   // returns its name.
   m.def("hybrid_w4a16_cpu_isa(str isa) -> str");
-  // For logs: the kernels that run for experts with one row, few and many, under the instruction
-  // set in force.
+  // The kernels that run under the instruction set in force, a line each: its name and from how
+  // many rows of an expert on it runs.
   m.def("hybrid_w4a16_cpu_kernels(int group_size, ScalarType dtype) -> str");
 #endif
 }

@@ -27,6 +27,8 @@ def machine(monkeypatch):
         fake = SimpleNamespace(**checks, device_name=platform)
         monkeypatch.setattr(device, "current_platform", fake)
         monkeypatch.setattr(ops, "build_info", lambda: built)
+        kernels = [("avx512_vnni", 1), ("amx_int8", 2), ("amx_bf16", 17)]
+        monkeypatch.setattr(ops, "cpu_kernels", lambda *_: kernels)
         # an instinct accelerator's and a WSL driver's names have such a tail
         properties = SimpleNamespace(
             gcnArchName=f"{arch}:sramecc+:xnack-", multi_processor_count=20
@@ -63,7 +65,8 @@ def test_the_cpu_has_one_path_for_any_number_of_tokens(machine):
     machine("cpu")
     family = device.device_family()
     assert not isinstance(family, str)
-    assert family.decode == family.prefill == "C++ avx512" and family.tuning is None
+    assert family.decode == "C++ avx512_vnni, amx_int8"
+    assert family.prefill == "C++ amx_bf16" and family.tuning is None
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,11 @@ def device_family() -> DeviceFamily | str:
         return error
     built = ops.build_info()
     if current_platform.is_cpu():
-        # the CPU ops group tokens by expert and pick the kernel per expert
-        kernels = f"C++ {built['cpu'][0]}"
-        return DeviceFamily("cpu", kernels, kernels, opt_in=False, cu_count=1)
+        # The ops pick a kernel for each expert by its rows. Group size and dtype move
+        # the limits between kernels, but bring in no others.
+        *few, many = (name for name, _ in ops.cpu_kernels(128, torch.bfloat16))
+        decode, prefill = f"C++ {', '.join(few) or many}", f"C++ {many}"
+        return DeviceFamily("cpu", decode, prefill, opt_in=False, cu_count=1)
     if current_platform.is_rocm():
         arch = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
         return _gpu_family(arch, built.get("hip", ()), _HIP_KERNELS, opt_in=False)
