@@ -14,7 +14,7 @@
 #include "cpu/isa.h"
 #endif
 #if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
-#include "rocm/build_info.h"
+#include "rocm/device.h"
 #endif
 
 namespace {
