@@ -32,6 +32,17 @@ std::string build_info() {
   return info;
 }
 
+std::string refusal(std::string arch) {
+#if defined(HYBRID_W4A16_CPU)
+  if (arch == "cpu") return "";
+#endif
+#if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
+  return moe_int4::gpu::refusal(arch);
+#else
+  return "hybrid_w4a16 holds no kernels for " + arch + "; it was built for the CPU";
+#endif
+}
+
 #if defined(HYBRID_W4A16_CPU)
 std::string cpu_isa(std::string isa) { return moe_int4::cpu::select_isa(isa); }
 
@@ -71,6 +82,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
       "Tensor? zero_points=None, Tensor? expert_map=None, int[]? plan=None) -> ()");
   m.def("hybrid_w4a16_build_info() -> str");
+  // Whether the library has kernels for "cpu", "gfx1151", "sm_90": an empty string, or else a
+  // sentence that names what it was built for.
+  m.def("hybrid_w4a16_refusal(str arch) -> str");
 #if defined(HYBRID_W4A16_CPU)
   // For tests and benchmarks: puts an instruction set in force on the CPU ("": the best one) and
   // returns its name.
@@ -83,6 +97,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
   m.impl("hybrid_w4a16_build_info", TORCH_BOX(&build_info));
+  m.impl("hybrid_w4a16_refusal", TORCH_BOX(&refusal));
 #if defined(HYBRID_W4A16_CPU)
   m.impl("hybrid_w4a16_cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("hybrid_w4a16_cpu_kernels", TORCH_BOX(&cpu_kernels));

@@ -30,7 +30,8 @@ PROGRAM = r"""
 using namespace moe_int4;
 
 extern "C" GPU_KERNEL(32) void list_all(const int32_t* ids, const float* weights,
-                                        int tokens, int top_k, int* lists, int* counts) {
+                                        int tokens, int top_k, int* lists,
+                                        int* counts) {
   const Router router{ids, false, top_k, nullptr, 0, 1 << 30, top_k};
   const int token = gpu::block_x() / top_k, t = gpu::block_x() % top_k;
   const Picked picked(router, weights, top_k, 0, tokens,
