@@ -72,14 +72,16 @@ constexpr InstructionSet kInstructionSets[] = {
     {"portable", always, &kPortableEpilogue, {{kAllRows, kAny, kAny, &kPortable}}},
 };
 
+inline bool fits(const Rule& rule, int32_t group_size, DType dtype) {
+  return rule.kernel != nullptr && (rule.group_size == kAny || rule.group_size == group_size) &&
+         (rule.dtype == kAny || rule.dtype == static_cast<int32_t>(dtype));
+}
+
 // The kernel for an expert that has `rows` rows.
 inline const Kernel& kernel_for(const InstructionSet& set, int32_t rows, int32_t group_size,
                                 DType dtype) {
   const Rule* rule = set.rules;
-  while (rows > rule->max_rows || (rule->group_size != kAny && rule->group_size != group_size) ||
-         (rule->dtype != kAny && rule->dtype != static_cast<int32_t>(dtype))) {
-    ++rule;
-  }
+  while (rows > rule->max_rows || !fits(*rule, group_size, dtype)) ++rule;
   return *rule->kernel;
 }
 
