@@ -92,3 +92,23 @@ def test_the_library_at_hand_says_what_it_was_built_for():
             assert reason is None
         else:
             assert f"holds no kernels for {arch}; it was built for " in str(reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "loaded"), [("gfx1151", [(1, "gfx1151")]), ("cpu", [])]
+)
+def test_kernels_are_loaded_on_the_device_at_hand(name, loaded, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(ops, "load_device", lambda *call: calls.append(call))
+    device.load_kernels(device.PLANNED[name])
+    assert calls == loaded
+
+
+def test_the_reason_of_the_linker_is_named(monkeypatch, tmp_path):
+    library = tmp_path / "broken.so"
+    library.write_bytes(b"no library")
+    monkeypatch.setattr(ops, "_LIBRARY", str(library))
+    monkeypatch.setattr(ops, "_ops_registered", lambda: False)
+    error = ops.load_error.__wrapped__()
+    assert str(library) in error and "file too short" in error

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Which device runs the int4 MoE ops, and with which kernels.
 
-The only place in the Python code that asks for the platform. A GPU architecture is
-supported when the op library holds code for it.
+The only place in the Python code that asks for the platform. Which GPUs the op library
+runs on is the library's own answer (``hybrid_w4a16_ops.refusal``).
 """
 
 from dataclasses import dataclass
@@ -79,3 +79,9 @@ def _gpu_family(arch: str, kernels: str, opt_in: bool) -> DeviceFamily | str:
         # torch counts workgroup processors on RDNA: two compute units each
         cu_count *= 2
     return DeviceFamily(arch, kernels, "Triton", opt_in, cu_count, table_name(arch))
+
+
+def load_kernels(family: DeviceFamily) -> None:
+    """Make the kernels ready on the current device, which is of ``family``."""
+    if family.tuning is not None:  # a GPU
+        ops.load_device(torch.cuda.current_device(), family.name)

@@ -78,7 +78,8 @@ def load_error() -> str | None:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            return f"the op library {path} does not load: {error}"
+            # torch's own message names the file alone; the cause is the linker's
+            return f"the op library {path} does not load: {error.__cause__ or error}"
         if not _ops_registered():
             return f"the op library {path} is of another version: it lacks ops"
     for op in _KERNELS:
@@ -128,6 +129,15 @@ def cpu_kernels(group_size: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     """
     lines = torch.ops._rocm_C.hybrid_w4a16_cpu_kernels(group_size, dtype).splitlines()
     return [(name, int(rows)) for name, rows in (line.split() for line in lines)]
+
+
+def load_device(device: int, arch: str) -> None:
+    """Make the kernels ready on a GPU; once per device is enough.
+
+    Not while a graph is captured. Raises ``RuntimeError`` where ``refusal`` has a
+    reason.
+    """
+    torch.ops._rocm_C.hybrid_w4a16_load_device(device, arch)
 
 
 def fused_moe_wvSplitK_int4_gemm(
