@@ -991,7 +991,8 @@ def test_kernels_that_run_are_named(device, group_size, every_isa):
                 ("amx_bf16", 17 if group_size == 128 else 9),
             ]
         elif isa == "avx512_bf16":
-            assert ops.cpu_kernels(group_size, torch.half)[1] == ("avx512_bf16", 8)
+            assert ops.cpu_kernels(group_size, torch.half)[1] == ("avx512_bf16", 65)
+            assert ops.cpu_kernels(group_size, torch.bfloat16)[1][1] == 13
 
 
 def test_kernels_of_what_no_kernel_takes(device):

@@ -123,9 +123,9 @@ def refusal(arch: str) -> str | None:
 def cpu_kernels(group_size: int, dtype: torch.dtype) -> list[tuple[str, int]]:
     """The kernels that the CPU ops run, each with its smallest number of rows.
 
-    Rows are those of one expert in a call: ``[("avx512_vnni", 1), ("avx512_bf16", 8)]``
-    gives experts with up to 7 rows to the first. ``group_size`` is 32, 64 or 128,
-    ``dtype`` fp16 or bf16; ``RuntimeError`` otherwise.
+    Rows are those of one expert in a call: ``[("avx512_vnni", 1),
+    ("avx512_bf16", 13)]`` gives experts with up to 12 rows to the first.
+    ``group_size`` is 32, 64 or 128, ``dtype`` fp16 or bf16; ``RuntimeError`` otherwise.
     """
     lines = torch.ops._rocm_C.hybrid_w4a16_cpu_kernels(group_size, dtype).splitlines()
     return [(name, int(rows)) for name, rows in (line.split() for line in lines)]
