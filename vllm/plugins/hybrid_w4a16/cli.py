@@ -15,6 +15,7 @@ COMMANDS = {
     # name: (module of this package, one line for --help)
     "doctor": ("doctor", "check this installation and say what to fix next"),
     "explain": ("explain", "say what to expect of a checkpoint before serving it"),
+    "selftest": ("selftest", "check what every kernel computes on this machine"),
     "fork": ("fork", "write the modules and hooks into a vLLM source tree"),
 }
 

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Checks the first layer of a model when it is ready to run.
+
+Silently wrong text is the worst that a kernel can do. So before a model serves, its
+converted weights are held against the checkpoint's (one expert), and the decode and
+prefill kernels run on them for a few tokens and are held against plain torch on the
+same device (two experts, row by row). Every layer that differs in shape or format from
+those before is checked. On the way the Triton kernels that the model will use are
+compiled, so that no request has to wait for it.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import CheckpointPacking
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
+        HybridW4A16MoEExperts,
+    )
+    from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
+        HybridW4A16MoEMethod,
+    )
+
+logger = init_logger(__name__)
+
+# Of a row's outputs against the size that they have with random activations. Kernels
+# that are right reach 0.01 (bf16; int8 activations on some CPUs); one scale of 16 that
+# is wrong by half makes 0.1.
+TOLERANCE = 0.04
+# Rows of words of one expert that are kept from before the conversion: one block of 8
+# rows of KEPT_SHARE, so that the conversion's own peak stays below one expert.
+_KEPT_SHARE = 16
+# Weights of a matrix that are compared with per expert; rows are left out where there
+# are more (Mixtral's 58 million would take a second on a CPU).
+_MAX_WEIGHTS = 4 << 20
+# A chunk of dequantized weights takes at most this part of an expert's bytes.
+_CHUNK_SHARE = 2
+_DECODE_TOKENS = (1, 3)
+_PREFILL_TOKENS = 24
+
+_checked: set[tuple[object, ...]] = set()
+
+
+class Kept(NamedTuple):
+    """What one expert's tensors were before the conversion."""
+
+    expert: int
+    scales: dict[str, torch.Tensor]
+    """By "w13" and "w2": [N, K//G], as the format stores them, transposed if need be."""
+    zeros: dict[str, torch.Tensor | None]
+    """Zero points int32 [N, K//G], unpacked; ``None`` for 8 everywhere."""
+    rows: dict[str, torch.Tensor]
+    """int64: rows of which the weights were kept, whole blocks of 8."""
+    weights: dict[str, torch.Tensor]
+    """Words of these rows as stored (N words of 8 rows, or K)."""
+
+
+def new_model() -> None:
+    """Check again: the layers to come belong to another model."""
+    _checked.clear()
+
+
+def keep(method: "HybridW4A16MoEMethod", layer: "RoutedExperts") -> Kept | None:
+    """Copies of a part of what is about to be converted, for ``check``.
+
+    ``None`` where nothing will be checked: a layer like one that was checked, weights
+    on the meta device, and while torch.compile or a graph capture looks on.
+    """
+    if _signature(method, layer) in _checked or not _can_run(method, layer):
+        return None
+    packing = method.packing
+    expert = layer.local_num_experts - 1
+    kept = Kept(expert, {}, {}, {}, {})
+    for name in ("w13", "w2"):
+        stored = getattr(layer, f"{name}_{packing.scales}").data[expert]
+        scales = reference.stored_scales(packing, stored)
+        kept.scales[name] = scales.clone()
+        kept.zeros[name] = None
+        if not method.symmetric:
+            zeros = getattr(layer, f"{name}_{packing.zeros}").data[expert]
+            kept.zeros[name] = zeros.clone()
+        rows = _sampled_rows(scales.shape[0], _KEPT_SHARE, scales.device)
+        kept.rows[name] = rows
+        words = getattr(layer, f"{name}_{packing.qweight}").data[expert]
+        kept.weights[name] = _row_words(packing, words, rows)
+    return kept
+
+
+def check(
+    method: "HybridW4A16MoEMethod", layer: "RoutedExperts", kept: Kept | None
+) -> None:
+    """Compare the layer with ``kept`` and its kernels with plain torch.
+
+    Does nothing for ``kept is None``. Raises ``RuntimeError`` naming the layer, what is
+    wrong and where, and how to serve without these kernels.
+    """
+    if kept is None:
+        return
+    start = time.monotonic()
+    _checked.add(_signature(method, layer))
+    problem = _conversion_problem(method, layer, kept)
+    compiled, compile_s = 0, 0.0
+    if problem is None:
+        run = _KernelCheck(method, layer, kept.expert)
+        problem = run.problem()
+        compiled, compile_s = run.compiled, run.compile_s
+    if problem is not None:
+        raise RuntimeError(
+            f"layer {layer.layer_name}: {problem}. This would give wrong text. To serve "
+            f"without these kernels set {switch.NAME}=0; please report it with the "
+            "output of `vllm-hybrid-w4a16 selftest`."
+        )
+    if compiled:
+        logger.info(
+            "HybridW4A16 MoE: %d prefill kernels ready, %.1f s to compile or load them",
+            compiled,
+            compile_s,
+        )
+    logger.debug(
+        "HybridW4A16 MoE: layer %s checked in %.3f s",
+        layer.layer_name,
+        time.monotonic() - start - compile_s,
+    )
+
+
+def _signature(
+    method: "HybridW4A16MoEMethod", layer: "RoutedExperts"
+) -> tuple[object, ...]:
+    """Layers that agree in it run the same code on weights of the same form."""
+    moe = method.moe
+    return (
+        method.packing.name,
+        method.group_size,
+        method.symmetric,
+        moe.in_dtype,
+        moe.hidden_dim,
+        moe.intermediate_size_per_partition,
+        moe.experts_per_token,
+        layer.local_num_experts,
+        layer.activation,
+    )
+
+
+def _can_run(method: "HybridW4A16MoEMethod", layer: "RoutedExperts") -> bool:
+    weights = getattr(layer, f"w13_{method.packing.qweight}")
+    if weights.is_meta or weights.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    return not (weights.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _sampled_rows(rows: int, share: int, device: torch.device) -> torch.Tensor:
+    """About ``rows / share`` rows in blocks of 8, over all positions in a tile."""
+    blocks = rows // 8
+    wanted = max(1, blocks // share)
+    # an odd stride, so that all remainders modulo a tile's size come up
+    stride = max(1, blocks // wanted) | 1
+    picked = (torch.arange(wanted, device=device) * stride) % blocks
+    picked = picked.unique()
+    return (picked[:, None] * 8 + torch.arange(8, device=device)).flatten()
+
+
+def _row_words(
+    packing: CheckpointPacking, words: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """A copy of stored words that hold ``rows``, whole blocks of 8."""
+    index = rows if packing.words_along_k else rows[::8] // 8
+    return words.index_select(1 if packing.k_first else 0, index)
+
+
+def _conversion_problem(
+    method: "HybridW4A16MoEMethod", layer: "RoutedExperts", kept: Kept
+) -> str | None:
+    """How the converted expert differs from what the checkpoint said, if it does."""
+    packing = method.packing
+    for name in ("w13", "w2"):
+        rows = kept.rows[name]
+        words = getattr(layer, f"{name}_{packing.qweight}")[kept.expert]
+        scales = getattr(layer, f"{name}_{packing.scales}")[kept.expert]
+        stored_zeros = kept.zeros[name]
+        comparisons = [
+            (
+                "weights",
+                reference.stored_weights(packing, kept.weights[name]),
+                reference.packed_weights(words[rows]),
+                rows,
+            ),
+            ("scales", kept.scales[name], scales, None),
+        ]
+        if stored_zeros is not None:
+            packed = getattr(layer, f"{name}_{packing.zeros}")[kept.expert]
+            comparisons.append(
+                (
+                    "zero points",
+                    reference.stored_zero_points(packing, stored_zeros),
+                    reference.packed_zero_points(packed),
+                    None,
+                )
+            )
+        for what, expected, got, index in comparisons:
+            if torch.equal(expected, got):
+                continue
+            row, column = (expected != got).nonzero()[0].tolist()
+            at = row if index is None else int(index[row])
+            return (
+                f"the conversion of the {what} of {name} is wrong: local expert "
+                f"{kept.expert}, row {at}, column {column} is "
+                f"{got[row, column].item():g}, the checkpoint's {packing.name} tensor "
+                f"says {expected[row, column].item():g}"
+            )
+    return None
+
+
+class _KernelCheck:
+    """The kernels on a few tokens that all pick the same two experts."""
+
+    def __init__(
+        self, method: "HybridW4A16MoEMethod", layer: "RoutedExperts", expert: int
+    ) -> None:
+        packing = method.packing
+        self.layer, self.method = layer, method
+        assert method.moe_kernel is not None
+        self.kernel: HybridW4A16MoEExperts = method.moe_kernel.fused_experts
+        self.w13, self.w2 = (
+            (
+                getattr(layer, f"{name}_{packing.qweight}"),
+                getattr(layer, f"{name}_{packing.scales}"),
+                getattr(layer, f"{name}_{packing.zeros}", None),
+            )
+            for name in ("w13", "w2")
+        )
+        scales = self.w13[1]
+        self.device, self.dtype = scales.device, scales.dtype
+        self.group_size = method.group_size
+        self.hidden = self.w13[0].shape[2] * 8
+        self.inter = self.w2[0].shape[2] * 8
+        self.top_k = method.moe.experts_per_token
+        self.activation = (
+            ops.ACTIVATIONS[layer.activation].name,
+            *self.kernel._activation_arguments(layer.activation),
+        )
+        self.compiled, self.compile_s = 0, 0.0
+        generator = torch.Generator().manual_seed(0)
+        tokens = max(*_DECODE_TOKENS, self._prefill_tokens())
+        x = torch.randn(tokens, self.hidden, generator=generator)
+        self.x = x.to(self.dtype).to(self.device)
+        # slots take turns; the second expert comes first in every other token
+        local = torch.tensor([0, expert])
+        slots = (torch.arange(tokens)[:, None] + torch.arange(self.top_k)) % 2
+        self.local = local[slots].to(self.device)
+        self.experts = sorted({0, expert})
+        self.expert_map = layer.expert_map
+        ids = self.local
+        if self.expert_map is not None:
+            globals_ = [
+                int((self.expert_map == e).nonzero()[0, 0]) for e in (0, expert)
+            ]
+            ids = torch.tensor(globals_)[slots].to(self.device)
+        self.ids = ids.to(torch.int32)
+        weights = torch.rand(tokens, self.top_k, generator=generator) + 0.5
+        self.weights = (weights / self.top_k).to(self.device)
+
+    def _prefill_tokens(self) -> int:
+        return 0 if self.kernel.prefill_from is None else _PREFILL_TOKENS
+
+    def problem(self) -> str | None:
+        for tokens in _DECODE_TOKENS:
+            middle, out = self._decode(tokens)
+            problem = self._compare(tokens, middle, out, f"decode, {tokens} tokens")
+            if problem is not None:
+                return problem
+        if self.kernel.prefill_from is not None:
+            for tiles in self._tiles():
+                middle, out = self._prefill(tiles)
+                tokens = self._prefill_tokens()
+                problem = self._compare(tokens, middle, out, f"prefill, {tiles}")
+                if problem is not None:
+                    return problem
+        return None
+
+    def _decode(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        nan = float("nan")
+        middle = self.x.new_full((tokens * self.top_k, self.inter), nan)
+        out = self.x.new_full((tokens, self.hidden), nan)
+        w13, s13, z13 = self.w13
+        w2, s2, z2 = self.w2
+        name, *arguments = self.activation
+        cu_count, group = self.kernel.cu_count, self.group_size
+        ids, weights = self.ids[:tokens], self.weights[:tokens]
+        ops.fused_moe_wvSplitK_int4_gate_up(
+            self.x[:tokens],
+            w13,
+            s13,
+            middle,
+            ids,
+            name,
+            cu_count,
+            group,
+            z13,
+            self.expert_map,
+            *arguments,
+        )
+        ops.fused_moe_wvSplitK_int4_down(
+            middle, w2, s2, out, ids, weights, cu_count, group, z2, self.expert_map
+        )
+        return middle, out
+
+    def _tiles(self) -> list[tuning.PrefillTiles]:
+        """Of every number of tokens that the model can get at once."""
+        assert self.kernel.prefill_from is not None and self.kernel.tuning is not None
+        tokens, found = self.kernel.prefill_from, []
+        while tokens <= 1 << 17:
+            tiles = tuning.prefill_tiles(
+                self.kernel.tuning,
+                tokens * self.top_k,
+                self.layer.global_num_experts,
+                self.hidden,
+                self.inter,
+            )
+            if tiles not in found:
+                found.append(tiles)
+            tokens *= 2
+        return found
+
+    def _prefill(
+        self, tiles: tuning.PrefillTiles
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from vllm.model_executor.layers.fused_moe.experts import (
+            hybrid_w4a16_triton as prefill,
+        )
+        from vllm.model_executor.layers.fused_moe.moe_align_block_size import (
+            moe_align_block_size,
+        )
+
+        start = time.monotonic()
+        tokens = self._prefill_tokens()
+        sizes = tokens, self.top_k, self.hidden, self.inter
+        buffer = self.x.new_zeros(prefill.Workspace.elements(*sizes))
+        workspace = prefill.Workspace.split(buffer, *sizes)
+        out = self.x.new_full((tokens, self.hidden), float("nan"))
+        known = self.w13[0].shape[0]
+        if self.expert_map is not None:
+            known = self.expert_map.shape[0]
+        blocks = moe_align_block_size(
+            self.ids[:tokens],
+            tiles.gate_up.block_m,
+            known,
+            self.expert_map,
+            ignore_invalid_experts=self.expert_map is not None,
+        )
+        prefill.prefill_experts(
+            self.x[:tokens],
+            prefill.Int4Matrix(*self.w13, self.group_size),
+            prefill.Int4Matrix(*self.w2, self.group_size),
+            out,
+            workspace,
+            self.ids[:tokens],
+            self.weights[:tokens],
+            self.expert_map,
+            prefill.Blocks(*blocks),
+            prefill.Activation(*self.activation),
+            tiles,
+        )
+        # plane order back into the order of the intermediate's columns
+        k = torch.arange(self.inter, device=self.device)
+        place = 128 * (k // 128) + 16 * (k % 8) + (k % 128) // 8
+        middle = workspace.middle.index_select(1, place)
+        self.compiled += 2
+        self.compile_s += time.monotonic() - start
+        return middle, out
+
+    def _compare(
+        self, tokens: int, middle: torch.Tensor, out: torch.Tensor, how: str
+    ) -> str | None:
+        """gate_up's output against ``x``, down's against gate_up's."""
+        x, local = self.x[:tokens].float(), self.local[:tokens].flatten()
+        for expert in self.experts:
+            pairs = (local == expert).nonzero()[:, 0]
+            rows_of = x[pairs // self.top_k]
+            got = middle[pairs].float()
+            size = _rms(rows_of) * math.sqrt(self.hidden)
+            for rows in self._chunks(self.inter, self.hidden):
+                gate, gate_norm = self._product(self.w13, expert, rows, rows_of)
+                up, up_norm = self._product(
+                    self.w13, expert, rows + self.inter, rows_of
+                )
+                want = reference.activate(gate, up, *self.activation)
+                name, alpha, beta, limit = self.activation
+                acted = reference.activate(gate, up * 0 + 1, name, alpha, 0.0, limit)
+                allowed = _rms(up + beta, 0) * (gate_norm * size / self.hidden**0.5)
+                allowed += _rms(acted, 0) * (up_norm * size / self.hidden**0.5)
+                allowed += _rms(want, 0)
+                wrong = self._wrong(got[:, rows], want, allowed, rows, tokens)
+                if wrong is not None:
+                    return f"gate_up ({how}), local expert {expert}, {wrong}"
+        slots = middle.view(tokens, self.top_k, self.inter).float()
+        factors = self.weights[:tokens].float()
+        mixed = {
+            expert: torch.einsum(
+                "mti,mt->mi",
+                slots,
+                factors * (self.local[:tokens] == expert),
+            )
+            for expert in self.experts
+        }
+        for rows in self._chunks(self.hidden, self.inter):
+            want = x.new_zeros(tokens, len(rows))
+            allowed = x.new_zeros(len(rows))
+            for expert in self.experts:
+                part, norm = self._product(self.w2, expert, rows, mixed[expert])
+                want += part
+                allowed += _rms(part, 0) + norm * _rms(mixed[expert])
+            wrong = self._wrong(out[:, rows].float(), want, allowed, rows, tokens)
+            if wrong is not None:
+                return f"down ({how}), {wrong}"
+        return None
+
+    def _wrong(
+        self,
+        got: torch.Tensor,
+        want: torch.Tensor,
+        allowed: torch.Tensor,
+        rows: torch.Tensor,
+        tokens: int,
+    ) -> str | None:
+        """The first row whose error is larger than ``TOLERANCE * allowed``."""
+        limit = torch.finfo(self.dtype).max
+        inside = want.abs() < limit  # fp16 may overflow in a model that is sound
+        error = _rms(torch.where(inside, got - want, 0.0), 0)
+        wrong = ~(error <= TOLERANCE * allowed + 1e-30)
+        if not bool(wrong.any()):
+            return None
+        at = int(wrong.nonzero()[0, 0])
+        ratio = float(error[at] / allowed[at].clamp(min=1e-30))
+        token = int((got[:, at] - want[:, at]).abs().nan_to_num(math.inf).argmax())
+        return (
+            f"row {int(rows[at])} differs from plain torch: relative error {ratio:.2g}, "
+            f"allowed {TOLERANCE}; token {token} is {float(got[token, at]):.6g}, "
+            f"expected {float(want[token, at]):.6g}"
+        )
+
+    def _chunks(self, rows: int, k: int) -> Iterator[torch.Tensor]:
+        """Rows to compare, so many at a time that temporaries stay small."""
+        share = max(1, -(-rows * k // _MAX_WEIGHTS))
+        every = (
+            torch.arange(rows, device=self.device)
+            if share == 1
+            else _sampled_rows(rows, share, self.device)
+        )
+        expert_bytes = 3 * self.hidden * self.inter // 2
+        # three temporaries of 4 bytes each per weight, of gate and up
+        count = max(8, expert_bytes // _CHUNK_SHARE // (24 * k) // 8 * 8)
+        return iter(every.split(count))
+
+    def _product(
+        self,
+        matrix: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        expert: int,
+        rows: torch.Tensor,
+        x: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [M, K] times ``rows`` of the expert, fp32 [M, rows]; norms of the rows."""
+        words, scales, zero_points = (None if t is None else t[expert] for t in matrix)
+        assert words is not None and scales is not None
+        zeros = None
+        if zero_points is not None:
+            zeros = reference.packed_zero_points(zero_points)[rows]
+        q = reference.packed_weights(words[rows])
+        w = reference.dequantize(q, scales[rows], zeros, torch.float32)
+        return x @ w.T, w.norm(dim=1)
+
+
+def _rms(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Root of the mean square, over all or along ``dim``."""
+    square = x.float().square()
+    return (square.mean() if dim is None else square.mean(dim)).sqrt()
