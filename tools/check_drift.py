@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Report where a vLLM release no longer fits the hook table and our modules' imports.
 
-    python tools/check_drift.py [VERSION ...]
+    python -m tools.check_drift [VERSION ...]
 
 To be run on a schedule. Without VERSION: the newest release. Nothing of the release is
 run or installed: its source distribution is fetched and looked at as by
@@ -13,8 +13,7 @@ release could not be fetched or looked at.
 import argparse
 import sys
 
-import vllm_source
-
+from tools import vllm_source
 from vllm.plugins.hybrid_w4a16 import fork
 
 

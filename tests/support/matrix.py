@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The support matrix: run cells end to end, judge them, write the README's table.
+"""The support matrix: run cells end to end, judge them, write docs/support.md's table.
 
-    python tests/support/matrix.py            # what is missing in tests/e2e/matrix.json
-    python tests/support/matrix.py --again    # everything
-    python tests/support/matrix.py --table    # only the README's table, from the file
+    python -m tests.support.matrix            # what is missing in tests/e2e/matrix.json
+    python -m tests.support.matrix --again    # everything
+    python -m tests.support.matrix --table    # only the table, from the file
 
 Each cell is a tiny random checkpoint run with ``LLM(...)`` on the CPU under
 ``VLLM_HYBRID_W4A16_MOE=require`` and compared with transformers in float32 on the
@@ -25,14 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix_cells import DEPLOYMENTS, SHARDINGS, Cell, full
-from tiny_models import DenseReference
+
+from .matrix_cells import DEPLOYMENTS, SHARDINGS, Cell, full
+from .tiny_models import DenseReference
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "tests/e2e/matrix.json"
-README = CHECKOUT / "README.md"
+DOCUMENT = CHECKOUT / "docs/support.md"
 BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->\n"
-WORKER = Path(__file__).with_name("matrix_worker.py")
+WORKER = "tests.support.matrix_worker"
 STAND_INS = Path(__file__).with_name("stand_ins")
 
 # Mean difference of log-probabilities from the reference, nats. Measured when this was
@@ -92,7 +93,8 @@ def run_cells(
             answers = folder / f"answers-{number}-{rank}.jsonl"
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, WORKER, todo, folder, answers],
+                    [sys.executable, "-m", WORKER, todo, folder, answers],
+                    cwd=CHECKOUT,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -185,7 +187,7 @@ def _distance(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The README's table: a row per format, a column per sharding."""
+    """The table: a row per format, a column per sharding."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     others = []
     for result in results:
@@ -221,9 +223,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def write_table(results: list[dict[str, Any]]) -> None:
-    text = README.read_text()
+    text = DOCUMENT.read_text()
     before, rest = text.split(BEGIN)
-    README.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
+    DOCUMENT.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
 
 
 def load_results() -> list[dict[str, Any]]:

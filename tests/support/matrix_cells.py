@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from int4_formats import FORMATS
-from tiny_models import MODELS, Recipe
+from .int4_formats import FORMATS
+from .tiny_models import MODELS, Recipe
 
 GROUP_SIZES = (128, 32, 64)
 DTYPES = ("bfloat16", "float16")

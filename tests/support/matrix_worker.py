@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """One rank of the support matrix: runs cells one after the other in this process.
 
-    python tests/support/matrix_worker.py CELLS_JSON CHECKPOINTS_FOLDER ANSWERS_JSONL
+    python -m tests.support.matrix_worker CELLS_JSON CHECKPOINTS_FOLDER ANSWERS_JSONL
 
 Importing vLLM takes far longer than a cell; so each rank is a process that lives for
 many cells, with vLLM's ``external_launcher`` executor where there are two. Ranks are
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix_cells import DEPLOYMENTS, Cell
-from tiny_models import make_checkpoint, prompts
+
+from .matrix_cells import DEPLOYMENTS, Cell
+from .tiny_models import make_checkpoint, prompts
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 24, 8
 os.environ.update(
@@ -78,7 +79,7 @@ def answers(llm: Any, with_prompt: bool, seed: int = 0) -> list[dict[str, Any]]:
 
 def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
     """Reload weights that are wrong, see that it shows, reload the right ones."""
-    from tiny_models import make_checkpoint as make
+    from .tiny_models import make_checkpoint as make
 
     before = answers(llm, False)
     recipe = Cell.from_json(json.loads(os.environ["MATRIX_CELL"])).recipe

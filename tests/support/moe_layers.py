@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from int4_formats import FORMATS
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
@@ -38,6 +37,8 @@ from vllm.v1.worker.workspace import (
     init_workspace_manager,
     is_workspace_manager_initialized,
 )
+
+from .int4_formats import FORMATS
 
 LAYER_NAME = "model.layers.3.mlp.experts"
 # Layers live where the machine's vLLM has them. What goes into them and what they

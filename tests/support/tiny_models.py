@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Tiny random MoE checkpoints in every format, and what they should compute.
 
-    python tests/support/tiny_models.py qwen3_moe compressed-tensors OUTPUT_FOLDER
+    python -m tests.support.tiny_models qwen3_moe compressed-tensors OUTPUT_FOLDER
 
 transformers makes the model from a config and writes it; the linears of the experts are
 replaced by random int4 ones, everything else stays bf16. A second folder holds the same
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from int4_formats import FORMATS
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -30,6 +29,8 @@ from transformers import (
     Qwen3_5MoeConfig,
     Qwen3MoeConfig,
 )
+
+from .int4_formats import FORMATS
 
 WEIGHTS = "model.safetensors"
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 256, 4, 2
