@@ -19,7 +19,7 @@ from ..support.processes import STAND_IN_VLLM, running, users_of, wait_for_users
 CHECKOUT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 600.0
 SUMMARY = "HybridW4A16 MoE: {} layers (decode: A, prefill: B), {} declined\n"
-DECLINED = "HybridW4A16 MoE: layer x goes vLLM's own way: why (said once per reason)\n"
+DECLINED = "HybridW4A16 MoE: layer x falls back to vLLM's MoE path: why\n"
 
 
 def running_demo(log: Path, *arguments: str) -> AbstractContextManager[Popen[str]]:

@@ -88,7 +88,7 @@ def starting(
 @pytest.fixture(scope="module")
 def wide_client(
     starting: VllmServer,
-    wide_reference: ReferenceModel,  # read while the server starts
+    wide_reference: ReferenceModel,  # loaded while the server starts
 ) -> Client:
     starting.wait_ready(START_TIMEOUT_S)
     return Client(starting)

@@ -38,16 +38,16 @@ STAND_INS = Path(__file__).with_name("stand_ins")
 
 # Mean difference of log-probabilities from the reference, nats. Measured when this was
 # written: at most 0.0282 in bf16 (Qwen3.5, where transformers' own bf16 has 0.023 to
-# 0.026), 0.0031 in fp16; a reference with gate and up of one expert
-# swapped is further away than 0.09 (test_matrix).
+# 0.026), 0.0031 in fp16. With gate and up of one expert swapped the difference exceeds
+# 0.09 (test_matrix).
 MAX_DIFFERENCE = {"bfloat16": 0.035, "float16": 0.006}
-# A greedy token may lie this far below the reference's first choice, nats. Measured: at
-# most 0.001 in fp16; 0.49 in bf16, where routers tie and a token goes elsewhere.
+# How far a greedy token may lie below the reference's first choice, nats. Measured: at
+# most 0.001 in fp16; 0.49 in bf16, where router ties send a token to other experts.
 MAX_TIE = {"bfloat16": 0.6, "float16": 0.01}
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` successive ports, which were free a moment ago."""
+    """The first of ``count`` consecutive ports; only the first is known to be free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -55,7 +55,7 @@ def free_ports(count: int) -> int:
 
 
 def batches(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells that the same processes run: those with as many ranks."""
+    """Cells grouped by the number of ranks: the same processes run a group."""
     sleeping = [cell for cell in cells if DEPLOYMENTS[cell.deployment].sleep]
     awake = [cell for cell in cells if cell not in sleeping]
     found = [
@@ -147,7 +147,7 @@ def judge(
         }
         same = one_rank.get((cell.recipe, cell.dtype))
         if same is not None and same is not answer:
-            # of data parallel ranks only the first gets the prompts of one rank
+            # with data parallelism only the first rank gets these prompts
             verdict["same_tokens"] = all(
                 one["tokens"] == other["tokens"]
                 for one, other in zip(same["answers"], answer["answers"], strict=False)
@@ -158,7 +158,7 @@ def judge(
 
 
 def is_good(cell: Cell, verdict: dict[str, Any]) -> bool:
-    """Close to the reference and, in fp16, the very tokens of one rank."""
+    """Close to the reference and, in fp16, the same tokens as on one rank."""
     return (
         verdict["difference"] < MAX_DIFFERENCE[cell.dtype]
         and verdict["worst_tie"] < MAX_TIE[cell.dtype]

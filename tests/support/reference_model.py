@@ -121,11 +121,11 @@ class ReferenceModel:
 
     @torch.inference_mode()
     def logprobs_of(self, sequences: Sequence[list[int]]) -> list[torch.Tensor]:
-        """Of each sequence float32 [T, vocabulary]: row t is the log-distribution of
-        token t + 1.
+        """Per sequence float32 [T, vocabulary]: row t is the log-distribution of token
+        t + 1.
 
-        All at once, which takes a sixth of the time of one after another. What pads
-        the shorter ones stands behind their tokens, where those do not see it.
+        One forward pass for all, which takes a sixth of the time of one each. Padding
+        stands behind a sequence's tokens, so causal attention never sees it.
         """
         longest = max(map(len, sequences))
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in sequences]

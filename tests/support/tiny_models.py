@@ -34,7 +34,7 @@ from .int4_formats import FORMATS
 
 WEIGHTS = "model.safetensors"
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 256, 4, 2
-# Everywhere: logits several nats apart, so that tokens are told apart.
+# Large enough that logits lie several nats apart and tokens do not tie.
 INITIALIZER_RANGE = 0.1
 _EXPERT_WEIGHT = re.compile(r"(.*\.experts\.\d+\.\w+)\.weight")
 
@@ -97,7 +97,7 @@ def _qwen3_5_moe() -> PretrainedConfig:
         "moe_intermediate_size": INTERMEDIATE,
         "shared_expert_intermediate_size": INTERMEDIATE,
         "num_experts": EXPERTS,
-        "num_experts_per_tok": EXPERTS,  # none to choose in bf16, which ties
+        "num_experts_per_tok": EXPERTS,  # nothing to choose, so no ties in bf16
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 64,
