@@ -4,7 +4,7 @@
 // Plain arguments of the int4 MoE ops: what is left of a call once every tensor has been
 // checked. CPU kernels and GPU launchers take these structs and know nothing of torch.
 //
-// Layout contract (DESIGN "Weight contract"; the packer is hybrid_w4a16_moe_helper.py):
+// Layout contract (DESIGN "Weight contract"; the packer is hybrid_w4a16_packing.py):
 //   weights      int32 [E, N, K/8], ExLlama-shuffled: word bits
 //                v0 | v2<<4 | v4<<8 | v6<<12 | v1<<16 | v3<<20 | v5<<24 | v7<<28,
 //                so that (word >> 4*i) & 0x000f000f is the pair (v[2i], v[2i+1])

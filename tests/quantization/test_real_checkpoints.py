@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
+    HybridW4A16MoEMethod,
+)
 from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
     HybridW4A16MoEMethod,
 )
