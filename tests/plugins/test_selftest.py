@@ -132,9 +132,7 @@ def test_a_broken_conversion_is_found(one_isa, monkeypatch, capsys):
 
 def test_out_of_time_is_said(monkeypatch, capsys):
     left = iter([1] * 12)
-    monkeypatch.setattr(
-        selftest.Selftest, "seconds_left", lambda self: next(left, 0)
-    )
+    monkeypatch.setattr(selftest.Selftest, "seconds_left", lambda self: next(left, 0))
     status, out = result(capsys)
     assert status == 0
     assert "(1 of 4 shapes, out of time)" in out and "not run, out of time" in out

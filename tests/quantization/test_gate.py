@@ -19,7 +19,6 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.model_executor.layers.quantization.inc_moe import INCHybridW4A16MoEMethod
-from vllm.plugins.hybrid_w4a16 import switch
 
 from ..support.moe_layers import (
     DEVICE,

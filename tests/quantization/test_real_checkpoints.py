@@ -17,9 +17,6 @@ import torch
 from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
 )
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
-    HybridW4A16MoEMethod,
-)
 
 from ..support.int4_formats import FORMATS
 from ..support.moe_layers import (

@@ -52,7 +52,10 @@ class PrefillCall:
     def blocks(self):
         return self.prefill.Blocks(
             *align(
-                self.ids, self.tiles.gate_up.block_m, self.shape.experts, self.expert_map
+                self.ids,
+                self.tiles.gate_up.block_m,
+                self.shape.experts,
+                self.expert_map,
             )
         )
 

@@ -464,9 +464,7 @@ class Selftest:
                 torch.ops._rocm_C.hybrid_w4a16_cpu_isa(isa)
             for op in ("gate_up", "down", "gemm"):
                 name = f"{op} {isa}" if isa else op
-                self._in_group(
-                    name, lambda g, o=op: self._run_op(g, o, case, here)
-                )
+                self._in_group(name, lambda g, o=op: self._run_op(g, o, case, here))
 
     def _run_op(
         self, group: Group, op: str, case: Case | None, here: Case | None
@@ -506,9 +504,7 @@ class Selftest:
         cpu = Poisoned(*output.view.shape, case.shape.dtype, "cpu")
         getattr(self.cpu_ops, op)(case, cpu.view, 0, tokens)
         written = ~cpu.view.isnan()
-        error = reference.relative_error(
-            output.view.cpu()[written], cpu.view[written]
-        )
+        error = reference.relative_error(output.view.cpu()[written], cpu.view[written])
         if not error <= 2 * tolerance:
             raise WrongResultError(
                 f"the GPU's and the CPU's results differ by {error:.2g}, allowed "
@@ -712,7 +708,10 @@ def selftest(seed: int, time_limit_s: float, progress: Any) -> dict[str, Any]:
 def as_text(report: dict[str, Any]) -> list[str]:
     """The report as the command prints it."""
     if report.get("error"):
-        return [f"NO  {report['error']}", "nothing could run: see vllm-hybrid-w4a16 doctor"]
+        return [
+            f"NO  {report['error']}",
+            "nothing could run: see vllm-hybrid-w4a16 doctor",
+        ]
     groups = [Group(**{**g, "alone": tuple(g["alone"])}) for g in report["groups"]]
     lines = [group.line() for group in groups]
     failures = [group.failure for group in groups if group.failure is not None]

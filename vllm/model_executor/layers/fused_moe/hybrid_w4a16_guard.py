@@ -13,7 +13,7 @@ compiled, so that no request has to wait for it.
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import CheckpointPacking
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
         HybridW4A16MoEExperts,
     )
-    from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
-        HybridW4A16MoEMethod,
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
+        Int4MoEMethod,
     )
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 
 logger = init_logger(__name__)
 
@@ -54,35 +56,34 @@ _checked: set[tuple[object, ...]] = set()
 
 
 class Kept(NamedTuple):
-    """What one expert's tensors were before the conversion."""
+    """What one expert's tensors were before the conversion, by "w13" and "w2"."""
 
+    signature: tuple[object, ...]
     expert: int
     scales: dict[str, torch.Tensor]
-    """By "w13" and "w2": [N, K//G], as the format stores them, transposed if need be."""
+    """[N, K//G]."""
     zeros: dict[str, torch.Tensor | None]
-    """Zero points int32 [N, K//G], unpacked; ``None`` for 8 everywhere."""
+    """Zero points as stored; ``None`` for 8 everywhere."""
     rows: dict[str, torch.Tensor]
     """int64: rows of which the weights were kept, whole blocks of 8."""
     weights: dict[str, torch.Tensor]
     """Words of these rows as stored (N words of 8 rows, or K)."""
 
 
-def new_model() -> None:
-    """Check again: the layers to come belong to another model."""
-    _checked.clear()
-
-
-def keep(method: "HybridW4A16MoEMethod", layer: "RoutedExperts") -> Kept | None:
+def keep(method: "Int4MoEMethod", layer: "RoutedExperts") -> Kept | None:
     """Copies of a part of what is about to be converted, for ``check``.
 
     ``None`` where nothing will be checked: a layer like one that was checked, weights
     on the meta device, and while torch.compile or a graph capture looks on.
     """
-    if _signature(method, layer) in _checked or not _can_run(method, layer):
+    if oracle.begins_model(layer.layer_name):
+        _checked.clear()
+    signature = _signature(method, layer)
+    if signature in _checked or not _can_run(method, layer):
         return None
     packing = method.packing
     expert = layer.local_num_experts - 1
-    kept = Kept(expert, {}, {}, {}, {})
+    kept = Kept(signature, expert, {}, {}, {}, {})
     for name in ("w13", "w2"):
         stored = getattr(layer, f"{name}_{packing.scales}").data[expert]
         scales = reference.stored_scales(packing, stored)
@@ -99,7 +100,10 @@ def keep(method: "HybridW4A16MoEMethod", layer: "RoutedExperts") -> Kept | None:
 
 
 def check(
-    method: "HybridW4A16MoEMethod", layer: "RoutedExperts", kept: Kept | None
+    method: "Int4MoEMethod",
+    layer: "RoutedExperts",
+    kernel: "FusedMoEKernel",
+    kept: Kept | None,
 ) -> None:
     """Compare the layer with ``kept`` and its kernels with plain torch.
 
@@ -109,18 +113,18 @@ def check(
     if kept is None:
         return
     start = time.monotonic()
-    _checked.add(_signature(method, layer))
+    _checked.add(kept.signature)
     problem = _conversion_problem(method, layer, kept)
     compiled, compile_s = 0, 0.0
     if problem is None:
-        run = _KernelCheck(method, layer, kept.expert)
+        run = _KernelCheck(method, layer, kernel, kept.expert)
         problem = run.problem()
         compiled, compile_s = run.compiled, run.compile_s
     if problem is not None:
         raise RuntimeError(
-            f"layer {layer.layer_name}: {problem}. This would give wrong text. To serve "
-            f"without these kernels set {switch.NAME}=0; please report it with the "
-            "output of `vllm-hybrid-w4a16 selftest`."
+            f"layer {layer.layer_name}: {problem}. Text would be wrong. To serve "
+            f"without these kernels set {switch.NAME}=0; please report it with "
+            "the output of `vllm-hybrid-w4a16 selftest`."
         )
     if compiled:
         logger.info(
@@ -135,25 +139,21 @@ def check(
     )
 
 
-def _signature(
-    method: "HybridW4A16MoEMethod", layer: "RoutedExperts"
-) -> tuple[object, ...]:
+def _signature(method: "Int4MoEMethod", layer: "RoutedExperts") -> tuple[object, ...]:
     """Layers that agree in it run the same code on weights of the same form."""
     moe = method.moe
     return (
         method.packing.name,
-        method.group_size,
         method.symmetric,
         moe.in_dtype,
-        moe.hidden_dim,
-        moe.intermediate_size_per_partition,
         moe.experts_per_token,
-        layer.local_num_experts,
         layer.activation,
+        getattr(layer, f"w13_{method.packing.scales}").shape,
+        getattr(layer, f"w2_{method.packing.scales}").shape,
     )
 
 
-def _can_run(method: "HybridW4A16MoEMethod", layer: "RoutedExperts") -> bool:
+def _can_run(method: "Int4MoEMethod", layer: "RoutedExperts") -> bool:
     weights = getattr(layer, f"w13_{method.packing.qweight}")
     if weights.is_meta or weights.numel() == 0 or torch.compiler.is_compiling():
         return False
@@ -180,7 +180,7 @@ def _row_words(
 
 
 def _conversion_problem(
-    method: "HybridW4A16MoEMethod", layer: "RoutedExperts", kept: Kept
+    method: "Int4MoEMethod", layer: "RoutedExperts", kept: Kept
 ) -> str | None:
     """How the converted expert differs from what the checkpoint said, if it does."""
     packing = method.packing
@@ -226,12 +226,15 @@ class _KernelCheck:
     """The kernels on a few tokens that all pick the same two experts."""
 
     def __init__(
-        self, method: "HybridW4A16MoEMethod", layer: "RoutedExperts", expert: int
+        self,
+        method: "Int4MoEMethod",
+        layer: "RoutedExperts",
+        kernel: "FusedMoEKernel",
+        expert: int,
     ) -> None:
         packing = method.packing
-        self.layer, self.method = layer, method
-        assert method.moe_kernel is not None
-        self.kernel: HybridW4A16MoEExperts = method.moe_kernel.fused_experts
+        self.layer = layer
+        self.kernel = cast("HybridW4A16MoEExperts", kernel.fused_experts)
         self.w13, self.w2 = (
             (
                 getattr(layer, f"{name}_{packing.qweight}"),
@@ -242,7 +245,7 @@ class _KernelCheck:
         )
         scales = self.w13[1]
         self.device, self.dtype = scales.device, scales.dtype
-        self.group_size = method.group_size
+        self.group_size = self.kernel.group_size
         self.hidden = self.w13[0].shape[2] * 8
         self.inter = self.w2[0].shape[2] * 8
         self.top_k = method.moe.experts_per_token
@@ -333,9 +336,7 @@ class _KernelCheck:
             tokens *= 2
         return found
 
-    def _prefill(
-        self, tiles: tuning.PrefillTiles
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prefill(self, tiles: tuning.PrefillTiles) -> tuple[torch.Tensor, torch.Tensor]:
         from vllm.model_executor.layers.fused_moe.experts import (
             hybrid_w4a16_triton as prefill,
         )
@@ -389,7 +390,7 @@ class _KernelCheck:
             pairs = (local == expert).nonzero()[:, 0]
             rows_of = x[pairs // self.top_k]
             got = middle[pairs].float()
-            size = _rms(rows_of) * math.sqrt(self.hidden)
+            size = _rms(rows_of)
             for rows in self._chunks(self.inter, self.hidden):
                 gate, gate_norm = self._product(self.w13, expert, rows, rows_of)
                 up, up_norm = self._product(
@@ -398,9 +399,8 @@ class _KernelCheck:
                 want = reference.activate(gate, up, *self.activation)
                 name, alpha, beta, limit = self.activation
                 acted = reference.activate(gate, up * 0 + 1, name, alpha, 0.0, limit)
-                allowed = _rms(up + beta, 0) * (gate_norm * size / self.hidden**0.5)
-                allowed += _rms(acted, 0) * (up_norm * size / self.hidden**0.5)
-                allowed += _rms(want, 0)
+                allowed = _rms(up + beta, 0) * gate_norm * size
+                allowed += _rms(acted, 0) * up_norm * size + _rms(want, 0)
                 wrong = self._wrong(got[:, rows], want, allowed, rows, tokens)
                 if wrong is not None:
                     return f"gate_up ({how}), local expert {expert}, {wrong}"
@@ -445,8 +445,9 @@ class _KernelCheck:
         ratio = float(error[at] / allowed[at].clamp(min=1e-30))
         token = int((got[:, at] - want[:, at]).abs().nan_to_num(math.inf).argmax())
         return (
-            f"row {int(rows[at])} differs from plain torch: relative error {ratio:.2g}, "
-            f"allowed {TOLERANCE}; token {token} is {float(got[token, at]):.6g}, "
+            f"row {int(rows[at])} differs from plain torch: relative error "
+            f"{ratio:.2g}, allowed {TOLERANCE}; token {token} is "
+            f"{float(got[token, at]):.6g}, "
             f"expected {float(want[token, at]):.6g}"
         )
 
@@ -475,7 +476,7 @@ class _KernelCheck:
         assert words is not None and scales is not None
         zeros = None
         if zero_points is not None:
-            zeros = reference.packed_zero_points(zero_points)[rows]
+            zeros = reference.packed_zero_points(zero_points[rows[::8] // 8])
         q = reference.packed_weights(words[rows])
         w = reference.dequantize(q, scales[rows], zeros, torch.float32)
         return x @ w.T, w.norm(dim=1)

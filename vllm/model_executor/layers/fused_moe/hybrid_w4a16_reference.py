@@ -48,7 +48,7 @@ def stored_weights(packing: CheckpointPacking, words: torch.Tensor) -> torch.Ten
 
 
 def stored_zero_points(packing: CheckpointPacking, zeros: torch.Tensor) -> torch.Tensor:
-    """Zero points int32 [N, K//G] of one linear as the checkpoint format stores them."""
+    """Zero points int32 [N, K//G] of one linear as the format stores them."""
     rows = zeros.t() if packing.k_first else zeros
     stored = _nibbles(rows, _PLAIN if packing.words_along_k else _AWQ, 0)
     return (stored + packing.zero_offset) & 15

@@ -200,6 +200,11 @@ def new_model() -> None:
     _declined.clear()
 
 
+def begins_model(prefix: str) -> bool:
+    """Whether layer ``prefix`` is the first one of its model that becomes ready."""
+    return prefix in _accepted and not _ready
+
+
 def report_ready(prefix: str, padding_bytes: int) -> None:
     """Count the layer as ready to run; after a model's last one, log the summary.
 
