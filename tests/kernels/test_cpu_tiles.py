@@ -86,6 +86,7 @@ def program(tmp_path_factory):
     return folder / "tiles"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES)
 def test_random_tiles_are_right(program, table):
     if table != "portable" and platform.machine() != "x86_64":
