@@ -12,7 +12,7 @@ compiled, so that no request has to wait for it.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -41,12 +41,11 @@ logger = init_logger(__name__)
 # that are right reach 0.01 (bf16; int8 activations on some CPUs); one scale of 16 that
 # is wrong by half makes 0.1.
 TOLERANCE = 0.04
-# Rows of words of one expert that are kept from before the conversion: one block of 8
-# rows of KEPT_SHARE, so that the conversion's own peak stays below one expert.
-_KEPT_SHARE = 16
 # Weights of a matrix that are compared with per expert; rows are left out where there
 # are more (Mixtral's 58 million would take a second on a CPU).
-_MAX_WEIGHTS = 4 << 20
+_MAX_WEIGHTS = 2 << 20
+# Most weights to unpack at a time for checksums.
+_CHUNK_WEIGHTS = 1 << 18
 # A chunk of dequantized weights takes at most this part of an expert's bytes.
 _CHUNK_SHARE = 2
 _DECODE_TOKENS = (1, 3)
@@ -56,18 +55,17 @@ _checked: set[tuple[object, ...]] = set()
 
 
 class Kept(NamedTuple):
-    """What one expert's tensors were before the conversion, by "w13" and "w2"."""
+    """Checksums of one expert's tensors before the conversion, by "w13" and "w2".
+
+    Sums and not copies: the conversion may need a whole expert's room besides.
+    """
 
     signature: tuple[object, ...]
     expert: int
-    scales: dict[str, torch.Tensor]
-    """[N, K//G]."""
-    zeros: dict[str, torch.Tensor | None]
-    """Zero points as stored; ``None`` for 8 everywhere."""
     rows: dict[str, torch.Tensor]
-    """int64: rows of which the weights were kept, whole blocks of 8."""
-    weights: dict[str, torch.Tensor]
-    """Words of these rows as stored (N words of 8 rows, or K)."""
+    """int32 [N]: of a row's weights, scales and zero points together."""
+    totals: dict[str, dict[str, int]]
+    """Of all rows, for each of the three."""
 
 
 def keep(method: "Int4MoEMethod", layer: "RoutedExperts") -> Kept | None:
@@ -83,19 +81,34 @@ def keep(method: "Int4MoEMethod", layer: "RoutedExperts") -> Kept | None:
         return None
     packing = method.packing
     expert = layer.local_num_experts - 1
-    kept = Kept(signature, expert, {}, {}, {}, {})
+    kept = Kept(signature, expert, {}, {})
     for name in ("w13", "w2"):
-        stored = getattr(layer, f"{name}_{packing.scales}").data[expert]
-        scales = reference.stored_scales(packing, stored)
-        kept.scales[name] = scales.clone()
-        kept.zeros[name] = None
-        if not method.symmetric:
-            zeros = getattr(layer, f"{name}_{packing.zeros}").data[expert]
-            kept.zeros[name] = zeros.clone()
-        rows = _sampled_rows(scales.shape[0], _KEPT_SHARE, scales.device)
-        kept.rows[name] = rows
-        words = getattr(layer, f"{name}_{packing.qweight}").data[expert]
-        kept.weights[name] = _row_words(packing, words, rows)
+        words, scales, zeros = (
+            getattr(layer, f"{name}_{suffix}").data[expert]
+            if suffix != packing.zeros or not method.symmetric
+            else None
+            for suffix in (packing.qweight, packing.scales, packing.zeros)
+        )
+        scales = reference.stored_scales(packing, scales)
+
+        def parts(rows, words=words, scales=scales, zeros=zeros):
+            yield (
+                "weights",
+                reference.stored_weights(
+                    packing, _row_words(packing, words, rows, packing.words_along_k)
+                ),
+            )
+            yield "scales", scales[rows].view(torch.int16)
+            if zeros is not None:
+                yield (
+                    "zero points",
+                    reference.stored_zero_points(
+                        packing, _row_words(packing, zeros, rows, False)
+                    ),
+                )
+
+        k = _reduction(packing, words)
+        kept.rows[name], kept.totals[name] = _checksums(scales, k, parts)
     return kept
 
 
@@ -171,12 +184,53 @@ def _sampled_rows(rows: int, share: int, device: torch.device) -> torch.Tensor:
     return (picked[:, None] * 8 + torch.arange(8, device=device)).flatten()
 
 
+def _some_rows(rows: int, k: int, device: torch.device) -> torch.Tensor:
+    """All rows, or so many that they hold about ``_MAX_WEIGHTS``."""
+    share = -(-rows * k // _MAX_WEIGHTS)
+    if share <= 1:
+        return torch.arange(rows, device=device)
+    return _sampled_rows(rows, share, device)
+
+
 def _row_words(
-    packing: CheckpointPacking, words: torch.Tensor, rows: torch.Tensor
+    packing: CheckpointPacking, words: torch.Tensor, rows: torch.Tensor, along_k: bool
 ) -> torch.Tensor:
-    """A copy of stored words that hold ``rows``, whole blocks of 8."""
-    index = rows if packing.words_along_k else rows[::8] // 8
+    """Stored words that hold ``rows``, whole blocks of 8; ``along_k``: one row each."""
+    index = rows if along_k else rows[::8] // 8
     return words.index_select(1 if packing.k_first else 0, index)
+
+
+def _reduction(packing: CheckpointPacking, words: torch.Tensor) -> int:
+    """K of stored words."""
+    stored = words.shape[0 if packing.k_first else 1]
+    return 8 * stored if packing.words_along_k else stored
+
+
+def _checksums(
+    scales: torch.Tensor,
+    k: int,
+    parts: Callable[[torch.Tensor], Iterable[tuple[str, torch.Tensor]]],
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """Sums over integers times factors that depend on their place in the row; 0 for
+    rows that are left out.
+
+    ``parts(rows)`` yields names and values [len(rows), any].
+    """
+    count, device = scales.shape[0], scales.device
+    sums = torch.zeros(count, dtype=torch.int32, device=device)
+    totals: dict[str, int] = {}
+    step = max(8, _CHUNK_WEIGHTS // k // 8 * 8)
+    # the share of an expert that temporaries may take, 12 bytes per weight
+    step = min(step, max(8, count // 24 // 8 * 8))
+    place = torch.arange(k, dtype=torch.int32, device=device)
+    factors = (place * 40503).remainder_(32749).add_(1)
+    for rows in _some_rows(count, k, device).split(step):
+        for what, values in parts(rows):
+            part = (values * factors[: values.shape[1]]).sum(1, dtype=torch.int64)
+            part.remainder_(2**31 - 1)
+            totals[what] = totals.get(what, 0) + int(part.sum())
+            sums[rows] ^= part.to(torch.int32)
+    return sums, totals
 
 
 def _conversion_problem(
@@ -185,41 +239,43 @@ def _conversion_problem(
     """How the converted expert differs from what the checkpoint said, if it does."""
     packing = method.packing
     for name in ("w13", "w2"):
-        rows = kept.rows[name]
         words = getattr(layer, f"{name}_{packing.qweight}")[kept.expert]
         scales = getattr(layer, f"{name}_{packing.scales}")[kept.expert]
-        stored_zeros = kept.zeros[name]
-        comparisons = [
-            (
-                "weights",
-                reference.stored_weights(packing, kept.weights[name]),
-                reference.packed_weights(words[rows]),
-                rows,
-            ),
-            ("scales", kept.scales[name], scales, None),
-        ]
-        if stored_zeros is not None:
-            packed = getattr(layer, f"{name}_{packing.zeros}")[kept.expert]
-            comparisons.append(
-                (
+        zeros = None
+        if not method.symmetric:
+            zeros = getattr(layer, f"{name}_{packing.zeros}")[kept.expert]
+
+        def parts(rows, words=words, scales=scales, zeros=zeros):
+            yield "weights", reference.packed_weights(words[rows])
+            yield "scales", scales[rows].view(torch.int16)
+            if zeros is not None:
+                yield (
                     "zero points",
-                    reference.stored_zero_points(packing, stored_zeros),
-                    reference.packed_zero_points(packed),
-                    None,
+                    reference.packed_zero_points(zeros[rows[::8] // 8]),
                 )
-            )
-        for what, expected, got, index in comparisons:
-            if torch.equal(expected, got):
-                continue
-            row, column = (expected != got).nonzero()[0].tolist()
-            at = row if index is None else int(index[row])
+
+        sums, totals = _checksums(scales, words.shape[1] * 8, parts)
+        before = kept.totals[name]
+        wrong = [what for what, total in totals.items() if total != before[what]]
+        if wrong or not torch.equal(sums, kept.rows[name]):
+            rows = (sums != kept.rows[name]).nonzero()[:, 0].tolist()
             return (
-                f"the conversion of the {what} of {name} is wrong: local expert "
-                f"{kept.expert}, row {at}, column {column} is "
-                f"{got[row, column].item():g}, the checkpoint's {packing.name} tensor "
-                f"says {expected[row, column].item():g}"
+                f"the conversion of the {' and '.join(wrong or ['tensors'])} of {name} "
+                f"from {packing.name} is wrong: local expert {kept.expert}, "
+                f"{len(rows)} of {len(sums)} rows, row {rows[0]} first"
             )
     return None
+
+
+class _Run(NamedTuple):
+    """One call of the kernels on the first ``tokens`` tokens."""
+
+    how: str
+    tokens: int
+    middle: torch.Tensor
+    """[M * top_k, I]: what gate_up wrote."""
+    out: torch.Tensor
+    """[M, H]"""
 
 
 class _KernelCheck:
@@ -278,21 +334,13 @@ class _KernelCheck:
         return 0 if self.kernel.prefill_from is None else _PREFILL_TOKENS
 
     def problem(self) -> str | None:
-        for tokens in _DECODE_TOKENS:
-            middle, out = self._decode(tokens)
-            problem = self._compare(tokens, middle, out, f"decode, {tokens} tokens")
-            if problem is not None:
-                return problem
+        """What differs from plain torch, the first of it; ``None``: nothing."""
+        runs = [self._decode(tokens) for tokens in _DECODE_TOKENS]
         if self.kernel.prefill_from is not None:
-            for tiles in self._tiles():
-                middle, out = self._prefill(tiles)
-                tokens = self._prefill_tokens()
-                problem = self._compare(tokens, middle, out, f"prefill, {tiles}")
-                if problem is not None:
-                    return problem
-        return None
+            runs += [self._prefill(tiles) for tiles in self._tiles()]
+        return self._gate_up_problem(runs) or self._down_problem(runs)
 
-    def _decode(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode(self, tokens: int) -> _Run:
         nan = float("nan")
         middle = self.x.new_full((tokens * self.top_k, self.inter), nan)
         out = self.x.new_full((tokens, self.hidden), nan)
@@ -317,7 +365,7 @@ class _KernelCheck:
         ops.fused_moe_wvSplitK_int4_down(
             middle, w2, s2, out, ids, weights, cu_count, group, z2, self.expert_map
         )
-        return middle, out
+        return _Run(f"decode, {tokens} tokens", tokens, middle, out)
 
     def _tiles(self) -> list[tuning.PrefillTiles]:
         """Of every number of tokens that the model can get at once."""
@@ -336,7 +384,7 @@ class _KernelCheck:
             tokens *= 2
         return found
 
-    def _prefill(self, tiles: tuning.PrefillTiles) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prefill(self, tiles: tuning.PrefillTiles) -> _Run:
         from vllm.model_executor.layers.fused_moe.experts import (
             hybrid_w4a16_triton as prefill,
         )
@@ -379,51 +427,68 @@ class _KernelCheck:
         middle = workspace.middle.index_select(1, place)
         self.compiled += 2
         self.compile_s += time.monotonic() - start
-        return middle, out
+        return _Run(f"prefill, {tiles}", tokens, middle, out)
 
-    def _compare(
-        self, tokens: int, middle: torch.Tensor, out: torch.Tensor, how: str
-    ) -> str | None:
-        """gate_up's output against ``x``, down's against gate_up's."""
-        x, local = self.x[:tokens].float(), self.local[:tokens].flatten()
+    def _gate_up_problem(self, runs: list[_Run]) -> str | None:
+        most = max(run.tokens for run in runs)
+        x, local = self.x[:most].float(), self.local[:most].flatten()
+        name, alpha, beta, limit = self.activation
         for expert in self.experts:
             pairs = (local == expert).nonzero()[:, 0]
-            rows_of = x[pairs // self.top_k]
-            got = middle[pairs].float()
-            size = _rms(rows_of)
+            if not len(pairs):
+                continue
+            inputs = x[pairs // self.top_k]
+            size = _rms(inputs)
             for rows in self._chunks(self.inter, self.hidden):
-                gate, gate_norm = self._product(self.w13, expert, rows, rows_of)
-                up, up_norm = self._product(
-                    self.w13, expert, rows + self.inter, rows_of
-                )
+                gate, gate_norm = self._product(self.w13, expert, rows, inputs)
+                up_rows = rows + self.inter
+                up, up_norm = self._product(self.w13, expert, up_rows, inputs)
                 want = reference.activate(gate, up, *self.activation)
-                name, alpha, beta, limit = self.activation
-                acted = reference.activate(gate, up * 0 + 1, name, alpha, 0.0, limit)
-                allowed = _rms(up + beta, 0) * gate_norm * size
-                allowed += _rms(acted, 0) * up_norm * size + _rms(want, 0)
-                wrong = self._wrong(got[:, rows], want, allowed, rows, tokens)
-                if wrong is not None:
-                    return f"gate_up ({how}), local expert {expert}, {wrong}"
-        slots = middle.view(tokens, self.top_k, self.inter).float()
-        factors = self.weights[:tokens].float()
-        mixed = {
-            expert: torch.einsum(
-                "mti,mt->mi",
-                slots,
-                factors * (self.local[:tokens] == expert),
-            )
-            for expert in self.experts
-        }
-        for rows in self._chunks(self.hidden, self.inter):
-            want = x.new_zeros(tokens, len(rows))
-            allowed = x.new_zeros(len(rows))
+                acted = reference.activate(
+                    gate, torch.ones_like(up), name, alpha, 0.0, limit
+                )
+                # what errors in gate and up come to in their product
+                gate_size, up_size = gate_norm * size, up_norm * size
+                allowed = (_rms(up + beta, 0) + TOLERANCE * up_size) * gate_size
+                allowed += _rms(acted, 0) * up_size + _rms(want, 0)
+                for run in runs:
+                    mine = pairs < run.tokens * self.top_k
+                    if not bool(mine.any()):
+                        continue
+                    got = run.middle[pairs[mine]][:, rows].float()
+                    wrong = self._wrong(got, want[mine], allowed, rows)
+                    if wrong is not None:
+                        return f"gate_up ({run.how}), local expert {expert}, {wrong}"
+        return None
+
+    def _down_problem(self, runs: list[_Run]) -> str | None:
+        """Of each run by what its own gate_up wrote."""
+        mixed = {expert: [] for expert in self.experts}
+        for run in runs:
+            slots = run.middle.view(run.tokens, self.top_k, self.inter).float()
             for expert in self.experts:
-                part, norm = self._product(self.w2, expert, rows, mixed[expert])
+                factors = self.weights[: run.tokens] * (
+                    self.local[: run.tokens] == expert
+                )
+                mixed[expert].append(torch.einsum("mti,mt->mi", slots, factors))
+        inputs = {expert: torch.cat(parts) for expert, parts in mixed.items()}
+        got = torch.cat([run.out for run in runs])
+        ends = [run.tokens for run in runs]
+        for rows in self._chunks(self.hidden, self.inter):
+            want = torch.zeros(len(got), len(rows), device=self.device)
+            sizes = torch.zeros(len(got), len(rows), device=self.device)
+            for expert in self.experts:
+                part, norm = self._product(self.w2, expert, rows, inputs[expert])
                 want += part
-                allowed += _rms(part, 0) + norm * _rms(mixed[expert])
-            wrong = self._wrong(out[:, rows].float(), want, allowed, rows, tokens)
-            if wrong is not None:
-                return f"down ({how}), {wrong}"
+                sizes += part.abs() + norm * _rms(inputs[expert], 1)[:, None]
+            for run, mine, expected, size in zip(
+                runs, got.split(ends), want.split(ends), sizes.split(ends), strict=True
+            ):
+                wrong = self._wrong(
+                    mine[:, rows].float(), expected, _rms(size, 0), rows
+                )
+                if wrong is not None:
+                    return f"down ({run.how}), {wrong}"
         return None
 
     def _wrong(
@@ -432,7 +497,6 @@ class _KernelCheck:
         want: torch.Tensor,
         allowed: torch.Tensor,
         rows: torch.Tensor,
-        tokens: int,
     ) -> str | None:
         """The first row whose error is larger than ``TOLERANCE * allowed``."""
         limit = torch.finfo(self.dtype).max
@@ -453,15 +517,10 @@ class _KernelCheck:
 
     def _chunks(self, rows: int, k: int) -> Iterator[torch.Tensor]:
         """Rows to compare, so many at a time that temporaries stay small."""
-        share = max(1, -(-rows * k // _MAX_WEIGHTS))
-        every = (
-            torch.arange(rows, device=self.device)
-            if share == 1
-            else _sampled_rows(rows, share, self.device)
-        )
+        every = _some_rows(rows, k, self.device)
         expert_bytes = 3 * self.hidden * self.inter // 2
-        # three temporaries of 4 bytes each per weight, of gate and up
-        count = max(8, expert_bytes // _CHUNK_SHARE // (24 * k) // 8 * 8)
+        # two temporaries of 4 bytes each per weight
+        count = max(8, expert_bytes // _CHUNK_SHARE // (8 * k) // 8 * 8)
         return iter(every.split(count))
 
     def _product(
@@ -471,15 +530,20 @@ class _KernelCheck:
         rows: torch.Tensor,
         x: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [M, K] times ``rows`` of the expert, fp32 [M, rows]; norms of the rows."""
+        """x [M, K] times ``rows`` of the expert, fp32 [M, rows]; norms of the rows.
+
+        A row's norm is at least that of weights one step from zero.
+        """
         words, scales, zero_points = (None if t is None else t[expert] for t in matrix)
         assert words is not None and scales is not None
         zeros = None
         if zero_points is not None:
             zeros = reference.packed_zero_points(zero_points[rows[::8] // 8])
-        q = reference.packed_weights(words[rows])
-        w = reference.dequantize(q, scales[rows], zeros, torch.float32)
-        return x @ w.T, w.norm(dim=1)
+        w = reference.dequantize(
+            reference.packed_weights(words[rows]), scales[rows], zeros, torch.float32
+        )
+        step = scales[rows].float().norm(dim=1) * self.group_size**0.5
+        return x @ w.T, torch.maximum(w.norm(dim=1), step)
 
 
 def _rms(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:

@@ -25,8 +25,9 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 def _nibbles(words: torch.Tensor, shifts: tuple[int, ...], dim: int) -> torch.Tensor:
     """0..15 as int32, eight times as many along ``dim`` as there are words."""
     shift = torch.tensor(shifts, dtype=torch.int32, device=words.device)
-    last = words.movedim(dim, -1).unsqueeze(-1)
-    return ((last >> shift) & 15).flatten(-2).movedim(-1, dim)
+    # in place: 4 bytes per nibble are enough
+    nibbles = (words.movedim(dim, -1).unsqueeze(-1) >> shift).bitwise_and_(15)
+    return nibbles.flatten(-2).movedim(-1, dim)
 
 
 def packed_weights(words: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,8 @@ def dequantize(
     groups = scales.shape[-1]
     blocks = q.unflatten(-1, (groups, q.shape[-1] // groups))
     zero = 8 if zero_points is None else zero_points.unsqueeze(-1)
-    return ((blocks - zero).to(dtype) * scales.to(dtype).unsqueeze(-1)).flatten(-2)
+    weights = blocks.to(dtype).sub_(zero)
+    return weights.mul_(scales.to(dtype).unsqueeze(-1)).flatten(-2)
 
 
 def dequantize_packed(
