@@ -46,7 +46,7 @@ class PrefillCall:
         self.w2 = prefill.Int4Matrix(*self.layer.w2, group)
         self.sizes = (*self.ids.shape, self.shape.hidden, self.shape.intermediate)
         elements = prefill.Workspace.elements(*self.sizes)
-        buffer = torch.empty(elements, dtype=self.x.dtype, device=self.x.device)
+        buffer = torch.zeros(elements, dtype=self.x.dtype, device=self.x.device)
         self.workspace = prefill.Workspace.split(buffer, *self.sizes)
 
     def blocks(self):
@@ -58,6 +58,29 @@ class PrefillCall:
                 self.expert_map,
             )
         )
+
+    def launch(self, op: str, blocks) -> None:
+        """One of the two GEMMs, "gate_up" or "down", on what the workspace holds."""
+        prefill, space = self.prefill, self.workspace
+        if op == "gate_up":
+            prefill.gate_up(
+                space.planes,
+                self.w13,
+                space.middle,
+                blocks,
+                self.shape.top_k,
+                prefill.Activation(*SILU),
+                self.tiles.gate_up,
+            )
+        else:
+            prefill.down(
+                space.middle,
+                self.w2,
+                space.down_out,
+                blocks,
+                self.weights,
+                self.tiles.down,
+            )
 
     def run(self, out: torch.Tensor, activation: tuple = SILU) -> None:
         """The whole call, out [M, H]."""

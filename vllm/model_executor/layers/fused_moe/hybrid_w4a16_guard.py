@@ -311,7 +311,7 @@ class _KernelCheck:
         )
         self.compiled, self.compile_s = 0, 0.0
         generator = torch.Generator().manual_seed(0)
-        tokens = max(*_DECODE_TOKENS, self._prefill_tokens())
+        tokens = max(*self._decode_tokens(), self._prefill_tokens())
         x = torch.randn(tokens, self.hidden, generator=generator)
         self.x = x.to(self.dtype).to(self.device)
         # slots take turns; the second expert comes first in every other token
@@ -335,12 +335,32 @@ class _KernelCheck:
 
     def problem(self) -> str | None:
         """What differs from plain torch, the first of it; ``None``: nothing."""
-        runs = [self._decode(tokens) for tokens in _DECODE_TOKENS]
+        try:
+            runs = [self._decode(tokens) for tokens in self._decode_tokens()]
+        except RuntimeError as error:
+            if self.kernel.tuned is None or ": plan:" not in str(error):
+                raise
+            logger.warning(
+                "HybridW4A16 MoE: the tuning table's launch plans for %s do not fit "
+                "this layer and are not used: %s",
+                self.kernel.tuned.shape,
+                str(error).splitlines()[0],
+            )
+            self.kernel.tuned.decode.clear()
+            runs = [self._decode(tokens) for tokens in self._decode_tokens()]
         if self.kernel.prefill_from is not None:
             runs += [self._prefill(tiles) for tiles in self._tiles()]
         return self._gate_up_problem(runs) or self._down_problem(runs)
 
+    def _decode_tokens(self) -> list[int]:
+        """A few, and every number that the tuning table has plans for."""
+        planned = self.kernel.tuned.decode if self.kernel.tuned is not None else {}
+        return sorted({*_DECODE_TOKENS, *planned})
+
     def _decode(self, tokens: int) -> _Run:
+        plans = (None, None)
+        if self.kernel.tuned is not None:
+            plans = self.kernel.tuned.decode_plans(tokens)
         nan = float("nan")
         middle = self.x.new_full((tokens * self.top_k, self.inter), nan)
         out = self.x.new_full((tokens, self.hidden), nan)
@@ -361,24 +381,29 @@ class _KernelCheck:
             z13,
             self.expert_map,
             *arguments,
+            plan=plans[0],
         )
         ops.fused_moe_wvSplitK_int4_down(
-            middle, w2, s2, out, ids, weights, cu_count, group, z2, self.expert_map
+            middle,
+            w2,
+            s2,
+            out,
+            ids,
+            weights,
+            cu_count,
+            group,
+            z2,
+            self.expert_map,
+            plan=plans[1],
         )
         return _Run(f"decode, {tokens} tokens", tokens, middle, out)
 
     def _tiles(self) -> list[tuning.PrefillTiles]:
         """Of every number of tokens that the model can get at once."""
-        assert self.kernel.prefill_from is not None and self.kernel.tuning is not None
+        assert self.kernel.prefill_from is not None and self.kernel.tuned is not None
         tokens, found = self.kernel.prefill_from, []
         while tokens <= 1 << 17:
-            tiles = tuning.prefill_tiles(
-                self.kernel.tuning,
-                tokens * self.top_k,
-                self.layer.global_num_experts,
-                self.hidden,
-                self.inter,
-            )
+            tiles = self.kernel.tuned.prefill_tiles(tokens * self.top_k)
             if tiles not in found:
                 found.append(tiles)
             tokens *= 2

@@ -220,6 +220,8 @@ def report_ready(prefix: str, padding_bytes: int) -> None:
     _ready[prefix] = padding_bytes
     if not _accepted <= _ready.keys():
         return
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+
     family = device_family()
     assert isinstance(family, DeviceFamily)
     logger.info(
@@ -230,6 +232,9 @@ def report_ready(prefix: str, padding_bytes: int) -> None:
         family.prefill,
         len(_declined),
     )
+    tuned = tuning.used_text()
+    if tuned is not None:
+        logger.info("HybridW4A16 MoE: %s", tuned)
     padding = sum(_ready.values())
     if padding:
         logger.info("HybridW4A16 MoE: %.1f MiB of padded rows", padding / 2**20)
