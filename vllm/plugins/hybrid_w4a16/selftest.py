@@ -49,6 +49,13 @@ ACTIVATIONS: tuple[tuple[str, float, float, float | None], ...] = (
     ("gelu_tanh", 1.0, 0.0, None),
     ("swigluoai", 1.702, 1.0, 1.5),
 )
+# Launch plans that bring every kernel to run, whatever the rule would choose. Those
+# that the device has no kernel for are refused by the op.
+PLANS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "gate_up": ((0, 4, 0, 0), (1, 4, 0, 0), (2, 4, 8, 1), (2, 4, 16, 2)),
+    "down": ((0, 4, 2, 0), (1, 4, 2, 0), (2, 4, 2, 8), (2, 4, 2, 16)),
+    "gemm": (),
+}
 PACKINGS = (packing.GPTQ_V1, packing.GPTQ_V2, packing.AWQ, packing.PACK_QUANTIZED)
 
 
@@ -272,8 +279,9 @@ Launch = Callable[[Case, torch.Tensor, int, int], None]
 class DecodeOps:
     """The three ops on one device, on any run of a case's tokens."""
 
-    def __init__(self, cu_count: int) -> None:
+    def __init__(self, cu_count: int, plan: tuple[int, ...] | None = None) -> None:
         self.cu_count = cu_count
+        self.plan = {} if plan is None else {"plan": plan}
 
     def gate_up(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
         from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
@@ -293,6 +301,7 @@ class DecodeOps:
             zeros,
             case.expert_map,
             *arguments,
+            **self.plan,
         )
 
     def down(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
@@ -312,6 +321,7 @@ class DecodeOps:
             case.shape.group_size,
             zeros,
             case.expert_map,
+            **self.plan,
         )
 
     def gemm(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
@@ -417,6 +427,7 @@ class Selftest:
             self._in_group(f"repacking {format.name}", lambda g, f=format: repack(g, f))
         pool = None
         plan = self.prefill_plan()
+        formats = [shape for shape in self.shapes() if shape.hidden == SIZES[0][2]]
         if plan and self.device != "cpu":
             from vllm.plugins.hybrid_w4a16 import prefill_kernels
 
@@ -427,17 +438,19 @@ class Selftest:
                 if self.seconds_left() > 0:
                     case = Case.make(shape, number, self.seed)
                 self._decode(case)
-            for number, (shape, tiles) in enumerate(plan):
-                self._in_group(
-                    "prefill",
-                    lambda g, n=number, s=shape, t=tiles: self._prefill(
-                        g, n, s, t, pool
-                    ),
-                )
+                if number + 1 == len(formats):  # before any kernel runs twice
+                    self._prefill_all(plan, pool)
         finally:
             if pool is not None:
                 pool.close()
         return list(self.groups.values())
+
+    def _prefill_all(self, plan: list[tuple[LayerShape, Any]], pool: Any) -> None:
+        for number, (shape, tiles) in enumerate(plan):
+            self._in_group(
+                "prefill",
+                lambda g, n=number, s=shape, t=tiles: self._prefill(g, n, s, t, pool),
+            )
 
     def seconds_left(self) -> float:
         return self.time_limit_s - (time.monotonic() - self.start)
@@ -475,15 +488,28 @@ class Selftest:
         shape, tolerance = case.shape, reference.TOLERANCE[case.shape.dtype]
         columns = case.expected[op].shape[1]
         kernel = kernel_name(op, shape)
-        for tokens in TOKENS:
-            where = f"{kernel}, {tokens} tokens, {shape}"
-            output = Poisoned(case.rows(op, tokens), columns, shape.dtype, self.device)
-            with at(where):
-                launch(here, output.view, 0, tokens)
-                error = output.check(case.expect(op, tokens), tolerance)
-                if self.device != "cpu":
-                    self._compare_with_cpu(op, case, tokens, output, tolerance)
-                group.note(error, tolerance, f"{kernel}, {tokens} tokens")
+        plans = PLANS[op] if self.device != "cpu" else ()
+        for plan in (None, *plans):
+            launch = getattr(DecodeOps(self.family.cu_count, plan), op)
+            named = kernel if plan is None else f"{kernel}, plan {list(plan)}"
+            for tokens in TOKENS:
+                where = f"{named}, {tokens} tokens, {shape}"
+                rows = case.rows(op, tokens)
+                output = Poisoned(rows, columns, shape.dtype, self.device)
+                with at(where):
+                    try:
+                        launch(here, output.view, 0, tokens)
+                    except RuntimeError as error:
+                        if plan is not None and ": plan:" in str(error):
+                            continue
+                        raise
+                    off = output.check(case.expect(op, tokens), tolerance)
+                    if self.device != "cpu":
+                        self._compare_with_cpu(op, case, tokens, output, tolerance)
+                    group.note(off, tolerance, f"{named}, {tokens} tokens")
+            if plan is not None and group.failure is None:
+                self._repeat_if_taken(launch, here, op, f"{named}, {shape}")
+        launch = getattr(self.ops, op)
         tokens = 3
         with at(f"{kernel}, {tokens} tokens, {shape}"):
             self._repeat(launch, here, op, tokens)
@@ -493,6 +519,14 @@ class Selftest:
             for first in range(8):
                 same += self._same_alone(launch, here, op, first, 8)
             group.alone = same, rows + 8
+
+    def _repeat_if_taken(self, launch: Launch, here: Case, op: str, where: str) -> None:
+        with at(where):
+            try:
+                self._repeat(launch, here, op, 3)
+            except RuntimeError as error:
+                if ": plan:" not in str(error):
+                    raise
 
     def _compare_with_cpu(
         self, op: str, case: Case, tokens: int, output: Poisoned, tolerance: float

@@ -658,7 +658,7 @@ def parse_shape(text: str, dtype: str) -> MoEShape:
     return MoEShape(experts, top_k, hidden, inter, group, dtype)
 
 
-def shapes_of(args: argparse.Namespace) -> list[MoEShape]:
+def shapes_of(args: argparse.Namespace, family: Any) -> list[MoEShape]:
     """Of ``--shape`` and of the checkpoints' hybrid layers, each once.
 
     Raises ``ValueError``, also for a checkpoint that cannot be read.
@@ -670,7 +670,7 @@ def shapes_of(args: argparse.Namespace) -> list[MoEShape]:
     for name in args.checkpoint:
         checkpoint = read_checkpoint(name)
         dtype = explain_layers.activation_dtype(checkpoint)
-        for layer in explain_layers.expert_layers(checkpoint, args.tp):
+        for layer in explain_layers.expert_layers(checkpoint, args.tp, family):
             if layer.bits == 4 and layer.group_size is not None:
                 shapes.append(
                     MoEShape(
@@ -690,13 +690,13 @@ def run(args: argparse.Namespace) -> int:
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
 
     switch.register()
+    family = devices.device_family()
     try:
         with suppress_logging(logging.CRITICAL):
-            shapes = shapes_of(args)
+            shapes = shapes_of(args, family)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    family = devices.device_family()
     if isinstance(family, str):
         print(f"error: {family}", file=sys.stderr)
         return 1
