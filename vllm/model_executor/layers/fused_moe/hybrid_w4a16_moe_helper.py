@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_guard
 from vllm.model_executor.layers.fused_moe.all2all_utils import (
     maybe_make_prepare_finalize,
 )
@@ -69,14 +70,18 @@ def setup_hybrid_w4a16_moe(
     checkpoint that calls itself symmetric stores a zero point other than 8, a scale is
     not finite in the activation dtype, or all scales of a projection are zero. The
     layer is then unchanged.
+    ``RuntimeError`` when the result of the conversion or of the kernels is wrong
+    (``hybrid_w4a16_guard``).
     """
     packing = method.packing
     names = ("w13", "w2")
+    kept = None
     if not is_packed(getattr(layer, f"w13_{packing.qweight}")):
         for name in names:
             _verify_scales(layer, f"{name}_{packing.scales}", packing)
             if method.symmetric and packing.symmetric_zeros:
                 _verify_symmetric(layer, f"{name}_{packing.zeros}", packing)
+        kept = hybrid_w4a16_guard.keep(method, layer)
         for name in names:
             zeros, shape = f"{name}_{packing.zeros}", f"{name}_{packing.weight_shape}"
             if packing.weight_shape is not None:
@@ -88,7 +93,9 @@ def setup_hybrid_w4a16_moe(
             if packing.k_first:
                 _convert(layer, f"{name}_{packing.scales}", transposed_copy)
             _convert(layer, f"{name}_{packing.qweight}", packing.to_exllama)
-    return make_kernel(method, layer)
+    kernel = make_kernel(method, layer)
+    hybrid_w4a16_guard.check(method, layer, kernel, kept)
+    return kernel
 
 
 def is_packed(weight: torch.Tensor) -> bool:
