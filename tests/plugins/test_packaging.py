@@ -17,13 +17,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from dataclasses import dataclass
 from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from tools import overlay_target
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops

@@ -6,7 +6,7 @@
 [SOURCE ...]``
 
 --mma: kernels use matrix instructions, as on NVIDIA; else they do not, as on gfx11.
---flag: one more flag of the compiler. --objects: print the objects' paths, link nothing.
+--flag: one more flag of the compiler. --objects: print the objects' paths, do not link.
 Without SOURCE: the kernel sources of csrc/rocm and runner.cpp. With SOURCE: only those.
 scheduler.cpp is always in. Objects and programs are cached by the hash of the compiler,
 its flags and the preprocessed source, so a second call costs a second.
