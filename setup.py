@@ -9,7 +9,7 @@ holds only a .pth file that names this checkout; the op library is put into it.
 Environment variables:
     HYBRID_W4A16_SKIP_VLLM_CHECK=1   build without a supported vLLM at hand
     HYBRID_W4A16_PREBUILT=FILE       use this op library instead of building one
-    HYBRID_W4A16_GPU=hip|cuda|none   GPU kernels to build; default: those of torch's kind
+    HYBRID_W4A16_GPU=hip|cuda|none   GPU kernels to build; default: torch's kind
     HYBRID_W4A16_GPU_ARCHS=...       GPU architectures, such as "gfx1151" or "sm_90"
     HYBRID_W4A16_CLANG=FILE          the clang++ that compiles for AMD GPUs
     MAX_JOBS=N                       parallel compile jobs (default: all processors)

@@ -5,7 +5,9 @@
 // linked into. Implementations register themselves per dispatch key: csrc/cpu, csrc/rocm. Argument
 // by argument documentation: vllm/model_executor/layers/fused_moe/hybrid_w4a16_ops.py.
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/core/ScalarType.h>
 
+#include <stdexcept>
 #include <string>
 
 #if defined(HYBRID_W4A16_CPU)
@@ -30,13 +32,42 @@ std::string build_info() {
   return info;
 }
 
+std::string refusal(std::string arch) {
+#if defined(HYBRID_W4A16_CPU)
+  if (arch == "cpu") return "";
+#endif
+#if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
+  return moe_int4::gpu::refusal(arch);
+#else
+  return "hybrid_w4a16 holds no kernels for " + arch + "; it was built for the CPU";
+#endif
+}
+
 #if defined(HYBRID_W4A16_CPU)
 std::string cpu_isa(std::string isa) { return moe_int4::cpu::select_isa(isa); }
+
+std::string cpu_kernels(int64_t group_size, torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  const auto fail = [](const std::string& what) {
+    throw std::runtime_error("hybrid_w4a16_cpu_kernels: " + what);
+  };
+  if (group_size != 32 && group_size != 64 && group_size != 128) {
+    fail("group_size: expected 32, 64 or 128, got " + std::to_string(group_size));
+  }
+  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) {
+    fail(std::string("dtype: expected Half or BFloat16, got ") +
+         torch::headeronly::toString(dtype));
+  }
+  return moe_int4::cpu::kernels_by_rows(
+      static_cast<int32_t>(group_size),
+      dtype == ScalarType::Half ? moe_int4::DType::kHalf : moe_int4::DType::kBFloat16);
+}
 #endif
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
+  // Not used by the MoE layer, which runs gate_up and down; users of the first release call it.
   m.def(
       "fused_moe_wvSplitK_int4_gemm(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor expert_ids, int block_size_m, int cu_count, int group_size, "
@@ -51,16 +82,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
       "Tensor? zero_points=None, Tensor? expert_map=None, int[]? plan=None) -> ()");
   m.def("hybrid_w4a16_build_info() -> str");
+  // Whether the library has kernels for "cpu", "gfx1151", "sm_90": an empty string, or else a
+  // sentence that names what it was built for.
+  m.def("hybrid_w4a16_refusal(str arch) -> str");
 #if defined(HYBRID_W4A16_CPU)
   // For tests and benchmarks: puts an instruction set in force on the CPU ("": the best one) and
   // returns its name.
   m.def("hybrid_w4a16_cpu_isa(str isa) -> str");
+  // The kernels that run under the instruction set in force, a line each: its name and from how
+  // many rows of an expert on it runs.
+  m.def("hybrid_w4a16_cpu_kernels(int group_size, ScalarType dtype) -> str");
 #endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
   m.impl("hybrid_w4a16_build_info", TORCH_BOX(&build_info));
+  m.impl("hybrid_w4a16_refusal", TORCH_BOX(&refusal));
 #if defined(HYBRID_W4A16_CPU)
   m.impl("hybrid_w4a16_cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("hybrid_w4a16_cpu_kernels", TORCH_BOX(&cpu_kernels));
 #endif
 }

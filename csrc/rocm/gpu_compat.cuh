@@ -14,6 +14,7 @@
 //                            it from the macro GPU_HOST_MMA (0 or 1), so that tests run both.
 //   kHasAsyncCopy            constexpr bool: copies to LDS run in the background. The host takes
 //                            it from the same macro.
+// CUDA has neither with HYBRID_W4A16_AMD_PATH: a build for tests, which runs what AMD runs.
 //
 //   per lane, no cooperation:
 //   int lane()               0..31
@@ -23,6 +24,12 @@
 //                            uninitialised (the host poisons it)
 //   int uniform(int v)       v, which is the same in all lanes; may move it to a scalar register
 //   void settle(T*& p)       hint: p is worked out here rather than where it is used
+//   void keep_arguments(args...)  hint: the kernel's arguments are read here, all in one go, and
+//                            kept, rather than each where it is used
+//   void order_requests()    hint: loads written before it are requested before those after it
+//   void arrived(T& v)       hint: nothing is computed from v, which was loaded, before here
+//   int load_uniform(p)      the int at p in global memory, p the same in all lanes; nothing in the
+//                            grid writes it
 //   U32x4 load_weights(p)    16 bytes from global memory, 16-byte aligned, read once (non-temporal)
 //   U32x4 load_16(p)         16 bytes from global memory or LDS, 16-byte aligned, cached
 //   U32x4 load_16_any(p)     the same, 2-byte aligned
@@ -53,6 +60,8 @@
 //   uint32_t wave_ballot(bool)       bit i: lane i's argument
 //   T shuffle_xor<Mask>(T v)         value of lane() ^ Mask, Mask 1, 2, 4, 8, 16; T int or float
 //   T shuffle(T v, int from)         value of lane `from`
+//   T from_lane(T v, int from)       the same where all lanes ask for one lane; may leave it in a
+//                                    scalar register
 //   T shuffle_in_quad(T v, int from) value of lane lane() / 4 * 4 + from % 4
 //   void wave_barrier()              LDS written before by any lane of the wave is seen after by
 //                                    all of them, and reads before come first
@@ -91,6 +100,12 @@
 namespace gpu {
 
 constexpr int kWaveSize = 32;
+
+#if defined(HYBRID_W4A16_AMD_PATH)
+constexpr bool kAmdPath = true;
+#else
+constexpr bool kAmdPath = false;
+#endif
 
 struct Half {};  // tags: the 16-bit types are bit containers, uint16_t and uint32_t (a pair)
 struct BFloat16 {};
@@ -139,8 +154,8 @@ struct LaunchShape {
 
 namespace gpu {
 
-constexpr bool kHasMma = true;
-constexpr bool kHasAsyncCopy = true;
+constexpr bool kHasMma = !kAmdPath;
+constexpr bool kHasAsyncCopy = !kAmdPath;
 
 GPU_DEVICE int lane() { return threadIdx.x & (kWaveSize - 1); }
 GPU_DEVICE int wave() { return threadIdx.x / kWaveSize; }
@@ -156,7 +171,13 @@ template <typename T>
 GPU_DEVICE void settle(T*& p) {
   asm volatile("" : "+l"(p));
 }
+template <typename... Args>
+GPU_DEVICE void keep_arguments(const Args&...) {}  // they lie in constant memory, close by
+GPU_DEVICE void order_requests() {}                // a wait is for one register, not for all before
+template <typename T>
+GPU_DEVICE void arrived(T&) {}
 
+GPU_DEVICE int load_uniform(const int* p) { return *p; }
 GPU_DEVICE U32x4 load_weights(const void* p) {
   U32x4 r;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -256,6 +277,10 @@ GPU_DEVICE T shuffle(T v, int from) {
   return __shfl_sync(0xffffffffu, v, from);
 }
 template <typename T>
+GPU_DEVICE T from_lane(T v, int from) {
+  return shuffle(v, from);
+}
+template <typename T>
 GPU_DEVICE T shuffle_in_quad(T v, int from) {
   return __shfl_sync(0xffffffffu, v, from, 4);
 }
@@ -281,9 +306,11 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 #elif defined(__HIP__)
 // ----------------------------------------------------------------------------------------- HIP
 // No HIP header: plain clang compiles kernels with -nogpuinc -nogpulib --offload-device-only.
+// Up to 128 VGPRs: 8 waves or more per SIMD on every architecture.
 #define GPU_DEVICE __attribute__((device)) inline __attribute__((always_inline))
-#define GPU_KERNEL(max_threads) \
-  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads)))
+#define GPU_KERNEL(max_threads)                                                         \
+  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads))) \
+  __attribute__((amdgpu_num_vgpr(128)))
 
 namespace gpu {
 
@@ -301,11 +328,28 @@ GPU_DEVICE char* dynamic_lds() { return lds; }
 
 template <typename T>
 GPU_DEVICE void settle(T*&) {}
+template <typename T>
+GPU_DEVICE void keep_argument(T v) {
+  asm volatile("" ::"s"(v));
+}
+template <typename... Args>
+GPU_DEVICE void keep_arguments(Args... args) {
+  __builtin_amdgcn_sched_barrier(0);  // all loads are requested before the first is waited for
+  (..., keep_argument(args));
+}
+GPU_DEVICE void order_requests() { __builtin_amdgcn_sched_barrier(0); }
+template <typename T>
+GPU_DEVICE void arrived(T& v) {
+  asm volatile("" : "+v"(v));
+}
 
 using Vec4 = uint32_t __attribute__((ext_vector_type(4)));
 using Half2 = _Float16 __attribute__((ext_vector_type(2)));
 using BFloat2 = __bf16 __attribute__((ext_vector_type(2)));
 
+GPU_DEVICE int load_uniform(const int* p) {  // the constant address space has scalar loads
+  return *(const __attribute__((address_space(4))) int*)p;
+}
 GPU_DEVICE U32x4 load_weights(const void* p) {
   return __builtin_bit_cast(U32x4, __builtin_nontemporal_load(static_cast<const Vec4*>(p)));
 }
@@ -360,6 +404,10 @@ GPU_DEVICE T shuffle(T v, int from) {
   return __builtin_bit_cast(T, __builtin_amdgcn_ds_bpermute(4 * from, __builtin_bit_cast(int, v)));
 }
 template <typename T>
+GPU_DEVICE T from_lane(T v, int from) {
+  return __builtin_bit_cast(T, __builtin_amdgcn_readlane(__builtin_bit_cast(int, v), from));
+}
+template <typename T>
 GPU_DEVICE T shuffle_in_quad(T v, int from) {
   return shuffle(v, lane() / 4 * 4 + from % 4);
 }
@@ -407,8 +455,8 @@ namespace gpu {
 using Stream = void*;
 
 #if defined(HYBRID_W4A16_CUDA)
-constexpr bool kHasMma = true;
-constexpr bool kHasAsyncCopy = true;
+constexpr bool kHasMma = !kAmdPath;
+constexpr bool kHasAsyncCopy = !kAmdPath;
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -535,5 +583,10 @@ void launch(KernelRef<P...> kernel, const LaunchShape& shape, Stream stream, A..
 namespace gpu {
 template <typename T>
 inline void settle(T*&) {}
+template <typename... Args>
+inline void keep_arguments(const Args&...) {}
+inline void order_requests() {}
+template <typename T>
+inline void arrived(T&) {}
 }  // namespace gpu
 #endif

@@ -463,7 +463,7 @@ def test_loads_every_code_object_on_every_device(load, code_objects, scope):
         (
             ["0:gfx1201"],
             {"devices": "gfx1201"},
-            "holds no kernels for device 0, a gfx1201; it was built for gfx1100 gfx1151",
+            "no kernels for device 0, a gfx1201; it was built for gfx1100 gfx1151",
         ),
         (
             ["0:gfx1151"],

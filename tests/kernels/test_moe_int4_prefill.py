@@ -246,10 +246,11 @@ def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
     experts = layer.quant_method.moe_kernel.fused_experts
     x = torch.randn(5, shape.hidden, dtype=torch.bfloat16)
     weights, ids = random_routing(5, shape)
+    ids[0, 0], ids[1, 1] = -1, shape.experts  # outside: skipped on both paths
     calls: list[int] = []
     decoded = run_layer(layer, x, weights, ids)
     assert not calls
-    experts.tiles, experts.prefill_from = "sm_90", 5
+    experts.tuning, experts.prefill_from = "sm_90", 5
     prefilled = run_layer(layer, x, weights, ids)
     assert calls == [5]
     assert relative_error(prefilled, decoded) < sweep.TOLERANCE[torch.bfloat16]

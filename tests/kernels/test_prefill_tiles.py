@@ -120,6 +120,7 @@ def test_an_unknown_family_gets_small_tiles_and_one_warning(caplog, monkeypatch)
     assert len(warnings) == 1 and "tune_prefill.py" in warnings[0]
 
 
+@pytest.mark.slow
 def test_default_tiles_compile_without_spills():
     command = [sys.executable, str(CHECKOUT / "benchmarks/prefill_report.py")]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     DeviceFamily,
     device_family,
+    load_kernels,
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     prefill_from,
@@ -56,6 +57,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         if not isinstance(family, DeviceFamily):
             raise ValueError(f"HybridW4A16MoEExperts: {family}")
         assert quant_config.block_shape is not None
+        load_kernels(family)
         self.cu_count = family.cu_count
         self.group_size = quant_config.block_shape[1]
         self.tuning = family.tuning
@@ -89,7 +91,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         # other back ends hand tokens over in a form of their own (per expert, or still
         # to be dispatched)
         config = moe_parallel_config
-        return not config.use_passthrough_all2all and (
+        # vLLM 0.30 and 0.31 have no such back end, nor the property
+        passthrough = getattr(config, "use_passthrough_all2all", False)
+        return not passthrough and (
             config.use_ag_rs_all2all_kernels or not config.use_all2all_kernels
         )
 
@@ -233,6 +237,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         tiles = prefill_tiles(
             self.tuning, tokens * top_k, global_num_experts, hidden, intermediate
         )
+        # vLLM's op leaves out ids outside of the experts that it is told of
         blocks = moe_align_block_size(
             topk_ids,
             tiles.gate_up.block_m,
