@@ -340,6 +340,28 @@ def test_version_carries_the_commit(source, library, tmp_path):
     assert run(*setup, "--version", env=env, cwd=unpacked).split()[-1] == version
 
 
+LOAD_FILE = """
+import sys
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
+hybrid_w4a16_ops._LIBRARY = sys.argv[1]
+print(hybrid_w4a16_ops.load_error())
+"""
+
+
+@pytest.mark.parametrize("missing", [1, 4096, "all but 20"])
+def test_library_that_is_cut_short_is_told_before_it_is_loaded(
+    missing, library, tmp_path
+):
+    whole = Path(library["HYBRID_W4A16_PREBUILT"]).read_bytes()
+    size = 20 if missing == "all but 20" else len(whole) - missing
+    file = tmp_path / LIBRARY
+    file.write_bytes(whole[:size])
+    message = run(sys.executable, "-c", LOAD_FILE, file).splitlines()[-1]
+    fault = f"is cut short: {size} of {len(whole)} bytes"
+    fault = "is no ELF library" if size == 20 else fault
+    assert message == f"the op library {file} {fault}: install it again"
+
+
 def vllm_distribution() -> str:
     """Name of the distribution that this environment's vLLM belongs to."""
     names = set(packages_distributions()["vllm"]) - {"vllm-hybrid-w4a16"}
