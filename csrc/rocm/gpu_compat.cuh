@@ -82,9 +82,12 @@
 //                                    vendor's message. The host runs it to the end.
 //   int current_device()             index of the current device (CUDA, HIP)
 //   int max_lds_bytes()              most LDS that a block may have on the current device
-//   std::string current_arch()       "gfx1151", "sm_90", "host": the current device
+//   std::string current_arch()       "sm_90", "host": the current device (not on HIP)
 //
 //   for the runner of host/, which tests use:
+//   void prepare_device(int, arch)   makes a device ready and current; `arch` is what it is, or
+//   empty
+//                                    where it is ready already
 //   void* allocate(size_t), void release(void*)    memory that kernels see, exactly of that size
 //   void copy_in(void* to, const void* from, size_t), copy_out(...)   into and out of it; wait for
 //                                    what was launched
@@ -483,6 +486,9 @@ void start_kernel(void (*entry)(P...), const LaunchShape& shape, Stream stream, 
   check(cudaLaunchKernelExC(&config, kernel, args), "kernel launch");
 }
 
+inline void prepare_device(int device, const std::string&) {
+  check(cudaSetDevice(device), "cudaSetDevice");
+}
 inline void* allocate(size_t size) {
   void* p = nullptr;
   check(cudaMalloc(&p, size), "cudaMalloc");
@@ -533,6 +539,11 @@ struct Kernel : Entry {
 };
 
 inline int max_lds_bytes() { return kLdsBytesPerBlock; }
+
+inline void prepare_device(int device, const std::string& arch) {
+  if (!arch.empty()) load_kernels(device, arch, nullptr);
+  set_device(device);
+}
 #endif
 
 constexpr int kOrders = 2;  // the hardware's own, which may change from run to run

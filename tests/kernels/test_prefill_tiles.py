@@ -27,20 +27,8 @@ TABLES = {
     file.stem: json.loads(file.read_text())
     for file in hybrid_w4a16_tuning.TABLES.glob("*.json")
 }
-ARCHS = [
-    "gfx1100",
-    "gfx1101",
-    "gfx1102",
-    "gfx1103",
-    "gfx1150",
-    "gfx1151",
-    "gfx1152",
-    "gfx1153",
-    "gfx1200",
-    "gfx1201",
-    "sm_80",
-    "sm_90",
-]
+AMD_ARCHS = json.loads((CHECKOUT / "csrc/rocm/amd_archs.json").read_text())
+ARCHS = [*AMD_ARCHS, "sm_80", "sm_90"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -8,11 +8,13 @@
 // tensor that is absent is a null pointer; "NAME.offset" moves it that many bytes off a 16-byte
 // boundary. The call runs once per order of lanes and waves (gpu::kOrders); the outputs must agree
 // bit for bit. The reply has "c" and "kernels" (the launched kernels' names, one a line, where
-// known).
+// known). The op "prepare" makes "device" ready, which is an "arch", and current; its reply is
+// empty.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <memory>
 #include <string>
@@ -202,11 +204,15 @@ void write_field(const std::string& name, const std::string& bytes) {
   std::fwrite(bytes.data(), 1, size, stdout);
 }
 
-}  // namespace
-
-int main() {
+void run_calls() {
   Call call;
   while (call.read()) {
+    if (call.text("op") == "prepare") {
+      gpu::prepare_device(call.i32("device"), call.text("arch"));
+      const uint32_t none = 0;
+      std::fwrite(&none, sizeof(none), 1, stdout);
+      continue;
+    }
     std::string result;
     for (int order = 0; order < gpu::kOrders; ++order) {
       gpu::set_order(order);
@@ -223,6 +229,16 @@ int main() {
     write_field("c", result);
     write_field("kernels", gpu::take_launched());
     std::fflush(stdout);
+  }
+}
+
+}  // namespace
+
+int main() {
+  try {
+    run_calls();
+  } catch (const std::exception& error) {
+    die(error.what());
   }
   return 0;
 }
