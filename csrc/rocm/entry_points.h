@@ -82,9 +82,8 @@
 #define MOE_INT4_DECLARE_gate_up MOE_INT4_GATE_UP_ARGS
 #define MOE_INT4_DECLARE_down MOE_INT4_DOWN_ARGS
 #define MOE_INT4_DECLARE_gemm MOE_INT4_GEMM_ARGS
-#define MOE_INT4_DECLARE(OP, NAME, DT, G, ZNAME, ZP, T)                                  \
-  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME, \
-                                                                     T)(MOE_INT4_DECLARE_##OP);
+#define MOE_INT4_DECLARE(OP, NAME, DT, G, ZNAME, ZP, T) \
+  GPU_DECLARE(moe_int4::kMaxWaves * 32, MOE_INT4_NAME(OP, NAME, G, ZNAME, T), MOE_INT4_DECLARE_##OP)
 
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, gate_up)
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, down)

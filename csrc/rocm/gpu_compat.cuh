@@ -9,6 +9,7 @@
 //   GPU_DEVICE               attribute of a function that kernels call (inline)
 //   GPU_KERNEL(max_threads)  attribute of an entry point:
 //                            `extern "C" GPU_KERNEL(256) void name(...)`
+//   GPU_DECLARE(max_threads, name, args...)   declares such an entry point; launch() takes `name`
 //   kHasMma                  constexpr bool: mma_16x8x16 is the fast product here. The host takes
 //                            it from the macro GPU_HOST_MMA (0 or 1), so that tests run both.
 //   GPU_HAS_MMA              kHasMma for the preprocessor: 0 or 1
@@ -125,6 +126,11 @@ struct LaunchShape {
 #else
 #define GPU_ANYWHERE
 #endif
+
+// The second step expands a name that is itself made by a macro.
+#define GPU_DECLARE(max_threads, name, ...) GPU_DECLARE_ENTRY(max_threads, name, __VA_ARGS__)
+#define GPU_DECLARE_ENTRY(max_threads, name, ...) \
+  extern "C" GPU_KERNEL(max_threads) void name(__VA_ARGS__);
 
 #if defined(__CUDACC__)
 // ---------------------------------------------------------------------------------------- CUDA
