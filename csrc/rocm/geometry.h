@@ -71,24 +71,30 @@ GPU_ANYWHERE constexpr int stream_lds_bytes_per_wave(int blocks, int pairs) {
          (windows < kRingWindows ? windows : kRingWindows) * kWindowBytes;
 }
 
-// Kernels grouped by expert (group_tile.cuh): tokens of a block, and of the mma's columns the pairs
-// (token, expert) that share one pass over the weights.
+// Kernels grouped by expert (group_tile.cuh): tokens of a block, of the mma's columns the pairs
+// (token, expert) that share one pass over the weights, waves of a block, experts per token.
 constexpr int kGroupTokens = 64;
 constexpr int kGroupSlots = 16;
-constexpr int kMaxGroupWaves = 16;  // of a block
-// LDS: a ring of windows of kGroupWindowBlocks blocks of weights per wave, the same of up to
-// kGroupSlots activation rows per wave (down) or block (gate_up). The pad keeps the rows of
+constexpr int kMaxGroupWaves = 16;
+constexpr int kMaxGroupTopK = 64;
+constexpr int kGateUpRows = 2;  // R of grouped_gate_up
+// LDS: per wave of R * kRowsPerWave rows a ring of windows of 4 / R blocks of weights; per wave (down)
+// or block (gate_up) the same of up to kGroupSlots activation rows. The pad keeps the rows of
 // neighbouring slots on different banks.
-constexpr int kGroupWindowBlocks = 2;
-constexpr int kGroupRing = 3;
-constexpr int kGroupWindowBytes = kGroupWindowBlocks * kBlockWeightBytes;
-constexpr int kGroupRowBytes = kGroupWindowBlocks * kBlockK * 2 + 64;
+constexpr int kGroupRing = 2;
+GPU_ANYWHERE constexpr int group_window_blocks(int r) { return 4 / r; }
+GPU_ANYWHERE constexpr int group_row_bytes(int r) {
+  return group_window_blocks(r) * kBlockK * 2 + 64;
+}
+constexpr int kGroupWindowBytes = 4 * kBlockWeightBytes;
 constexpr int kGroupWeightBytes = kGroupRing * kGroupWindowBytes;
-GPU_ANYWHERE constexpr int group_row_ring_bytes(int slots) {
-  return kGroupRing * slots * kGroupRowBytes;
+GPU_ANYWHERE constexpr int group_row_ring_bytes(int r, int slots) {
+  return kGroupRing * slots * group_row_bytes(r);
 }
 // fp32 results of a wave of down.
-GPU_ANYWHERE constexpr int group_result_bytes(int tokens) { return tokens * kRowsPerWave * 4; }
+GPU_ANYWHERE constexpr int group_result_bytes(int r, int tokens) {
+  return tokens * r * kRowsPerWave * 4;
+}
 // The pairs of a block sorted by expert (sort_pairs).
 GPU_ANYWHERE constexpr int group_list_bytes(int pairs, int experts) {
   const int distinct = pairs < experts ? pairs : experts;

@@ -87,7 +87,7 @@ def main():
         if options.build:
             print(program)
             return 0
-    combinations = [key[1:] for key in host.COMBINATIONS if key[0]]
+    combinations = [key for key in host.COMBINATIONS if key[0]]
     options.logs.mkdir(parents=True, exist_ok=True)
     print(f"seed {host.SEED}, {len(combinations)} combinations")
 
