@@ -67,8 +67,8 @@
 #define MOE_INT4_FOR_T_down(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_T_gemm(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_T_grouped_gate_up(X, ...) X(__VA_ARGS__, 8) X(__VA_ARGS__, 16)
-#define MOE_INT4_FOR_T_grouped_down(X, ...) X(__VA_ARGS__, 8) X(__VA_ARGS__, 16)
-#define MOE_INT4_FOR_T_wide_down(X, ...) X(__VA_ARGS__, 8) X(__VA_ARGS__, 16)
+#define MOE_INT4_FOR_T_grouped_down(X, ...) X(__VA_ARGS__, 8)
+#define MOE_INT4_FOR_T_wide_down(X, ...) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_ZP(X, OP, NAME, DT, G)      \
   MOE_INT4_FOR_T(X, OP, NAME, DT, G, sym, false) \
   MOE_INT4_FOR_T(X, OP, NAME, DT, G, zp, true)

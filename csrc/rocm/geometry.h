@@ -71,15 +71,16 @@ GPU_ANYWHERE constexpr int stream_lds_bytes_per_wave(int blocks, int pairs) {
          (windows < kRingWindows ? windows : kRingWindows) * kWindowBytes;
 }
 
-// Kernels grouped by expert (group_tile.cuh): tokens of a block, of the mma's columns the pairs
-// (token, expert) that share one pass over the weights, waves of a block, experts per token.
+// Kernels grouped by expert (group_tile.cuh): tokens of a block, pairs (token, expert) that share one
+// pass over the weights in gate_up and in down, waves of a block, experts per token.
 constexpr int kGroupTokens = 64;
-constexpr int kGroupSlots = 16;
+constexpr int kGateUpSlots = 16;
+constexpr int kDownSlots = 8;
 constexpr int kMaxGroupWaves = 16;
 constexpr int kMaxGroupTopK = 64;
 constexpr int kGateUpRows = 2;  // R of grouped_gate_up
 // LDS: per wave of R * kRowsPerWave rows a ring of windows of 4 / R blocks of weights; per wave (down)
-// or block (gate_up) the same of up to kGroupSlots activation rows. The pad keeps the rows of
+// or block (gate_up) the same of activation rows, one per slot. The pad keeps the rows of
 // neighbouring slots on different banks.
 constexpr int kGroupRing = 2;
 GPU_ANYWHERE constexpr int group_window_blocks(int r) { return 4 / r; }

@@ -15,6 +15,7 @@
 //   GPU_HAS_MMA              kHasMma for the preprocessor: 0 or 1
 //   kHasAsyncCopy            constexpr bool: copies to LDS run in the background. The host takes
 //                            it from the same macro.
+// CUDA has neither with HYBRID_W4A16_AMD_PATH: a build for tests, which runs what AMD runs.
 //
 //   per lane, no cooperation:
 //   int lane()               0..31
@@ -24,6 +25,12 @@
 //                            uninitialised (the host poisons it)
 //   int uniform(int v)       v, which is the same in all lanes; may move it to a scalar register
 //   void settle(T*& p)       hint: p is worked out here rather than where it is used
+//   void keep_arguments(args...)  hint: the kernel's arguments are read here, all in one go, and
+//                            kept, rather than each where it is used
+//   void order_requests()    hint: loads written before it are requested before those after it
+//   void arrived(T& v)       hint: nothing is computed from v, which was loaded, before here
+//   int load_uniform(p)      the int at p in global memory, p the same in all lanes; nothing in the
+//                            grid writes it
 //   U32x4 load_weights(p)    16 bytes from global memory, 16-byte aligned, read once (non-temporal)
 //   U32x4 load_16(p)         16 bytes from global memory or LDS, 16-byte aligned, cached
 //   U32x4 load_16_any(p)     the same, 2-byte aligned
@@ -58,6 +65,8 @@
 //   uint32_t wave_ballot(bool)       bit i: lane i's argument
 //   T shuffle_xor<Mask>(T v)         value of lane() ^ Mask, Mask 1, 2, 4, 8, 16; T int or float
 //   T shuffle(T v, int from)         value of lane `from`
+//   T from_lane(T v, int from)       the same where all lanes ask for one lane; may leave it in a
+//                                    scalar register
 //   T shuffle_in_quad(T v, int from) value of lane lane() / 4 * 4 + from % 4
 //   void wave_barrier()              LDS written before by any lane of the wave is seen after by
 //                                    all of them, and reads before come first
@@ -94,6 +103,14 @@
 namespace gpu {
 
 constexpr int kWaveSize = 32;
+
+#if defined(HYBRID_W4A16_AMD_PATH)
+constexpr bool kAmdPath = true;
+#define GPU_CUDA_HAS_MMA 0
+#else
+constexpr bool kAmdPath = false;
+#define GPU_CUDA_HAS_MMA 1
+#endif
 
 struct Half {};  // tags: the 16-bit types are bit containers, uint16_t and uint32_t (a pair)
 struct BFloat16 {};
@@ -139,12 +156,12 @@ struct LaunchShape {
 
 #define GPU_DEVICE __device__ __forceinline__
 #define GPU_KERNEL(max_threads) __global__ __launch_bounds__(max_threads)
-#define GPU_HAS_MMA 1
+#define GPU_HAS_MMA GPU_CUDA_HAS_MMA
 
 namespace gpu {
 
-constexpr bool kHasMma = true;
-constexpr bool kHasAsyncCopy = true;
+constexpr bool kHasMma = !kAmdPath;
+constexpr bool kHasAsyncCopy = !kAmdPath;
 
 GPU_DEVICE int lane() { return threadIdx.x & (kWaveSize - 1); }
 GPU_DEVICE int wave() { return threadIdx.x / kWaveSize; }
@@ -160,7 +177,13 @@ template <typename T>
 GPU_DEVICE void settle(T*& p) {
   asm volatile("" : "+l"(p));
 }
+template <typename... Args>
+GPU_DEVICE void keep_arguments(const Args&...) {}  // they lie in constant memory, close by
+GPU_DEVICE void order_requests() {}                // a wait is for one register, not for all before
+template <typename T>
+GPU_DEVICE void arrived(T&) {}
 
+GPU_DEVICE int load_uniform(const int* p) { return *p; }
 GPU_DEVICE U32x4 load_weights(const void* p) {
   U32x4 r;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -199,7 +222,7 @@ GPU_DEVICE uint32_t lds_load_4(LdsAddress p) {
   return r;
 }
 GPU_DEVICE void copy_weights_async(LdsAddress lds, const void* p, bool real) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(lds), "l"(p),
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(lds), "l"(p),
                "r"(real ? 16 : 0)
                : "memory");
 }
@@ -277,6 +300,10 @@ GPU_DEVICE T shuffle(T v, int from) {
   return __shfl_sync(0xffffffffu, v, from);
 }
 template <typename T>
+GPU_DEVICE T from_lane(T v, int from) {
+  return shuffle(v, from);
+}
+template <typename T>
 GPU_DEVICE T shuffle_in_quad(T v, int from) {
   return __shfl_sync(0xffffffffu, v, from, 4);
 }
@@ -302,10 +329,12 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 #elif defined(__HIP__)
 // ----------------------------------------------------------------------------------------- HIP
 // No HIP header: plain clang compiles kernels with -nogpuinc -nogpulib --offload-device-only.
+// Up to 128 VGPRs: 8 waves or more per SIMD on every architecture.
 #define GPU_DEVICE __attribute__((device)) inline __attribute__((always_inline))
-#define GPU_KERNEL(max_threads) \
-  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads)))
 #define GPU_HAS_MMA 0
+#define GPU_KERNEL(max_threads)                                                         \
+  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads))) \
+  __attribute__((amdgpu_num_vgpr(128)))
 
 namespace gpu {
 
@@ -323,11 +352,28 @@ GPU_DEVICE char* dynamic_lds() { return lds; }
 
 template <typename T>
 GPU_DEVICE void settle(T*&) {}
+template <typename T>
+GPU_DEVICE void keep_argument(T v) {
+  asm volatile("" ::"s"(v));
+}
+template <typename... Args>
+GPU_DEVICE void keep_arguments(Args... args) {
+  __builtin_amdgcn_sched_barrier(0);  // all loads are requested before the first is waited for
+  (..., keep_argument(args));
+}
+GPU_DEVICE void order_requests() { __builtin_amdgcn_sched_barrier(0); }
+template <typename T>
+GPU_DEVICE void arrived(T& v) {
+  asm volatile("" : "+v"(v));
+}
 
 using Vec4 = uint32_t __attribute__((ext_vector_type(4)));
 using Half2 = _Float16 __attribute__((ext_vector_type(2)));
 using BFloat2 = __bf16 __attribute__((ext_vector_type(2)));
 
+GPU_DEVICE int load_uniform(const int* p) {  // the constant address space has scalar loads
+  return *(const __attribute__((address_space(4))) int*)p;
+}
 GPU_DEVICE U32x4 load_weights(const void* p) {
   return __builtin_bit_cast(U32x4, __builtin_nontemporal_load(static_cast<const Vec4*>(p)));
 }
@@ -382,6 +428,10 @@ GPU_DEVICE T shuffle(T v, int from) {
   return __builtin_bit_cast(T, __builtin_amdgcn_ds_bpermute(4 * from, __builtin_bit_cast(int, v)));
 }
 template <typename T>
+GPU_DEVICE T from_lane(T v, int from) {
+  return __builtin_bit_cast(T, __builtin_amdgcn_readlane(__builtin_bit_cast(int, v), from));
+}
+template <typename T>
 GPU_DEVICE T shuffle_in_quad(T v, int from) {
   return shuffle(v, lane() / 4 * 4 + from % 4);
 }
@@ -410,18 +460,20 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 
 #elif defined(HYBRID_W4A16_CUDA) || defined(HYBRID_W4A16_HIP)
 // ---------------------------------------------------- plain C++ that starts CUDA or HIP kernels
-// An entry point is declared as an ordinary function: its address is the vendor's handle.
+// For CUDA an entry point is declared as an ordinary function: its address is the vendor's handle.
 #include <stdexcept>
 #include <string>
 
-#define GPU_KERNEL(max_threads)
-
 #if defined(HYBRID_W4A16_CUDA)
+#define GPU_KERNEL(max_threads)
 #include <cuda_runtime_api.h>
-#define GPU_HAS_MMA 1
+#define GPU_HAS_MMA GPU_CUDA_HAS_MMA
 #else
 #define GPU_HAS_MMA 0
-#include <hip/hip_runtime_api.h>
+// An entry point is an object that knows its name and, by device, the runtime's handle.
+#undef GPU_DECLARE_ENTRY
+#define GPU_DECLARE_ENTRY(max_threads, name, ...) inline gpu::Kernel<void(__VA_ARGS__)> name{#name};
+#include "hip_runtime.h"
 #endif
 
 namespace gpu {
@@ -429,8 +481,8 @@ namespace gpu {
 using Stream = void*;
 
 #if defined(HYBRID_W4A16_CUDA)
-constexpr bool kHasMma = true;
-constexpr bool kHasAsyncCopy = true;
+constexpr bool kHasMma = !kAmdPath;
+constexpr bool kHasAsyncCopy = !kAmdPath;
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -438,7 +490,9 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {
+template <typename... P>
+void start_kernel(void (*entry)(P...), const LaunchShape& shape, Stream stream, void** args) {
+  const auto kernel = reinterpret_cast<const void*>(entry);
   constexpr int kAlwaysAllowed = 48 * 1024;  // more needs asking, kernel by kernel
   if (shape.lds_bytes > kAlwaysAllowed) {
     check(
@@ -501,57 +555,39 @@ inline std::string current_arch() {
 constexpr bool kHasMma = false;
 constexpr bool kHasAsyncCopy = false;
 
-inline void check(hipError_t error, const char* what) {
-  if (error != hipSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + hipGetErrorString(error));
-  }
-}
+// An object per entry point; its type keeps the signature.
+template <typename Signature>
+struct Kernel : Entry {
+  using Entry::Entry;
+};
 
-inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {
-  check(hipLaunchKernel(kernel, dim3(shape.grid_x, shape.grid_y, shape.grid_z), dim3(shape.threads),
-                        args, shape.lds_bytes, static_cast<hipStream_t>(stream)),
-        "kernel launch");
-}
-
-inline void* allocate(size_t size) {
-  void* p = nullptr;
-  check(hipMalloc(&p, size), "hipMalloc");
-  return p;
-}
-inline void release(void* p) { check(hipFree(p), "hipFree"); }
-inline void copy_in(void* to, const void* from, size_t size) {
-  check(hipMemcpy(to, from, size, hipMemcpyHostToDevice), "hipMemcpy");
-}
-inline void copy_out(void* to, const void* from, size_t size) {
-  check(hipMemcpy(to, from, size, hipMemcpyDeviceToHost), "hipMemcpy");
-}
-
-inline int current_device() {
-  int device = 0;
-  check(hipGetDevice(&device), "hipGetDevice");
-  return device;
-}
-
-inline int max_lds_bytes() { return 64 * 1024; }
-
-inline std::string current_arch() {
-  hipDeviceProp_t properties;
-  check(hipGetDeviceProperties(&properties, current_device()), "hipGetDeviceProperties");
-  const std::string name = properties.gcnArchName;  // "gfx1151:sramecc-:xnack-"
-  return name.substr(0, name.find(':'));
-}
+inline int max_lds_bytes() { return kLdsBytesPerBlock; }
 #endif
 
 constexpr int kOrders = 2;  // the hardware's own, which may change from run to run
 inline void set_order(int) {}
 inline std::string take_launched() { return {}; }
 
+#if defined(HYBRID_W4A16_CUDA)
+template <typename... P>
+using KernelRef = void (*)(P...);
+#else
+template <typename... P>
+using KernelRef = const Kernel<void(P...)>&;
+
+inline void start_kernel(const Entry& kernel, const LaunchShape& shape, Stream stream,
+                         void** args) {
+  start_kernel(kernel, {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads, shape.lds_bytes,
+               stream, args);
+}
+#endif
+
 template <typename... P, typename... A>
-void launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream, A... args) {
+void launch(KernelRef<P...> kernel, const LaunchShape& shape, Stream stream, A... args) {
   static_assert(sizeof...(P) == sizeof...(A), "one argument per parameter of the kernel");
   const auto start = [&](P... values) {
     void* pointers[] = {&values...};
-    start_kernel(reinterpret_cast<const void*>(kernel), shape, stream, pointers);
+    start_kernel(kernel, shape, stream, pointers);
   };
   start(static_cast<P>(args)...);
 }
@@ -565,5 +601,10 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream, A... 
 namespace gpu {
 template <typename T>
 inline void settle(T*&) {}
+template <typename... Args>
+inline void keep_arguments(const Args&...) {}
+inline void order_requests() {}
+template <typename T>
+inline void arrived(T&) {}
 }  // namespace gpu
 #endif

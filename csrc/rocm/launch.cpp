@@ -12,14 +12,6 @@
 namespace moe_int4 {
 namespace {
 
-#if defined(HYBRID_W4A16_CUDA)
-constexpr Family kFamily = Family::kCuda;
-#elif defined(HYBRID_W4A16_HIP)
-constexpr Family kFamily = Family::kRdna;
-#else
-constexpr Family kFamily = Family::kHost;
-#endif
-
 template <typename DT>
 constexpr DType dtype_of() {
   return std::is_same_v<DT, gpu::Half> ? DType::kHalf : DType::kBFloat16;
@@ -59,8 +51,12 @@ auto& wide_down_kernel(DType dtype, const Weights& w, int t) {
 }
 #endif
 
-// A row stride, given that kernels index within an expert in 32 bits.
+// A row stride, given that kernels index within an expert in 32 bits, and by bytes within a row
+// set.
 int small(int64_t stride, int rows) {
+  if (stride >= int64_t{1} << 26) {
+    throw std::runtime_error("rows of weights lie 2^26 elements or more apart: not supported");
+  }
   if (stride * rows > INT32_MAX) {
     throw std::runtime_error("an expert's weights span 2^31 elements or more: not supported");
   }
@@ -71,8 +67,9 @@ int small(int64_t stride, int rows) {
 Problem problem(const Routing& r, const Weights& w, int rows, const void* a, int64_t a_stride,
                 int cu_count) {
   const bool aligned = reinterpret_cast<uintptr_t>(a) % 16 == 0 && a_stride % 8 == 0;
-  return {r.num_tokens, r.top_k, w.num_experts, rows, ceil_div(w.k, kBlockK), aligned,
-          cu_count, gpu::max_lds_bytes()};
+  return {r.num_tokens,           r.top_k, w.num_experts, rows,
+          ceil_div(w.k, kBlockK), aligned, cu_count,      gpu::max_lds_bytes(),
+          0.5 * w.n * w.k};
 }
 
 // A grid's second or third dimension.
@@ -90,7 +87,7 @@ void launch_gemm(const GemmArgs& args, void* stream) {
   const Weights& w = args.w;
   if (args.num_blocks == 0) return;
   const int blocks = ceil_div(w.k, kBlockK), tiles = ceil_div(w.n, kRowsPerWave);
-  const int waves = gemm_waves(kFamily, blocks, int64_t{tiles} * args.num_blocks, args.cu_count);
+  const int waves = gemm_waves(blocks, int64_t{tiles} * args.num_blocks, args.cu_count);
   const int rows = args.block_size_m == 1 ? 1 : kMaxSlots;
   const int wave_lds = lds_bytes_per_wave(rows, args.block_size_m);
   gpu::launch(gemm_kernel(args.dtype, w, rows),
@@ -110,7 +107,7 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
   const int inter = w.n / 2;
   const Problem p = problem(r, w, inter, args.a, args.a_stride_m, args.cu_count);
   const GateUpPlan plan =
-      args.plan.size == 0 ? gate_up_plan(kFamily, p) : parse_gate_up_plan(args.plan, p);
+      args.plan.size == 0 ? gate_up_plan(p) : parse_gate_up_plan(args.plan, p);
   const int lds = gate_up_lds(p, plan), threads = plan.waves * gpu::kWaveSize;
 #if GPU_HAS_MMA
   if (plan.kernel == Kernel::kGrouped) {
@@ -148,7 +145,7 @@ void launch_down(const DownArgs& args, void* queue) {
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
   const Problem p = problem(r, w, w.n, args.a, args.a_stride_m, args.cu_count);
-  const DownPlan plan = args.plan.size == 0 ? down_plan(kFamily, p) : parse_down_plan(args.plan, p);
+  const DownPlan plan = args.plan.size == 0 ? down_plan(p) : parse_down_plan(args.plan, p);
   const int lds = down_lds(p, plan), wave_lds = down_wave_lds(p, plan);
   const int threads = plan.waves * gpu::kWaveSize;
   const int blocks_per_wave = ceil_div(p.blocks, plan.k_slices);
@@ -156,10 +153,9 @@ void launch_down(const DownArgs& args, void* queue) {
   while (1 << log2_k_slices < plan.k_slices) ++log2_k_slices;
 #if GPU_HAS_MMA
   if (plan.grouped()) {
-    const int t = plan.slots <= 8 ? 8 : 16;
     gpu::launch(
-        plan.kernel == Kernel::kWide ? wide_down_kernel(args.dtype, w, t)
-                                     : grouped_down_kernel(args.dtype, w, t),
+        plan.kernel == Kernel::kWide ? wide_down_kernel(args.dtype, w, 8)
+                                     : grouped_down_kernel(args.dtype, w, 8),
         {ceil_div(w.n, plan.rows()), grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens"), 1, threads,
          lds, true},
         queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),

@@ -14,8 +14,6 @@
 
 namespace moe_int4 {
 
-enum class Family { kCuda, kRdna, kHost };
-
 enum class Kernel {
   kPairs = 0,    // _t1: every pair (token, expert) reads the expert's weights
   kEights = 1,   // _t8: eight tokens share them
@@ -46,15 +44,18 @@ struct Problem {
   bool aligned;   // activation rows are 16-byte aligned
   int cu_count;
   int max_lds;    // bytes that a block may have
+  double expert_bytes;  // of one expert's int4 weights in this op
 
   int pairs() const { return tokens * top_k; }
   bool can_group() const {
     return kStreams && aligned && top_k <= kMaxGroupTopK && experts < (1 << 16) - 1;
   }
-  // Different experts that uniform routing picks on average.
+  // Different experts that uniform routing picks on average: no token picks one twice.
   double distinct() const {
-    return experts * (1 - std::pow(1 - 1.0 / experts, static_cast<double>(pairs())));
+    const double picked = top_k < experts ? static_cast<double>(top_k) / experts : 1.0;
+    return experts * (1 - std::pow(1 - picked, static_cast<double>(tokens)));
   }
+  double pairs_per_expert() const { return pairs() / distinct(); }
   int block_pairs() const { return (tokens < kGroupTokens ? tokens : kGroupTokens) * top_k; }
 };
 
@@ -148,7 +149,7 @@ inline GateUpPlan parse_gate_up_plan(const Plan& plan, const Problem& p) {
   out.kernel = kernel(kOp, plan, p, Kernel::kGrouped);
   const bool grouped = out.kernel == Kernel::kGrouped;
   out.waves = value(kOp, plan, 1, "waves", 1, grouped ? kMaxGroupWaves : kMaxWavesSharingK);
-  out.slots = value(kOp, plan, 2, "slots", grouped ? 1 : 0, grouped ? kGroupSlots : 0);
+  out.slots = value(kOp, plan, 2, "slots", grouped ? 1 : 0, grouped ? kGateUpSlots : 0);
   out.row_tiles = value(kOp, plan, 3, "row_tiles", grouped ? 1 : 0, grouped ? 1024 : 0);
   check_lds(kOp, gate_up_lds(p, out), p);
   return out;
@@ -167,60 +168,112 @@ inline DownPlan parse_down_plan(const Plan& plan, const Problem& p) {
     fail(kOp, "k_slices (value 2)",
          "a power of two that divides waves " + std::to_string(out.waves), out.k_slices);
   }
-  out.slots = value(kOp, plan, 3, "slots", grouped ? 1 : 0, grouped ? kGroupSlots : 0);
+  out.slots = value(kOp, plan, 3, "slots", grouped ? 1 : 0, grouped ? kDownSlots : 0);
   check_lds(kOp, down_lds(p, out), p);
   return out;
 }
 
-// PLACEHOLDER RULE
-struct Tuning {
-  int max_blocks_k, waves_per_cu, down_waves, down_log2_k_slices, gate_up_single, down_single;
-};
-constexpr Tuning kCudaTuning[] = {{2, 16, 16, 0, 24, 24}, {1 << 30, 16, 16, 1, 24, 24}};
-constexpr Tuning kRdnaTuning[] = {{2, 24, 8, 0, 1, 1}, {1 << 30, 24, 8, 1, 1, 1}};
-constexpr Tuning kHostTuning[] = {{1, 1, 4, 0, 1, 3}, {1 << 30, 12, 4, 1, 2, 1}};
-inline const Tuning& tuning(Family family, int blocks) {
-  const Tuning* rows =
-      family == Family::kCuda ? kCudaTuning : family == Family::kRdna ? kRdnaTuning : kHostTuning;
-  return rows[blocks > rows[0].max_blocks_k];
+// ---------------------------------------------------------------------------------------- the rule
+// Constants with streams and matrix instructions: an H100, six model shapes, 1 to 64 tokens, 2026-11
+// (README.md). Those of RDNA were not measured: from the resource report and the counts of
+// isa_report.py. The host takes those of the code that it runs.
+
+// Parts of `total`, at most `parts`, with none left empty and the largest as small as before.
+constexpr int even_parts(int total, int parts) {
+  return ceil_div(total, ceil_div(total, parts < total ? parts : total));
+}
+constexpr int clamp(double x, int least, int most) {
+  return x < least ? least : x > most ? most : static_cast<int>(x);
 }
 
-inline int gemm_waves(Family family, int blocks, int64_t tiles, int cu_count) {
-  int waves = 1;
-  while (2 * waves <= kMaxWavesSharingK && 2 * waves <= blocks &&
-         tiles * waves < static_cast<int64_t>(tuning(family, blocks).waves_per_cu) * cu_count) {
-    waves *= 2;
+// Waves that share k of a tile where `tiles` of them are to occupy the device.
+inline int waves_sharing_k(int blocks, int64_t tiles, int cu_count) {
+  constexpr int kWavesPerCu = kStreams ? 16 : 24;
+  const double wanted = std::ceil(static_cast<double>(kWavesPerCu) * cu_count / tiles);
+  return even_parts(blocks, clamp(wanted, 1, kMaxWavesSharingK));
+}
+inline int gemm_waves(int blocks, int64_t tiles, int cu_count) {
+  return waves_sharing_k(blocks, tiles, cu_count);
+}
+
+// Whether so few pairs share an expert that every pair on its own is faster. To find out who shares
+// costs about as much as reading 20% of a small expert again, mostly from the cache, and 10% of a
+// large one.
+inline bool few_share(const Problem& p) {
+  const double limit = kStreams ? 0.8 + 0.02 * std::log2(p.expert_bytes / 1e6) : 0.9;
+  return p.distinct() > (limit < 0.78 ? 0.78 : limit > 0.9 ? 0.9 : limit) * p.pairs();
+}
+
+inline GateUpPlan gate_up_plan(const Problem& p) {
+  const int tiles = ceil_div(p.rows, kRowGroups);
+  if (!p.can_group()) {
+    const bool alone = (p.aligned || !kStreams) && (p.tokens == 1 || few_share(p));
+    const int waves = waves_sharing_k(p.blocks, int64_t{tiles} * p.pairs(), p.cu_count);
+    return {alone ? Kernel::kPairs : Kernel::kEights, waves, 0, 0};
   }
-  return waves;
-}
-
-inline GateUpPlan gate_up_plan(Family family, const Problem& p) {
-  const Tuning& tuned = tuning(family, p.blocks);
-  const bool single = p.tokens <= tuned.gate_up_single && (p.aligned || !kStreams);
-  GateUpPlan out{single ? Kernel::kPairs : Kernel::kEights, 1, 0, 0};
-  const int min_blocks = single && kStreams ? kWindowBlocks : 1;
-  const int64_t tiles = int64_t{ceil_div(p.rows, kRowGroups)} * p.pairs();
-  while (2 * out.waves <= kMaxWavesSharingK && 2 * out.waves * min_blocks <= p.blocks &&
-         tiles * out.waves < static_cast<int64_t>(tuned.waves_per_cu) * p.cu_count) {
-    out.waves *= 2;
+  if (p.tokens == 1 || few_share(p)) {  // a window per wave: all of it is requested at once
+    const int waves = even_parts(p.blocks, clamp(ceil_div(p.blocks, kWindowBlocks), 1, 8));
+    return {Kernel::kPairs, waves, 0, 0};
+  }
+  GateUpPlan out{Kernel::kGrouped, 1, 0, 1};
+  out.slots = p.tokens <= 4 ? p.tokens : p.pairs_per_expert() < 6 ? 8 : kGateUpSlots;
+  out.waves = out.slots <= 4 ? 1 : out.slots / 4;
+  if (out.slots <= 8) {  // 24 windows a wave, as long as all waves that fit have work
+    const int windows = ceil_div(p.blocks, group_window_blocks(kGateUpRows));
+    const double rounds = ceil_div(tiles, kGateUpRows) * p.distinct() / (16.0 * p.cu_count);
+    out.row_tiles = clamp(rounds < 24.0 / windows ? rounds : 24.0 / windows, 1, 24);
   }
   return out;
 }
-inline DownPlan down_plan(Family family, const Problem& p) {
-  const Tuning& tuned = tuning(family, p.blocks);
-  const bool single = p.tokens <= tuned.down_single && (p.aligned || !kStreams);
-  DownPlan out{single ? Kernel::kPairs : Kernel::kEights, tuned.down_waves, 1, 0};
-  if (single) {
-    while (out.waves > 1 && out.waves * p.tokens > tuned.down_waves) out.waves /= 2;
+
+// Fewer waves until the device has the LDS.
+inline DownPlan fitted(const Problem& p, DownPlan plan) {
+  int shares = plan.waves / plan.k_slices;
+  while (down_lds(p, plan) > p.max_lds && plan.waves > 1) {
+    if (shares > 1) {
+      --shares;
+    } else {
+      plan.k_slices /= 2;
+    }
+    plan.waves = shares * plan.k_slices;
   }
-  const int block_tokens = p.tokens < kMaxSlots ? p.tokens : kMaxSlots;
-  const int pairs = (single ? 1 : block_tokens) * p.top_k;
-  for (;; out.waves /= 2) {  // until the device has the LDS
-    out.k_slices = 1 << tuned.down_log2_k_slices;
-    while (out.k_slices > out.waves) out.k_slices /= 2;
-    while (pairs * out.k_slices < out.waves && 2 * out.k_slices <= p.blocks) out.k_slices *= 2;
-    if (out.waves == 1 || down_lds(p, out) <= p.max_lds) return out;
+  return plan;
+}
+
+inline DownPlan grouped_down_plan(const Problem& p) {
+  const bool wide = p.tokens > 2 && ceil_div(p.rows, 2 * kRowsPerWave) >= 0.7 * p.cu_count;
+  DownPlan out{wide ? Kernel::kWide : Kernel::kGrouped, 1, 1, 0};
+  out.slots = p.tokens <= 4 ? p.tokens : p.pairs_per_expert() < (wide ? 2.2 : 3) ? 4 : kDownSlots;
+  const int least = 2 * group_window_blocks(wide ? 2 : 1);  // blocks of a slice: two windows
+  while (out.k_slices < 4 && p.blocks / (2 * out.k_slices) >= least) out.k_slices *= 2;
+  const int most = p.pairs() < p.experts ? p.pairs() : p.experts;
+  const int shares = (p.tokens <= 2 ? 8 : 12) / out.k_slices;
+  out.waves = (shares < most ? shares : most) * out.k_slices;
+  return fitted(p, out);
+}
+
+inline DownPlan down_plan(const Problem& p) {
+  const int tiles = ceil_div(p.rows, kRowsPerWave);
+  // With a tile or more for each compute unit, grouped blocks are one round whatever the tokens.
+  if (p.can_group() && (tiles >= p.cu_count || !(p.tokens == 1 || few_share(p)))) {
+    return grouped_down_plan(p);
   }
+  // _t8 runs pairs one after the other: up to 8 tokens go without it where a last-level cache of
+  // 32 MB holds a token's experts.
+  const bool cached = !kStreams && p.tokens <= 8 && p.top_k * p.expert_bytes <= 32e6;
+  const bool alone =
+      (p.aligned || !kStreams) && (p.tokens == 1 || cached || few_share(p));
+  const int block_tokens = alone ? 1 : p.tokens < kMaxSlots ? p.tokens : kMaxSlots;
+  constexpr int kWavesPerCu = kStreams ? 16 : 32;  // one round of blocks
+  const double wanted = static_cast<double>(kWavesPerCu) * p.cu_count /
+                        (static_cast<double>(tiles) * ceil_div(p.tokens, block_tokens));
+  const int most = clamp(wanted, 1, 8), shares = even_parts(block_tokens * p.top_k, most);
+  DownPlan out{alone ? Kernel::kPairs : Kernel::kEights, shares, 1, 0};
+  while (2 * out.waves <= most && 2 * out.k_slices <= p.blocks) {
+    out.k_slices *= 2;
+    out.waves *= 2;
+  }
+  return fitted(p, out);
 }
 
 }  // namespace moe_int4

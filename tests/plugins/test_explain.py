@@ -13,15 +13,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from int4_formats import FORMATS
-from moe_layers import LAYER_NAME, Checkpoint, Shape, make_layer, quant_config
-from qwen35_checkpoints import TINY_TEXT, TINY_VISION, make_checkpoint, write_sparse
 from safetensors.torch import save_file
 
-from vllm.plugins.hybrid_w4a16 import cli, gate, switch
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
+from vllm.plugins.hybrid_w4a16 import cli
 from vllm.plugins.hybrid_w4a16.explain import explain
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import CheckpointError
 from vllm.plugins.hybrid_w4a16.hooks import apply_hooks
+
+from ..support.int4_formats import FORMATS
+from ..support.moe_layers import LAYER_NAME, Checkpoint, Shape, make_layer, quant_config
+from ..support.qwen35_checkpoints import (
+    TINY_TEXT,
+    TINY_VISION,
+    make_checkpoint,
+    write_sparse,
+)
 
 BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
 
@@ -163,7 +173,7 @@ def test_verdict_is_the_gates_own(tiny, monkeypatch):
     def decline(layer, bits, group_size):
         return "of the moon" if ".1." in layer.layer_name else None
 
-    monkeypatch.setattr(gate, "decline_reason", decline)
+    monkeypatch.setattr(oracle, "incompatibility_reason", decline)
     report = explain(str(tiny))
     taken, declined = report["expert_layers"]
     assert (taken["index"], taken["reason"]) == ([0, 2, 3], None)

@@ -9,8 +9,30 @@ import dataclasses
 
 import pytest
 import torch
-from int4_formats import FORMATS
-from moe_layers import (
+
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning
+from vllm.model_executor.layers.quantization import hybrid_w4a16_method as base
+from vllm.model_executor.layers.quantization.hybrid_w4a16_awq import (
+    AWQHybridW4A16MoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_compressed_tensors import (
+    CompressedTensorsHybridW4A16MoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_gptq import (
+    GPTQHybridW4A16MoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
+    HybridW4A16MoEMethod,
+)
+from vllm.model_executor.layers.quantization.inc_moe import INCHybridW4A16MoEMethod
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+    record_metadata_for_reloading,
+)
+
+from ..support.int4_formats import FORMATS
+from ..support.moe_layers import (
     DEVICE,
     LAYER_NAME,
     Checkpoint,
@@ -21,22 +43,6 @@ from moe_layers import (
     random_routing,
     relative_error,
     run_layer,
-)
-
-from vllm.model_executor.layers.quantization import hybrid_w4a16_moe as base
-from vllm.model_executor.layers.quantization.awq_moe import AWQHybridW4A16MoEMethod
-from vllm.model_executor.layers.quantization.compressed_tensors_moe import (
-    CompressedTensorsHybridW4A16MoEMethod,
-)
-from vllm.model_executor.layers.quantization.gptq_moe import GPTQHybridW4A16MoEMethod
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
-    HybridW4A16MoEMethod,
-)
-from vllm.model_executor.layers.quantization.inc_moe import INCHybridW4A16MoEMethod
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-    record_metadata_for_reloading,
 )
 
 METHODS = {
@@ -287,11 +293,12 @@ def test_dummy_weights(format, symmetric, monkeypatch):
 
 
 def pad_rows(monkeypatch):
-    """What RDNA devices ask for, on the device at hand."""
-    family = base.device_family()
-    assert not family.pads_rows
-    padding = dataclasses.replace(family, pads_rows=True)
+    """What a tuning table may ask for, on the device at hand."""
+    padding = dataclasses.replace(base.device_family(), tuning="padded")
     monkeypatch.setattr(base, "device_family", lambda: padding)
+    monkeypatch.setattr(
+        hybrid_w4a16_tuning, "table", {"padded": {"row_padding": 128}}.get
+    )
 
 
 @every_format

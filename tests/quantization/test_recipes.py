@@ -4,15 +4,10 @@
 
 import pytest
 import torch
-from moe_layers import (
-    CONFIG_CLASSES,
-    LAYER_NAME,
-    Shape,
-    fresh_gate_records,
-    make_layer,
-    quant_config,
-)
 
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
@@ -22,11 +17,19 @@ from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQMoEMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
     CompressedTensorsWNA16MoEMethod,
 )
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
 )
 from vllm.model_executor.layers.quantization.inc.schemes import inc_wna16_scheme
-from vllm.plugins.hybrid_w4a16 import switch
+
+from ..support.moe_layers import (
+    CONFIG_CLASSES,
+    LAYER_NAME,
+    Shape,
+    fresh_gate_records,
+    make_layer,
+    quant_config,
+)
 
 AUTOROUND = ["auto_round:auto_gptq", "auto_round:auto_awq"]
 EXPERT = LAYER_NAME.replace(".", r"\.")

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from int4_formats import FORMATS
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
@@ -25,6 +24,10 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     DeviceFamily,
     device_family,
 )
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -33,15 +36,16 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.inc.inc import INCConfig
 from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import gate, switch
 from vllm.v1.worker.workspace import (
     init_workspace_manager,
     is_workspace_manager_initialized,
 )
 
+from .int4_formats import FORMATS
+
 LAYER_NAME = "model.layers.3.mlp.experts"
-# Layers live where the machine's vLLM has them. What goes into them and what they
-# are compared with is made on the CPU, where ``run_layer`` also brings the output.
+# Layers live on vLLM's device. Inputs and expected results are made on the CPU, and
+# ``run_layer`` returns the output there.
 DEVICE = current_platform.device_type
 
 
@@ -216,9 +220,9 @@ def is_opt_in() -> bool:
 
 
 def peak_of_processing(layer: RoutedExperts) -> int:
-    """Bytes above the start that converting a loaded layer takes at any moment.
+    """Peak memory of converting a loaded layer, in bytes above the start.
 
-    By the allocator's own record; a GPU's rounds each tensor up to 512 bytes.
+    As the allocator records it; a GPU's rounds each tensor up to 512 bytes.
     """
     if DEVICE != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -240,12 +244,12 @@ def peak_of_processing(layer: RoutedExperts) -> int:
 
 
 def fresh_gate_records(monkeypatch) -> None:
-    """For one test: an empty gate, the switch as the tests have it by default, and log
-    lines that caplog sees."""
+    """For one test: empty gate records, the tests' default switch, and log lines that
+    caplog sees."""
     for record in ("_accepted", "_reasons_logged"):
-        monkeypatch.setattr(gate, record, set())
+        monkeypatch.setattr(oracle, record, set())
     for record in ("_ready", "_declined"):
-        monkeypatch.setattr(gate, record, {})
+        monkeypatch.setattr(oracle, record, {})
     monkeypatch.delenv(switch.NAME, raising=False)
     if is_opt_in():
         monkeypatch.setenv(switch.NAME, "1")

@@ -7,8 +7,10 @@
 
 import vllm
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import hooks, switch
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
+from vllm.plugins.hybrid_w4a16 import hooks
 
 logger = init_logger(__name__)
 
@@ -25,7 +27,6 @@ def register() -> None:
         return
     try:
         hooks.apply_hooks()
-        hooks.add_list_entries(current_platform)
     except hooks.HookError as error:
         if switch.value() == "require":
             raise
