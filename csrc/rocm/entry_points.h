@@ -16,7 +16,7 @@
 // Grids: gate_up ceil(inter / kRowGroups), top_k, num_tokens
 //        down    ceil(n / kRowsPerWave), ceil(num_tokens / T), 1
 //        gemm    ceil(n / kRowsPerWave), num_blocks, 1
-//        grouped_gate_up ceil(inter / (waves * row_tiles tiles)), distinct experts at most,
+//        grouped_gate_up ceil(inter / (waves * row_tiles tiles)), lists of pairs at most,
 //                        ceil(num_tokens / kGroupTokens)
 //        grouped_down, wide_down  ceil(n / kRowsPerWave), ceil(n / (2 * kRowsPerWave));
 //                        ceil(num_tokens / kGroupTokens), 1

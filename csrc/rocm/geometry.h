@@ -96,10 +96,17 @@ GPU_ANYWHERE constexpr int group_row_ring_bytes(int r, int slots) {
 GPU_ANYWHERE constexpr int group_result_bytes(int r, int tokens) {
   return tokens * r * kRowsPerWave * 4;
 }
-// The pairs of a block sorted by expert (sort_pairs).
-GPU_ANYWHERE constexpr int group_list_bytes(int pairs, int experts) {
+// Lists of up to `slots` pairs, each of one expert, that a block's pairs make at most.
+GPU_ANYWHERE constexpr int most_lists(int pairs, int experts, int slots) {
+  const int most = experts + pairs / slots;
+  return pairs < most ? pairs : most;
+}
+// What sort_pairs works in.
+GPU_ANYWHERE constexpr int group_list_bytes(int pairs, int experts, int slots) {
   const int distinct = pairs < experts ? pairs : experts;
-  return (4 * (pairs + 1) + 2 * (pairs + experts + 3 * distinct + 1) + 15) / 16 * 16;
+  const int halves =
+      pairs + experts + 3 * distinct + 2 * most_lists(pairs, experts, slots) + 1;
+  return (4 * (pairs + 1) + 2 * halves + 15) / 16 * 16;
 }
 
 // For an entry point _tT when at most `rows` activation rows meet one expert.

@@ -28,8 +28,9 @@ struct Pair {
 };
 static_assert(kGroupTokens << Pair::kTBits <= 1 << 16 && kMaxGroupTopK <= 1 << Pair::kTBits);
 
-// The pairs of a block of tokens by expert: expert d of `count` has the pairs
-// pairs[starts[d]] .. pairs[starts[d + 1] - 1], by token, then t.
+// The pairs of a block of tokens by expert: list i of `count` is of experts[i] and has
+// pairs[starts[i]] .. pairs[starts[i + 1] - 1], by token, then t. An expert with more pairs than fit
+// a list has several beside each other, so that they run beside each other too.
 struct PairLists {
   const Pair* pairs;
   const uint16_t* experts;
@@ -37,10 +38,10 @@ struct PairLists {
   int count;
 };
 
-// Sorts the pairs whose expert is here; experts are in the order of their first pair.
-// Block-collective. `lds` has group_list_bytes().
-GPU_DEVICE PairLists sort_pairs(const Router& router, int first_token, int tokens, int waves,
-                                char* lds) {
+// Sorts the pairs whose expert is here into lists of up to `slots`; experts are in the order of
+// their first pair. Block-collective. `lds` has group_list_bytes().
+GPU_DEVICE PairLists sort_pairs(const Router& router, int first_token, int tokens, int slots,
+                                int waves, char* lds) {
   constexpr uint16_t kNone = 0xffff;
   const int pairs = tokens * router.top_k;
   const int most = pairs < router.num_experts ? pairs : router.num_experts;
@@ -48,9 +49,11 @@ GPU_DEVICE PairLists sort_pairs(const Router& router, int first_token, int token
   uint32_t* const place = count + 1;  // of a pair: its expert, then slot << 16 | rank
   auto* const sorted = reinterpret_cast<Pair*>(place + pairs);
   auto* const slot_of = reinterpret_cast<uint16_t*>(sorted + pairs);  // [num_experts]
-  uint16_t* const experts = slot_of + router.num_experts;
-  uint16_t* const counts = experts + most;
-  uint16_t* const starts = counts + most;
+  uint16_t* const expert_of = slot_of + router.num_experts;  // [most], of a slot
+  uint16_t* const counts = expert_of + most;                 // pairs of a slot
+  uint16_t* const slot_starts = counts + most;
+  uint16_t* const starts = slot_starts + most;  // [lists + 1]
+  uint16_t* const experts = starts + most_lists(pairs, router.num_experts, slots) + 1;
   const int thread = gpu::wave() * gpu::kWaveSize + gpu::lane(), threads = waves * gpu::kWaveSize;
   GPU_ROLLED
   for (int p = thread; p < pairs; p += threads) {
@@ -78,7 +81,7 @@ GPU_DEVICE PairLists sort_pairs(const Router& router, int first_token, int token
       if (fresh) {
         slot = distinct + gpu::count_bits(all_fresh & below);
         slot_of[expert] = static_cast<uint16_t>(slot);
-        experts[slot] = static_cast<uint16_t>(expert);
+        expert_of[slot] = static_cast<uint16_t>(expert);
       }
       const int before = leads && !fresh ? counts[slot] : 0;
       if (leads) counts[slot] = static_cast<uint16_t>(before + gpu::count_bits(same));
@@ -88,23 +91,32 @@ GPU_DEVICE PairLists sort_pairs(const Router& router, int first_token, int token
       distinct += gpu::count_bits(all_fresh);
       gpu::wave_barrier();
     }
-    int total = 0;
+    int total = 0;  // pairs, and lists << 16
     GPU_ROLLED
     for (int base = 0; base < distinct; base += gpu::kWaveSize) {
       const int d = base + gpu::lane(), own = d < distinct ? counts[d] : 0;
-      int sum = own;
+      const int both = own + ((own + slots - 1) / slots << 16);
+      int sum = both;
       GPU_UNROLL
       for (int step = 1; step < gpu::kWaveSize; step *= 2) {
         const bool has = gpu::lane() >= step;
         const int other = gpu::shuffle(sum, has ? gpu::lane() - step : 0);
         if (has) sum += other;
       }
-      if (d < distinct) starts[d] = static_cast<uint16_t>(total + sum - own);
+      const int before = total + sum - both;
+      if (d < distinct) {
+        slot_starts[d] = static_cast<uint16_t>(before & 0xffff);
+        int list = before >> 16;
+        for (int done = 0; done < own; done += slots, ++list) {
+          starts[list] = static_cast<uint16_t>((before & 0xffff) + done);
+          experts[list] = expert_of[d];
+        }
+      }
       total += gpu::shuffle(sum, gpu::kWaveSize - 1);
     }
     if (gpu::lane() == 0) {
-      starts[distinct] = static_cast<uint16_t>(total);
-      *count = static_cast<uint32_t>(distinct);
+      starts[total >> 16] = static_cast<uint16_t>(total & 0xffff);
+      *count = static_cast<uint32_t>(total >> 16);
     }
   }
   gpu::block_barrier();
@@ -114,7 +126,7 @@ GPU_DEVICE PairLists sort_pairs(const Router& router, int first_token, int token
     const uint32_t at = place[p];
     if (at == ~0u) continue;
     const int token = p / router.top_k, t = p - token * router.top_k;
-    sorted[starts[at >> 16] + (at & 0xffff)] = {static_cast<uint16_t>(token << Pair::kTBits | t)};
+    sorted[slot_starts[at >> 16] + (at & 0xffff)] = {static_cast<uint16_t>(token << Pair::kTBits | t)};
   }
   gpu::block_barrier();
   return {sorted, experts, starts, static_cast<int>(*count)};

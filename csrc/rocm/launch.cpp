@@ -111,9 +111,9 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
   const int lds = gate_up_lds(p, plan), threads = plan.waves * gpu::kWaveSize;
 #if GPU_HAS_MMA
   if (plan.kernel == Kernel::kGrouped) {
-    const int most = p.block_pairs() < p.experts ? p.block_pairs() : p.experts;
+    const int lists = most_lists(p.block_pairs(), p.experts, plan.slots);
     gpu::launch(grouped_gate_up_kernel(args.dtype, w, plan.slots <= 8 ? 8 : 16),
-                {ceil_div(inter, kGateUpRows * kRowGroups * plan.waves * plan.row_tiles), grid_size(most, "experts"),
+                {ceil_div(inter, kGateUpRows * kRowGroups * plan.waves * plan.row_tiles), grid_size(lists, "lists of pairs"),
                  grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens"), threads, lds,
                  true},
                 queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),

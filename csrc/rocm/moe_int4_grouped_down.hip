@@ -2,7 +2,7 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // down for tokens that share experts, see group_tile.cuh: a block owns R * kRowsPerWave output columns
-// for kGroupTokens tokens. Its waves share the distinct experts, and 2^log2_k_slices waves share
+// for kGroupTokens tokens. Its waves share the lists of pairs, and 2^log2_k_slices waves share
 // each one's k; a wave adds its results into its own sums in LDS, and the waves' sums meet in wave
 // order: the same bits on every run.
 #include "entry_points.h"
@@ -14,21 +14,16 @@ namespace moe_int4 {
 
 constexpr int kRowsOf_grouped_down = 1, kRowsOf_wide_down = 2;  // R
 
-// Every step-th distinct expert, each in passes of up to `slots` pairs.
+// Every step-th list.
 struct DownItems {
   PairLists lists;
-  int slots, row, step;
-  int d, pass;
+  int row, step, list;
 
   GPU_DEVICE bool next(GroupItem& item) {
-    if (d >= lists.count) return false;
-    const int first = lists.starts[d] + pass, left = lists.starts[d + 1] - first;
-    item = {lists.experts[d], first, left < slots ? left : slots, row};
-    pass += slots;
-    if (left <= slots) {
-      pass = 0;
-      d += step;
-    }
+    if (list >= lists.count) return false;
+    const int first = lists.starts[list];
+    item = {lists.experts[list], first, lists.starts[list + 1] - first, row};
+    list += step;
     return true;
   }
 };
@@ -53,10 +48,10 @@ GPU_DEVICE void grouped_down(MOE_INT4_GROUPED_DOWN_ARGS) {
 
   // Before the previous grid has ended, as in down_stream.
   const PairLists lists =
-      sort_pairs(router, first_token, tokens, waves, lds + waves * wave_lds_bytes);
+      sort_pairs(router, first_token, tokens, slots, waves, lds + waves * wave_lds_bytes);
   const int share = gpu::wave() >> log2_k_slices, shares = waves >> log2_k_slices;
-  const DownItems items = {
-      lists, slots, first_row + lane_row(), shares, first < last ? share : lists.count, 0};
+  const DownItems items = {lists, first_row + lane_row(), shares,
+                           first < last ? share : lists.count};
   Tile tile(weights, {kRowsPerWave, kRowGroups, n, 0}, first, last, k, ring, rows,
             slots, 1);
   const auto* const acts =

@@ -2,8 +2,8 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // gate_up for tokens that share experts, see group_tile.cuh: block (x, y, z) owns `row_tiles` tiles
-// of kGateUpRows * kRowGroups indices of the intermediate size per wave, for the y-th distinct
-// expert of the z-th kGroupTokens tokens. Blocks without an expert have nothing to do. Waves do not split k, so
+// of kGateUpRows * kRowGroups indices of the intermediate size per wave, for the y-th list of
+// pairs of the z-th kGroupTokens tokens. Blocks without a list have nothing to do. Waves do not split k, so
 // gate and up of an index meet in one lane.
 #include "activation.cuh"
 #include "entry_points.h"
@@ -13,22 +13,15 @@
 
 namespace moe_int4 {
 
-// Row tiles of a wave, each in passes of up to `slots` pairs.
+// Row tiles of a wave, all for one list.
 struct GateUpItems {
-  int expert, begin, end, slots;  // pairs of the block
-  int row, step, tiles_left;
-  int first;
+  GroupItem item;
+  int step, tiles_left;
 
-  GPU_DEVICE bool next(GroupItem& item) {
-    if (tiles_left == 0) return false;
-    item = {expert, first, end - first < slots ? end - first : slots, row};
-    first += slots;
-    if (first >= end) {
-      first = begin;
-      row += step;
-      --tiles_left;
-    }
-    return true;
+  GPU_DEVICE bool next(GroupItem& out) {
+    out = item;
+    item.row += step;
+    return tiles_left-- > 0;
   }
 };
 
@@ -43,14 +36,14 @@ GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
   char* const rows = gpu::dynamic_lds() + waves * kGroupWeightBytes;
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
-  const PairLists lists = sort_pairs(router, first_token, tokens, waves,
+  const PairLists lists = sort_pairs(router, first_token, tokens, slots, waves,
                                      rows + group_row_ring_bytes(kGateUpRows, slots));
   if (gpu::block_y() >= lists.count) return;
-  const int begin = lists.starts[gpu::block_y()], end = lists.starts[gpu::block_y() + 1];
-  int index = (gpu::block_x() * waves * row_tiles + gpu::wave()) * kTileRows + lane_row();
+  const int first = lists.starts[gpu::block_y()], last = lists.starts[gpu::block_y() + 1];
   const int step = waves * kTileRows;
-  const GateUpItems items = {lists.experts[gpu::block_y()], begin, end, slots, index, step,
-                             row_tiles, begin};
+  int index = (gpu::block_x() * waves * row_tiles + gpu::wave()) * kTileRows + lane_row();
+  const GateUpItems items = {
+      {lists.experts[gpu::block_y()], first, last - first, index}, step, row_tiles};
   Tile tile(weights, {kRowGroups, 0, inter, inter}, 0, blocks, k,
             gpu::dynamic_lds() + gpu::wave() * kGroupWeightBytes, rows, slots, waves);
   const auto* const acts = static_cast<const uint16_t*>(a) + first_token * a_stride_m;
@@ -77,7 +70,7 @@ GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
             }
           }
         }
-        if (item.first + item.count == end) index += step;
+        index += step;
       });
 }
 

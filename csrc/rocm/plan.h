@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -65,7 +66,7 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline int gate_up_lds(const Problem& p, const GateUpPlan& plan) {
   if (plan.kernel == Kernel::kGrouped) {
     return plan.waves * kGroupWeightBytes + group_row_ring_bytes(kGateUpRows, plan.slots) +
-           group_list_bytes(p.block_pairs(), p.experts);
+           group_list_bytes(p.block_pairs(), p.experts, plan.slots);
   }
   if (plan.kernel == Kernel::kPairs && kStreams) {
     return plan.waves * stream_lds_bytes_per_wave(ceil_div(p.blocks, plan.waves), 1) +
@@ -87,7 +88,7 @@ inline int down_wave_lds(const Problem& p, const DownPlan& plan) {
 }
 inline int down_lds(const Problem& p, const DownPlan& plan) {
   int bytes = plan.waves * down_wave_lds(p, plan);
-  if (plan.grouped()) bytes += group_list_bytes(p.block_pairs(), p.experts);
+  if (plan.grouped()) bytes += group_list_bytes(p.block_pairs(), p.experts, plan.slots);
   if (plan.kernel == Kernel::kPairs && kStreams) bytes += kStreamZeroBytes;
   return bytes;
 }
@@ -200,8 +201,8 @@ inline int gemm_waves(int blocks, int64_t tiles, int cu_count) {
 // costs about as much as reading 20% of a small expert again, mostly from the cache, and 10% of a
 // large one.
 inline bool few_share(const Problem& p) {
-  const double limit = kStreams ? 0.8 + 0.02 * std::log2(p.expert_bytes / 1e6) : 0.9;
-  return p.distinct() > (limit < 0.78 ? 0.78 : limit > 0.9 ? 0.9 : limit) * p.pairs();
+  const double limit = kStreams ? 0.79 + 0.02 * std::log2(p.expert_bytes / 1e6) : 0.9;
+  return p.distinct() > (limit < 0.77 ? 0.77 : limit > 0.9 ? 0.9 : limit) * p.pairs();
 }
 
 inline GateUpPlan gate_up_plan(const Problem& p) {
@@ -221,7 +222,7 @@ inline GateUpPlan gate_up_plan(const Problem& p) {
   if (out.slots <= 8) {  // 24 windows a wave, as long as all waves that fit have work
     const int windows = ceil_div(p.blocks, group_window_blocks(kGateUpRows));
     const double rounds = ceil_div(tiles, kGateUpRows) * p.distinct() / (16.0 * p.cu_count);
-    out.row_tiles = clamp(rounds < 24.0 / windows ? rounds : 24.0 / windows, 1, 24);
+    out.row_tiles = clamp(std::round(rounds < 24.0 / windows ? rounds : 24.0 / windows), 1, 24);
   }
   return out;
 }
@@ -267,11 +268,18 @@ inline DownPlan down_plan(const Problem& p) {
   constexpr int kWavesPerCu = kStreams ? 16 : 32;  // one round of blocks
   const double wanted = static_cast<double>(kWavesPerCu) * p.cu_count /
                         (static_cast<double>(tiles) * ceil_div(p.tokens, block_tokens));
-  const int most = clamp(wanted, 1, 8), shares = even_parts(block_tokens * p.top_k, most);
-  DownPlan out{alone ? Kernel::kPairs : Kernel::kEights, shares, 1, 0};
-  while (2 * out.waves <= most && 2 * out.k_slices <= p.blocks) {
-    out.k_slices *= 2;
-    out.waves *= 2;
+  const int most = clamp(wanted, 1, kMaxWaves), pairs = block_tokens * p.top_k;
+  DownPlan out{alone ? Kernel::kPairs : Kernel::kEights, 1, 1, 0};
+  int least = INT32_MAX;  // blocks of the busiest wave
+  for (int slices = 1; slices <= 4 && slices <= most; slices *= 2) {
+    const int blocks = ceil_div(p.blocks, slices);
+    if (slices > 1 && blocks < slices) break;
+    const int shares = even_parts(pairs, most / slices), chain = ceil_div(pairs, shares) * blocks;
+    if (chain < least) {
+      least = chain;
+      out.waves = shares * slices;
+      out.k_slices = slices;
+    }
   }
   return fitted(p, out);
 }
