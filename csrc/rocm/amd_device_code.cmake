@@ -118,6 +118,7 @@ function(hybrid_w4a16_add_device_code archs)
   message(STATUS "hybrid_w4a16: AMD kernels for ${text} by ${clang}")
 
   file(GLOB kernels CONFIGURE_DEPENDS "${hybrid_w4a16_rocm_dir}/*.hip")
+  list(FILTER kernels EXCLUDE REGEX "_grouped_") # they need matrix instructions
   file(GLOB headers CONFIGURE_DEPENDS "${hybrid_w4a16_rocm_dir}/*.h" "${hybrid_w4a16_rocm_dir}/*.cuh"
        "${hybrid_w4a16_rocm_dir}/../*.h")
   set(folder "${CMAKE_CURRENT_BINARY_DIR}/device_code")

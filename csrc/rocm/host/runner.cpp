@@ -157,6 +157,17 @@ class Call {
     args.cu_count = i32("cu_count");
   }
 
+  // "plan" is int64 values, absent: none.
+  Plan plan() const {
+    Plan out{};
+    const auto found = fields_.find("plan");
+    if (found == fields_.end()) return out;
+    if (found->second.size() > sizeof(out.values)) die("field plan is too long");
+    std::memcpy(out.values, found->second.data(), found->second.size());
+    out.size = static_cast<int32_t>(found->second.size() / sizeof(int64_t));
+    return out;
+  }
+
   void run() {
     const std::string& op = text("op");
     if (op == "gemm") {
@@ -177,6 +188,7 @@ class Call {
       args.alpha = static_cast<float>(scalar<double>("alpha"));
       args.beta = static_cast<float>(scalar<double>("beta"));
       args.limit = static_cast<float>(scalar<double>("limit"));
+      args.plan = plan();
       launch_gate_up(args, nullptr);
     } else if (op == "down") {
       DownArgs args{};
@@ -184,6 +196,7 @@ class Call {
       args.routing = routing();
       args.topk_weights = tensor<float>("topk_weights");
       args.tw_stride_m = i64("tw_stride_m");
+      args.plan = plan();
       launch_down(args, nullptr);
     } else {
       die("unknown op " + op);
