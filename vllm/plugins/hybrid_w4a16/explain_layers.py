@@ -211,9 +211,9 @@ def _decide(
             checkpoint, layer, by_layer[layer.index, layer.name], tp_size
         )
         oracle.plan_for(experts, family)
-        stored = by_layer[layer.index, layer.name]
-        why, error = _verdict(config, experts, layer, stored)
-        decided.append(replace(layer, hybrid=why is None, reason=why, error=error))
+        tensors = by_layer[layer.index, layer.name]
+        why, refused = _verdict(config, experts, layer, tensors)
+        decided.append(replace(layer, hybrid=why is None, reason=why, error=refused))
     return decided
 
 
