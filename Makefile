@@ -8,9 +8,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-# pytest processes: about half a gigabyte each, and each starts vLLM in turn.
+# pytest processes. A file is run by one of them; those of tests/e2e come first, since
+# they take longest.
 WORKERS ?= 2
-PYTEST := $(VENV)/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile
+PYTEST := $(VENV)/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile \
+    --no-loadscope-reorder
 
 .PHONY: help venv clang demo quick test pytest nightly lint format bench matrix isa
 .PHONY: wheel fork check-vllm-src drift clean

@@ -433,16 +433,18 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 
 #elif defined(HYBRID_W4A16_CUDA) || defined(HYBRID_W4A16_HIP)
 // ---------------------------------------------------- plain C++ that starts CUDA or HIP kernels
-// An entry point is declared as an ordinary function: its address is the vendor's handle.
+// For CUDA an entry point is declared as an ordinary function: its address is the vendor's handle.
 #include <stdexcept>
 #include <string>
 
-#define GPU_KERNEL(max_threads)
-
 #if defined(HYBRID_W4A16_CUDA)
+#define GPU_KERNEL(max_threads)
 #include <cuda_runtime_api.h>
 #else
-#include <hip/hip_runtime_api.h>
+// An entry point is an object that knows its name and, by device, the runtime's handle.
+#undef GPU_DECLARE_ENTRY
+#define GPU_DECLARE_ENTRY(max_threads, name, ...) inline gpu::Kernel<void(__VA_ARGS__)> name{#name};
+#include "hip_runtime.h"
 #endif
 
 namespace gpu {
@@ -459,7 +461,9 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {
+template <typename... P>
+void start_kernel(void (*entry)(P...), const LaunchShape& shape, Stream stream, void** args) {
+  const auto kernel = reinterpret_cast<const void*>(entry);
   constexpr int kAlwaysAllowed = 48 * 1024;  // more needs asking, kernel by kernel
   if (shape.lds_bytes > kAlwaysAllowed) {
     check(
@@ -522,57 +526,39 @@ inline std::string current_arch() {
 constexpr bool kHasMma = false;
 constexpr bool kHasAsyncCopy = false;
 
-inline void check(hipError_t error, const char* what) {
-  if (error != hipSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + hipGetErrorString(error));
-  }
-}
+// An object per entry point; its type keeps the signature.
+template <typename Signature>
+struct Kernel : Entry {
+  using Entry::Entry;
+};
 
-inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {
-  check(hipLaunchKernel(kernel, dim3(shape.grid_x, shape.grid_y, shape.grid_z), dim3(shape.threads),
-                        args, shape.lds_bytes, static_cast<hipStream_t>(stream)),
-        "kernel launch");
-}
-
-inline void* allocate(size_t size) {
-  void* p = nullptr;
-  check(hipMalloc(&p, size), "hipMalloc");
-  return p;
-}
-inline void release(void* p) { check(hipFree(p), "hipFree"); }
-inline void copy_in(void* to, const void* from, size_t size) {
-  check(hipMemcpy(to, from, size, hipMemcpyHostToDevice), "hipMemcpy");
-}
-inline void copy_out(void* to, const void* from, size_t size) {
-  check(hipMemcpy(to, from, size, hipMemcpyDeviceToHost), "hipMemcpy");
-}
-
-inline int current_device() {
-  int device = 0;
-  check(hipGetDevice(&device), "hipGetDevice");
-  return device;
-}
-
-inline int max_lds_bytes() { return 64 * 1024; }
-
-inline std::string current_arch() {
-  hipDeviceProp_t properties;
-  check(hipGetDeviceProperties(&properties, current_device()), "hipGetDeviceProperties");
-  const std::string name = properties.gcnArchName;  // "gfx1151:sramecc-:xnack-"
-  return name.substr(0, name.find(':'));
-}
+inline int max_lds_bytes() { return kLdsBytesPerBlock; }
 #endif
 
 constexpr int kOrders = 2;  // the hardware's own, which may change from run to run
 inline void set_order(int) {}
 inline std::string take_launched() { return {}; }
 
+#if defined(HYBRID_W4A16_CUDA)
+template <typename... P>
+using KernelRef = void (*)(P...);
+#else
+template <typename... P>
+using KernelRef = const Kernel<void(P...)>&;
+
+inline void start_kernel(const Entry& kernel, const LaunchShape& shape, Stream stream,
+                         void** args) {
+  start_kernel(kernel, {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads, shape.lds_bytes,
+               stream, args);
+}
+#endif
+
 template <typename... P, typename... A>
-void launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream, A... args) {
+void launch(KernelRef<P...> kernel, const LaunchShape& shape, Stream stream, A... args) {
   static_assert(sizeof...(P) == sizeof...(A), "one argument per parameter of the kernel");
   const auto start = [&](P... values) {
     void* pointers[] = {&values...};
-    start_kernel(reinterpret_cast<const void*>(kernel), shape, stream, pointers);
+    start_kernel(kernel, shape, stream, pointers);
   };
   start(static_cast<P>(args)...);
 }

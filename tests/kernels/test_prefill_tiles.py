@@ -129,7 +129,7 @@ def test_an_unknown_family_gets_small_tiles_and_one_warning(caplog, monkeypatch)
         assert tiles.gate_up.block_m * tiles.gate_up.block_n <= 1024
     assert prefill_from("sm_999") == 32
     warnings = [r.getMessage() for r in caplog.records if "sm_999" in r.getMessage()]
-    assert len(warnings) == 1 and "tune_prefill.py" in warnings[0]
+    assert len(warnings) == 1 and "vllm-hybrid-w4a16 tune" in warnings[0]
 
 
 @pytest.mark.slow

@@ -493,14 +493,13 @@ def test_cmake_compiles_our_hip_sources_as_part_of_rocm_C(version, trees, tmp_pa
     linked = ninja("-t", "query", "_rocm_C.abi3.so").split()
     ours = [name for name in linked if "/csrc/hybrid_w4a16/" in name]
     folder = "csrc/hybrid_w4a16/rocm/"
-    files = fork_files.files_to_add(CHECKOUT)
-    in_rocm = [p for p in files if p.startswith(folder) and p.endswith(("hip", "cpp"))]
-    assert len(ours) == len(in_rocm) + 1, "and torch_bindings.cpp"
+    files = [p for p in fork_files.files_to_add(CHECKOUT) if p.startswith(folder)]
+    assert len(ours) == sum(p.endswith(".cpp") for p in files) + 1, "torch_bindings.cpp"
     if version != VERSIONS[0]:
         return
-    kernels = [name for name in ours if name.endswith(".hip.o")]
-    assert len(kernels) == sum(path.endswith(".hip") for path in in_rocm)
-    bindings = [name for name in ours if "torch_bindings" in name]
-    ninja(*kernels, *bindings)
+    (embedded,) = (name for name in linked if name.endswith("/device_code.cpp.o"))
+    ninja(embedded, *(name for name in ours if "hip_runtime" in name))
+    kernels = list((build / "device_code").glob("*.co"))
+    assert len(kernels) == sum(path.endswith(".hip") for path in files)
     for kernel in kernels:
-        assert (build / kernel).read_bytes()[18:20] == b"\xe0\x00", "e_machine: AMDGPU"
+        assert kernel.read_bytes()[18:20] == b"\xe0\x00", "e_machine: AMDGPU"

@@ -144,6 +144,12 @@ def test_switch_refuses_unknown_values(monkeypatch):
         switch.value()
 
 
+def test_empty_switch_is_unset(monkeypatch):
+    switch.register()
+    monkeypatch.setenv(switch.NAME, "")
+    assert switch.value() == "auto"
+
+
 def test_switch_is_one_of_vllms_variables(monkeypatch):
     from vllm import envs
     from vllm.platforms import current_platform

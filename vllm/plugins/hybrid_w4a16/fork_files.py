@@ -14,6 +14,7 @@ ROWS = (
     ("csrc/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/cpu/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/rocm/*.[chp]*", "csrc", "csrc/hybrid_w4a16"),
+    ("csrc/rocm/amd_archs.json", "csrc", "csrc/hybrid_w4a16"),
     ("tests/__init__.py", "tests", "tests/hybrid_w4a16"),
     ("tests/[kq]*/__init__.py", "tests", "tests/hybrid_w4a16"),
     ("tests/quantization/test_*.py", "tests", "tests/hybrid_w4a16"),
@@ -21,7 +22,10 @@ ROWS = (
     ("tests/kernels/test_moe_int4_ops.py", "tests", "tests/hybrid_w4a16"),
     ("tests/kernels/test_moe_int4_gpu.py", "tests", "tests/hybrid_w4a16"),
     ("tests/kernels/test_moe_int4_prefill.py", "tests", "tests/hybrid_w4a16"),
-    ("tests/support/*.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/support/__init__.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/support/int4_formats.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/support/moe_layers.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/support/triton_interpreter.py", "tests", "tests/hybrid_w4a16"),
     ("benchmarks/benchmark_moe.py", "benchmarks", "benchmarks/hybrid_w4a16"),
     ("benchmarks/moe_bench/*.py", "benchmarks", "benchmarks/hybrid_w4a16"),
     ("fork/**/*", "fork", ""),
@@ -29,6 +33,9 @@ ROWS = (
 
 # Reads checkpoints in tests/fixtures: binary files, and a patch takes text only.
 NEEDS_FIXTURES = "tests/hybrid_w4a16/quantization/test_real_checkpoints.py"
+
+# The fork's kernels are for AMD GPUs and the CPU.
+FOR_CUDA = "csrc/hybrid_w4a16/rocm/device_cuda.cpp"
 
 OUR_HEADER = "Copyright contributors to the hybrid-w4a16 project"
 VLLM_HEADER = "Copyright contributors to the vLLM project"
@@ -61,7 +68,7 @@ def files_to_add(project: Path) -> dict[str, str]:
             if file.is_file() and "__pycache__" not in file.parts:
                 path = (Path(target) / file.relative_to(project / base)).as_posix()
                 files[path] = file.read_text().replace(OUR_HEADER, VLLM_HEADER)
-    del files[NEEDS_FIXTURES]
+    del files[NEEDS_FIXTURES], files[FOR_CUDA]
     return dict(sorted(files.items()))
 
 
