@@ -50,6 +50,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "fused_moe_wvSplitK_int4_down(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
       "Tensor? zero_points=None, Tensor? expert_map=None) -> ()");
+  m.def(
+      "wvSplitK_int_g(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, int cu_count, "
+      "int group_size, int bits, Tensor? zero_points=None) -> ()");
+  m.def(
+      "wvSplitK_int_g_rescore(Tensor a, Tensor w, Tensor errors, Tensor(c!) c, "
+      "Tensor(p!) partials, float window, float bound) -> ()");
   m.def("hybrid_w4a16_build_info() -> str");
 #if defined(HYBRID_W4A16_CPU)
   // For tests and benchmarks: puts an instruction set in force on the CPU ("": the best one) and

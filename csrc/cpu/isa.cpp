@@ -87,7 +87,22 @@ std::atomic<const Kernels*>& selected() {
 
 }  // namespace
 
-const Kernels& kernels() { return *selected().load(std::memory_order_relaxed); }
+const Kernels& kernels(int32_t bits) {
+  const Kernels* found = selected().load(std::memory_order_relaxed);
+#if defined(__x86_64__)
+  // The kernels that multiply in bf16 and with AMX are for weights of 4 bits.
+  if (bits == 8 && (found == &kAmxBf16 || found == &kAvx512Bf16)) found = &kAvx512Vnni;
+#endif
+  return *found;
+}
+
+const Kernels& fp32_kernels() {
+  const Kernels* found = selected().load(std::memory_order_relaxed);
+#if defined(__x86_64__)
+  if (found->dot == nullptr) found = &kAvx512;
+#endif
+  return *found;
+}
 
 std::string available_isas() {
   std::string names;

@@ -10,8 +10,11 @@
 
 namespace moe_int4::cpu {
 
-// The kernels in force.
-const Kernels& kernels();
+// The kernels in force for weights of 4 or 8 bits.
+const Kernels& kernels(int32_t bits);
+
+// The fp32 kernels that go with them.
+const Kernels& fp32_kernels();
 
 // Names of the instruction sets that this processor offers, best first, separated by blanks.
 std::string available_isas();

@@ -390,7 +390,7 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-const Kernels kAmxBf16 = {"amx_bf16", row_bytes, rows_allocated, scratch_bytes,
-                          prepare,    multiply,  activate,       store};
+const Kernels kAmxBf16 = {"amx_bf16", row_bytes, rows_allocated, scratch_bytes, prepare,
+                          multiply,   activate,  store,          nullptr,       nullptr};
 
 }  // namespace moe_int4::cpu

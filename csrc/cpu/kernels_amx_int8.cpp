@@ -572,7 +572,7 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-const Kernels kAmxInt8 = {"amx_int8", row_bytes, rows_allocated, scratch_bytes,
-                          prepare,    multiply,  activate,       store};
+const Kernels kAmxInt8 = {"amx_int8", row_bytes, rows_allocated, scratch_bytes, prepare,
+                          multiply,   activate,  store,          nullptr,       nullptr};
 
 }  // namespace moe_int4::cpu

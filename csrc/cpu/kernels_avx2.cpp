@@ -7,7 +7,7 @@
 
 namespace moe_int4::cpu {
 
-const Kernels kAvx2 = {"avx2",  row_bytes, as_many_rows, scratch_bytes,
-                       prepare, multiply,  activate,     store};
+const Kernels kAvx2 = {"avx2",   row_bytes, as_many_rows, scratch_bytes, prepare,
+                       multiply, activate,  store,        load,          dot};
 
 }  // namespace moe_int4::cpu

@@ -237,7 +237,7 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-const Kernels kAvx512Bf16 = {"avx512_bf16", row_bytes, as_many_rows, scratch_bytes,
-                             prepare,       multiply,  activate,     store};
+const Kernels kAvx512Bf16 = {"avx512_bf16", row_bytes, as_many_rows, scratch_bytes, prepare,
+                             multiply,      activate,  store,        nullptr,       nullptr};
 
 }  // namespace moe_int4::cpu

@@ -7,7 +7,7 @@
 
 namespace moe_int4::cpu {
 
-const Kernels kPortable = {"portable", row_bytes, as_many_rows, scratch_bytes,
-                           prepare,    multiply,  activate,     store};
+const Kernels kPortable = {"portable", row_bytes, as_many_rows, scratch_bytes, prepare,
+                           multiply,   activate,  store,        load,          dot};
 
 }  // namespace moe_int4::cpu
