@@ -51,6 +51,14 @@ struct Routing {
   int32_t top_k;
 };
 
+// The `plan` argument of gate_up and down: a GPU launch plan. The launcher that interprets the
+// values checks them; nothing else looks inside.
+struct Plan {
+  static constexpr int32_t kMaxValues = 8;
+  int64_t values[kMaxValues];
+  int32_t size;  // 0: no plan given, the launcher's own rule decides
+};
+
 // fused_moe_wvSplitK_int4_gemm: row r of c = w[expert_ids[r_block]] applied to row id/top_k of a.
 struct GemmArgs {
   DType dtype;
@@ -82,6 +90,7 @@ struct GateUpArgs {
   Activation activation;
   float alpha, beta, limit;  // limit = +inf: no clamp
   int32_t cu_count;
+  Plan plan;
 };
 
 // fused_moe_wvSplitK_int4_down: c[m] = sum over t of topk_weights[m, t] * w[expert(m, t)] a[m*top_k
@@ -98,6 +107,7 @@ struct DownArgs {
   const float* topk_weights;  // [M, top_k] or null (weight 1: the router weight is on the input)
   int64_t tw_stride_m;
   int32_t cu_count;
+  Plan plan;
 };
 
 // wvSplitK_int_g: c = a w^T for one matrix of weights (num_experts is 1).

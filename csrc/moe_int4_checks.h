@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
@@ -18,6 +19,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "moe_int4_args.h"
 
@@ -155,6 +157,23 @@ class ArgumentChecks {
     return out;
   }
 
+  // A launch plan is for GPUs only: on the CPU there is nothing that it could choose.
+  Plan plan(const std::optional<std::vector<int64_t>>& plan) const {
+    Plan out{};
+    if (!plan.has_value()) return out;
+    const auto size = static_cast<int64_t>(plan->size());
+    if (device_.type() == DeviceType::CPU) {
+      fail("plan", "None on the CPU", "a list of " + std::to_string(size) + " integers");
+    }
+    if (size < 1 || size > Plan::kMaxValues) {
+      fail("plan", "None or 1 to " + std::to_string(Plan::kMaxValues) + " integers",
+           std::to_string(size));
+    }
+    std::copy(plan->begin(), plan->end(), out.values);
+    out.size = static_cast<int32_t>(size);
+    return out;
+  }
+
   [[noreturn]] void fail(const std::string& argument, const std::string& expected,
                          const std::string& got) const {
     std::ostringstream message;
@@ -264,7 +283,8 @@ inline GateUpArgs check_gate_up(DeviceType device, const Tensor& a, const Tensor
                                 const std::string& activation, int64_t cu_count, int64_t group_size,
                                 const std::optional<Tensor>& zero_points,
                                 const std::optional<Tensor>& expert_map, double alpha, double beta,
-                                std::optional<double> limit) {
+                                std::optional<double> limit,
+                                const std::optional<std::vector<int64_t>>& plan) {
   const ArgumentChecks check("fused_moe_wvSplitK_int4_gate_up", device, a);
   GateUpArgs out{};
   out.dtype = check.dtype();
@@ -296,6 +316,7 @@ inline GateUpArgs check_gate_up(DeviceType device, const Tensor& a, const Tensor
   out.beta = static_cast<float>(beta);
   out.limit = static_cast<float>(limit.value_or(std::numeric_limits<double>::infinity()));
   if (!(out.limit > 0)) check.fail("limit", "a number above 0", std::to_string(out.limit));
+  out.plan = check.plan(plan);
   return out;
 }
 
@@ -303,7 +324,8 @@ inline DownArgs check_down(DeviceType device, const Tensor& a, const Tensor& w,
                            const Tensor& scales, const Tensor& c, const Tensor& topk_ids,
                            const std::optional<Tensor>& topk_weights, int64_t cu_count,
                            int64_t group_size, const std::optional<Tensor>& zero_points,
-                           const std::optional<Tensor>& expert_map) {
+                           const std::optional<Tensor>& expert_map,
+                           const std::optional<std::vector<int64_t>>& plan) {
   const ArgumentChecks check("fused_moe_wvSplitK_int4_down", device, a);
   DownArgs out{};
   out.dtype = check.dtype();
@@ -323,6 +345,7 @@ inline DownArgs check_down(DeviceType device, const Tensor& a, const Tensor& w,
     out.tw_stride_m = topk_weights->stride(0);
   }
   out.cu_count = check.positive("cu_count", cu_count);
+  out.plan = check.plan(plan);
   return out;
 }
 

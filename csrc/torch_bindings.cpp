@@ -45,11 +45,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "fused_moe_wvSplitK_int4_gate_up(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor topk_ids, str activation, int cu_count, int group_size, "
       "Tensor? zero_points=None, Tensor? expert_map=None, "
-      "float alpha=1.0, float beta=0.0, float? limit=None) -> ()");
+      "float alpha=1.0, float beta=0.0, float? limit=None, int[]? plan=None) -> ()");
   m.def(
       "fused_moe_wvSplitK_int4_down(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
-      "Tensor? zero_points=None, Tensor? expert_map=None) -> ()");
+      "Tensor? zero_points=None, Tensor? expert_map=None, int[]? plan=None) -> ()");
   m.def(
       "wvSplitK_int_g(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, int cu_count, "
       "int group_size, int bits, Tensor? zero_points=None) -> ()");

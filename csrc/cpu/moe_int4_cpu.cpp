@@ -492,17 +492,18 @@ void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Te
                 const Tensor& topk_ids, std::string activation, int64_t cu_count,
                 int64_t group_size, const std::optional<Tensor>& zero_points,
                 const std::optional<Tensor>& expert_map, double alpha, double beta,
-                std::optional<double> limit) {
+                std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan) {
   gate_up(check_gate_up(DeviceType::CPU, a, w, scales, c, topk_ids, activation, cu_count,
-                        group_size, zero_points, expert_map, alpha, beta, limit));
+                        group_size, zero_points, expert_map, alpha, beta, limit, plan));
 }
 
 void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
              const Tensor& topk_ids, const std::optional<Tensor>& topk_weights, int64_t cu_count,
              int64_t group_size, const std::optional<Tensor>& zero_points,
-             const std::optional<Tensor>& expert_map) {
+             const std::optional<Tensor>& expert_map,
+             const std::optional<std::vector<int64_t>>& plan) {
   down(check_down(DeviceType::CPU, a, w, scales, c, topk_ids, topk_weights, cu_count, group_size,
-                  zero_points, expert_map));
+                  zero_points, expert_map, plan));
 }
 
 }  // namespace

@@ -53,4 +53,42 @@ GPU_DEVICE uint32_t unpack_pair(uint32_t word) {
   return gpu::and_or(moved, kMask, Format<DT>::kOffsetPair);
 }
 
+// Eight weights of 4 or 8 bits as pairs in order of k. 4 bits: plus Format::kOffset, like above;
+// 8 bits: minus their zero point of 128, exact in both formats.
+template <typename DT, int Bits>
+struct Unpacked {
+  static constexpr float kOffset = Bits == 4 ? Format<DT>::kOffset : 0.0f;
+  static constexpr int kSymmetricZero = Bits == 4 ? kSymmetricZeroPoint : 0;
+
+  uint32_t pair[4];
+
+  // Unit q of what a lane loaded.
+  GPU_DEVICE Unpacked(const gpu::U32x4& loaded, int q) {
+    if constexpr (Bits == 4) {
+      const uint32_t word = loaded.v[q];
+      pair[0] = unpack_pair<DT, 0>(word);
+      pair[1] = unpack_pair<DT, 1>(word);
+      pair[2] = unpack_pair<DT, 2>(word);
+      pair[3] = unpack_pair<DT, 3>(word);
+    } else {
+      GPU_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bytes = loaded.v[2 * q + i / 2] >> (16 * (i % 2));
+        pair[i] = rounded(bytes & 0xff) | rounded(bytes >> 8 & 0xff) << 16;
+      }
+    }
+  }
+
+ private:
+  static GPU_DEVICE uint32_t rounded(uint32_t byte) {
+    // A byte in the mantissa of 2^23 adds itself.
+    const float value = __builtin_bit_cast(float, 0x4b000000u | byte) - (8388608.0f + 128.0f);
+    if constexpr (Format<DT>::kNibbleShift == 0) {  // bf16: the low half of the float is zero
+      return __builtin_bit_cast(uint32_t, value) >> 16;
+    } else {
+      return Format<DT>::from_float(value);
+    }
+  }
+};
+
 }  // namespace moe_int4

@@ -71,6 +71,30 @@ GPU_ANYWHERE constexpr int stream_lds_bytes_per_wave(int blocks, int pairs) {
          (windows < kRingWindows ? windows : kRingWindows) * kWindowBytes;
 }
 
+// Kernels grouped by expert (group_tile.cuh): tokens of a block, and of the mma's columns the pairs
+// (token, expert) that share one pass over the weights.
+constexpr int kGroupTokens = 64;
+constexpr int kGroupSlots = 16;
+constexpr int kMaxGroupWaves = 16;  // of a block
+// LDS: a ring of windows of kGroupWindowBlocks blocks of weights per wave, the same of up to
+// kGroupSlots activation rows per wave (down) or block (gate_up). The pad keeps the rows of
+// neighbouring slots on different banks.
+constexpr int kGroupWindowBlocks = 2;
+constexpr int kGroupRing = 3;
+constexpr int kGroupWindowBytes = kGroupWindowBlocks * kBlockWeightBytes;
+constexpr int kGroupRowBytes = kGroupWindowBlocks * kBlockK * 2 + 64;
+constexpr int kGroupWeightBytes = kGroupRing * kGroupWindowBytes;
+GPU_ANYWHERE constexpr int group_row_ring_bytes(int slots) {
+  return kGroupRing * slots * kGroupRowBytes;
+}
+// fp32 results of a wave of down.
+GPU_ANYWHERE constexpr int group_result_bytes(int tokens) { return tokens * kRowsPerWave * 4; }
+// The pairs of a block sorted by expert (sort_pairs).
+GPU_ANYWHERE constexpr int group_list_bytes(int pairs, int experts) {
+  const int distinct = pairs < experts ? pairs : experts;
+  return (4 * (pairs + 1) + 2 * (pairs + experts + 3 * distinct + 1) + 15) / 16 * 16;
+}
+
 // For an entry point _tT when at most `rows` activation rows meet one expert.
 GPU_ANYWHERE constexpr int lds_bytes_per_wave(int t, int rows) {
   const int slots = slots_for(rows < t ? rows : t);

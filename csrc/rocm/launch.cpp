@@ -33,15 +33,15 @@ constexpr DType dtype_of() {
 
 // The entry point for a call whose tokens (or rows of a block) share weights `t` at a time. Group
 // sizes other than 32, 64 and 128 do not get here.
-auto gate_up_kernel(DType dtype, const Weights& w, int t) {
+auto& gate_up_kernel(DType dtype, const Weights& w, int t) {
   MOE_INT4_FOR_ALL(MOE_INT4_CASE, gate_up)
   throw std::runtime_error("gate_up: no kernel");
 }
-auto down_kernel(DType dtype, const Weights& w, int t) {
+auto& down_kernel(DType dtype, const Weights& w, int t) {
   MOE_INT4_FOR_ALL(MOE_INT4_CASE, down)
   throw std::runtime_error("down: no kernel");
 }
-auto gemm_kernel(DType dtype, const Weights& w, int t) {
+auto& gemm_kernel(DType dtype, const Weights& w, int t) {
   MOE_INT4_FOR_ALL(MOE_INT4_CASE, gemm)
   throw std::runtime_error("gemm: no kernel");
 }

@@ -9,6 +9,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "build_info.h"
 #include "launch.h"
@@ -44,19 +45,20 @@ void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Te
                 const Tensor& topk_ids, std::string activation, int64_t cu_count,
                 int64_t group_size, const std::optional<Tensor>& zero_points,
                 const std::optional<Tensor>& expert_map, double alpha, double beta,
-                std::optional<double> limit) {
+                std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan) {
   const GateUpArgs args =
       check_gate_up(DeviceType::CUDA, a, w, scales, c, topk_ids, activation, cu_count, group_size,
-                    zero_points, expert_map, alpha, beta, limit);
+                    zero_points, expert_map, alpha, beta, limit, plan);
   launch_gate_up(args, OnDeviceOf(a).stream());
 }
 
 void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
              const Tensor& topk_ids, const std::optional<Tensor>& topk_weights, int64_t cu_count,
              int64_t group_size, const std::optional<Tensor>& zero_points,
-             const std::optional<Tensor>& expert_map) {
+             const std::optional<Tensor>& expert_map,
+             const std::optional<std::vector<int64_t>>& plan) {
   const DownArgs args = check_down(DeviceType::CUDA, a, w, scales, c, topk_ids, topk_weights,
-                                   cu_count, group_size, zero_points, expert_map);
+                                   cu_count, group_size, zero_points, expert_map, plan);
   launch_down(args, OnDeviceOf(a).stream());
 }
 

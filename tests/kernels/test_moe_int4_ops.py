@@ -782,6 +782,19 @@ def test_alpha_belongs_to_silu(device):
         call("gate_up", args)
 
 
+@pytest.mark.parametrize("op", PAIR)
+@pytest.mark.parametrize("size", [0, 1, 9])
+def test_launch_plan_that_the_device_cannot_take(device, op, size):
+    if device == "cpu":
+        message = f"plan: expected None on the CPU, got a list of {size} integers"
+    elif size == 1:
+        pytest.skip("for the launcher to judge")
+    else:
+        message = f"plan: expected None or 1 to 8 integers, got {size}"
+    with pytest.raises(RuntimeError, match=f"{op}: {message}"):
+        call(op, good_arguments(op, device) | {"plan": [1] * size})
+
+
 @pytest.mark.parametrize("op", ALL)
 def test_all_tensors_on_one_device(device, op):
     if device == "cpu":

@@ -19,6 +19,7 @@
 #error "define GPU_HOST_MMA as 0 or 1: whether kernels use matrix instructions in this build"
 #endif
 
+#define GPU_HAS_MMA GPU_HOST_MMA
 #define GPU_DEVICE inline
 // A section of their own, so that tests find all kernels of a program.
 #define GPU_KERNEL(max_threads) __attribute__((section("gpu_kernels")))
@@ -53,6 +54,10 @@ inline U32x4 load_weights(const void* p) { return load_16(p); }
 using LdsAddress = char*;
 inline LdsAddress lds_address(void* p) { return static_cast<char*>(p); }
 inline U32x4 lds_load_16(LdsAddress p) { return load_16(p); }
+inline uint32_t lds_load_4(LdsAddress p) {
+  if (reinterpret_cast<uintptr_t>(p) % 4 != 0) gpu_host::fail("misaligned 4-byte load");
+  return *reinterpret_cast<const uint32_t*>(p);
+}
 inline void copy_16_async(LdsAddress lds, const void* p, bool real) {
   if (reinterpret_cast<uintptr_t>(lds) % 16 != 0) gpu_host::fail("misaligned 16-byte copy");
   const U32x4 value = real ? load_16(p) : U32x4{{0, 0, 0, 0}};
@@ -103,6 +108,19 @@ float dot2(DT dtype, uint32_t a, uint32_t b, float c) {
 
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 inline int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
+inline uint16_t from_float(Half, float x) { return float_to_half(x); }
+inline uint16_t from_float(BFloat16, float x) {  // to nearest, ties to even; no NaN comes here
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+template <typename DT>
+uint32_t add2(DT dtype, uint32_t a, uint32_t b) {
+  const float low = to_float(dtype, a & 0xffff) + to_float(dtype, b & 0xffff);
+  const float high = to_float(dtype, a >> 16) + to_float(dtype, b >> 16);
+  return from_float(dtype, low) | static_cast<uint32_t>(from_float(dtype, high)) << 16;
+}
 
 // Reads the byte, so that AddressSanitizer sees a hint that points nowhere.
 inline void prefetch_l2(const void* p) { (void)*static_cast<const volatile char*>(p); }
@@ -113,6 +131,12 @@ inline uint32_t wave_ballot(bool p) {
   const gpu_host::Registers* all = gpu_host::wave_gather({{p}}, "wave_ballot");
   uint32_t bits = 0;
   for (int i = 0; i < kWaveSize; ++i) bits |= all[i].v[0] << i;
+  return bits;
+}
+inline uint32_t lanes_equal(int v) {
+  const auto* all = gpu_host::wave_gather({{bit_cast<uint32_t>(v)}}, "lanes_equal");
+  uint32_t bits = 0;
+  for (int i = 0; i < kWaveSize; ++i) bits |= uint32_t{all[i].v[0] == bit_cast<uint32_t>(v)} << i;
   return bits;
 }
 template <int Mask, typename T>

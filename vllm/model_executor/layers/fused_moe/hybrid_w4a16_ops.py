@@ -22,6 +22,7 @@ device; row strides are honoured everywhere. An argument that does not fit raise
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -155,6 +156,7 @@ def fused_moe_wvSplitK_int4_gate_up(
     alpha: float = 1.0,
     beta: float = 0.0,
     limit: float | None = None,
+    plan: Sequence[int] | None = None,
 ) -> None:
     """First half of a decode step: gate and up projections, activation applied.
 
@@ -177,6 +179,8 @@ def fused_moe_wvSplitK_int4_gate_up(
             Without it the ids are local; ids outside 0..E-1 are skipped.
         alpha, beta, limit: parameters of the formula; ``None``: no clamp. gpt-oss
             uses 1.702, 1.0, 7.0 (vLLM's ``SWIGLUOAI``).
+        plan: GPU launch plan, 1 to 8 integers that the kernels' launcher checks;
+            ``None``: the launcher's rule decides. On the CPU only ``None``.
     """
     torch.ops._rocm_C.fused_moe_wvSplitK_int4_gate_up(
         a,
@@ -192,6 +196,7 @@ def fused_moe_wvSplitK_int4_gate_up(
         alpha,
         beta,
         limit,
+        plan,
     )
 
 
@@ -206,6 +211,7 @@ def fused_moe_wvSplitK_int4_down(
     group_size: int,
     zero_points: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
+    plan: Sequence[int] | None = None,
 ) -> None:
     """Second half of a decode step: down projection, weighted and summed over top-k.
 
@@ -224,7 +230,7 @@ def fused_moe_wvSplitK_int4_down(
         cu_count: as in ``fused_moe_wvSplitK_int4_gemm``.
         group_size: G, 32, 64 or 128; I is a multiple of it.
         zero_points: [E, H//8, I//G] or ``None``.
-        expert_map: as in ``fused_moe_wvSplitK_int4_gate_up``.
+        expert_map, plan: as in ``fused_moe_wvSplitK_int4_gate_up``.
     """
     torch.ops._rocm_C.fused_moe_wvSplitK_int4_down(
         a,
@@ -237,4 +243,5 @@ def fused_moe_wvSplitK_int4_down(
         group_size,
         zero_points,
         expert_map,
+        plan,
     )
