@@ -23,7 +23,7 @@ struct DenseShape {
   static constexpr int kUnits = kRun / 8;  // of 8 weights
   static constexpr int kBlock = kRun * kLanesPerRow;
   static constexpr int kGroups = G < kBlock ? kBlock / G : 1;  // in a block, or it is part of one
-  static constexpr int kDepth = 2;  // blocks in a window
+  static constexpr int kDepth = 2;                             // blocks in a window
   // A row of activations in a block; the pad keeps neighbouring slots on different banks.
   static constexpr int kRowBytes = kBlock * 2 + 64;
   // Sums of activations, per slot: of a group, or of the lane's run.
@@ -240,12 +240,10 @@ class DenseTile {
       GPU_UNROLL
       for (int p = 0; p < kPasses; ++p) {
         const int column = 8 * p + lane_row(), slot = column / kGroups;
-        const bool mine =
-            slot < S && (kGroups == 1 || kRun * lane_k() / G == column % kGroups);
+        const bool mine = slot < S && (kGroups == 1 || kRun * lane_k() / G == column % kGroups);
         gpu::U32x4 b = {{0, 0, 0, 0}};
         if (mine) {
-          b = *reinterpret_cast<const gpu::U32x4*>(act + slot * kRowBytes +
-                                                   16 * q * kLanesPerRow);
+          b = *reinterpret_cast<const gpu::U32x4*>(act + slot * kRowBytes + 16 * q * kLanesPerRow);
         }
         mma_16x8x16(DT{}, dot[p][0], {x.pair[0], y.pair[0], x.pair[1], y.pair[1]},
                     {b.v[0], b.v[1]});
@@ -336,8 +334,8 @@ class DenseTile {
 
   const DenseMatrix& matrix_;
   const int blocks_, first_, last_, step_;
-  char* const staged_;  // [block][slot][kRowBytes]
-  float* const sums_;   // [block][slot][kSums]
+  char* const staged_;         // [block][slot][kRowBytes]
+  float* const sums_;          // [block][slot][kSums]
   int next_tile_, next_base_;  // of the window to be requested
   int tile_, base_;            // and to be multiplied
   const uint32_t *q_[2], *z_[2];

@@ -21,24 +21,24 @@
   const void *a, int64_t a_stride_m, int m, const uint32_t *q, int64_t q_stride_n,            \
       const uint16_t *scales, int64_t s_stride_n, const uint32_t *zeros, int64_t z_stride_n8, \
       int n, int k, void *c, int64_t c_stride_m, int waves, int k_slices, int tiles, int step
-#define RESCORE_LARGEST_ARGS                                                                   \
-  const void *a, int64_t a_stride_m, int k, const float *errors, int n, const void *c,         \
+#define RESCORE_LARGEST_ARGS                                                           \
+  const void *a, int64_t a_stride_m, int k, const float *errors, int n, const void *c, \
       int64_t c_stride_m, float *partials, int64_t p_stride_m, float bound, int waves
-#define RESCORE_ROWS_ARGS                                                                      \
-  const void *a, int64_t a_stride_m, int m, const void *w, int64_t w_stride_n, int k,          \
-      const float *errors, int n, void *c, int64_t c_stride_m, const float *partials,          \
+#define RESCORE_ROWS_ARGS                                                             \
+  const void *a, int64_t a_stride_m, int m, const void *w, int64_t w_stride_n, int k, \
+      const float *errors, int n, void *c, int64_t c_stride_m, const float *partials, \
       int64_t p_stride_m, float window, float bound, int waves
 
 // X(dtype name, dtype tag, bits, group size, zero points name, has zero points, T)
 #define DENSE_FOR_T(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 4) X(__VA_ARGS__, 8)
 #define DENSE_FOR_4(X, NAME, DT, G) \
   DENSE_FOR_T(X, NAME, DT, 4, G, sym, false) DENSE_FOR_T(X, NAME, DT, 4, G, zp, true)
-#define DENSE_FOR_BITS(X, NAME, DT)             \
-  DENSE_FOR_4(X, NAME, DT, 32)                  \
-  DENSE_FOR_4(X, NAME, DT, 64)                  \
-  DENSE_FOR_4(X, NAME, DT, 128)                 \
-  DENSE_FOR_T(X, NAME, DT, 8, 32, sym, false)   \
-  DENSE_FOR_T(X, NAME, DT, 8, 64, sym, false)   \
+#define DENSE_FOR_BITS(X, NAME, DT)           \
+  DENSE_FOR_4(X, NAME, DT, 32)                \
+  DENSE_FOR_4(X, NAME, DT, 64)                \
+  DENSE_FOR_4(X, NAME, DT, 128)               \
+  DENSE_FOR_T(X, NAME, DT, 8, 32, sym, false) \
+  DENSE_FOR_T(X, NAME, DT, 8, 64, sym, false) \
   DENSE_FOR_T(X, NAME, DT, 8, 128, sym, false)
 #define DENSE_FOR_ALL(X) DENSE_FOR_BITS(X, f16, gpu::Half) DENSE_FOR_BITS(X, bf16, gpu::BFloat16)
 

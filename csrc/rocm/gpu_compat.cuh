@@ -35,7 +35,8 @@
 //   uint32_t and_or(x, mask, bits)                         (x & mask) | bits
 //   int first_bit(uint32_t)  place of the lowest bit that is set; there is one
 //   int count_bits(uint32_t) how many bits are set. Only where kHasMma.
-//   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, rounded to nearest.
+//   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, rounded to
+//   nearest.
 //                                                          Only where kHasMma.
 //   void prefetch_l2(p)      hint: the 128 bytes around global address p will be read; no effect on
 //                            results for any p that may be read
@@ -363,6 +364,7 @@ GPU_DEVICE uint16_t float_to_half(float x) {
 }
 GPU_DEVICE float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }
 GPU_DEVICE float rcp_fast(float x) { return __builtin_amdgcn_rcpf(x); }
+GPU_DEVICE float sqrt_of(float x) { return __builtin_amdgcn_sqrtf(x); }
 GPU_DEVICE float dot2(Half, uint32_t a, uint32_t b, float c) {
   return __builtin_amdgcn_fdot2(__builtin_bit_cast(Half2, a), __builtin_bit_cast(Half2, b), c,
                                 false);

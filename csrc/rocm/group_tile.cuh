@@ -2,8 +2,8 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // The product for tokens that share experts, where there are matrix instructions and asynchronous
-// copies: one wave, kRowsPerWave rows of packed weights, a range of k, items one after the other. An
-// item is an expert with up to 8 * NB of the pairs (token, t) that picked it; the pairs are the
+// copies: one wave, kRowsPerWave rows of packed weights, a range of k, items one after the other.
+// An item is an expert with up to 8 * NB of the pairs (token, t) that picked it; the pairs are the
 // columns of the matrix instruction, so an expert's weights are read once for all of them. All
 // items form one stream of windows of kGroupWindowBlocks blocks; kGroupRing - 1 of them are on
 // their way to LDS while one is multiplied, and the stream does not stop between items.
@@ -258,8 +258,8 @@ class GroupTile {
   template <typename Items>
   GPU_DEVICE void copy_weights(const Place<Items>& at, int window) {
     if (!at.more) return;
-    const gpu::LdsAddress to = ring_ + (window * kGroupWindowBytes +
-                                        16 * (4 * lane_row() + (lane_k() ^ lane_row() / 2)));
+    const gpu::LdsAddress to =
+        ring_ + (window * kGroupWindowBytes + 16 * (4 * lane_row() + (lane_k() ^ lane_row() / 2)));
     GPU_UNROLL
     for (int i = 0; i < kGroupWindowBlocks; ++i) {
       GPU_UNROLL
@@ -322,8 +322,8 @@ class GroupTile {
       GPU_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int group = i * kGroups + 32 * j / G;
-        const gpu::LdsAddress unit = weights + (i * kBlockWeightBytes +
-                                                16 * (4 * lane_row() + (j ^ lane_row() / 2)));
+        const gpu::LdsAddress unit =
+            weights + (i * kBlockWeightBytes + 16 * (4 * lane_row() + (j ^ lane_row() / 2)));
         const uint32_t x = gpu::lds_load_4(unit);
         const uint32_t y = gpu::lds_load_4(unit + kBlockWeightBytes / 2);
         const uint32_t zx = minus(group, 0), zy = minus(group, 1);

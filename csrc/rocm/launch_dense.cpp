@@ -35,12 +35,12 @@ struct Kernel {
 };
 
 // The kernel with room for `slots` activation rows, and what a block needs.
-#define DENSE_CASE(NAME, DT, BITS, G, ZNAME, ZP, T)                                             \
-  if (args.dtype == dtype_of<DT>() && w.bits == BITS && w.group_size == G &&                    \
-      (w.zeros != nullptr) == ZP && slots == T) {                                               \
-    const int blocks = ceil_div(w.k, DenseShape<BITS, G>::kBlock);                              \
-    return {&DENSE_NAME(NAME, BITS, G, ZNAME, T),                                               \
-            dense_lds_bytes<BITS, G>(T, blocks, k_slices > 1 ? k_slices : 0), blocks};          \
+#define DENSE_CASE(NAME, DT, BITS, G, ZNAME, ZP, T)                                    \
+  if (args.dtype == dtype_of<DT>() && w.bits == BITS && w.group_size == G &&           \
+      (w.zeros != nullptr) == ZP && slots == T) {                                      \
+    const int blocks = ceil_div(w.k, DenseShape<BITS, G>::kBlock);                     \
+    return {&DENSE_NAME(NAME, BITS, G, ZNAME, T),                                      \
+            dense_lds_bytes<BITS, G>(T, blocks, k_slices > 1 ? k_slices : 0), blocks}; \
   }
 Kernel kernel_for(const DenseArgs& args, int slots, int k_slices) {
   const Weights& w = args.w;
@@ -59,11 +59,10 @@ void launch_rows(const DenseArgs& args, int begin, int rows, int slots, void* st
   const int grid = ceil_div(tiles, at_once) < units ? ceil_div(tiles, at_once) : units;
   const int step = grid * at_once;
   gpu::launch(kernel.entry, {grid, 1, 1, kWaves * gpu::kWaveSize, kernel.lds_bytes, true}, stream,
-              static_cast<const uint16_t*>(args.a) + begin * args.a_stride_m, args.a_stride_m,
-              rows, w.q, w.q_stride_n, static_cast<const uint16_t*>(w.scales), w.s_stride_n,
-              w.zeros, w.z_stride_n8, w.n, w.k,
-              static_cast<uint16_t*>(args.c) + begin * args.c_stride_m, args.c_stride_m, kWaves,
-              k_slices, ceil_div(tiles, step), step);
+              static_cast<const uint16_t*>(args.a) + begin * args.a_stride_m, args.a_stride_m, rows,
+              w.q, w.q_stride_n, static_cast<const uint16_t*>(w.scales), w.s_stride_n, w.zeros,
+              w.z_stride_n8, w.n, w.k, static_cast<uint16_t*>(args.c) + begin * args.c_stride_m,
+              args.c_stride_m, kWaves, k_slices, ceil_div(tiles, step), step);
 }
 
 }  // namespace

@@ -86,7 +86,7 @@ GPU_DEVICE void grouped_down(MOE_INT4_GROUPED_DOWN_ARGS) {
                              lists.pairs[item.first + slot] / top_k ==
                                  lists.pairs[item.first + slot + 1] / top_k) != 0;
   };
-  tile.run(items, wait, row_of, begin, [&](const GroupItem& item, const float(&sums)[NB][4]) {
+  tile.run(items, wait, row_of, begin, [&](const GroupItem& item, const float (&sums)[NB][4]) {
     const auto add = [&](int b, int i) {
       float* const out = results + (token[b][i] * kRowsPerWave + lane_row());
       out[0] += weight[b][i] * sums[b][i];
@@ -130,14 +130,14 @@ GPU_DEVICE void grouped_down(MOE_INT4_GROUPED_DOWN_ARGS) {
 
 }  // namespace moe_int4
 
-#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                             \
-  extern "C" GPU_KERNEL(moe_int4::kMaxGroupWaves * 32) void MOE_INT4_NAME(                         \
-      OP, NAME, G, ZNAME, T)(MOE_INT4_GROUPED_DOWN_ARGS) {                                         \
-    moe_int4::grouped_down<DT, G, ZP, T / 8>(                                                      \
-        a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,           \
-        z_stride_e, z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64,             \
-        ids_stride_m, expert_map, map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves,   \
-        slots, wave_lds_bytes, blocks, blocks_per_wave, log2_k_slices);                            \
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                           \
+  extern "C" GPU_KERNEL(moe_int4::kMaxGroupWaves * 32) void MOE_INT4_NAME(                       \
+      OP, NAME, G, ZNAME, T)(MOE_INT4_GROUPED_DOWN_ARGS) {                                       \
+    moe_int4::grouped_down<DT, G, ZP, T / 8>(                                                    \
+        a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,         \
+        z_stride_e, z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64,           \
+        ids_stride_m, expert_map, map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves, \
+        slots, wave_lds_bytes, blocks, blocks_per_wave, log2_k_slices);                          \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, grouped_down)
 #endif

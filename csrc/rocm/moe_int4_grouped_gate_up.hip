@@ -3,8 +3,8 @@
 //
 // gate_up for tokens that share experts, see group_tile.cuh: block (x, y, z) owns `row_tiles` tiles
 // of kRowGroups indices of the intermediate size per wave, for the y-th distinct expert of
-// the z-th kGroupTokens tokens. Blocks without an expert have nothing to do. Waves do not split k, so
-// gate and up of an index meet in one lane.
+// the z-th kGroupTokens tokens. Blocks without an expert have nothing to do. Waves do not split k,
+// so gate and up of an index meet in one lane.
 #include "activation.cuh"
 #include "entry_points.h"
 
@@ -47,8 +47,8 @@ GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
   if (gpu::block_y() >= lists.count) return;
   const int begin = lists.starts[gpu::block_y()], end = lists.starts[gpu::block_y() + 1];
   const int first_tile = gpu::block_x() * waves * row_tiles + gpu::wave();
-  const GateUpItems items = {lists.experts[gpu::block_y()], begin, end, slots, inter, first_tile,
-                             waves, row_tiles, begin};
+  const GateUpItems items = {
+      lists.experts[gpu::block_y()], begin, end, slots, inter, first_tile, waves, row_tiles, begin};
   GroupTile<DT, G, ZP, NB, true> tile(weights, 0, blocks, k,
                                       gpu::dynamic_lds() + gpu::wave() * kGroupWeightBytes, rows,
                                       slots, waves);
@@ -60,14 +60,15 @@ GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
   int index = first_tile * kRowGroups + lane_row();
   tile.run(
       items, [] {}, row_of, [](const GroupItem&) {},
-      [&](const GroupItem& item, const float(&sums)[NB][4]) {
+      [&](const GroupItem& item, const float (&sums)[NB][4]) {
         GPU_UNROLL
         for (int b = 0; b < NB; ++b) {
           GPU_UNROLL
           for (int i = 0; i < 2; ++i) {
             const int slot = 8 * b + 2 * lane_k() + i;
             if (slot >= item.count || index >= inter) continue;
-            const float value = activate(activation, sums[b][i], sums[b][2 + i], alpha, beta, limit);
+            const float value =
+                activate(activation, sums[b][i], sums[b][2 + i], alpha, beta, limit);
             out[lists.pairs[item.first + slot] * c_stride_m + index] =
                 Format<DT>::from_float(value);
           }
@@ -78,14 +79,14 @@ GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
 
 }  // namespace moe_int4
 
-#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                            \
-  extern "C" GPU_KERNEL(moe_int4::kMaxGroupWaves * 32) void MOE_INT4_NAME(                        \
-      OP, NAME, G, ZNAME, T)(MOE_INT4_GROUPED_GATE_UP_ARGS) {                                     \
-    moe_int4::grouped_gate_up<DT, G, ZP, T / 8>(                                                  \
-        a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,          \
-        z_stride_e, z_stride_n8, num_experts, inter, k, c, c_stride_m, ids, ids_are_int64,        \
-        ids_stride_m, expert_map, map_size, num_tokens, top_k, activation, alpha, beta, limit,    \
-        waves, slots, blocks, row_tiles);                                                         \
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                         \
+  extern "C" GPU_KERNEL(moe_int4::kMaxGroupWaves * 32) void MOE_INT4_NAME(                     \
+      OP, NAME, G, ZNAME, T)(MOE_INT4_GROUPED_GATE_UP_ARGS) {                                  \
+    moe_int4::grouped_gate_up<DT, G, ZP, T / 8>(                                               \
+        a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,       \
+        z_stride_e, z_stride_n8, num_experts, inter, k, c, c_stride_m, ids, ids_are_int64,     \
+        ids_stride_m, expert_map, map_size, num_tokens, top_k, activation, alpha, beta, limit, \
+        waves, slots, blocks, row_tiles);                                                      \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, grouped_gate_up)
 #endif

@@ -15,7 +15,6 @@ constexpr float kLowest = -3.0e38f;
 // Rounding to 16 bits moves a product by less than this part of it, in bf16; fp16 is finer.
 constexpr float kRounding = 0x1p-7f;
 constexpr int kMaxRows = 16;
-constexpr int kWaves = kRescoreThreads / gpu::kWaveSize;
 
 GPU_DEVICE int thread() { return gpu::wave() * gpu::kWaveSize + gpu::lane(); }
 
@@ -65,8 +64,7 @@ GPU_DEVICE void largest(RESCORE_LARGEST_ARGS) {
   float* const lds = reinterpret_cast<float*>(gpu::dynamic_lds());
   const int m = gpu::block_y(), part = gpu::block_x();
   gpu::wait_previous_grid();
-  const float squares =
-      squares_of_row<DT>(static_cast<const uint16_t*>(a) + m * a_stride_m, k);
+  const float squares = squares_of_row<DT>(static_cast<const uint16_t*>(a) + m * a_stride_m, k);
   const float norm = bound * gpu::sqrt_of(squares);
   const auto* products = static_cast<const uint16_t*>(c) + m * c_stride_m;
   const int end = part_begin(n, part + 1);
@@ -188,14 +186,14 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
 }  // namespace
 }  // namespace moe_int4
 
-#define RESCORE_DEFINE(NAME, DT)                                                                \
-  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_largest_##NAME(RESCORE_LARGEST_ARGS) {    \
-    moe_int4::largest<DT>(a, a_stride_m, k, errors, n, c, c_stride_m, partials, p_stride_m,     \
-                          bound, waves);                                                        \
-  }                                                                                             \
-  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_rows_##NAME(RESCORE_ROWS_ARGS) {          \
-    moe_int4::rows<DT>(a, a_stride_m, m, w, w_stride_n, k, errors, n, c, c_stride_m, partials,  \
-                       p_stride_m, window, bound, waves);                                       \
+#define RESCORE_DEFINE(NAME, DT)                                                                   \
+  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_largest_##NAME(RESCORE_LARGEST_ARGS) {       \
+    moe_int4::largest<DT>(a, a_stride_m, k, errors, n, c, c_stride_m, partials, p_stride_m, bound, \
+                          waves);                                                                  \
+  }                                                                                                \
+  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_rows_##NAME(RESCORE_ROWS_ARGS) {             \
+    moe_int4::rows<DT>(a, a_stride_m, m, w, w_stride_n, k, errors, n, c, c_stride_m, partials,     \
+                       p_stride_m, window, bound, waves);                                          \
   }
 RESCORE_DEFINE(f16, gpu::Half)
 RESCORE_DEFINE(bf16, gpu::BFloat16)

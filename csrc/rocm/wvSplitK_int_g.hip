@@ -40,8 +40,8 @@ GPU_DEVICE void dense(DENSE_ARGS) {
   }
   for (int i = 0; i < tiles; ++i) {
     float* const mine = results + gpu::wave() * (S * kRowsPerWave);
-    product.run(
-        1, [&](int, int slot, int row, float sum) { mine[slot * kRowsPerWave + row] = sum; });
+    product.run(1,
+                [&](int, int slot, int row, float sum) { mine[slot * kRowsPerWave + row] = sum; });
     gpu::block_barrier();
     const int at = tile + i * step;
     for (int j = gpu::wave() * gpu::kWaveSize + gpu::lane(); j < S * kRowsPerWave;
@@ -56,10 +56,10 @@ GPU_DEVICE void dense(DENSE_ARGS) {
 
 }  // namespace moe_int4
 
-#define DENSE_DEFINE(NAME, DT, BITS, G, ZNAME, ZP, T)                                           \
-  extern "C" GPU_KERNEL(kDenseThreads) void DENSE_NAME(NAME, BITS, G, ZNAME, T)(DENSE_ARGS) {   \
-    moe_int4::dense<DT, BITS, G, ZP, T>(a, a_stride_m, m, q, q_stride_n, scales, s_stride_n,    \
-                                        zeros, z_stride_n8, n, k, c, c_stride_m, waves,         \
-                                        k_slices, tiles, step);                                 \
+#define DENSE_DEFINE(NAME, DT, BITS, G, ZNAME, ZP, T)                                             \
+  extern "C" GPU_KERNEL(kDenseThreads) void DENSE_NAME(NAME, BITS, G, ZNAME, T)(DENSE_ARGS) {     \
+    moe_int4::dense<DT, BITS, G, ZP, T>(a, a_stride_m, m, q, q_stride_n, scales, s_stride_n,      \
+                                        zeros, z_stride_n8, n, k, c, c_stride_m, waves, k_slices, \
+                                        tiles, step);                                             \
   }
 DENSE_FOR_ALL(DENSE_DEFINE)

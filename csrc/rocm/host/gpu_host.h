@@ -96,6 +96,7 @@ inline float half_to_float(uint16_t bits) { return static_cast<float>(bit_cast<_
 inline uint16_t float_to_half(float x) { return bit_cast<uint16_t>(static_cast<_Float16>(x)); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
+inline float sqrt_of(float x) { return std::sqrt(x); }
 
 inline float to_float(Half, uint32_t bits) { return half_to_float(static_cast<uint16_t>(bits)); }
 inline float to_float(BFloat16, uint32_t bits) { return bit_cast<float>(bits << 16); }
