@@ -8,7 +8,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: help venv clang demo test pytest lint format bench matrix isa fork drift clean
+# pytest processes: about half a gigabyte each, and each starts vLLM in turn.
+WORKERS ?= 2
+PYTEST := $(VENV)/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile
+
+.PHONY: help venv clang demo quick test pytest nightly lint format bench matrix isa
+.PHONY: wheel fork check-vllm-src drift clean
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -16,15 +21,23 @@ venv:  ## make or update .venv: vLLM for the CPU, this project built and install
 	@$(PYTHON) tools/make_venv.py --venv $(VENV)
 
 demo: venv  ## serve the bundled checkpoint with vLLM and show a completion
-	@$(RUN) tools/demo.py $(ARGS)
+	@$(RUN) -m tools.demo $(ARGS)
 
 clang:
 	@tools/install_clang.sh
 
-test: clang venv lint pytest  ## everything that CI runs
+quick: venv  ## the tests to run after every edit, under 3 minutes
+	@$(PYTEST) -m "not slow and not e2e and not packaging and not nightly" $(ARGS)
 
-pytest: venv  ## the tests alone; ARGS="-k packaging" and the like go to pytest
-	@$(VENV)/bin/pytest $(ARGS)
+test: clang venv lint pytest  ## everything that CI runs, under 15 minutes
+
+pytest: venv  ## the tests of CI alone; ARGS="-k packaging" and the like go to pytest
+	@$(PYTEST) $(ARGS)
+
+nightly: clang venv wheel  ## the long tests, the vLLM releases before this one, drift
+	@$(PYTEST) -m nightly $(ARGS)
+	@$(RUN) -m tools.check_releases
+	@$(RUN) -m tools.check_drift
 
 lint: venv  ## ruff, clang-format and mypy
 	@$(RUN) tools/lint.py
@@ -35,18 +48,25 @@ format: venv  ## rewrite the sources as `make lint` wants them
 bench: venv  ## time the experts call on this machine's CPU
 	@$(RUN) benchmarks/benchmark_moe.py --device cpu $(ARGS)
 
-matrix: venv  ## run the support matrix (an hour), write the README's table
-	@$(RUN) tests/support/matrix.py $(ARGS)
+matrix: venv  ## run the support matrix (an hour), write its table
+	@$(RUN) -m tests.support.matrix $(ARGS)
 
 isa: venv  ## compile the GPU kernels for AMD, report registers and loads
 	@$(RUN) benchmarks/isa_report.py $(ARGS)
 	@$(RUN) benchmarks/prefill_report.py
 
-fork: venv  ## commit the patch to the vLLM sources in VLLM_SRC (ARGS="--patch F", ...)
+wheel: venv  ## build the wheel into dist
+	@$(RUN) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+fork: check-vllm-src venv  ## commit the patch to VLLM_SRC=DIR (ARGS="--patch F", ...)
 	@$(VENV)/bin/vllm-hybrid-w4a16 fork --vllm-src "$(VLLM_SRC)" $(ARGS)
 
+check-vllm-src:
+	$(if $(VLLM_SRC),,$(error VLLM_SRC is not set: make fork VLLM_SRC=/path/to/vllm, \
+	    the folder of vLLM's sources))
+
 drift: venv  ## does the newest vLLM release still fit? (ARGS="0.33.0": another one)
-	@$(RUN) tools/check_drift.py $(ARGS)
+	@$(RUN) -m tools.check_drift $(ARGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info vllm/_hybrid_w4a16_C.so

@@ -12,32 +12,32 @@ variant did not run; 2 for a bad argument; 130 after Ctrl-C, which stops the ser
 import argparse
 import contextlib
 import json
+import os
 import re
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT / "tools"))
-
-from serve_bench import facts, load, report  # noqa: E402
-from serve_bench.cases import (  # noqa: E402
+from serve_bench import facts, load, report
+from serve_bench.cases import (
     MODES,
     PRESETS,
     Point,
     Variant,
+    check_checkpoint,
     parse_image,
     parse_points,
     parse_variant,
 )
-from serve_bench.summary import summarize  # noqa: E402
-from vllm_server import ServerError, VllmServer  # noqa: E402
+from serve_bench.progress import MilestoneWatch, Progress
+from serve_bench.summary import summarize
+from serve_bench.vllm_server import ServerError, VllmServer
 
-START_REPORT_S = 20.0
+CHECKOUT = Path(__file__).resolve().parent.parent
 Case = tuple[Variant, str]  # and its mode
 
 
@@ -77,6 +77,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add(
         "--serve-args", default="", help="arguments for every vllm serve, as one string"
     )
+    add("--vllm", type=Path, help="the vllm command (default: beside this Python)")
     add("--start-timeout", type=float, default=1800, help="seconds (default 1800)")
     add("--bandwidth", type=float, help="GB/s of the memory, for the roofline line")
     add("--out", type=Path, default=CHECKOUT / "build/serve", metavar="DIR")
@@ -100,35 +101,23 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         for name in ("prompts", "repeats"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} is at least 1")
+        for variant in options.variants:
+            check_checkpoint(variant.model)
+        _make_folder(options.out)
     except ValueError as error:
         parser.error(str(error))
     options.command = shlex.join(["serve_compare.py", *arguments])
     return options
 
 
-class Progress:
-    """Says what happens, with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._start:6.1f} s] {text}", flush=True)
-
-
-class StartWatch:
-    """While a server starts, says every now and then what it logged last."""
-
-    def __init__(self, server: VllmServer, progress: Progress) -> None:
-        self._server, self._progress = server, progress
-        self._last = time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() - self._last > START_REPORT_S:
-            self._last = time.monotonic()
-            lines = self._server.log_text().split("\n")
-            line = next((text for text in reversed(lines) if text.strip()), "")
-            self._progress.say(f"  starting: {line.split('] ')[-1][:80]}")
+def _make_folder(out: Path) -> None:
+    """Make ``--out``; raises ``ValueError`` where nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out}: nothing can be written there")
 
 
 class Comparison:
@@ -173,7 +162,11 @@ class Comparison:
         log = self.options.out / f"{variant.name}-{mode}-{number + 1}.log"
         words = [*MODES[mode], *shlex.split(self.options.serve_args)]
         return VllmServer(
-            variant.model, log, [*words, *variant.arguments], variant.environment
+            variant.model,
+            log,
+            [*words, *variant.arguments],
+            variant.environment,
+            program=self.options.vllm,
         )
 
     def start_all(
@@ -196,7 +189,9 @@ class Comparison:
             self.progress.say(f"  FAILED: {_name(case)}: {error}")
 
     def wait_ready(self, server: VllmServer) -> None:
-        server.wait_ready(self.options.start_timeout, StartWatch(server, self.progress))
+        server.wait_ready(
+            self.options.start_timeout, MilestoneWatch(server, self.progress)
+        )
         self.progress.say("  the server is ready")
 
     def measure(self, number: int, case: Case, server: VllmServer) -> None:
@@ -226,6 +221,7 @@ class Comparison:
         options = self.options
         result = options.out / "bench.json"
         words = load.command(
+            server.program,
             server.url,
             variant.model,
             point,
@@ -267,6 +263,7 @@ class Comparison:
         out = self.options.out
         (out / "serve.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "serve.md").write_text(report.markdown(result))
+        (out / "serve.png").unlink(missing_ok=True)  # of an earlier run
         if result["summary"]:
             report.plot(out / "serve.png", result)
 
@@ -280,18 +277,23 @@ def moe_lines(log: str) -> list[str]:
     return list(dict.fromkeys(re.findall(r"HybridW4A16 MoE.*", log)))
 
 
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Signal handler: stopping takes seconds, so say at once that it has begun."""
+    print("\ninterrupted, stopping the servers", file=sys.stderr, flush=True)
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison; returns its exit status."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     # also where SIGINT is ignored, as in a shell's background jobs
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    options.out.mkdir(parents=True, exist_ok=True)
+        signal.signal(number, interrupt)
     comparison = Comparison(options, Progress())
     try:
         comparison.run()
     except KeyboardInterrupt:
-        print("\ninterrupted, the servers are stopped", file=sys.stderr)
+        print("the servers are stopped", file=sys.stderr)
         return 130
     print()
     print((options.out / "serve.md").read_text())

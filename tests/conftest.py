@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Settings for the whole run, before any test imports vLLM."""
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -14,10 +15,15 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def pytest_configure() -> None:
-    for module in ("vllm", "vllm_hybrid_w4a16"):
-        if importlib.util.find_spec(module) is None:
+    # the checkout is on sys.path, so that our own modules would be found anyway
+    ours = list(importlib.metadata.distributions(name="vllm-hybrid-w4a16"))
+    for name, found in (
+        ("vllm", importlib.util.find_spec("vllm.config")),
+        ("this project", ours),
+    ):
+        if not found:
             pytest.exit(
-                f"{module} is not installed here: run `make test`, or install vLLM and "
+                f"{name} is not installed here: run `make test`, or install vLLM and "
                 "then this project (pip install --no-build-isolation -e .)",
                 returncode=4,
             )

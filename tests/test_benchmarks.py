@@ -6,13 +6,11 @@ How fast anything is, is never asserted here.
 """
 
 import json
-import pathlib
 import time
 
 import pytest
 import torch
 
-BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 SHAPE = "8:2:256:128"
 ROW_KEYS = {
     "shape",
@@ -30,7 +28,6 @@ ROW_KEYS = {
 @pytest.fixture
 def moe_bench(monkeypatch):
     """The package, with ceilings and caches shrunk so that a run takes seconds."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main() may overwrite it
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     import moe_bench.ceilings
@@ -248,9 +245,9 @@ def test_broken_backend_does_not_stop_the_others(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--shapes qwen9", "--shapes: 'qwen9' is neither one of qwen3-30b-a3b, "),
+        ("--shapes qwen9", "--shapes: 'qwen9' is none of all, qwen3-30b-a3b, "),
         ("--shapes 4:8:64:64", "top_k 8 exceeds 4 experts"),
-        ("--shapes 4:2:64:0", "--shapes: '4:2:64:0' is neither"),
+        ("--shapes 4:2:64:0", "--shapes: '4:2:64:0' is none of"),
         ("--tokens 1,two", "--tokens: 'two' is not a positive number"),
         ("--tokens 0", "--tokens: '0' is not a positive number"),
         ("--group-size 48", "--group-size: 48 is not one of 32, 64, 128"),
@@ -369,3 +366,49 @@ def test_rotation_exceeds_the_cache(moe_bench):
         # between two uses of a copy all the others are read
         assert copies >= 2
         assert (copies - 1) * call_bytes >= 2 * cache
+
+
+def test_memory_is_shared_by_the_backends(moe_bench):
+    share = moe_bench.run.share_memory
+    wanted = {"hybrid": 40, "cpu-int4": 40, "torch": 10}
+    layer_bytes = {"hybrid": 1, "cpu-int4": 1, "torch": 4}
+    assert share(wanted, layer_bytes, 200) == wanted
+    half = share(wanted, layer_bytes, 60)
+    assert half == {"hybrid": 20, "cpu-int4": 20, "torch": 5}
+    # one layer each comes first, however large a layer of one backend is
+    assert share(wanted, layer_bytes | {"torch": 70}, 80) == {
+        "hybrid": 5,
+        "cpu-int4": 5,
+        "torch": 1,
+    }
+
+
+def test_short_memory_shortens_the_rotation(
+    main, moe_bench, monkeypatch, tmp_path, capsys
+):
+    """Every backend is measured, over as many layers as fit."""
+    shape = moe_bench.shapes.parse_shape(SHAPE)
+    layer_bytes = shape.num_experts * shape.expert_weights * 2
+    available = int(3.5 * layer_bytes / moe_bench.run.MEMORY_SHARE)
+    monkeypatch.setattr(moe_bench.machine, "available_bytes", lambda device: available)
+    file = tmp_path / "result.json"
+    arguments = f"--shape {SHAPE} --tokens 1 --routing few --backends torch --layers 9"
+    assert main([*arguments.split(), "--repeats", "2", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    (row,) = result["rows"]
+    assert (row["layers_rotated"], row["layers_wanted"]) == (3, 9)
+    assert "torch: 3 layers, " in (out := capsys.readouterr().out)
+    assert "9 were wanted and memory holds no more" in out
+
+    monkeypatch.setattr(moe_bench.machine, "available_bytes", lambda device: 1 << 10)
+    assert main([*arguments.split(), "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert result["rows"] == []
+    assert "one layer takes 0.0 GiB" in result["unavailable"][0]["reason"]
+
+
+def test_all_shapes(moe_bench):
+    shapes = moe_bench.shapes
+    assert shapes.parse_shapes("all") == list(shapes.SHAPES.values())
+    names = "qwen3-30b-a3b,mixtral-8x7b"
+    assert [shape.name for shape in shapes.parse_shapes(names)] == names.split(",")

@@ -6,11 +6,9 @@ import importlib
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 needs_clang = pytest.mark.skipif(
     shutil.which("clang++-22") is None or shutil.which("llvm-mca-22") is None,
     reason="needs clang++-22 and llvm-mca-22 (Debian: clang-22, llvm-22)",
@@ -18,14 +16,12 @@ needs_clang = pytest.mark.skipif(
 
 
 @pytest.fixture
-def asm(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def asm():
     return importlib.import_module("amdgpu_assembly")
 
 
 @pytest.fixture
-def isa(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def isa():
     return importlib.import_module("isa_report")
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from int4_formats import FORMATS
-from reference_model import ReferenceModel
 from safetensors.torch import load_file, save_file
+
+from .support.int4_formats import FORMATS
+from .support.reference_model import ReferenceModel
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CHECKPOINT = CHECKOUT / "demo/int4-autoround-g128"
@@ -22,7 +23,6 @@ CHECKPOINT = CHECKOUT / "demo/int4-autoround-g128"
 @pytest.fixture
 def tool(monkeypatch):
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(CHECKOUT / "benchmarks"))
     import quality
 
     return quality

@@ -9,14 +9,15 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
+import serve_compare
+
+from .support.processes import STAND_IN_VLLM, running, users_of, wait_for_users
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SCRIPT = CHECKOUT / "benchmarks/serve_compare.py"
@@ -25,12 +26,8 @@ TIMEOUT_S = 600.0
 
 
 @pytest.fixture
-def tool(monkeypatch):
+def tool():
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(CHECKOUT / "benchmarks"))
-    monkeypatch.syspath_prepend(str(CHECKOUT / "tools"))
-    import serve_compare
-
     return serve_compare
 
 
@@ -50,17 +47,23 @@ def test_variants(tool):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["m", "--variant", "fast"], "neither a preset"),
-        (["m", "--variant", "a b=x"], "is not a name"),
-        (["m", "--variant", "a=--model"], "--model needs a checkpoint"),
+        (["o/m", "--variant", "fast"], "neither a preset"),
+        (["o/m", "--variant", "a b=x"], "is not a name"),
+        (["o/m", "--variant", "a=--model"], "--model needs a checkpoint"),
         (["--variant", "stock"], "no checkpoint"),
-        (["m", "--variant", "stock", "--variant", "stock"], "names repeat"),
-        (["m", "--mode", "lazy"], "'lazy' is none of eager, compiled"),
-        (["m", "--lengths", "100"], "'100' is not INPUT:OUTPUT"),
-        (["m", "--lengths", "0:5"], "'0:5' is not INPUT:OUTPUT"),
-        (["m", "--concurrency", "1,x"], "is not a list of counts"),
-        (["m", "--image", "640"], "is not WIDTHxHEIGHT"),
-        (["m", "--repeats", "0"], "--repeats is at least 1"),
+        (["o/m", "--variant", "stock", "--variant", "stock"], "names repeat"),
+        (["o/m", "--mode", "lazy"], "'lazy' is none of eager, compiled"),
+        (["o/m", "--lengths", "100"], "'100' is not INPUT:OUTPUT"),
+        (["o/m", "--lengths", "0:5"], "'0:5' is not INPUT:OUTPUT"),
+        (["o/m", "--concurrency", "1,x"], "is not a list of counts"),
+        (["o/m", "--image", "640"], "is not WIDTHxHEIGHT"),
+        (["o/m", "--repeats", "0"], "--repeats is at least 1"),
+        (["nowhere"], "checkpoint nowhere: there is no such folder, and it is not"),
+        (["no/such/folder"], "checkpoint no/such/folder: there is no such folder"),
+        ([str(SCRIPT)], "serve_compare.py: expected a folder, got a file"),
+        ([str(SCRIPT.parent)], "benchmarks: no config.json in this folder"),
+        (["o/m", "--variant", "a=--model=/x"], "checkpoint /x: there is no such"),
+        (["o/m", "--out", str(SCRIPT / "x")], "x: Not a directory"),
     ],
 )
 def test_bad_arguments(tool, arguments, message, capsys):
@@ -71,7 +74,7 @@ def test_bad_arguments(tool, arguments, message, capsys):
 
 
 def test_defaults_are_the_published_comparison(tool):
-    options = tool.parse_arguments(["m"])
+    options = tool.parse_arguments(["o/m"])
     assert [v.name for v in options.variants] == ["stock", "hybrid"]
     assert [str(point) for point in options.points] == ["100/128 x1"]
     assert options.modes == ["eager"] and options.size is None
@@ -81,7 +84,14 @@ def test_defaults_are_the_published_comparison(tool):
 def test_bench_command_is_one_that_vllm_takes(tool, image, tmp_path):
     point = tool.Point(100, 128, 4)
     words = tool.load.command(
-        "http://127.0.0.1:9", "tok", point, 3, 1, image, tmp_path / "r.json"
+        Path("vllm"),
+        "http://127.0.0.1:9",
+        "tok",
+        point,
+        3,
+        1,
+        image,
+        tmp_path / "r.json",
     )
     from vllm.benchmarks.serve import add_cli_args
 
@@ -175,6 +185,25 @@ def test_written_results(tool, tmp_path):
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_names_every_variant(tool, tmp_path):
+    """Also one that did not run, and one that did not run in every mode."""
+    variants = ["--variant=stock", "--variant=triton", "--variant=hybrid"]
+    options = tool.parse_arguments([str(CHECKPOINT), f"--out={tmp_path}", *variants])
+    comparison = tool.Comparison(options, tool.Progress())
+    comparison.facts = make_result(tool, tmp_path).facts
+    comparison.samples = SAMPLES
+    why = "no such backend"
+    comparison.failures = {"triton, eager": why, "triton, compiled": why}
+    comparison.failures["hybrid, compiled"] = why
+    (legend,) = tool.report.draw(comparison.result()).legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels[-3:] == [
+        "stock",
+        "triton (did not run)",
+        "hybrid (did not run: compiled)",
+    ]
+
+
 def test_an_interrupted_run_says_how_many_rounds_it_has(tool, tmp_path):
     comparison = make_result(tool, tmp_path)
     comparison.options.together = True
@@ -201,32 +230,10 @@ def test_only_harmless_variables_are_recorded(tool, monkeypatch):
     assert "VLLM_API_KEY" not in found and "SOMETHING" not in found
 
 
-def users_of(folder: Path) -> list[int]:
-    """Processes that have a file of ``folder`` open."""
-    found = set()
-    for descriptors in Path("/proc").glob("[0-9]*/fd"):
-        try:
-            targets = [os.readlink(fd) for fd in descriptors.iterdir()]
-        except OSError:  # ended meanwhile, or somebody else's
-            continue
-        if any(target.startswith(str(folder)) for target in targets):
-            found.add(int(descriptors.parent.name))
-    return sorted(found)
-
-
-@contextmanager
-def running(out: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The script on the bundled checkpoint, told to end if it has not."""
-    with subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(CHECKPOINT), f"--out={out}", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.terminate()  # not kill(): it has a server to stop
+def running_script(out: Path, *arguments: str) -> AbstractContextManager[Popen[str]]:
+    """The script on the bundled checkpoint."""
+    command = [sys.executable, str(SCRIPT), str(CHECKPOINT), f"--out={out}"]
+    return running([*command, *arguments])
 
 
 SHORT = ["--lengths=16:8", "--prompts=2", "--warmups=1", "--repeats=1"]
@@ -235,9 +242,10 @@ SHORT = ["--lengths=16:8", "--prompts=2", "--warmups=1", "--repeats=1"]
 @pytest.mark.e2e
 def test_real_comparison(tmp_path):
     variants = ["--variant=hybrid", "--variant=bad=--no-such-option"]
-    with running(tmp_path, *SHORT, *variants, "--bandwidth=30") as process:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 1, output  # because of the second
+    with running_script(tmp_path, *SHORT, *variants, "--bandwidth=30") as process:
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1, output + errors  # because of the second
+    assert "int4 experts repacked for the hybrid kernels" in output
     result = json.loads((tmp_path / "serve.json").read_text())
     assert list(result["failures"]) == ["bad, eager"]
     (row,) = result["summary"]
@@ -250,23 +258,54 @@ def test_real_comparison(tmp_path):
     assert not users_of(tmp_path)
 
 
-@pytest.mark.e2e
-def test_ctrl_c_leaves_no_server_behind(tmp_path):
-    with running(tmp_path, *SHORT, "--variant=hybrid") as process:
-        assert process.stdout is not None
-        seen = ""
-        for line in process.stdout:
-            seen += line
-            if "round 1/1" in line:
-                break
-        log = tmp_path / "hybrid-eager-1.log"
-        while process.poll() is None and "engine" not in (
-            log.read_text() if log.exists() else ""
-        ):
-            time.sleep(0.2)
-        assert users_of(tmp_path), seen
+@pytest.fixture
+def stand_in(tool, monkeypatch, tmp_path):
+    """``main`` on a stand-in for vLLM, the machine's facts made up."""
+    facts = {**make_result(tool, tmp_path).facts, "rooflines": {}}
+    monkeypatch.setattr(tool.facts, "gather", lambda *_: facts)
+    monkeypatch.setattr(tool.signal, "signal", lambda number, handler: None)
+    arguments = [str(CHECKPOINT), f"--out={tmp_path}", f"--vllm={STAND_IN_VLLM}"]
+    return lambda *more: tool.main([*arguments, *SHORT, *more])
+
+
+@pytest.mark.parametrize("together", [(), ("--together",)], ids=["apart", "together"])
+def test_one_that_fails_leaves_the_others(stand_in, together, tmp_path, capsys):
+    variants = ["--variant=hybrid", "--variant=bad=--broken", "--variant=stock"]
+    assert stand_in(*variants, *together, "--repeats=2") == 1
+    output = capsys.readouterr().out
+    result = json.loads((tmp_path / "serve.json").read_text())
+    assert list(result["failures"]) == ["bad, eager"]
+    assert [row["variant"] for row in result["summary"]] == ["hybrid", "stock"]
+    order = [sample["variant"] for sample in result["samples"]]
+    assert order == ["hybrid", "stock", "stock", "hybrid"]
+    assert "FAILED: bad, eager: the server exited with status 1: ValueError" in output
+    assert "engine process is up" in output
+    assert "non-default args" not in output, "milestones, not the server's log"
+    assert not users_of(tmp_path)
+
+
+INTERRUPTED = """
+import sys, serve_compare
+serve_compare.facts.gather = lambda *_: {}
+sys.exit(serve_compare.main())
+"""
+
+
+def test_ctrl_c_is_answered_at_once_and_leaves_no_server_behind(tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, str(CHECKPOINT), f"--out={tmp_path}"]
+    command += [f"--vllm={STAND_IN_VLLM}", "--variant=hybrid"]
+    environment = {**os.environ, "STAND_IN": "silent,stubborn"}  # takes all the time
+    with running(command, cwd=SCRIPT.parent, env=environment) as process:
+        wait_for_users(tmp_path / "hybrid-eager-1.log", 2)
+        assert process.stdout is not None and process.stderr is not None
+        while "engine process is up" not in process.stdout.readline():
+            pass
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 130, output
-    assert "interrupted, the servers are stopped" in output
+        assert process.stderr.readline() == "\n"
+        assert process.stderr.readline() == "interrupted, stopping the servers\n"
+        assert process.poll() is None and users_of(tmp_path), "it says so before"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130
+    assert errors.endswith("the servers are stopped\n")
     assert not users_of(tmp_path)

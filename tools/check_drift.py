@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Report where a vLLM release no longer fits the hook table and our modules' imports.
+"""Report where a vLLM release no longer fits the hook table or our modules' imports.
 
-    python tools/check_drift.py [VERSION ...]
+    python -m tools.check_drift [VERSION ...]
 
-To be run on a schedule. Without VERSION: the newest release. Nothing of the release is
-run or installed: its source distribution is fetched and looked at as by
-`vllm-hybrid-w4a16 fork --check`. Exit status: 0 all fits, 1 something does not, 2 a
-release could not be fetched or looked at.
+Part of `make nightly`. Without VERSION: the newest release. Nothing of the release is
+run or installed: its source distribution is fetched and checked as by
+`vllm-hybrid-w4a16 fork --check`. Exit status: 0 all fits; 1 something does not; 2 a
+release could not be fetched or read.
 """
 
 import argparse
 import sys
 
-import vllm_source
-
+from tools import vllm_source
 from vllm.plugins.hybrid_w4a16 import fork
 
 

@@ -2,20 +2,25 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Serve the bundled checkpoint with vLLM and stream a completion from it.
 
-Exit status: 0; 1 when a step failed; 2 when the server works but its MoE layers did
-not all go to the hybrid method; 130 after Ctrl-C.
+    python -m tools.demo
+
+Exit status: 0; 1 when a step failed; 2 when the server works but its MoE layers are
+not all hybrid; 130 after Ctrl-C.
 """
 
 import argparse
 import importlib
+import os
 import re
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-from vllm_server import MODEL_NAME, ServerError, VllmServer
+from benchmarks.serve_bench.progress import MilestoneWatch, Progress
+from benchmarks.serve_bench.vllm_server import MODEL_NAME, ServerError, VllmServer
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CHECKPOINT = CHECKOUT / "demo/int4-autoround-g128"
@@ -29,50 +34,16 @@ START_TIMEOUT_S = 300.0
 REQUEST_TIMEOUT_S = 120.0
 LOG_TAIL_LINES = 25
 
+OMP_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+RESERVED_CPU = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+SMALL_MACHINE_CORES = 2
+
 # What the plugin logs once a model's MoE layers are ready (vllm/plugins/hybrid_w4a16).
 SUMMARY = re.compile(
     r"HybridW4A16 MoE: (?P<taken>\d+)/(?P<all>\d+) layers "
     r"\(decode: (?P<decode>.+), prefill: (?P<prefill>.+)\), \d+ declined"
 )
 DECLINED = re.compile(r"HybridW4A16 MoE: (layer .*)")
-# A line of the server's log that contains the text on the left shows this progress.
-MILESTONES = {
-    "non-default args": "API server process is up",
-    "Initializing a V1 LLM engine": "engine process is up",
-    "Starting to load model": "worker process is up, loads the weights",
-    "HybridW4A16 MoE:": "int4 experts repacked for the hybrid kernels",
-    "init engine": "engine is warmed up",
-}
-
-
-class Progress:
-    """Prints steps with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self.current = ""
-
-    def step(self, text: str) -> None:
-        """Begin a step; ``current`` is the one that a failure belongs to."""
-        self.current = text
-        self.say(text)
-
-    def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self._start:5.1f} s] {text}", flush=True)
-
-
-class MilestoneWatch:
-    """Turns a growing server log into progress messages, each said once."""
-
-    def __init__(self, server: VllmServer, progress: Progress) -> None:
-        self._server = server
-        self._progress = progress
-        self._pending = dict(MILESTONES)
-
-    def __call__(self) -> None:
-        log = self._server.log_text()
-        for text in [text for text in self._pending if text in log]:
-            self._progress.say(f"  {self._pending.pop(text)}")
 
 
 def stream_completion(
@@ -128,6 +99,17 @@ def show_method(log: str) -> bool:
     return bool(summaries) and all(s["taken"] == s["all"] for s in summaries)
 
 
+def cpu_threads(cores: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which vLLM's CPU backend computes on all ``cores``.
+
+    vLLM keeps one core free for its front end. Of two cores that is half of the
+    machine, and a single one would leave none. Empty where ``environment`` has a say.
+    """
+    if cores > SMALL_MACHINE_CORES or OMP_BIND in environment:
+        return {}
+    return {} if RESERVED_CPU in environment else {RESERVED_CPU: "0"}
+
+
 def run(options: argparse.Namespace, progress: Progress) -> int:
     """The demo; returns its exit status.
 
@@ -137,8 +119,14 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
     if options.enforce_eager:
         arguments.append("--enforce-eager")
     mode = "eager" if options.enforce_eager else "compiled"
+    cores = len(os.sched_getaffinity(0))
+    environment = cpu_threads(cores, os.environ)
+    for name, value in environment.items():
+        progress.say(f"{name}={value}: on a CPU vLLM computes with all {cores} cores")
     progress.step(f"vllm serve {options.model} ({mode} mode)")
-    with VllmServer(options.model, options.log, arguments, port=options.port) as server:
+    with VllmServer(
+        options.model, options.log, arguments, environment, options.port, options.vllm
+    ) as server:
         openai = importlib.import_module("openai")  # slow, so while the server starts
         server.wait_ready(START_TIMEOUT_S, MilestoneWatch(server, progress))
         progress.step(f"completion through the OpenAI API at {server.url}/v1")
@@ -184,6 +172,7 @@ def parse_arguments() -> argparse.Namespace:
         help="without torch.compile: starts sooner (default); --no-enforce-eager is "
         "vLLM's own default",
     )
+    parser.add_argument("--vllm", type=Path, help="default: beside this Python")
     parser.add_argument(
         "--keep", action="store_true", help="leave the server running until Ctrl-C"
     )

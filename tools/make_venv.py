@@ -4,8 +4,8 @@
 
     python3.11 tools/make_venv.py [--venv .venv]
 
-Needs Python 3.11, a C++ compiler and CMake. Each step is skipped when what it depends
-on has not changed since it last succeeded, so that calling this again takes a moment.
+Needs Python 3.11, a C++ compiler and CMake. A step is skipped when its inputs have not
+changed since it last succeeded, so a second call takes a moment.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class StepError(Exception):
 
 
 class Step:
-    """One command, skipped when ``key`` is what it was when it last succeeded."""
+    """One command, skipped when ``key`` has not changed since it last succeeded."""
 
     def __init__(
         self, venv: Path, name: str, title: str, key: str, advice: str
@@ -44,7 +44,7 @@ class Step:
         return self.stamp.is_file() and self.stamp.read_text() == self.key
 
     def run(self, command: list[str], shown: tuple[str, ...]) -> None:
-        """Run ``command``, its output to the log, lines that start so to the screen."""
+        """Run ``command``; log its output, print lines that start with ``shown``."""
         if self.is_done():
             print(f"== {self.title}: unchanged", flush=True)
             return
@@ -88,7 +88,7 @@ def hash_of(files: Iterable[Path]) -> str:
 
 
 def build_inputs() -> list[Path]:
-    """What the op library and the installed metadata are made from."""
+    """The files that the op library and the installed metadata are built from."""
     files = [*REQUIREMENTS, CPU_NAME / "pyproject.toml"]
     files += [CHECKOUT / name for name in INPUTS]
     files += [path for path in (CHECKOUT / "csrc").rglob("*") if path.is_file()]
@@ -96,7 +96,7 @@ def build_inputs() -> list[Path]:
 
 
 def check_tools() -> None:
-    """Say what is missing before minutes are spent."""
+    """Check for missing tools before the steps that take minutes."""
     if sys.version_info[:2] != (3, 11):
         raise StepError(
             "FAILED: the pinned requirements are for Python 3.11, this is "
@@ -114,7 +114,7 @@ def check_tools() -> None:
 def make_venv(venv: Path) -> None:
     """Bring ``venv`` up to date; raises ``StepError``."""
     python = str(venv / "bin" / "python")
-    if not (venv / "bin" / "pip").exists():  # the last thing that venv makes
+    if not (venv / "bin" / "pip").exists():  # venv creates it last
         print(f"== Creating {venv}", flush=True)
         shutil.rmtree(venv, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
@@ -128,7 +128,7 @@ def make_venv(venv: Path) -> None:
         "check that pip reaches its index (pip config list) and 5 GB of disk are free, "
         "then run the same command again.",
     )
-    # --no-compile: what is used gets compiled when first imported, in less time.
+    # --no-compile: Python compiles what it imports, which takes less time in all.
     files = [argument for file in REQUIREMENTS for argument in ("-r", str(file))]
     requirements.run(
         [*pip_install, "--no-compile", "--progress-bar=off", *files], ("Installing",)

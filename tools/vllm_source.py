@@ -4,7 +4,7 @@
 
     python tools/vllm_source.py [VERSION] [--to build/vllm-source]
 
-Prints the folder of the unpacked tree; takes what an earlier call left there. Without
+Prints the folder of the unpacked tree. A tree from an earlier call is reused. Without
 VERSION: the newest release.
 """
 
@@ -28,15 +28,15 @@ class FetchError(Exception):
 def fetch(version: str, folder: Path = FOLDER) -> Path:
     """The unpacked source tree of vLLM ``version`` in ``folder``.
 
-    Raises ``FetchError``, without a network for one.
+    Raises ``FetchError``, for example without a network.
     """
     tree = folder / f"vllm-{version}"
     if tree.is_dir():
         return tree
     archive = folder / f"vllm-{version}.tar.gz"
     if not archive.is_file():
-        # pip builds the metadata even of what it only downloads; without the override
-        # it then rejects the version that vLLM's setup.py makes up outside git.
+        # pip builds metadata even for a download. Without the override vLLM's setup.py
+        # makes up a version outside git, which pip rejects.
         environment = {
             **os.environ,
             "VLLM_VERSION_OVERRIDE": version,

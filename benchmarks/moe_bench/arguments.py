@@ -8,7 +8,7 @@ import os
 import pathlib
 from collections.abc import Iterable
 
-from moe_bench.shapes import parse_shape
+from moe_bench.shapes import parse_shapes
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 GROUP_SIZES = (32, 64, 128)
@@ -21,8 +21,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument(
         "--shapes",
+        "--shape",
         default="qwen3-30b-a3b,qwen3.5-35b-a3b",
-        help="model names or experts:top_k:hidden:intermediate",
+        help="model names, experts:top_k:hidden:intermediate, or all",
     )
     parser.add_argument("--tokens", default="1,2,4,8,64,512", help="batch sizes")
     parser.add_argument("--backends", help="default: all that exist for the device")
@@ -38,7 +39,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers",
         type=int,
-        help="layer copies to rotate (default: as many as the caches ask for)",
+        help="layer copies to rotate (default: as many as it takes to read twice the "
+        "last-level cache between two uses of a weight); fewer where memory holds no "
+        "more",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument(
@@ -58,7 +61,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
     Raises ``ValueError`` naming the option, the value and what was expected.
     """
-    args.shapes = [parse_shape(text) for text in args.shapes.split(",")]
+    args.shapes = parse_shapes(args.shapes)
     args.tokens = [_positive("--tokens", text) for text in args.tokens.split(",")]
     args.group_size = [
         _positive("--group-size", text) for text in args.group_size.split(",")

@@ -10,6 +10,7 @@ import platform
 import subprocess
 from typing import Any
 
+import psutil
 import torch
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "cpu_threads": threads,
         "cpu_cores_allowed": len(os.sched_getaffinity(0)),
         "cache_bytes": cache_bytes(device),
-        "memory_gib": round(_memory_bytes("MemTotal") / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_average": os.getloadavg()[0],
         "kernel": platform.release(),
         "python": platform.python_version(),
@@ -78,15 +79,7 @@ def available_bytes(device: str) -> int:
     """Free memory for weights."""
     if device != "cpu":
         return torch.cuda.mem_get_info()[0]
-    return _memory_bytes("MemAvailable")
-
-
-def _memory_bytes(field: str) -> int:
-    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
-        name, value = line.split(":")
-        if name == field:
-            return int(value.split()[0]) << 10
-    raise RuntimeError(f"/proc/meminfo has no {field}")
+    return psutil.virtual_memory().available
 
 
 def _cpu_model() -> str | None:

@@ -67,10 +67,14 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A backend at work: its call and how many copies of the layer it has."""
+    """A backend at work.
+
+    Its call, how many copies of the layer it has, and how many were wanted.
+    """
 
     call: Call
     copies: int
+    wanted: int
 
     def step(self, batches: list[Batch]) -> timing.Step:
         """Call number ``i`` takes the next copy of the layer and the next batch."""
@@ -148,9 +152,9 @@ class Benchmark:
         )
         layer = random_layer(case)
         running = {}
-        for name in self.args.backends:
+        for index, name in enumerate(self.args.backends):
             try:
-                running[name] = self._build(case, layer, name)
+                running[name] = self._build(case, layer, self.args.backends[index:])
             except Unavailable as reason:
                 self._drop(case, name, f"does not run here: {reason}")
             except Exception as error:
@@ -160,22 +164,35 @@ class Benchmark:
             for tokens in self.args.tokens:
                 self._run_cell(case, layer, running, routing, tokens)
 
-    def _build(self, case: Case, layer: Int4Layer, name: str) -> Rotation:
-        backend = BACKENDS[name]
-        expert = backend.expert_bytes(case.shape, case.group_size)
-        copies = self.args.layers or copies_to_rotate(
-            expert * case.shape.top_k, self.cache_bytes
-        )
-        needed = copies * case.shape.num_experts * expert
-        usable = machine.available_bytes(self.args.device) * MEMORY_SHARE
-        if needed > usable:
+    def _build(self, case: Case, layer: Int4Layer, names: list[str]) -> Rotation:
+        """Build the first of the backends that are still to come.
+
+        The others are named so that it leaves them their part of the memory.
+        """
+        layer_bytes, wanted = {}, {}
+        for name in names:
+            expert = BACKENDS[name].expert_bytes(case.shape, case.group_size)
+            layer_bytes[name] = expert * case.shape.num_experts
+            wanted[name] = self.args.layers or copies_to_rotate(
+                expert * case.shape.top_k, self.cache_bytes
+            )
+        usable = int(machine.available_bytes(self.args.device) * MEMORY_SHARE)
+        name = names[0]
+        if layer_bytes[name] > usable:
             raise Unavailable(
-                f"{copies} layers take {needed / 2**30:.1f} GiB, "
+                f"one layer takes {layer_bytes[name] / 2**30:.1f} GiB, "
                 f"{usable / 2**30:.1f} GiB of memory can be used"
             )
-        rotation = Rotation(backend.build(case, layer, copies), copies)
-        say(f"  {name}: {copies} layers, {needed / 2**20:.0f} MiB of weights")
-        return rotation
+        copies = share_memory(wanted, layer_bytes, usable)[name]
+        call = BACKENDS[name].build(case, layer, copies)
+        line = f"{copies} layers, {copies * layer_bytes[name] / 2**20:.0f} MiB"
+        if copies < wanted[name]:
+            line += (
+                f"; {wanted[name]} were wanted and memory holds no more: part of the "
+                "weights may come from a cache"
+            )
+        say(f"  {name}: {line}")
+        return Rotation(call, copies, wanted[name])
 
     def _fail(self, case: Case, name: str, error: Exception) -> None:
         """Go on without a backend that broke: the others' results are worth having."""
@@ -252,6 +269,7 @@ class Benchmark:
                 "distinct_experts": distinct,
                 "weight_bytes": num_bytes,
                 "layers_rotated": running[name].copies,
+                "layers_wanted": running[name].wanted,
             }
             self.result["rows"].append(row)
             say(table_line(row))
@@ -280,3 +298,24 @@ def _free_memory() -> None:
 def copies_to_rotate(call_bytes: int, cache_bytes: int) -> int:
     """Layer copies, so that twice the cache is read between two uses of a weight."""
     return max(2, 1 + -(-2 * cache_bytes // call_bytes))
+
+
+def share_memory(
+    wanted: dict[str, int], layer_bytes: dict[str, int], usable: int
+) -> dict[str, int]:
+    """Layer copies per backend that fit into ``usable`` bytes together.
+
+    Each gets one copy. What is left is handed out so that all get the same share of
+    the copies that they want.
+    """
+    copies = dict.fromkeys(wanted, 1)
+    left = usable - sum(layer_bytes.values())
+    while short := [
+        name
+        for name in wanted
+        if copies[name] < wanted[name] and layer_bytes[name] <= left
+    ]:
+        name = min(short, key=lambda name: copies[name] / wanted[name])
+        copies[name] += 1
+        left -= layer_bytes[name]
+    return copies

@@ -32,11 +32,22 @@ SHAPES = {
     for shape in (
         MoEShape("qwen3-30b-a3b", 128, 8, 2048, 768),
         MoEShape("qwen3.5-35b-a3b", 256, 8, 2048, 512),
-        MoEShape("mixtral-8x7b", 8, 2, 4096, 14336),
+        MoEShape("qwen3-next-80b-a3b", 512, 10, 2048, 512),
         MoEShape("glm-4.5-air", 128, 8, 4096, 1408),
         MoEShape("minimax-m2", 256, 8, 3072, 1536),
+        MoEShape("mixtral-8x7b", 8, 2, 4096, 14336),
     )
 }
+
+
+def parse_shapes(text: str) -> list[MoEShape]:
+    """Comma separated shapes; ``all`` stands for every shape of ``SHAPES``.
+
+    Raises ``ValueError`` as ``parse_shape`` does.
+    """
+    if text == "all":
+        return list(SHAPES.values())
+    return [parse_shape(name) for name in text.split(",")]
 
 
 def parse_shape(text: str) -> MoEShape:
@@ -49,7 +60,7 @@ def parse_shape(text: str) -> MoEShape:
     sizes = text.split(":")
     if len(sizes) != 4 or not all(size.isdecimal() and int(size) for size in sizes):
         raise ValueError(
-            f"--shapes: {text!r} is neither one of {', '.join(SHAPES)} nor "
+            f"--shapes: {text!r} is none of all, {', '.join(SHAPES)}, "
             "experts:top_k:hidden:intermediate"
         )
     num_experts, top_k, hidden, intermediate = map(int, sizes)

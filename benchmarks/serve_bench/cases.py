@@ -5,6 +5,7 @@
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 SWITCH = "VLLM_HYBRID_W4A16_MOE"
 
@@ -100,3 +101,22 @@ def parse_image(text: str) -> tuple[int, int]:
     if not found or not int(found[1]) or not int(found[2]):
         raise ValueError(f"--image: {text!r} is not WIDTHxHEIGHT in pixels")
     return int(found[1]), int(found[2])
+
+
+def check_checkpoint(model: str) -> None:
+    """Raise ``ValueError`` unless ``model`` can be a checkpoint.
+
+    That is a folder with a config.json, or the name of one on the hub, OWNER/NAME,
+    which is not looked up.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"checkpoint {model}: no config.json in this folder")
+    elif folder.exists():
+        raise ValueError(f"checkpoint {model}: expected a folder, got a file")
+    elif not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+        raise ValueError(
+            f"checkpoint {model}: there is no such folder, and it is not a hub name "
+            "(OWNER/NAME)"
+        )

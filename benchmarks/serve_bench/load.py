@@ -4,13 +4,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_server import MODEL_NAME, ServerError
-
-from serve_bench.cases import Point
+from .cases import Point
+from .vllm_server import MODEL_NAME, ServerError
 
 # Name of ours: name in the result of vllm bench serve. Medians are over requests.
 METRICS = {
@@ -25,6 +23,7 @@ METRICS = {
 
 
 def command(
+    program: Path,
     url: str,
     tokenizer: str,
     point: Point,
@@ -67,9 +66,8 @@ def command(
             "random-mm-limit-mm-per-prompt": '{"image": 1, "video": 0}',
             "random-mm-bucket-config": f"{{({height}, {width}, 1): 1.0}}",
         }
-    program = str(Path(sys.executable).with_name("vllm"))
     words = [word for name, v in options.items() for word in (f"--{name}", str(v))]
-    return [program, "bench", "serve", *words, "--ignore-eos", "--save-result"]
+    return [str(program), "bench", "serve", *words, "--ignore-eos", "--save-result"]
 
 
 def drive(words: list[str], result: Path, log: Path) -> dict[str, float]:

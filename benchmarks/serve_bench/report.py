@@ -5,7 +5,7 @@
 import pathlib
 from typing import Any
 
-from serve_bench.summary import Row
+from .summary import Row
 
 _COLUMNS = (
     ("TTFT ms", "ttft_ms", ".1f"),
@@ -90,31 +90,36 @@ def _cell(value: dict[str, float], form: str) -> str:
 
 
 def plot(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Write ``draw``'s picture."""
+    figure = draw(result)
+    figure.savefig(path, dpi=110)
+    figure.clear()
+
+
+def draw(result: dict[str, Any]) -> Any:
     """Bars per variant and load point, whiskers from the least to the largest round.
 
-    Where the bandwidth is known, a dashed line under each load of one request at a time
-    is the time that reading a token's weights and cache takes.
+    The legend names every variant, also one that did not run. Where the bandwidth is
+    known, a dashed line under each load of one request at a time is the time that
+    reading a token's weights and cache takes.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     rows = result["summary"]
-    names = list(dict.fromkeys(row["variant"] for row in rows))
+    names = [variant["name"] for variant in result["variants"]]
     groups = list(dict.fromkeys(_group(row) for row in rows))
     machine = result["machine"]
     bars = len(groups) * len(names)
     columns = 2 if bars <= 8 else 1
-    figure, axes = plt.subplots(
-        4 // columns,
-        columns,
+    figure = Figure(
         figsize=(5.5 * columns if columns == 2 else 3 + 0.55 * bars, 16.8 / columns),
-        squeeze=False,
         layout="constrained",
     )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(4 // columns, columns, squeeze=False)
     for axis, (metric, title) in zip(axes.flat, _PANELS, strict=True):
-        _bars(axis, rows, names, groups, metric)
+        _bars(axis, result, names, groups, metric)
         if metric == "tpot_ms":
             _floors(axis, result, names, groups)
         axis.set_ylabel(title)
@@ -130,8 +135,18 @@ def plot(path: pathlib.Path, result: dict[str, Any]) -> None:
         f"median of {_rounds(result)}, least to largest",
         fontsize=12,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
+
+
+def _label(name: str, result: dict[str, Any]) -> str:
+    """The variant's name, and in which modes it did not run."""
+    failures = [case.rpartition(", ") for case in result["failures"]]
+    modes = [mode for variant, _, mode in failures if variant == name]
+    if not modes:
+        return name
+    if not any(row["variant"] == name for row in result["summary"]):
+        return f"{name} (did not run)"
+    return f"{name} (did not run: {', '.join(modes)})"
 
 
 def _group(row: Row) -> tuple[str, int, int, int]:
@@ -139,8 +154,9 @@ def _group(row: Row) -> tuple[str, int, int, int]:
 
 
 def _bars(
-    axis: Any, rows: list[Row], names: list[str], groups: list, metric: str
+    axis: Any, result: dict[str, Any], names: list[str], groups: list, metric: str
 ) -> None:
+    rows = result["summary"]
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         mine = {_group(row): row[metric] for row in rows if row["variant"] == name}
@@ -157,7 +173,7 @@ def _bars(
             0.92 * width,
             yerr=whiskers,
             capsize=3,
-            label=name,
+            label=_label(name, result),
         )
         axis.bar_label(bars, [_short(m) for m in medians], label_type="center")
     axis.set_xticks(

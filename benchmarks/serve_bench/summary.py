@@ -5,7 +5,7 @@
 import statistics
 from typing import Any
 
-from serve_bench.load import METRICS
+from .load import METRICS
 
 Sample = dict[str, Any]
 Row = dict[str, Any]

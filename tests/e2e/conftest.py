@@ -4,20 +4,18 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from reference_model import ReferenceModel
+
+from benchmarks.serve_bench.vllm_server import VllmServer
+
+from ..support.api_client import Client
+from ..support.reference_model import ReferenceModel
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(CHECKOUT / "tools"))
-
-from api_client import Client  # noqa: E402
-from vllm_server import VllmServer  # noqa: E402
-
 START_TIMEOUT_S = 600.0
 
 # A small model does not need the share of a GPU's memory that vLLM takes by default;

@@ -4,50 +4,28 @@
 
 import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
+import torch
 
-import demo
+from tools import demo
 
+from ..support.processes import STAND_IN_VLLM, running, users_of, wait_for_users
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 600.0
-# A server whose parent was killed is told so, and nobody waits for its end.
-KILLED_GRACE_S = 60.0
 SUMMARY = "HybridW4A16 MoE: {} layers (decode: A, prefill: B), {} declined\n"
-DECLINED = "HybridW4A16 MoE: layer x goes vLLM's own way: why (said once per reason)\n"
+DECLINED = "HybridW4A16 MoE: layer x falls back to vLLM's MoE path: why\n"
 
 
-def server_processes(log: Path) -> list[int]:
-    """Ids of the processes that have ``log`` open."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*/fd"):
-        try:
-            targets = [os.readlink(fd) for fd in folder.iterdir()]
-        except OSError:  # ended meanwhile, or somebody else's
-            continue
-        if str(log) in targets:
-            found.append(int(folder.parent.name))
-    return found
-
-
-@contextmanager
-def running_demo(log: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The demo script in a process of its own, told to end if it has not."""
-    with subprocess.Popen(
-        [sys.executable, demo.__file__, f"--log={log}", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.terminate()  # not kill(): it has a server to stop
+def running_demo(log: Path, *arguments: str) -> AbstractContextManager[Popen[str]]:
+    """The demo script in a process of its own."""
+    command = [sys.executable, "-m", "tools.demo", f"--log={log}", *arguments]
+    return running(command, cwd=CHECKOUT)
 
 
 @pytest.mark.e2e
@@ -61,46 +39,50 @@ def test_serves_completes_and_stops(tmp_path: Path) -> None:
     assert "6 of 6 on the hybrid int4 path" in output
     assert "decode     C++ " in output
     assert "prefill    C++ " in output
-    assert not server_processes(log)
+    assert not users_of(log)
+    if torch.version.cuda is None and len(os.sched_getaffinity(0)) == 2:
+        assert "core ids=[0, 1]" in log.read_text()
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize(
-    ("number", "when", "status"),
-    [
-        (signal.SIGINT, "API server process is up", 130),
-        (signal.SIGTERM, "API server process is up", 130),
-        (signal.SIGKILL, "engine process is up", -signal.SIGKILL),
-    ],
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_start_leaves_no_process(
-    tmp_path: Path, number: signal.Signals, when: str, status: int
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("STAND_IN", "silent")
     log = tmp_path / "server.log"
-    with running_demo(log) as process:
+    with running_demo(log, f"--vllm={STAND_IN_VLLM}") as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if when in line:
+            if "engine process is up" in line:
                 break
-        assert server_processes(log)
+        wait_for_users(log, 2)
         process.send_signal(number)
-        process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == status
-    deadline = time.monotonic() + (KILLED_GRACE_S if number == signal.SIGKILL else 0)
-    while server_processes(log) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not server_processes(log)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130
+    assert "interrupted, the server is stopped" in errors
+    assert not users_of(log)
 
 
-@pytest.mark.e2e
-def test_failure_names_the_step_and_the_cause(tmp_path: Path) -> None:
+def test_failure_names_the_step_and_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", "broken")
     log = tmp_path / "server.log"
-    with running_demo(log, f"--model={tmp_path}") as process:
+    with running_demo(log, f"--vllm={STAND_IN_VLLM}", "--model=any") as process:
         _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
-    assert f"FAILED      vllm serve {tmp_path}" in errors
-    assert "why         the server exited with status 1: " in errors
-    assert not server_processes(log)
+    assert "FAILED      vllm serve any" in errors
+    assert (
+        "why         the server exited with status 1: ValueError: the first" in errors
+    )
+    assert not users_of(log)
+
+
+def test_small_cpus_compute_with_all_cores() -> None:
+    assert demo.cpu_threads(2, {}) == {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    assert demo.cpu_threads(16, {}) == {}
+    for chosen in ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND"):
+        assert demo.cpu_threads(2, {chosen: "1"}) == {}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from against_reference import Tolerance, check_greedy, check_text
-from api_client import Client
-from reference_model import ReferenceModel
 
-from demo import SUMMARY
+from tools.demo import SUMMARY
+
+from ..support.against_reference import Tolerance, check_greedy, check_text
+from ..support.api_client import Client
+from ..support.reference_model import ReferenceModel
 
 pytestmark = pytest.mark.e2e
 

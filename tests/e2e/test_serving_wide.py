@@ -9,20 +9,19 @@ memory and patience.
 
 import os
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from against_reference import Tolerance, check_greedy, check_text
-from api_client import Client
-from reference_model import ReferenceModel
-from vllm_server import VllmServer
 
-from demo import SUMMARY
+from benchmarks.serve_bench.vllm_server import VllmServer
+from tools.demo import SUMMARY
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+from ..support.against_reference import Tolerance, check_greedy, check_text
+from ..support.api_client import Client
+from ..support.reference_model import ReferenceModel
+
 ON_GPU = torch.cuda.is_available()
 LAYERS = 2
 START_TIMEOUT_S = 600.0
@@ -62,7 +61,6 @@ def tolerance(dtype: str) -> Tolerance:
 
 @pytest.fixture(scope="module")
 def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sys.path.insert(0, str(CHECKOUT / "benchmarks"))
     from random_checkpoint import make_checkpoint
 
     folder = tmp_path_factory.mktemp("wide") / "checkpoint"
@@ -90,7 +88,7 @@ def starting(
 @pytest.fixture(scope="module")
 def wide_client(
     starting: VllmServer,
-    wide_reference: ReferenceModel,  # read while the server starts
+    wide_reference: ReferenceModel,  # loaded while the server starts
 ) -> Client:
     starting.wait_ready(START_TIMEOUT_S)
     return Client(starting)

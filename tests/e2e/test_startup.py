@@ -3,92 +3,92 @@
 """``vllm serve`` where it must not come up, and with another group size and dtype."""
 
 import inspect
+import json
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from api_client import Client
-from checkpoints import WEIGHTS, copy_checkpoint, requantize, save_weights
-from reference_model import ReferenceModel
 from safetensors.torch import load_file
-from vllm_server import VllmServer
 
-from demo import SUMMARY
+from benchmarks.serve_bench.vllm_server import VllmServer
+from tools.demo import SUMMARY
+
+from ..support.api_client import Client
+from ..support.checkpoints import WEIGHTS, copy_checkpoint, requantize, save_weights
+from ..support.reference_model import ReferenceModel
 
 pytestmark = pytest.mark.e2e
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 EXIT_TIMEOUT_S = 600.0
 START_TIMEOUT_S = 600.0
 
 
-def logs_of_failed_starts(
-    folder: Path, attempts: Mapping[str, tuple[Path, Mapping[str, str | None]]]
-) -> dict[str, str]:
-    """Start servers at the same time; each must exit by itself, not with status 0.
-
-    Args:
-        folder: for the logs.
-        attempts: name to checkpoint and environment.
-    """
-    with ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(
-                VllmServer(
-                    checkpoint,
-                    folder / f"{name}.log",
-                    ["--enforce-eager"],
-                    {"VLLM_HYBRID_W4A16_MOE": None, **environment},
-                )
-            )
-            for name, (checkpoint, environment) in attempts.items()
-        }
-        for name, server in servers.items():
-            assert server.wait_exit(EXIT_TIMEOUT_S) != 0, name
-        return {name: server.log_text() for name, server in servers.items()}
-
-
-def test_switched_off_is_stock_vllm(checkpoint: Path, tmp_path: Path) -> None:
-    logs = logs_of_failed_starts(
-        tmp_path,
-        {
-            "off": (checkpoint, {"VLLM_HYBRID_W4A16_MOE": "0"}),
-            "not loaded": (checkpoint, {"VLLM_PLUGINS": ""}),
-        },
+def log_of_failing_load(name: str, folder: Path, environment: Mapping[str, str]) -> str:
+    """What a process that cannot load ``folder`` has printed."""
+    cases = json.dumps({name: [str(folder), {}]})
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.load_worker", cases],
+        cwd=CHECKOUT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
+    assert done.stdout.endswith(f"=== {name}: failed\n"), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_switched_off_is_stock_vllm(checkpoint: Path) -> None:
+    logs = {
+        "off": log_of_failing_load("off", checkpoint, {"VLLM_HYBRID_W4A16_MOE": "0"}),
+        "not loaded": log_of_failing_load("not", checkpoint, {"VLLM_PLUGINS": ""}),
+    }
     chosen = {name: re.findall(r"\] (Using .*)", log) for name, log in logs.items()}
     assert chosen["off"] == chosen["not loaded"] != []
+    assert "HybridW4A16" not in logs["not loaded"]
     for log in logs.values():
-        assert "HybridW4A16" not in log
+        assert not SUMMARY.search(log), "no layer is taken"
         # Stock vLLM 0.32 does not load the checkpoint's experts on a CPU.
         assert "no parameter 'w2_qweight'" in log
 
 
-def test_broken_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+def test_truncated_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    truncated = copy_checkpoint(checkpoint, tmp_path / "truncated")
+    with (truncated / WEIGHTS).open("r+b") as file:
+        file.truncate(6_000_000)
+    log = log_of_failing_load("truncated", truncated, {})
+    assert "SafetensorError" in log
+    assert "incomplete metadata, file not fully covered" in log
+
+
+def test_server_does_not_come_up_on_a_broken_checkpoint(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     asymmetric = copy_checkpoint(checkpoint, tmp_path / "asymmetric")
     tensors = load_file(asymmetric / WEIGHTS)
     zeros = tensors["model.layers.2.mlp.experts.5.down_proj.qzeros"]
     zeros[1, 3] ^= 0x10  # the second nibble: 6 for 7
     save_weights(tensors, asymmetric)
-
-    truncated = copy_checkpoint(checkpoint, tmp_path / "truncated")
-    with (truncated / WEIGHTS).open("r+b") as file:
-        file.truncate(6_000_000)
-
-    logs = logs_of_failed_starts(
-        tmp_path,
-        {"asymmetric": (asymmetric, {}), "truncated": (truncated, {})},
-    )
+    with VllmServer(
+        asymmetric,
+        tmp_path / "server.log",
+        ["--enforce-eager"],
+        {"VLLM_HYBRID_W4A16_MOE": None},
+    ) as server:
+        assert server.wait_exit(EXIT_TIMEOUT_S) != 0
+        log = server.log_text()
     assert re.search(
         r"ValueError: layer model\.layers\.2\.mlp\.experts\S*: w2_qzeros of expert 5 "
         r"holds 0x77777767",
-        logs["asymmetric"],
+        log,
     )
-    assert "SafetensorError" in logs["truncated"]
-    assert "incomplete metadata, file not fully covered" in logs["truncated"]
 
 
 def test_group_32_in_fp16(checkpoint: Path, tmp_path: Path) -> None:

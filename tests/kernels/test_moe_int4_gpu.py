@@ -7,24 +7,16 @@ inputs that are fresh in every run (a failure names its seed; HYBRID_W4A16_TEST_
 brings it back); long reductions; other streams; an architecture that was not built for.
 """
 
-import importlib.util
 import os
 import random
 import secrets
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 
-# The float64 side is that of the sweep on all devices.
-_SPEC = importlib.util.spec_from_file_location(
-    "moe_int4_ops_sweep", Path(__file__).with_name("test_moe_int4_ops.py")
-)
-sweep = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(sweep)
+from . import test_moe_int4_ops as sweep  # its float64 side
 
 SEED = int(os.environ.get("HYBRID_W4A16_TEST_SEED", secrets.randbits(32)))
 GPU = ops.load_error() is None and bool({"hip", "cuda"} & set(ops.build_info()))

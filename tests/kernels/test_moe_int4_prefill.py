@@ -11,7 +11,6 @@ Cases come in families, which share what a kernel is compiled for, since compili
 far longer than running. Many workers help (``pytest -n 8``), a family is a test.
 """
 
-import importlib.util
 import itertools
 import os
 import random
@@ -19,7 +18,6 @@ import re
 import secrets
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +26,8 @@ from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
     PrefillTiles,
     Tile,
 )
+
+from . import test_moe_int4_ops as sweep  # its float64 side
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available()
@@ -44,16 +44,9 @@ if ON_GPU or INTERPRETED:
         hybrid_w4a16_triton as prefill,
     )
 if INTERPRETED:
-    import triton_interpreter
+    from ..support import triton_interpreter
 
     triton_interpreter.support_bf16()
-
-# The float64 side is that of the decode ops' sweep.
-_SPEC = importlib.util.spec_from_file_location(
-    "moe_int4_ops_sweep", Path(__file__).with_name("test_moe_int4_ops.py")
-)
-sweep = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(sweep)
 
 
 def align(ids: torch.Tensor, block_m: int, num_experts: int, expert_map):
@@ -225,7 +218,10 @@ def test_a_short_workspace_is_refused():
 @pytest.mark.parametrize("ep", [(1, 0), (2, 1)])
 def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
     """A loaded layer, made to believe that it is on a GPU; sorting by ``align``."""
-    from moe_layers import (
+    from vllm.model_executor.layers.fused_moe import moe_align_block_size
+    from vllm.plugins import load_general_plugins
+
+    from ..support.moe_layers import (
         Checkpoint,
         Shape,
         inc_config,
@@ -234,9 +230,6 @@ def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
         relative_error,
         run_layer,
     )
-
-    from vllm.model_executor.layers.fused_moe import moe_align_block_size
-    from vllm.plugins import load_general_plugins
 
     def sort(ids, block_m, num_experts, expert_map, ignore_invalid_experts):
         assert ignore_invalid_experts == (ep[0] > 1)

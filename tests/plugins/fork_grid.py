@@ -2,19 +2,17 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Which method class vLLM's factories return, for a grid of layer configurations.
 
-Run as a program, in the vLLM of the process: prints JSON, {case: class or error}.
+    python -m tests.plugins.fork_grid
+
+prints JSON, {case: class or error}, for the vLLM that this Python imports.
 """
 
 import itertools
 import json
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 SWITCH = "VLLM_HYBRID_W4A16_MOE"
 VALUES = (None, "auto", "0", "1", "require")
@@ -80,9 +78,9 @@ def quant_configs(bits=4, group_size=64, sym=True, desc_act=False) -> Iterator[t
 
 def outcome(method: str, config: dict, moe: dict) -> str:
     """Name of the layer's method class, or the error that came instead."""
-    from moe_layers import Shape, make_layer
-
     from vllm.model_executor.layers.quantization import get_quantization_config
+
+    from ..support.moe_layers import Shape, make_layer
 
     try:
         quant_config = get_quantization_config(method).from_config(config)

@@ -13,15 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from int4_formats import FORMATS
-from moe_layers import LAYER_NAME, Checkpoint, Shape, make_layer, quant_config
-from qwen35_checkpoints import TINY_TEXT, TINY_VISION, make_checkpoint, write_sparse
 from safetensors.torch import save_file
 
 from vllm.plugins.hybrid_w4a16 import cli, gate, switch
 from vllm.plugins.hybrid_w4a16.explain import explain
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import CheckpointError
 from vllm.plugins.hybrid_w4a16.hooks import apply_hooks
+
+from ..support.int4_formats import FORMATS
+from ..support.moe_layers import LAYER_NAME, Checkpoint, Shape, make_layer, quant_config
+from ..support.qwen35_checkpoints import (
+    TINY_TEXT,
+    TINY_VISION,
+    make_checkpoint,
+    write_sparse,
+)
 
 BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
 

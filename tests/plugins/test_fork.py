@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import check_drift, vllm_source
 from vllm.plugins.hybrid_w4a16 import cli, fork, fork_files, hooks
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -48,14 +49,12 @@ VLLM_TESTS = (
 )
 
 pytestmark = pytest.mark.slow
+NIGHTLY = pytest.mark.nightly
 
 
 @functools.cache
 def fetched(version: str) -> Path | str:
     """The unpacked source distribution, or why there is none."""
-    sys.path.insert(0, str(CHECKOUT / "tools"))
-    import vllm_source
-
     try:
         return vllm_source.fetch(version)
     except vllm_source.FetchError as error:
@@ -131,9 +130,9 @@ def environment(tree: Path) -> dict[str, str]:
     }
 
 
-def run_overlay(tree: Path, *arguments: object) -> str:
+def run_overlay(tree: Path, *arguments: object, cwd: Path | None = None) -> str:
     """Output of Python in ``tree``, this project beside its vLLM as a plugin."""
-    return run(sys.executable, *arguments, cwd=tree, env=environment(tree))
+    return run(sys.executable, *arguments, cwd=cwd or tree, env=environment(tree))
 
 
 def fork_command(*arguments: object) -> list[str]:
@@ -145,9 +144,9 @@ def fork_environment(tree: Path) -> dict[str, str]:
     return {**environment(tree), "VLLM_PLUGINS": ""}
 
 
-def run_fork(tree: Path, *arguments: object) -> str:
+def run_fork(tree: Path, *arguments: object, cwd: Path | None = None) -> str:
     """Output of Python in ``tree``, without this project."""
-    return run(*fork_command(*arguments), cwd=tree, env=fork_environment(tree))
+    return run(*fork_command(*arguments), cwd=cwd or tree, env=fork_environment(tree))
 
 
 def changed_lines(before: Path, after: Path, path: str) -> list[str]:
@@ -209,12 +208,6 @@ def python_files(tree: Path) -> list[str]:
     return [path for path in paths if path.endswith(".py")]
 
 
-def test_every_python_file_compiles(version, trees):
-    tree = trees(version, "forked")
-    for path in python_files(tree):
-        compile((tree / path).read_bytes(), path, "exec", dont_inherit=True)
-
-
 def test_vllms_linter_accepts_what_was_added(version, trees):
     tree = trees(version, "forked")
     paths = python_files(tree)
@@ -255,9 +248,6 @@ def test_a_target_that_is_not_there_stops_it_before_anything_is_written(
 
 
 def test_drift_is_reported_with_file_and_symbol(small_tree, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(CHECKOUT / "tools")
-    import check_drift
-
     file = small_tree / "vllm/model_executor/layers/fused_moe/activation.py"
     file.write_text(file.read_text().replace("class MoEActivation(", "class Moved("))
     monkeypatch.setattr(check_drift.vllm_source, "fetch", lambda version: small_tree)
@@ -322,13 +312,16 @@ def with_ops(trees):
     return make
 
 
+@pytest.mark.parametrize(
+    "version", ["0.32.0", pytest.param("0.33.0", marks=NIGHTLY)], scope="session"
+)
 def test_fork_and_overlay_return_the_same_methods(version, trees, with_ops):
-    program = CHECKOUT / "tests/plugins/fork_grid.py"
+    program = ("-m", "tests.plugins.fork_grid")  # of this checkout, not of the tree
     stock, tree = trees(version, "stock"), with_ops(version)
     with ThreadPoolExecutor() as pool:  # a core each
         printed = (
-            pool.submit(run_overlay, stock, program),
-            pool.submit(run_fork, tree, program),
+            pool.submit(run_overlay, stock, *program, cwd=CHECKOUT),
+            pool.submit(run_fork, tree, *program, cwd=CHECKOUT),
         )
         overlay, forked = (each.result().splitlines()[-1] for each in printed)
     assert json.loads(forked) == json.loads(overlay)
@@ -337,28 +330,32 @@ def test_fork_and_overlay_return_the_same_methods(version, trees, with_ops):
 
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-# How tensors are converted does not depend on the vLLM around it. The tests of that,
-# two thirds of the time of all, are left to the run that is not in a tree.
-BUT_TENSORS = ("-k", "not (mutated_tensors or packing or sizes or padd or large)")
+# Every night all of our tests run in a tree, otherwise the one that goes through a
+# layer's whole life: the others were run outside of a tree already.
+OURS = pytest.mark.parametrize(
+    "ours",
+    ["quantization/test_inc_moe.py", pytest.param("quantization", marks=NIGHTLY)],
+)
 
 
-def test_our_quantization_tests_pass_in_the_fork(with_ops):
+@OURS
+def test_our_quantization_tests_pass_in_the_fork(with_ops, ours):
     confined = "--confcutdir=tests/hybrid_w4a16"
-    folder = "tests/hybrid_w4a16/quantization"
     tree = with_ops("0.32.0")
-    output = run_fork(tree, *PYTEST, *BUT_TENSORS, confined, folder)
+    output = run_fork(tree, *PYTEST, confined, f"tests/hybrid_w4a16/{ours}")
     summary = output.splitlines()[-1]
     assert " passed" in summary and "skipped" not in summary
 
 
-def test_overlay_passes_our_quantization_tests_on_the_other_release(trees):
+@OURS
+def test_overlay_passes_our_quantization_tests_on_the_other_release(trees, ours):
     tree = trees("0.33.0", "stock")
-    tests = CHECKOUT / "tests/quantization"
+    tests = CHECKOUT / "tests" / ours
     probe = "import vllm; print(vllm.__version__, vllm.__file__)"
     where = run_overlay(tree, "-c", probe)
     assert where.split()[-2:] == ["0.33.0", str(tree / "vllm/__init__.py")]
-    ours = (f"--rootdir={CHECKOUT}", f"--config-file={CHECKOUT}/pyproject.toml")
-    run_overlay(tree, *PYTEST, *BUT_TENSORS, *ours, tests)
+    settings = (f"--rootdir={CHECKOUT}", f"--config-file={CHECKOUT}/pyproject.toml")
+    run_overlay(tree, *PYTEST, *settings, tests)
 
 
 def outcomes(tree: Path, report: Path) -> dict[str, str]:
@@ -382,6 +379,7 @@ def outcomes(tree: Path, report: Path) -> dict[str, str]:
     }
 
 
+@NIGHTLY
 def test_vllms_own_tests_have_the_same_result_before_and_after(trees, tmp_path):
     kinds = {kind: trees("0.32.0", kind) for kind in ("stock", "forked")}
     with ThreadPoolExecutor() as pool:  # a core each

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import overlay_target
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 
 pytestmark = pytest.mark.packaging
@@ -340,6 +341,7 @@ import importlib, json, sys
 import vllm
 from vllm.plugins import load_general_plugins
 load_general_plugins()
+from tools import overlay_target
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 from vllm.plugins.hybrid_w4a16 import hooks
 hooks.apply_hooks()
@@ -465,9 +467,6 @@ def test_message_when_vllm_has_a_file_of_ours(make_env, source):
 @pytest.fixture
 def plan_gpu(tmp_path, monkeypatch):
     """What setup.py decides for a torch and the compilers that are found."""
-    monkeypatch.syspath_prepend(CHECKOUT / "tools")
-    import overlay_target
-
     for name in ("CUDA_HOME", "CUDA_PATH", "ROCM_PATH", "HIP_PATH", "HYBRID_W4A16_GPU"):
         monkeypatch.delenv(name, raising=False)
 

@@ -5,9 +5,10 @@
 import os
 
 import pytest
-from moe_layers import is_opt_in
 
 from vllm.plugins.hybrid_w4a16 import register, switch
+
+from ..support.moe_layers import is_opt_in
 
 
 @pytest.fixture(scope="session", autouse=True)

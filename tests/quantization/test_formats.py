@@ -9,19 +9,6 @@ import dataclasses
 
 import pytest
 import torch
-from int4_formats import FORMATS
-from moe_layers import (
-    DEVICE,
-    LAYER_NAME,
-    Checkpoint,
-    Shape,
-    make_layer,
-    peak_of_processing,
-    quant_config,
-    random_routing,
-    relative_error,
-    run_layer,
-)
 
 from vllm.model_executor.layers.quantization import hybrid_w4a16_moe as base
 from vllm.model_executor.layers.quantization.awq_moe import AWQHybridW4A16MoEMethod
@@ -37,6 +24,20 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
     record_metadata_for_reloading,
+)
+
+from ..support.int4_formats import FORMATS
+from ..support.moe_layers import (
+    DEVICE,
+    LAYER_NAME,
+    Checkpoint,
+    Shape,
+    make_layer,
+    peak_of_processing,
+    quant_config,
+    random_routing,
+    relative_error,
+    run_layer,
 )
 
 METHODS = {

@@ -8,7 +8,16 @@ import re
 
 import pytest
 import torch
-from moe_layers import (
+
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.quantization.inc_moe import INCHybridW4A16MoEMethod
+from vllm.plugins.hybrid_w4a16 import gate, switch
+
+from ..support.moe_layers import (
     DEVICE,
     LAYER_NAME,
     Checkpoint,
@@ -18,14 +27,6 @@ from moe_layers import (
     is_opt_in,
     make_layer,
 )
-
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-    UnquantizedFusedMoEMethod,
-)
-from vllm.model_executor.layers.quantization.inc_moe import INCHybridW4A16MoEMethod
-from vllm.plugins.hybrid_w4a16 import gate, switch
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,14 @@
 
 import pytest
 import torch
-from moe_layers import (
+
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
+    HybridW4A16MoEExperts,
+)
+from vllm.model_executor.layers.quantization.inc_moe import INCHybridW4A16MoEMethod
+
+from ..support.moe_layers import (
     DEVICE,
     LAYER_NAME,
     Checkpoint,
@@ -16,12 +23,6 @@ from moe_layers import (
     relative_error,
     run_layer,
 )
-
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
-    HybridW4A16MoEExperts,
-)
-from vllm.model_executor.layers.quantization.inc_moe import INCHybridW4A16MoEMethod
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 

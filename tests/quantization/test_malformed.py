@@ -11,8 +11,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from int4_formats import FORMATS
-from moe_layers import (
+
+from ..support.int4_formats import FORMATS
+from ..support.moe_layers import (
     LAYER_NAME,
     Checkpoint,
     Shape,

@@ -4,15 +4,6 @@
 
 import pytest
 import torch
-from moe_layers import (
-    Checkpoint,
-    Shape,
-    make_layer,
-    quant_config,
-    random_routing,
-    relative_error,
-    run_layer,
-)
 
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
@@ -24,6 +15,16 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.plugins.hybrid_w4a16 import switch
+
+from ..support.moe_layers import (
+    Checkpoint,
+    Shape,
+    make_layer,
+    quant_config,
+    random_routing,
+    relative_error,
+    run_layer,
+)
 
 # hidden and intermediate size of an expert, group size, some format
 SIZES = {

@@ -12,12 +12,13 @@ from compressed_tensors.compressors.pack_quantized.helpers import (
     pack_to_int32,
 )
 from hypothesis import given, settings, strategies
-from int4_formats import FORMATS
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_moe_helper as helper
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.quantization.utils import quant_utils
 from vllm.scalar_type import scalar_types
+
+from ..support.int4_formats import FORMATS
 
 
 def unpack_exllama(words: np.ndarray) -> np.ndarray:

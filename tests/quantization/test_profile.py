@@ -4,7 +4,9 @@
 
 import pytest
 import torch
-from moe_layers import (
+from torch.profiler import ProfilerActivity, profile
+
+from ..support.moe_layers import (
     DEVICE,
     Checkpoint,
     Shape,
@@ -13,7 +15,6 @@ from moe_layers import (
     random_routing,
     run_layer,
 )
-from torch.profiler import ProfilerActivity, profile
 
 
 @pytest.mark.parametrize("tokens", [1, 64], ids=["decode", "prefill"])

@@ -13,8 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from int4_formats import FORMATS
-from moe_layers import (
+
+from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+    HybridW4A16MoEMethod,
+)
+
+from ..support.int4_formats import FORMATS
+from ..support.moe_layers import (
     CONFIG_CLASSES,
     Checkpoint,
     Shape,
@@ -23,11 +28,7 @@ from moe_layers import (
     relative_error,
     run_layer,
 )
-from reference_model import read_safetensors
-
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
-    HybridW4A16MoEMethod,
-)
+from ..support.reference_model import read_safetensors
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 BUNDLED = sorted(path for path in FIXTURES.iterdir() if path.is_dir())

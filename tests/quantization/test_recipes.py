@@ -4,14 +4,6 @@
 
 import pytest
 import torch
-from moe_layers import (
-    CONFIG_CLASSES,
-    LAYER_NAME,
-    Shape,
-    fresh_gate_records,
-    make_layer,
-    quant_config,
-)
 
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -27,6 +19,15 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
 )
 from vllm.model_executor.layers.quantization.inc.schemes import inc_wna16_scheme
 from vllm.plugins.hybrid_w4a16 import switch
+
+from ..support.moe_layers import (
+    CONFIG_CLASSES,
+    LAYER_NAME,
+    Shape,
+    fresh_gate_records,
+    make_layer,
+    quant_config,
+)
 
 AUTOROUND = ["auto_round:auto_gptq", "auto_round:auto_awq"]
 EXPERT = LAYER_NAME.replace(".", r"\.")

@@ -7,12 +7,14 @@ cannot tell them apart, a token that the reference likes almost as well. A compl
 without such ties is the one that the reference itself would have generated.
 """
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from api_client import Client
-from reference_model import ReferenceModel
+
+from .api_client import Client
+from .reference_model import ReferenceModel
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,16 @@ class Tolerance:
 
 
 def tie_gaps(
-    reference: ReferenceModel, prompt: list[int], completion: list[int], largest: float
+    reference: ReferenceModel,
+    logprobs: torch.Tensor,
+    completion: list[int],
+    largest: float,
 ) -> list[float]:
     """How far the tokens that are not the reference's first choice lie below it.
 
-    Fails on a token that lies further below than ``largest``.
+    ``logprobs``: the reference's distributions of the completion's tokens. Fails on a
+    token that lies further below than ``largest``.
     """
-    logprobs = reference.logprobs(prompt + completion)[len(prompt) - 1 : -1]
     best, first = logprobs.max(dim=1)
     gaps = best - logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0]
     tokenizer = reference.tokenizer
@@ -58,9 +63,12 @@ def check_greedy(
 ) -> None:
     """Each (prompt, completion) has ``count`` tokens that the reference confirms."""
     gaps = []
-    for prompt, completion in answers:
+    sequences = [prompt + completion for prompt, completion in answers]
+    found = reference.logprobs_of(sequences)
+    for (prompt, completion), logprobs in zip(answers, found, strict=True):
         assert len(completion) == count
-        gaps += tie_gaps(reference, prompt, completion, tolerance.tie_gap)
+        of_completion = logprobs[len(prompt) - 1 : -1]
+        gaps += tie_gaps(reference, of_completion, completion, tolerance.tie_gap)
     total = count * len(answers)
     print(
         f"{total} greedy tokens, {len(gaps)} of them at ties, "
@@ -80,7 +88,7 @@ def check_text(
     with ThreadPoolExecutor(at_once) as pool:
         answers = list(pool.map(client.text_logprobs, pieces))
     served = torch.cat([torch.tensor(answer) for answer in answers])
-    expected = torch.cat([reference.text_logprobs(piece) for piece in pieces])
+    expected = torch.cat([_expected(reference, tuple(piece)) for piece in pieces])
     difference = served - expected
     mean, absolute = difference.mean().item(), difference.abs().mean().item()
     perplexity, wanted = ((-x.mean()).exp().item() for x in (served, expected))
@@ -92,3 +100,9 @@ def check_text(
     assert absolute < tolerance.absolute
     ratio = tolerance.perplexity_ratio
     assert 1 / ratio < perplexity / wanted < ratio
+
+
+@functools.cache
+def _expected(reference: ReferenceModel, tokens: tuple[int, ...]) -> torch.Tensor:
+    """Kept, since servers in several modes are asked for the same texts."""
+    return reference.text_logprobs(list(tokens))

@@ -3,7 +3,8 @@
 """What the tests ask a server for, through its OpenAI API."""
 
 import openai
-from vllm_server import MODEL_NAME, VllmServer
+
+from benchmarks.serve_bench.vllm_server import MODEL_NAME, VllmServer
 
 REQUEST_TIMEOUT_S = 120.0
 

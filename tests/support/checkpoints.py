@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from reference_model import dequantize
 from safetensors.torch import load_file, save_file
+
+from .reference_model import dequantize
 
 WEIGHTS = "model.safetensors"
 # Zero point 8 in all eight nibbles, stored minus one.

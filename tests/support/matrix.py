@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The support matrix: run cells end to end, judge them, write the README's table.
+"""The support matrix: run cells end to end, judge them, write docs/support.md's table.
 
-    python tests/support/matrix.py            # what is missing in tests/e2e/matrix.json
-    python tests/support/matrix.py --again    # everything
-    python tests/support/matrix.py --table    # only the README's table, from the file
+    python -m tests.support.matrix            # what is missing in tests/e2e/matrix.json
+    python -m tests.support.matrix --again    # everything
+    python -m tests.support.matrix --table    # only the table, from the file
 
 Each cell is a tiny random checkpoint run with ``LLM(...)`` on the CPU under
 ``VLLM_HYBRID_W4A16_MOE=require`` and compared with transformers in float32 on the
@@ -25,28 +25,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix_cells import DEPLOYMENTS, SHARDINGS, Cell, full
-from tiny_models import DenseReference
+
+from .matrix_cells import DEPLOYMENTS, SHARDINGS, Cell, full
+from .tiny_models import DenseReference
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "tests/e2e/matrix.json"
-README = CHECKOUT / "README.md"
+DOCUMENT = CHECKOUT / "docs/support.md"
 BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->\n"
-WORKER = Path(__file__).with_name("matrix_worker.py")
+WORKER = "tests.support.matrix_worker"
 STAND_INS = Path(__file__).with_name("stand_ins")
 
 # Mean difference of log-probabilities from the reference, nats. Measured when this was
 # written: at most 0.0282 in bf16 (Qwen3.5, where transformers' own bf16 has 0.023 to
-# 0.026), 0.0031 in fp16; a reference with gate and up of one expert
-# swapped is further away than 0.09 (test_matrix).
+# 0.026), 0.0031 in fp16. With gate and up of one expert swapped the difference exceeds
+# 0.09 (test_matrix).
 MAX_DIFFERENCE = {"bfloat16": 0.035, "float16": 0.006}
-# A greedy token may lie this far below the reference's first choice, nats. Measured: at
-# most 0.001 in fp16; 0.49 in bf16, where routers tie and a token goes elsewhere.
+# How far a greedy token may lie below the reference's first choice, nats. Measured: at
+# most 0.001 in fp16; 0.49 in bf16, where router ties send a token to other experts.
 MAX_TIE = {"bfloat16": 0.6, "float16": 0.01}
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` successive ports, which were free a moment ago."""
+    """The first of ``count`` consecutive ports; only the first is known to be free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,7 +55,7 @@ def free_ports(count: int) -> int:
 
 
 def batches(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells that the same processes run: those with as many ranks."""
+    """Cells grouped by the number of ranks: the same processes run a group."""
     sleeping = [cell for cell in cells if DEPLOYMENTS[cell.deployment].sleep]
     awake = [cell for cell in cells if cell not in sleeping]
     found = [
@@ -92,7 +93,8 @@ def run_cells(
             answers = folder / f"answers-{number}-{rank}.jsonl"
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, WORKER, todo, folder, answers],
+                    [sys.executable, "-m", WORKER, todo, folder, answers],
+                    cwd=CHECKOUT,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -145,7 +147,7 @@ def judge(
         }
         same = one_rank.get((cell.recipe, cell.dtype))
         if same is not None and same is not answer:
-            # of data parallel ranks only the first gets the prompts of one rank
+            # with data parallelism only the first rank gets these prompts
             verdict["same_tokens"] = all(
                 one["tokens"] == other["tokens"]
                 for one, other in zip(same["answers"], answer["answers"], strict=False)
@@ -156,7 +158,7 @@ def judge(
 
 
 def is_good(cell: Cell, verdict: dict[str, Any]) -> bool:
-    """Close to the reference and, in fp16, the very tokens of one rank."""
+    """Close to the reference and, in fp16, the same tokens as on one rank."""
     return (
         verdict["difference"] < MAX_DIFFERENCE[cell.dtype]
         and verdict["worst_tie"] < MAX_TIE[cell.dtype]
@@ -185,7 +187,7 @@ def _distance(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The README's table: a row per format, a column per sharding."""
+    """The table: a row per format, a column per sharding."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     others = []
     for result in results:
@@ -221,9 +223,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def write_table(results: list[dict[str, Any]]) -> None:
-    text = README.read_text()
+    text = DOCUMENT.read_text()
     before, rest = text.split(BEGIN)
-    README.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
+    DOCUMENT.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
 
 
 def load_results() -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from int4_formats import FORMATS
-from tiny_models import MODELS, Recipe
+from .int4_formats import FORMATS
+from .tiny_models import MODELS, Recipe
 
 GROUP_SIZES = (128, 32, 64)
 DTYPES = ("bfloat16", "float16")
@@ -22,14 +22,14 @@ class Deployment:
     """Processes of ``matrix_worker``."""
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     seen: bool = True
-    """Whether the prompt's log-probabilities are asked for, which turns prefix caching
-    off and fails in the first of two stages."""
+    """Whether the prompt's log-probabilities are requested. That turns prefix caching
+    off, and fails in the first of two pipeline stages."""
     reload: bool = False
-    """Garbage is loaded over the weights first, then the checkpoint again."""
+    """Wrong weights are loaded over the right ones first, then the checkpoint again."""
     sleep: bool = False
-    """It sleeps first and is woken, weights in host memory (level 1), then weights
-    loaded anew (level 2). Only on GPUs: vLLM has no sleep mode on the CPU. Such a cell
-    has a process of its own, since vLLM's memory pool for it takes one engine."""
+    """Sleeps and wakes first, at level 1 (weights in host memory) and level 2 (weights
+    reloaded). GPUs only: vLLM has no sleep mode on the CPU. Such a cell runs in a
+    process of its own, since vLLM's memory pool serves one engine."""
 
     @property
     def data_parallel(self) -> bool:
@@ -47,7 +47,7 @@ DEPLOYMENTS = {
     "DP 2, EP 2": Deployment(
         2, {"data_parallel_size": 2, "enable_expert_parallel": True}
     ),
-    # eager, vLLM 0.32's CPU model runner has no buffer for what the second stage gets
+    # In eager mode vLLM 0.32's CPU model runner lacks the second stage's input buffer.
     "PP 2": Deployment(
         2, {"pipeline_parallel_size": 2, "enforce_eager": False}, seen=False
     ),
@@ -117,9 +117,9 @@ def grid() -> list[Cell]:
 
 
 def other_models() -> list[Cell]:
-    """The other models in every format; float16, since their routers tie in bf16.
+    """The other models in every format, in float16: their routers tie in bf16.
 
-    But vLLM's linear attention on the CPU is bf16 alone.
+    Qwen3.5 in bf16: vLLM's linear attention on the CPU has nothing else.
     """
     return [
         Cell(
@@ -138,7 +138,7 @@ def other_models() -> list[Cell]:
 
 
 def other_deployments() -> list[Cell]:
-    """Data parallel in float16, where the tokens have to be those of one rank."""
+    """Data parallel cells in float16, where tokens must equal those of one rank."""
     return [
         Cell(
             DEPLOYED,
@@ -179,9 +179,9 @@ def _pairs(cell: Cell) -> set[tuple[Any, ...]]:
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:
-    """A few of ``cells`` with every pair of values that occurs in one of them.
+    """A small subset of ``cells`` in which every pair of values still occurs.
 
-    Greedy: the cell with the most pairs that are not covered yet, fewest ranks first.
+    Greedy: takes the cell with the most uncovered pairs, fewest ranks first.
     """
     missing = set().union(*map(_pairs, cells))
     chosen = []
@@ -193,7 +193,7 @@ def covering(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def subset() -> list[Cell]:
-    """What the test command runs of ``full``; compiled is what test_serving runs."""
+    """The part of ``full`` that test_matrix runs; test_serving covers compiled mode."""
     models = [
         Cell(Recipe("mixtral", "awq", False, 128), "float16"),
         Cell(Recipe("glm4_moe", "compressed-tensors", True, 128), "float16"),

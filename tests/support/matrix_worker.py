@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""One rank of the support matrix: runs cells one after the other in this process.
+"""One rank of the support matrix: runs cells one after another in this process.
 
-    python tests/support/matrix_worker.py CELLS_JSON CHECKPOINTS_FOLDER ANSWERS_JSONL
+    python -m tests.support.matrix_worker CELLS_JSON CHECKPOINTS_FOLDER ANSWERS_JSONL
 
-Importing vLLM takes far longer than a cell; so each rank is a process that lives for
-many cells, with vLLM's ``external_launcher`` executor where there are two. Ranks are
-told who they are by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+Importing vLLM takes far longer than a cell, so one process runs many cells. Where there
+are two ranks, vLLM's ``external_launcher`` executor joins them by RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT.
 
 MATRIX_ARGUMENTS: JSON of further arguments of ``LLM``, for a vLLM that needs some.
 """
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix_cells import DEPLOYMENTS, Cell
-from tiny_models import make_checkpoint, prompts
+
+from .matrix_cells import DEPLOYMENTS, Cell
+from .tiny_models import make_checkpoint, prompts
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 24, 8
 os.environ.update(
@@ -35,9 +36,9 @@ os.environ.update(
 
 
 def answers(llm: Any, with_prompt: bool, seed: int = 0) -> list[dict[str, Any]]:
-    """Greedy completions with the log-probabilities of what was seen and said.
+    """Greedy completions with the log-probabilities of prompt and completion tokens.
 
-    seed: of the prompts, whose length depends on it, too.
+    seed: of the prompts; their length depends on it as well.
     """
     from vllm import SamplingParams
 
@@ -77,8 +78,8 @@ def answers(llm: Any, with_prompt: bool, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
-    """Reload weights that are wrong, see that it shows, reload the right ones."""
-    from tiny_models import make_checkpoint as make
+    """Reload wrong weights, check that the tokens change, reload the right ones."""
+    from .tiny_models import make_checkpoint as make
 
     before = answers(llm, False)
     recipe = Cell.from_json(json.loads(os.environ["MATRIX_CELL"])).recipe
@@ -92,9 +93,7 @@ def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
 
 
 def sleep_and_wake(llm: Any) -> None:
-    """Both levels of vLLM's sleep mode, as a caller does it: the memory is given back
-    meanwhile, and no token changes.
-    """
+    """Both levels of vLLM's sleep mode: memory is released, and no token changes."""
     tokens = [a["tokens"] for a in answers(llm, False)]
     fall_asleep(llm, level=1)
     llm.wake_up()
@@ -108,7 +107,7 @@ def sleep_and_wake(llm: Any) -> None:
 
 
 def fall_asleep(llm: Any, level: int) -> None:
-    """Sleep, and see that the device has all of the weights' memory and more back."""
+    """Sleep, and check that the device gets back the weights' memory and more."""
     from vllm.device_allocator import get_mem_allocator_instance
 
     allocations = get_mem_allocator_instance().pointer_to_data
@@ -138,8 +137,9 @@ def fall_asleep(llm: Any, level: int) -> None:
 
 @torch.inference_mode()
 def forget_weights(model: torch.nn.Module) -> None:
-    """Turn all that level 2 does not keep into NaN: what is in the memory of before
-    may still be what was there.
+    """Turn all that level 2 does not keep into NaN.
+
+    Otherwise the memory may still hold the old weights.
     """
     from vllm.device_allocator import cumem
 
@@ -155,9 +155,10 @@ def forget_weights(model: torch.nn.Module) -> None:
 
 
 def give_the_cpu_what_data_parallel_needs() -> None:
-    """vLLM's CPU communicator has no ``all_gatherv`` and ``reduce_scatterv``, so that
-    no MoE model runs data parallel there. With these it does, and the experts see the
-    tokens of all ranks as they do on a GPU.
+    """Add ``all_gatherv`` and ``reduce_scatterv`` to vLLM's CPU communicator.
+
+    Without them no MoE model runs data parallel on the CPU. With them the experts see
+    the tokens of all ranks, as on a GPU.
     """
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 
@@ -185,8 +186,10 @@ def give_the_cpu_what_data_parallel_needs() -> None:
 
 
 def tell_shared_memory_of_cells_apart() -> None:
-    """vLLM's CPU ranks name it after the address they meet at, of which nothing is left
-    with an external launcher: a run that was killed would be in the way of the next.
+    """Put the port into the name of the CPU ranks' shared memory.
+
+    vLLM derives it from the rendezvous address, which is empty with an external
+    launcher: what a killed run left behind would break the next one.
     """
     from vllm.distributed.device_communicators import cpu_communicator
 
@@ -215,7 +218,7 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
         **deployment.arguments,
         **json.loads(os.environ.get("MATRIX_ARGUMENTS", "{}")),
     }
-    if torch.cuda.is_available():  # what the cell before held may be free a bit later
+    if torch.cuda.is_available():  # the previous cell's memory may be freed late
         arguments["gpu_memory_utilization"] = 0.5
     if cell.recipe.model == "qwen3_5_moe":  # there is no tokenizer to place images by
         arguments["language_model_only"] = True
@@ -233,7 +236,7 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     if deployment.sleep:
         sleep_and_wake(llm)
     if arguments["enable_prefix_caching"]:
-        answers(llm, False)  # what the second time finds in the cache
+        answers(llm, False)  # fills the cache
     return answers(llm, deployment.seen, seed)
 
 
@@ -246,8 +249,8 @@ def main() -> None:
         tell_shared_memory_of_cells_apart()
     for index, values in enumerate(json.loads(cells_file.read_text())):
         cell = Cell.from_json(values)
-        # vLLM collects garbage seven times a cell, which takes longer than all the rest
-        # of it if what was imported is looked at each time
+        # vLLM collects garbage seven times per cell. Without the freeze each collection
+        # walks everything imported, which takes longer than the cell itself.
         gc.freeze()
         os.environ["MASTER_PORT"] = str(port + index)
         start = time.monotonic()

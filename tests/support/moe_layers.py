@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from int4_formats import FORMATS
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
@@ -39,9 +38,11 @@ from vllm.v1.worker.workspace import (
     is_workspace_manager_initialized,
 )
 
+from .int4_formats import FORMATS
+
 LAYER_NAME = "model.layers.3.mlp.experts"
-# Layers live where the machine's vLLM has them. What goes into them and what they
-# are compared with is made on the CPU, where ``run_layer`` also brings the output.
+# Layers live on vLLM's device. Inputs and expected results are made on the CPU, and
+# ``run_layer`` returns the output there.
 DEVICE = current_platform.device_type
 
 
@@ -216,9 +217,9 @@ def is_opt_in() -> bool:
 
 
 def peak_of_processing(layer: RoutedExperts) -> int:
-    """Bytes above the start that converting a loaded layer takes at any moment.
+    """Peak memory of converting a loaded layer, in bytes above the start.
 
-    By the allocator's own record; a GPU's rounds each tensor up to 512 bytes.
+    As the allocator records it; a GPU's rounds each tensor up to 512 bytes.
     """
     if DEVICE != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -240,8 +241,8 @@ def peak_of_processing(layer: RoutedExperts) -> int:
 
 
 def fresh_gate_records(monkeypatch) -> None:
-    """For one test: an empty gate, the switch as the tests have it by default, and log
-    lines that caplog sees."""
+    """For one test: empty gate records, the tests' default switch, and log lines that
+    caplog sees."""
     for record in ("_accepted", "_reasons_logged"):
         monkeypatch.setattr(gate, record, set())
     for record in ("_ready", "_declined"):

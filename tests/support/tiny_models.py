@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Tiny random MoE checkpoints in every format, and what they should compute.
 
-    python tests/support/tiny_models.py qwen3_moe compressed-tensors OUTPUT_FOLDER
+    python -m tests.support.tiny_models qwen3_moe compressed-tensors OUTPUT_FOLDER
 
 transformers makes the model from a config and writes it; the linears of the experts are
 replaced by random int4 ones, everything else stays bf16. A second folder holds the same
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from int4_formats import FORMATS
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -31,9 +30,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from .int4_formats import FORMATS
+
 WEIGHTS = "model.safetensors"
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 256, 4, 2
-# Everywhere: logits several nats apart, so that tokens are told apart.
+# Large enough that logits lie several nats apart and tokens do not tie.
 INITIALIZER_RANGE = 0.1
 _EXPERT_WEIGHT = re.compile(r"(.*\.experts\.\d+\.\w+)\.weight")
 
@@ -96,7 +97,7 @@ def _qwen3_5_moe() -> PretrainedConfig:
         "moe_intermediate_size": INTERMEDIATE,
         "shared_expert_intermediate_size": INTERMEDIATE,
         "num_experts": EXPERTS,
-        "num_experts_per_tok": EXPERTS,  # none to choose in bf16, which ties
+        "num_experts_per_tok": EXPERTS,  # nothing to choose, so no ties in bf16
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 64,

@@ -14,6 +14,8 @@ ROWS = (
     ("csrc/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/cpu/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/rocm/*.[chp]*", "csrc", "csrc/hybrid_w4a16"),
+    ("tests/__init__.py", "tests", "tests/hybrid_w4a16"),
+    ("tests/[kq]*/__init__.py", "tests", "tests/hybrid_w4a16"),
     ("tests/quantization/test_*.py", "tests", "tests/hybrid_w4a16"),
     ("tests/kernels/conftest.py", "tests", "tests/hybrid_w4a16"),
     ("tests/kernels/test_moe_int4_ops.py", "tests", "tests/hybrid_w4a16"),

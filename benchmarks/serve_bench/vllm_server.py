@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """``vllm serve`` as a child process that is always stopped again.
 
-Used by the demo and by the end-to-end tests. Standard library only.
+Used by serve_compare.py, the demo and the end-to-end tests.
 """
 
 import contextlib
@@ -13,11 +13,12 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+
+import httpx
+import psutil
 
 LOOPBACK = "127.0.0.1"
 MODEL_NAME = "demo"
@@ -40,7 +41,8 @@ os.killpg(int(sys.argv[1]), 9)
 """
 
 _POLL_S = 0.2
-_STOP_GRACE_S = 20.0
+STOP_GRACE_S = 20.0
+_KILL_S = 5.0  # until a killed process is gone
 _ERROR_LINE = re.compile(r"(?:^|\s)([\w.]*(?:Error|Exception): .*)")
 
 
@@ -58,8 +60,8 @@ def free_port() -> int:
 class VllmServer:
     """A context manager: ``vllm serve`` runs inside, and nothing of it afterwards.
 
-    It listens on the loopback interface only and runs in a process group of its own,
-    which is killed as a whole if it does not stop when asked to, and also when the
+    It listens on the loopback interface only. It runs in a process group of its own,
+    which is killed as a whole when the server does not stop when asked to, or when the
     process that started it is killed.
 
     Args:
@@ -68,8 +70,9 @@ class VllmServer:
         arguments: further ``vllm serve`` arguments.
         environment: variables on top of this process's own; ``None`` removes one.
         port: TCP port; 0 lets the operating system choose.
+        program: the ``vllm`` command; the one beside the running Python by default.
 
-    Raises ``ServerError`` when the ``vllm`` command is not beside the running Python.
+    Raises ``ServerError`` when there is no such command.
     """
 
     def __init__(
@@ -79,17 +82,18 @@ class VllmServer:
         arguments: Sequence[str] = (),
         environment: Mapping[str, str | None] | None = None,
         port: int = 0,
+        program: Path | None = None,
     ) -> None:
-        program = Path(sys.executable).with_name("vllm")
-        if not program.exists():
+        self.program = program or Path(sys.executable).with_name("vllm")
+        if not self.program.exists():
             raise ServerError(
-                f"there is no vllm command at {program}: install the project's "
+                f"there is no vllm command at {self.program}: install the project's "
                 f"requirements into this Python, or run `make demo`"
             )
         self.port = port or free_port()
         self.log = log
         self._command = [
-            str(program),
+            str(self.program),
             "serve",
             str(model),
             f"--host={LOOPBACK}",
@@ -162,7 +166,7 @@ class VllmServer:
         """Wait until the server exits by itself; returns its exit status.
 
         Raises ``ServerError`` when it still runs after ``timeout_s`` seconds; ``None``
-        waits for ever.
+        waits forever.
         """
         assert self._process is not None
         try:
@@ -180,18 +184,25 @@ class VllmServer:
         return self.log.read_text(errors="replace")
 
     def stop(self) -> None:
-        """Ask the server to stop, kill what is left of it after a grace time."""
+        """Ask the server to stop; after a grace time kill what is left of it.
+
+        No process of it is left when this returns.
+        """
         if self._process is None:
             return
+        family: list[psutil.Process] = []
         if self._process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family = psutil.Process(self._process.pid).children(recursive=True)
             self._process.terminate()
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_GRACE_S)
+                self._process.wait(STOP_GRACE_S)
         finally:  # also when a second Ctrl-C ends the wait
             with contextlib.suppress(ProcessLookupError):  # nothing is left
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            psutil.wait_procs(family, _KILL_S)
             self._process = None
             if self._watchdog is not None:
                 self._watchdog.kill()
@@ -199,9 +210,8 @@ class VllmServer:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                return True
-        except (urllib.error.URLError, OSError):
+            return httpx.get(f"{self.url}/health", timeout=5).is_success
+        except httpx.TransportError:
             return False
 
     def _why(self) -> str:
