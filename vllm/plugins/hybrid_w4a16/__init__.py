@@ -7,6 +7,7 @@
 
 import vllm
 from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization import hybrid_w4a16_head_schemes
 from vllm.platforms import current_platform
 from vllm.plugins.hybrid_w4a16 import hooks, switch
 
@@ -23,6 +24,7 @@ def register() -> None:
     switch.register()
     if switch.value() == "0":
         return
+    hybrid_w4a16_head_schemes.register()
     try:
         hooks.apply_hooks()
         hooks.add_list_entries(current_platform)

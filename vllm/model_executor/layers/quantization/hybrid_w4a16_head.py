@@ -18,7 +18,7 @@ computes more again, never less. More than 16 rows at once (``prompt_logprobs``)
 the 16-bit weights. Other schemes free them, unless an embedding is tied to them.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -177,7 +177,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         self.is_tied = True
         return self._unquantized.tie_weights(layer, embed_tokens)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Quantize. ``ValueError`` naming the tensor where a weight is not finite."""
         family = device.device_family()
         assert isinstance(family, device.DeviceFamily), family
@@ -192,7 +192,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
             del layer.weight
         self._log(layer)
 
-    def _quantized(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def _quantized(self, layer: Any) -> dict[str, torch.Tensor]:
         weight = layer.weight.data
         finite = weight.isfinite().all(1)
         if not finite.all():
@@ -214,7 +214,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
             quantized["weight_error"] = errors
         return quantized
 
-    def _log(self, layer: torch.nn.Module) -> None:
+    def _log(self, layer: Any) -> None:
         weights = layer.num_embeddings_per_partition * layer.embedding_dim
         scheme = self.scheme
         kept = "16-bit weights freed"
@@ -232,7 +232,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
 
     def apply(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -250,9 +250,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
             self._apply_few(layer, rows[part], logits[part])
         return logits.unflatten(0, x.shape[:-1]) if x.dim() != 2 else logits
 
-    def _apply_few(
-        self, layer: torch.nn.Module, rows: torch.Tensor, logits: torch.Tensor
-    ) -> None:
+    def _apply_few(self, layer: Any, rows: torch.Tensor, logits: torch.Tensor) -> None:
         ops.wvSplitK_int_g(
             rows,
             layer.qweight,
@@ -270,7 +268,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
                 rows, layer.weight, layer.weight_error, logits, partials, WINDOW, BOUND
             )
 
-    def _quantize_again(self, layer: torch.nn.Module) -> None:
+    def _quantize_again(self, layer: Any) -> None:
         """After the tied embedding was loaded anew, which does not reach the head."""
         for key, value in self._quantized(layer).items():
             getattr(layer, key).data.copy_(value)
