@@ -4,7 +4,7 @@
 #include <string>
 #include <type_traits>
 
-#include "dense_tile.cuh"
+#include "dense_geometry.h"
 #include "entry_points_dense.h"
 #include "launch.h"
 
