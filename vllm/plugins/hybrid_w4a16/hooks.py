@@ -114,8 +114,8 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self",),
         handler=f"{_QUANTIZATION}.hybrid_w4a16_head:lm_head_built",
         why=(
-            "Gives an lm_head its method whatever quantizes the rest of the checkpoint: "
-            "the last step of the constructor, which all of them come through."
+            "Gives an lm_head its method, whatever quantizes the rest of the "
+            "checkpoint: the last step of every constructor."
         ),
         until="vLLM's quantizing at load takes ParallelLMHead.",
     ),

@@ -87,8 +87,8 @@ def wvSplitK_int_g_rescore(
 
     ``c`` is what ``wvSplitK_int_g`` made of the quantized ``w``. With
     ``reach[m, n] = bound * |a[m]| * errors[n] + 2**-7 * |c[m, n]|`` (the second term
-    covers the rounding of ``c``), ``c[m, n]`` becomes ``a[m] @ w[n]``, summed in fp32 in
-    a fixed order, where
+    covers the rounding of ``c``), ``c[m, n]`` becomes ``a[m] @ w[n]``, summed in fp32
+    in a fixed order, where
 
     * ``c[m, n] + reach[m, n] >= max(c[m] - reach[m])``: it may be the largest; or
     * ``c[m, n] >= max(c[m]) - window``.
