@@ -71,22 +71,32 @@ struct Unpacked {
       pair[2] = unpack_pair<DT, 2>(word);
       pair[3] = unpack_pair<DT, 3>(word);
     } else {
-      GPU_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t bytes = loaded.v[2 * q + i / 2] >> (16 * (i % 2));
-        pair[i] = rounded(bytes & 0xff) | rounded(bytes >> 8 & 0xff) << 16;
-      }
+      set_bytes<0>(loaded.v[2 * q]);
+      set_bytes<2>(loaded.v[2 * q + 1]);
     }
   }
 
  private:
-  static GPU_DEVICE uint32_t rounded(uint32_t byte) {
-    // A byte in the mantissa of 2^23 adds itself.
-    const float value = __builtin_bit_cast(float, 0x4b000000u | byte) - (8388608.0f + 128.0f);
-    if constexpr (Format<DT>::kNibbleShift == 0) {  // bf16: the low half of the float is zero
-      return __builtin_bit_cast(uint32_t, value) >> 16;
+  // Pairs I and I + 1 of four bytes.
+  template <int I>
+  GPU_DEVICE void set_bytes(uint32_t word) {
+    pair[I] = rounded(value<0>(word), value<1>(word));
+    pair[I + 1] = rounded(value<2>(word), value<3>(word));
+  }
+
+  // A byte in the mantissa of 2^23 adds itself.
+  template <int B>
+  static GPU_DEVICE float value(uint32_t word) {
+    const uint32_t bits = gpu::pick_bytes<B, 4, 4, 7>(word, 0x4b000000u);
+    return __builtin_bit_cast(float, bits) - (8388608.0f + 128.0f);
+  }
+
+  static GPU_DEVICE uint32_t rounded(float low, float high) {
+    if constexpr (Format<DT>::kNibbleShift == 0) {  // bf16: the low halves of the floats are zero
+      return gpu::pick_bytes<2, 3, 6, 7>(__builtin_bit_cast(uint32_t, low),
+                                         __builtin_bit_cast(uint32_t, high));
     } else {
-      return Format<DT>::from_float(value);
+      return Format<DT>::from_float(low) | static_cast<uint32_t>(Format<DT>::from_float(high)) << 16;
     }
   }
 };

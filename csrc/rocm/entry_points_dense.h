@@ -10,7 +10,7 @@
 //   tiles     that each wave (k_slices 1) or block multiplies, the last ones past the end
 //   step      from one of them to the next
 // Grids: wvSplitK_int_g   blocks, 1, 1
-//        rescore_largest  kRescoreParts, m, 1
+//        rescore_largest  kRescoreParts, 1, 1
 //        rescore_rows     kRescoreParts, 1, 1
 #pragma once
 
@@ -22,7 +22,7 @@
       const uint16_t *scales, int64_t s_stride_n, const uint32_t *zeros, int64_t z_stride_n8, \
       int n, int k, void *c, int64_t c_stride_m, int waves, int k_slices, int tiles, int step
 #define RESCORE_LARGEST_ARGS                                                           \
-  const void *a, int64_t a_stride_m, int k, const float *errors, int n, const void *c, \
+  const void *a, int64_t a_stride_m, int m, int k, const float *errors, int n, const void *c, \
       int64_t c_stride_m, float *partials, int64_t p_stride_m, float bound, int waves
 #define RESCORE_ROWS_ARGS                                                             \
   const void *a, int64_t a_stride_m, int m, const void *w, int64_t w_stride_n, int k, \

@@ -22,6 +22,8 @@ constexpr int kBlocksPerUnit = 1;
 #endif
 constexpr int kRescoreWaves = kRescoreThreads / gpu::kWaveSize;
 
+constexpr int kDenseRows = 16;  // of activations
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <typename DT>
@@ -56,7 +58,9 @@ void launch_rows(const DenseArgs& args, int begin, int rows, int slots, void* st
   const int k_slices = tiles < units * kWaves / 2 ? kWaves : 1;
   const Kernel kernel = kernel_for(args, slots, k_slices);
   const int at_once = k_slices == 1 ? kWaves : 1;
-  const int grid = ceil_div(tiles, at_once) < units ? ceil_div(tiles, at_once) : units;
+  // As few blocks as keep the number of rounds: all end together.
+  const int rounds = ceil_div(tiles, units * at_once);
+  const int grid = ceil_div(ceil_div(tiles, rounds), at_once);
   const int step = grid * at_once;
   gpu::launch(kernel.entry, {grid, 1, 1, kWaves * gpu::kWaveSize, kernel.lds_bytes, true}, stream,
               static_cast<const uint16_t*>(args.a) + begin * args.a_stride_m, args.a_stride_m, rows,
@@ -90,12 +94,15 @@ void launch_rescore(const RescoreArgs& args, void* stream) {
   if (args.m == 0) return;
   const int threads = kRescoreWaves * gpu::kWaveSize;
   const bool half = args.dtype == DType::kHalf;
+  const int largest_lds = 4 * kDenseRows * (1 + 2 * kRescoreWaves);
   gpu::launch(half ? &rescore_largest_f16 : &rescore_largest_bf16,
-              {kRescoreParts, args.m, 1, threads, kRescoreWaves * 8, true}, stream, args.a,
-              args.a_stride_m, args.k, args.errors, args.n, args.c, args.c_stride_m, args.partials,
+              {kRescoreParts, 1, 1, threads, largest_lds, true}, stream, args.a, args.a_stride_m,
+              args.m, args.k, args.errors, args.n, args.c, args.c_stride_m, args.partials,
               args.p_stride_m, args.bound, kRescoreWaves);
-  const int columns = ceil_div(args.n, kRescoreParts);
-  const int lds = 3 * 16 * 4 + 4 * ceil_div(columns, gpu::kWaveSize) * gpu::kWaveSize;
+  // rows(): norms and bounds, results of 8 columns, bits and list of columns, a mask for every 32.
+  const int columns = ceil_div(ceil_div(args.n, kRescoreParts), gpu::kWaveSize) * gpu::kWaveSize;
+  const int results = gpu::kHasMma ? 2 * kRescoreWaves * kDenseRows * 8 : 0;
+  const int lds = 4 * (3 * kDenseRows + results + 2 * columns + columns / gpu::kWaveSize);
   if (lds > gpu::max_lds_bytes()) {
     throw std::runtime_error("wvSplitK_int_g_rescore: w: expected fewer rows, got " +
                              std::to_string(args.n));

@@ -3,8 +3,9 @@
 //
 // wvSplitK_int_g_rescore, see hybrid_w4a16_dense_ops.py: blocks find the largest product and lower
 // bound of a part of the vocabulary each; then every block computes those products of its own part
-// again that the largest of all ask for, a wave a row of weights. Nothing but the values decides
-// what is computed, and sums have an order that depends on k alone.
+// again that the largest of all ask for: a wave a row of weights, or, with matrix instructions, a
+// block 8 rows at a time, its waves sharing k. Nothing but the values decides what is computed, and
+// sums have an order that depends on k alone.
 #include "dequant.cuh"
 #include "entry_points_dense.h"
 
@@ -59,56 +60,181 @@ GPU_DEVICE float reach(float norm, float error, float product) {
   return norm * error + kRounding * absolute(product);
 }
 
+// norms[i] = bound * |row i of a|, by a wave each. A block barrier has to follow.
+template <typename DT>
+GPU_DEVICE void find_norms(const void* a, int64_t stride, int m, int k, float bound, int waves,
+                           float* norms) {
+  for (int i = gpu::wave(); i < m; i += waves) {
+    const float squares = squares_of_row<DT>(static_cast<const uint16_t*>(a) + i * stride, k);
+    if (gpu::lane() == 0) norms[i] = bound * gpu::sqrt_of(squares);
+  }
+}
+
 template <typename DT>
 GPU_DEVICE void largest(RESCORE_LARGEST_ARGS) {
-  float* const lds = reinterpret_cast<float*>(gpu::dynamic_lds());
-  const int m = gpu::block_y(), part = gpu::block_x();
+  float* const norms = reinterpret_cast<float*>(gpu::dynamic_lds());
+  float* const of_waves = norms + kMaxRows;  // [wave][row][2]
+  const int end = part_begin(n, gpu::block_x() + 1);
+  const auto* products = static_cast<const uint16_t*>(c);
+  find_norms<DT>(a, a_stride_m, m, k, bound, waves, norms);
+  gpu::block_barrier();
   gpu::wait_previous_grid();
-  const float squares = squares_of_row<DT>(static_cast<const uint16_t*>(a) + m * a_stride_m, k);
-  const float norm = bound * gpu::sqrt_of(squares);
-  const auto* products = static_cast<const uint16_t*>(c) + m * c_stride_m;
-  const int end = part_begin(n, part + 1);
-  float value = kLowest, reached = kLowest;
-  for (int i = part_begin(n, part) + thread(); i < end; i += waves * gpu::kWaveSize) {
-    const float error = errors[i];
+
+  float value[kMaxRows], reached[kMaxRows];
+  GPU_UNROLL
+  for (int i = 0; i < kMaxRows; ++i) value[i] = reached[i] = kLowest;
+  for (int j = part_begin(n, gpu::block_x()) + thread(); j < end; j += waves * gpu::kWaveSize) {
+    const float error = errors[j];
     if (error < 0.0f) continue;
-    const float product = Format<DT>::to_float(products[i]);
-    value = larger(product, value);
-    reached = larger(product - reach(norm, error, product), reached);
+    GPU_UNROLL
+    for (int i = 0; i < kMaxRows; ++i) {
+      if (i >= m) continue;
+      const float product = Format<DT>::to_float(products[i * c_stride_m + j]);
+      value[i] = larger(product, value[i]);
+      reached[i] = larger(product - reach(norms[i], error, product), reached[i]);
+    }
   }
   gpu::allow_next_grid();
-  value = largest_of_wave(value);
-  reached = largest_of_wave(reached);
-  if (gpu::lane() == 0) {
-    lds[2 * gpu::wave()] = value;
-    lds[2 * gpu::wave() + 1] = reached;
+  GPU_UNROLL
+  for (int i = 0; i < kMaxRows; ++i) {
+    if (i >= m) continue;
+    const float most = largest_of_wave(value[i]), bound_reached = largest_of_wave(reached[i]);
+    if (gpu::lane() == 0) {
+      of_waves[2 * (gpu::wave() * kMaxRows + i)] = most;
+      of_waves[2 * (gpu::wave() * kMaxRows + i) + 1] = bound_reached;
+    }
   }
   gpu::block_barrier();
-  if (thread() != 0) return;
-  for (int w = 1; w < waves; ++w) {
-    value = larger(lds[2 * w], value);
-    reached = larger(lds[2 * w + 1], reached);
+  if (thread() >= 2 * m) return;
+  float most = kLowest;
+  for (int w = 0; w < waves; ++w) most = larger(of_waves[2 * w * kMaxRows + thread()], most);
+  partials[thread() / 2 * p_stride_m + 2 * gpu::block_x() + thread() % 2] = most;
+}
+
+// Columns of a part that are asked for, in order.
+struct Asked {
+  uint32_t* bits;  // [column] a bit per activation row
+  uint32_t* list;  // [total] columns
+  int total;
+};
+
+// Products of one row of weights, by a wave.
+template <typename DT>
+GPU_DEVICE void rescore_row(const uint16_t* a, int64_t a_stride, const uint16_t* row, int k,
+                            uint32_t bits, uint16_t* c, int64_t c_stride) {
+  constexpr int kTogether = 4;  // loads of 16 bytes that are requested before the first use
+  constexpr int kStep = 8 * gpu::kWaveSize;
+  float sum[kMaxRows] = {};
+  for (int at = 8 * gpu::lane(); at < k; at += kTogether * kStep) {
+    gpu::U32x4 weights[kTogether];
+    GPU_UNROLL
+    for (int t = 0; t < kTogether; ++t) {
+      const int from = at + t * kStep;
+      weights[t] = gpu::load_weights(row + (from < k ? from : k - 8));
+    }
+    GPU_UNROLL
+    for (int i = 0; i < kMaxRows; ++i) {
+      if ((bits >> i & 1) == 0) continue;
+      GPU_UNROLL
+      for (int t = 0; t < kTogether; ++t) {
+        const int from = at + t * kStep;
+        if (from >= k) continue;
+        const gpu::U32x4 values = gpu::load_16_any(a + i * a_stride + from);
+        GPU_UNROLL
+        for (int v = 0; v < 4; ++v) {
+          sum[i] = gpu::dot2(DT{}, weights[t].v[v], values.v[v], sum[i]);
+        }
+      }
+    }
   }
-  partials[m * p_stride_m + 2 * part] = value;
-  partials[m * p_stride_m + 2 * part + 1] = reached;
+  GPU_UNROLL
+  for (int i = 0; i < kMaxRows; ++i) {
+    if ((bits >> i & 1) == 0) continue;
+    const float total = sum_of_wave(sum[i]);
+    if (gpu::lane() == 0) c[i * c_stride] = Format<DT>::from_float(total);
+  }
+}
+
+constexpr int kColumns = 8;  // rows of weights at a time, the matrix instruction's columns
+constexpr int kResults = kMaxRows * kColumns;
+
+// All products that are asked for, by a block: a wave multiplies a range of k of kColumns rows of
+// weights with all activation rows, then the waves' sums are added in order. `results` is [2][wave]
+// [row][column].
+template <typename DT>
+GPU_DEVICE void rescore_columns(const uint16_t* a, int64_t a_stride, int m, const uint16_t* w,
+                                int64_t w_stride, int k, const Asked& asked, int waves,
+                                float* results, uint16_t* c, int64_t c_stride) {
+  constexpr int kTogether = 4;
+  constexpr int kStep = 32;  // along k, 8 of each lane
+  const int row = gpu::lane() / 4, lane_k = gpu::lane() % 4 * 8;
+  const int steps = (k + kStep - 1) / kStep, of_wave = (steps + waves - 1) / waves;
+  const int first = gpu::wave() * of_wave;
+  const int last = first + of_wave < steps ? first + of_wave : steps;
+  // Activation rows that do not exist repeat the last one: their results are dropped.
+  const uint16_t* const a0 = a + (row < m ? row : m - 1) * a_stride;
+  const uint16_t* const a1 = a + (row + 8 < m ? row + 8 : m - 1) * a_stride;
+  for (int base = 0; base < asked.total; base += kColumns) {
+    const int place = base + row < asked.total ? base + row : asked.total - 1;
+    const uint16_t* const column = w + asked.list[place] * w_stride;
+    float sum[4] = {};
+    for (int step = first; step < last; step += kTogether) {
+      gpu::U32x4 weights[kTogether];
+      GPU_UNROLL
+      for (int t = 0; t < kTogether; ++t) {
+        const int at = (step + t) * kStep + lane_k;
+        weights[t] = gpu::load_weights(column + (at < k ? at : k - 8));
+      }
+      GPU_UNROLL
+      for (int t = 0; t < kTogether; ++t) {
+        const int at = (step + t) * kStep + lane_k;
+        gpu::U32x4 x = {{0, 0, 0, 0}}, y = {{0, 0, 0, 0}};
+        if (step + t < last && at < k) {
+          x = gpu::load_16_any(a0 + at);
+          if (m > 8) y = gpu::load_16_any(a1 + at);
+        }
+        const gpu::U32x4& b = weights[t];
+        mma_16x8x16(DT{}, sum, {x.v[0], y.v[0], x.v[1], y.v[1]}, {b.v[0], b.v[1]});
+        mma_16x8x16(DT{}, sum, {x.v[2], y.v[2], x.v[3], y.v[3]}, {b.v[2], b.v[3]});
+      }
+    }
+    float* const now = results + base / kColumns % 2 * (waves * kResults);
+    float* const mine = now + gpu::wave() * kResults;
+    const int at = row * kColumns + gpu::lane() % 4 * 2;
+    mine[at] = sum[0];
+    mine[at + 1] = sum[1];
+    mine[at + 8 * kColumns] = sum[2];
+    mine[at + 8 * kColumns + 1] = sum[3];
+    gpu::block_barrier();
+    if (thread() >= kResults) continue;
+    const int i = thread() / kColumns, j = base + thread() % kColumns;
+    if (i >= m || j >= asked.total || (asked.bits[asked.list[j]] >> i & 1) == 0) continue;
+    float total = 0.0f;
+    for (int v = 0; v < waves; ++v) total += now[v * kResults + thread()];
+    c[i * c_stride + asked.list[j]] = Format<DT>::from_float(total);
+  }
 }
 
 template <typename DT>
 GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
-  // [m] norms, lowest products and reached bounds; then a bit per activation row for each column.
+  const int begin = part_begin(n, gpu::block_x());
+  const int count = part_begin(n, gpu::block_x() + 1) - begin;
+  const int padded = (count + gpu::kWaveSize - 1) / gpu::kWaveSize * gpu::kWaveSize;
   float* const norms = reinterpret_cast<float*>(gpu::dynamic_lds());
   float* const lowest = norms + kMaxRows;
   float* const reached = lowest + kMaxRows;
-  uint32_t* const asked = reinterpret_cast<uint32_t*>(reached + kMaxRows);
-  const int begin = part_begin(n, gpu::block_x());
-  const int count = part_begin(n, gpu::block_x() + 1) - begin;
+  float* const results = reached + kMaxRows;
+  Asked asked = {};
+  asked.bits = reinterpret_cast<uint32_t*>(results + (gpu::kHasMma ? 2 * waves * kResults : 0));
+  asked.list = asked.bits + padded;
+  uint32_t* const counts = asked.list + padded;  // of every kWaveSize columns
   const auto* activations = static_cast<const uint16_t*>(a);
   auto* products = static_cast<uint16_t*>(c);
 
+  find_norms<DT>(a, a_stride_m, m, k, bound, waves, norms);
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
   for (int i = gpu::wave(); i < m; i += waves) {
-    const float squares = squares_of_row<DT>(activations + i * a_stride_m, k);
     float value = kLowest, bound_reached = kLowest;
     for (int part = gpu::lane(); part < kRescoreParts; part += gpu::kWaveSize) {
       value = larger(partials[i * p_stride_m + 2 * part], value);
@@ -117,14 +243,12 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
     value = largest_of_wave(value);
     bound_reached = largest_of_wave(bound_reached);
     if (gpu::lane() == 0) {
-      norms[i] = bound * gpu::sqrt_of(squares);
       lowest[i] = value - window;
       reached[i] = bound_reached;
     }
   }
   gpu::block_barrier();
 
-  const int padded = (count + gpu::kWaveSize - 1) / gpu::kWaveSize * gpu::kWaveSize;
   for (int j = thread(); j < padded; j += waves * gpu::kWaveSize) {
     uint32_t bits = 0;
     const float error = j < count ? errors[begin + j] : -1.0f;
@@ -135,49 +259,33 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
         if (may_win || product >= lowest[i]) bits |= 1u << i;
       }
     }
-    asked[j] = bits;
+    asked.bits[j] = bits;
+    const uint32_t found = gpu::wave_ballot(bits != 0);
+    if (gpu::lane() == 0) counts[j / gpu::kWaveSize] = found;
   }
   gpu::block_barrier();
 
-  for (int base = gpu::wave() * gpu::kWaveSize; base < padded; base += waves * gpu::kWaveSize) {
-    const uint32_t mine = asked[base + gpu::lane()];
-    for (uint32_t left = gpu::wave_ballot(mine != 0); left != 0; left &= left - 1) {
-      const int column = begin + base + gpu::first_bit(left);
-      const uint32_t bits = asked[column - begin];
-      const uint16_t* row = static_cast<const uint16_t*>(w) + column * w_stride_n;
-      float sum[kMaxRows] = {};
-      constexpr int kTogether = 4;  // loads of 16 bytes that are requested before the first use
-      constexpr int kStep = 8 * gpu::kWaveSize;
-      for (int at = 8 * gpu::lane(); at < k; at += kTogether * kStep) {
-        gpu::U32x4 weights[kTogether];
-        GPU_UNROLL
-        for (int t = 0; t < kTogether; ++t) {
-          const int from = at + t * kStep;
-          weights[t] = gpu::load_weights(row + (from < k ? from : k - 8));
-        }
-        GPU_UNROLL
-        for (int i = 0; i < kMaxRows; ++i) {
-          if ((bits >> i & 1) == 0) continue;
-          const uint16_t* x = activations + i * a_stride_m;
-          GPU_UNROLL
-          for (int t = 0; t < kTogether; ++t) {
-            const int from = at + t * kStep;
-            if (from >= k) continue;
-            const gpu::U32x4 values = gpu::load_16_any(x + from);
-            GPU_UNROLL
-            for (int v = 0; v < 4; ++v) {
-              sum[i] = gpu::dot2(DT{}, weights[t].v[v], values.v[v], sum[i]);
-            }
-          }
-        }
+  products += begin;
+  const uint16_t* const weights = static_cast<const uint16_t*>(w) + begin * w_stride_n;
+  if constexpr (gpu::kHasMma) {
+    // Every wave counts what stands before its columns.
+    for (int base = 0; base < padded; base += gpu::kWaveSize) {
+      const uint32_t found = counts[base / gpu::kWaveSize];
+      const uint32_t before = found & ((1u << gpu::lane()) - 1);
+      if (base / gpu::kWaveSize % waves == gpu::wave() && (found >> gpu::lane() & 1) != 0) {
+        asked.list[asked.total + gpu::count_bits(before)] = base + gpu::lane();
       }
-      GPU_UNROLL
-      for (int i = 0; i < kMaxRows; ++i) {
-        if ((bits >> i & 1) == 0) continue;
-        const float total = sum_of_wave(sum[i]);
-        if (gpu::lane() == 0) {
-          products[i * c_stride_m + column] = Format<DT>::from_float(total);
-        }
+      asked.total += gpu::count_bits(found);
+    }
+    gpu::block_barrier();
+    rescore_columns<DT>(activations, a_stride_m, m, weights, w_stride_n, k, asked, waves, results,
+                        products, c_stride_m);
+  } else {
+    for (int base = gpu::wave() * gpu::kWaveSize; base < padded; base += waves * gpu::kWaveSize) {
+      for (uint32_t left = counts[base / gpu::kWaveSize]; left != 0; left &= left - 1) {
+        const int column = base + gpu::first_bit(left);
+        rescore_row<DT>(activations, a_stride_m, weights + column * w_stride_n, k,
+                        asked.bits[column], products + column, c_stride_m);
       }
     }
   }
