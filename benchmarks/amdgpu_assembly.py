@@ -11,12 +11,24 @@ of activation rows, or none when it is fully unrolled: then its whole body count
 loads of 16 bytes in a main loop are activations on their way to LDS, so the loop stores
 at least as many 16-byte pieces there; plain loads in excess are taken for weight loads
 that lost the hint.
+
+Memory answers a wave's requests while the wave computes, until it waits (``s_waitcnt``,
+on gfx12 ``s_wait_*cnt``) or meets a barrier. Two numbers follow from where the waits
+stand. *Weight bytes in flight*: what a turn of a main loop requests before its first
+wait after a weight load. *Round trips*: how often a wave waits for memory, one answer
+after the other, before it requests its first weights.
 """
 
 import dataclasses
+import functools
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
+from typing import TypeVar
+
+import networkx
+import yaml
 
 # VGPRs of a SIMD per wave32 lane, and the step in which a wave gets them: LLVM's AMDGPU
 # backend (feature 1_5xVGPRs: 1536 in steps of 24, else 1024 in steps of 16) and AMD's
@@ -39,6 +51,21 @@ SIMDS_PER_CU = 2
 LDS_BYTES_PER_WGP = 128 * 1024  # for two CUs; RDNA3 and RDNA4
 
 LANE_LOAD_BYTES = 16  # 32 weights
+WAVE_SIZE = 32
+
+# Counters of requests: of vector loads (in order), of scalar loads and LDS (one counter
+# on gfx11, so any of its waits is taken to wait for scalar loads), of the rest.
+_WAITS = {
+    "vmcnt": "vector",
+    "lgkmcnt": "scalar",
+    "loadcnt": "vector",
+    "kmcnt": "scalar",
+    "dscnt": "other",
+    "vscnt": "other",
+    "storecnt": "other",
+}
+# Neither work nor a request: waits and hints to the scheduler.
+_HINTS = ("s_wait", "s_delay_alu", "s_clause", "s_nop", "s_code_end")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +96,32 @@ class Instruction:
         hint = re.search(r"\b(slc|nt)\b|th:TH_LOAD_NT", self.text)
         return self.load_bytes > 0 and hint is not None
 
+    @property
+    def is_scalar_load(self) -> bool:
+        return self.text.startswith(("s_load_", "s_buffer_load_"))
+
+    @property
+    def waits(self) -> dict[str, int]:
+        """Kind of request -> how many may still be under way; empty: no wait.
+
+        A barrier waits for other waves, which is listed as "other".
+        """
+        name, _, operands = self.text.partition(" ")
+        if name == "s_waitcnt":
+            found = re.findall(r"(\w+)\((\d+)\)", operands)
+            return {
+                _WAITS[counter]: int(n) for counter, n in found if counter in _WAITS
+            }
+        if name.startswith(("s_barrier", "s_waitcnt_")) and "depctr" not in name:
+            return {"other": 0}
+        counters = name.removeprefix("s_wait_").split("_")
+        if not name.startswith("s_wait_") or not set(counters) <= _WAITS.keys():
+            return {}
+        value = int(operands.split()[-1], 0)
+        if len(counters) == 2:  # loads or stores above LDS, 8 bits apart
+            return {_WAITS[counters[0]]: value >> 8, "other": value & 0xFF}
+        return {_WAITS[counters[0]]: value}
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -83,64 +136,194 @@ class Kernel:
     code: tuple[Instruction, ...]
     labels: dict[str, int]  # label -> index into code
 
-    def main_loops(self) -> list[tuple[Instruction, ...]]:
-        """The innermost loops with weight loads; the whole body where there is none.
-
-        A loop is its instructions in layout order, both sides of every branch in it.
-        """
-        blocks, successors = self._blocks()
-        heavy = [any(ins.is_weight_load for ins in self.code[b]) for b in blocks]
-
-        def innermost(nodes: set[int]) -> Iterator[set[int]]:
-            for cycle in _cycles(nodes, successors):
-                if not any(heavy[i] for i in cycle):
-                    continue
-                outside = set(range(len(blocks))) - cycle
-                entries = {j for i in outside for j in successors[i] & cycle}
-                inner = list(innermost(cycle - {min(entries or cycle)}))
-                yield from inner or [cycle]
-
+    def main_loops(self) -> list["Region"]:
+        """The innermost loops with weight loads; the whole body where there is none."""
+        flow = self._flow
         loops = [
-            tuple(ins for i in sorted(loop) for ins in self.code[blocks[i]])
-            for loop in innermost(set(range(len(blocks))))
+            self._region(flow.subgraph(loop), min(_entries(flow, loop)))
+            for loop, weights in _loops(flow, set(flow), self._has_weights)
+            if weights
         ]
-        return loops or [self.code]
+        return loops or [self._region(flow, 0)]
 
-    def _blocks(self) -> tuple[list[slice], list[set[int]]]:
-        """Basic blocks in layout order and, for each, the blocks that may follow it."""
-        jumps = {
-            i: ins.text
-            for i, ins in enumerate(self.code)
-            if ins.text.startswith(("s_branch", "s_cbranch", "s_endpgm", "s_setpc"))
-        }
+    def round_trips(self) -> tuple[int, int] | None:
+        """Fewest and most dependent memory round trips before the first weight load.
+
+        Over all paths that enter no loop without weights on the way; None where no
+        weight load is reached. Requests that are under way at the same time count once.
+        """
+        flow = self._flow
+        loops = _loops(flow, set(flow), self._has_weights)
+        avoided = {i for loop, weights in loops if not weights for i in loop} - {0}
+        for graph in (flow.subgraph(set(flow) - avoided), flow):
+            found: set[int] = set()
+
+            def step(state: _Pending, ins: Instruction, found: set = found) -> list:
+                if not ins.is_weight_load:
+                    return [state.after(ins)]
+                found.add(state.level)
+                return []
+
+            self._region(graph, 0).walk(_Pending(), step)
+            if found:
+                return min(found), max(found)
+        return None
+
+    def _has_weights(self, block: int) -> bool:
+        return any(ins.is_weight_load for ins in self.code[self._blocks[block]])
+
+    @functools.cached_property
+    def _blocks(self) -> list[slice]:
+        """Basic blocks in layout order."""
+        jumps = [i for i, ins in enumerate(self.code) if _jump(ins)]
         starts = sorted({0, *self.labels.values(), *(i + 1 for i in jumps)})
         starts = [i for i in starts if i < len(self.code)]
-        ends = [*starts[1:], len(self.code)]
-        number = {start: i for i, start in enumerate(starts)}
-        blocks = [slice(a, b) for a, b in zip(starts, ends, strict=True)]
-        successors: list[set[int]] = []
+        return [slice(a, b) for a, b in itertools.pairwise([*starts, len(self.code)])]
+
+    @functools.cached_property
+    def _flow(self) -> networkx.DiGraph:
+        """The control flow graph over the numbers of the blocks."""
+        blocks = self._blocks
+        number = {block.start: i for i, block in enumerate(blocks)}
+        flow = networkx.DiGraph()
+        flow.add_nodes_from(range(len(blocks)))
         for i, block in enumerate(blocks):
-            jump = jumps.get(block.stop - 1, "")
-            falls = not jump or jump.startswith("s_cbranch")
-            after = {i + 1} if falls and i + 1 < len(blocks) else set()
+            jump = _jump(self.code[block.stop - 1])
+            if (not jump or jump.startswith("s_cbranch")) and i + 1 < len(blocks):
+                flow.add_edge(i, i + 1)
             target = self.labels.get(jump.split()[-1]) if jump else None
-            successors.append(after | {number[target]} if target in number else after)
-        return blocks, successors
+            if target in number:
+                flow.add_edge(i, number[target])
+        return flow
+
+    def _region(self, flow: networkx.DiGraph, entry: int) -> "Region":
+        blocks = self._blocks
+        return Region({i: self.code[blocks[i]] for i in sorted(flow)}, flow, entry)
 
 
-def _cycles(nodes: set[int], successors: list[set[int]]) -> Iterator[set[int]]:
-    """Strongly connected components of `nodes` that contain an edge."""
-    reach = {i: sum(1 << j for j in successors[i] & nodes) for i in nodes}
-    for k in nodes:
-        for i in nodes:
-            if reach[i] >> k & 1:
-                reach[i] |= reach[k]
-    left = set(nodes)
-    for i in sorted(nodes):
-        if i in left and reach[i] >> i & 1:
-            cycle = {j for j in left if reach[i] >> j & 1 and reach[j] >> i & 1}
-            left -= cycle
-            yield cycle
+def _jump(ins: Instruction) -> str:
+    """The instruction's text if control may go elsewhere after it."""
+    jumps = ("s_branch", "s_cbranch", "s_endpgm", "s_setpc")
+    return ins.text if ins.text.startswith(jumps) else ""
+
+
+def _entries(flow: networkx.DiGraph, loop: set[int]) -> set[int]:
+    """Blocks of a loop that are reached from outside; the first one if none is."""
+    return {j for i, j in flow.edges if i not in loop and j in loop} or {min(loop)}
+
+
+def _loops(
+    flow: networkx.DiGraph, nodes: set[int], has_weights: Callable[[int], bool]
+) -> Iterator[tuple[set[int], bool]]:
+    """Loops among `nodes` and whether they load weights.
+
+    Of nested ones these are the innermost that do and the outermost that do not.
+    """
+    parts = networkx.strongly_connected_components(flow.subgraph(nodes))
+    for loop in sorted(parts, key=min):  # in layout order
+        some = min(loop)
+        if len(loop) == 1 and not flow.has_edge(some, some):
+            continue
+        if not any(has_weights(i) for i in loop):
+            yield loop, False
+            continue
+        inner = loop - {min(_entries(flow, loop))}
+        found = list(_loops(flow, inner, has_weights))
+        yield from found
+        if not any(weights for _, weights in found):
+            yield loop, True
+
+
+State = TypeVar("State", bound=Hashable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Part of a kernel that is entered at one block."""
+
+    blocks: dict[int, tuple[Instruction, ...]]  # in layout order
+    flow: networkx.DiGraph
+    entry: int
+
+    @property
+    def code(self) -> tuple[Instruction, ...]:
+        """In layout order, both sides of every branch."""
+        return tuple(ins for block in self.blocks.values() for ins in block)
+
+    def walk(
+        self, state: State, step: Callable[[State, Instruction], list[State]]
+    ) -> set[State]:
+        """Takes `state` along every path, once through loops; returns the last ones.
+
+        `step(state, instruction)` gives the states after an instruction; none: the path
+        ends there.
+        """
+        dominators = networkx.immediate_dominators(self.flow, self.entry)
+        reached = {self.entry, *dominators}
+
+        def dominates(a: int, b: int) -> bool:
+            while b != a and b != self.entry:
+                b = dominators[b]
+            return a == b
+
+        forward = networkx.DiGraph()
+        forward.add_node(self.entry)
+        forward.add_edges_from(
+            (i, j) for i, j in self.flow.edges if i in reached and not dominates(j, i)
+        )
+        arriving: dict[int, set[State]] = {self.entry: {state}}
+        last: set[State] = set()
+        for i in networkx.topological_sort(forward):
+            states = arriving.get(i, set())
+            for ins in self.blocks[i]:
+                states = {after for before in states for after in step(before, ins)}
+            for j in forward.successors(i):
+                arriving.setdefault(j, set()).update(states)
+            if not any(True for _ in forward.successors(i)):
+                last |= states
+        return last
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """Round trips so far, and after how many each pending load was requested."""
+
+    level: int = 0
+    vector: tuple[int, ...] = ()  # in order
+    scalar: int = -1  # the latest; -1: none
+
+    def after(self, ins: Instruction) -> "_Pending":
+        if ins.is_scalar_load:
+            return dataclasses.replace(self, scalar=self.level)
+        if ins.load_bytes:
+            return dataclasses.replace(self, vector=(*self.vector, self.level))
+        level, vector, scalar = self.level, self.vector, self.scalar
+        waits = ins.waits
+        if "scalar" in waits:
+            level, scalar = max(level, scalar + 1), -1
+        if "vector" in waits:
+            arrived = max(0, len(vector) - waits["vector"])
+            level = max([level, *(i + 1 for i in vector[:arrived])])
+            vector = vector[arrived:]
+        return _Pending(level, vector, scalar)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Requested:
+    """Weight bytes that a wave requested, and before the first wait after one."""
+
+    total: int = 0
+    early: int = 0
+    waited: bool = False
+
+    def after(self, ins: Instruction) -> "_Requested":
+        if ins.is_weight_load:
+            size = ins.load_bytes * WAVE_SIZE
+            early = self.early if self.waited else self.early + size
+            return _Requested(self.total + size, early, self.waited)
+        if ins.waits and self.total:
+            return dataclasses.replace(self, waited=True)
+        return self
 
 
 def parse_assembly(text: str) -> list[Kernel]:
@@ -149,11 +332,13 @@ def parse_assembly(text: str) -> list[Kernel]:
     Raises ValueError when a kernel that the metadata names has no code.
     """
     bodies = dict(_functions(text))
-    found = re.search(r"^amdhsa\.kernels:\s*\n(.*?)^amdhsa\.target", text, re.M | re.S)
+    found = re.search(
+        r"^\s*\.amdgpu_metadata\n(.*?)^\s*\.end_amdgpu_metadata", text, re.M | re.S
+    )
+    metadata = yaml.safe_load(found[1]) if found else {}
     kernels = []
-    for entry in re.split(r"(?m)^  - (?=\.)", found.group(1) if found else "")[1:]:
-        field = dict(re.findall(r"(?m)^(?:    )?\.(\w+): +(\S+)$", entry))
-        name = field["name"].strip("'\"")
+    for entry in metadata.get("amdhsa.kernels", []):
+        name = entry[".name"]
         if name not in bodies:
             raise ValueError(f"kernel {name!r} has metadata but no code")
         code, labels = bodies[name]
@@ -161,11 +346,11 @@ def parse_assembly(text: str) -> list[Kernel]:
         kernels.append(
             Kernel(
                 name=name,
-                vgpr=int(field["vgpr_count"]),
-                sgpr=int(field["sgpr_count"]),
-                lds=int(field["group_segment_fixed_size"]),
-                scratch=max(int(field["private_segment_fixed_size"]), 4 * spills),
-                block_size=int(field["max_flat_workgroup_size"]),
+                vgpr=entry[".vgpr_count"],
+                sgpr=entry[".sgpr_count"],
+                lds=entry[".group_segment_fixed_size"],
+                scratch=max(entry[".private_segment_fixed_size"], 4 * spills),
+                block_size=entry[".max_flat_workgroup_size"],
                 code=tuple(code),
                 labels=labels,
             )
@@ -213,10 +398,13 @@ class Loop:
     """One turn of a main loop; see the module's docstring for the numbers."""
 
     weight_loads: dict[int, int]  # bytes per lane -> count
+    weight_bytes: int  # of a wave, on the path that requests most
+    weight_bytes_in_flight: int  # of them
     plain_wide_loads: int  # 16 bytes and no hint
     wide_lds_stores: int
-    dot2_per_32: float | None
-    valu_per_32: float | None
+    dot2_per_512B: float | None
+    valu_per_512B: float | None  # with those
+    instructions_per_512B: float | None  # without waits and hints
     code: str
     mca_cycles_per_512B: float | None = None
 
@@ -240,23 +428,41 @@ class Loop:
             found.append(
                 f"weight loads that are not non-temporal in the main loop ({excess})"
             )
+        if self.weight_bytes_in_flight < self.weight_bytes:
+            found.append(
+                f"{self.weight_bytes_in_flight} of a turn's {self.weight_bytes} weight "
+                "bytes are requested before a wait"
+            )
         return found
 
 
-def analyse(code: Sequence[Instruction]) -> Loop:
+def analyse(region: Region) -> Loop:
     """Counts what a main loop does in one turn, every instruction once."""
+    code = region.code
     loads = Counter(ins.load_bytes for ins in code if ins.is_weight_load)
     plain = [ins for ins in code if ins.load_bytes >= 16 and not ins.is_weight_load]
     stores = sum(
         ins.text.startswith(("ds_store_b128", "ds_write_b128")) for ins in code
     )
-    valu = [op for ins in code for op in ins.operations if op.startswith("v_")]
-    dot2 = sum("dot2" in op for op in valu)
-    text = "\n".join(ins.text for ins in code)
-    loop = Loop(dict(sorted(loads.items())), len(plain), stores, None, None, text)
+    ends = region.walk(_Requested(), lambda state, ins: [state.after(ins)])
+    most = max(end.total for end in ends)
+    loop = Loop(
+        weight_loads=dict(sorted(loads.items())),
+        weight_bytes=most,
+        weight_bytes_in_flight=min(end.early for end in ends if end.total == most),
+        plain_wide_loads=len(plain),
+        wide_lds_stores=stores,
+        dot2_per_512B=None,
+        valu_per_512B=None,
+        instructions_per_512B=None,
+        code="\n".join(ins.text for ins in code),
+    )
     if loads:
-        loop.dot2_per_32 = dot2 / loop.lane_loads
-        loop.valu_per_32 = (len(valu) - dot2) / loop.lane_loads
+        valu = [op for ins in code for op in ins.operations if op.startswith("v_")]
+        work = sum(not ins.text.startswith(_HINTS) for ins in code)
+        loop.dot2_per_512B = sum("dot2" in op for op in valu) / loop.lane_loads
+        loop.valu_per_512B = len(valu) / loop.lane_loads
+        loop.instructions_per_512B = work / loop.lane_loads
     return loop
 
 

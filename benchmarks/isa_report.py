@@ -7,20 +7,27 @@
 Compiles the kernel sources (csrc/rocm/*.hip) to assembler for each architecture and
 prints each kernel's registers, LDS, scratch and occupancy, and what its main loops do.
 
-amdgpu_assembly.py says what counts as a weight load and as a main loop.
+amdgpu_assembly.py says what counts as a weight load, a main loop, a round trip and as
+weight bytes in flight.
 
-Exit status 0: all well. 1: a kernel uses scratch, or a main loop has no weight load,
-one narrower than 16 bytes, or one without the hint; each is named with its reason. 2: a
-tool is missing (the message names Debian's package) or the compiler failed.
+Exit status 0: all well. 1: a kernel uses scratch; a main loop has no weight load, one
+narrower than 16 bytes, or one without the hint; a wait stands between the weight loads
+of a turn; or a kernel for one token (name ending in _t1) has fewer than 2048 weight
+bytes in flight. Each is named with its reason. 2: a tool is missing (the message names
+Debian's package) or the compiler failed.
 
 Columns:
   vgpr, sgpr  registers per lane and per wave
   lds         bytes per block that the code object fixes; dynamic LDS comes on top
   scratch     bytes per lane
   occ         waves per SIMD that registers and fixed LDS leave room for, 16 at most
+  trips       dependent memory round trips before the first weight load: fewest-most
+              over the paths that lead there
   weight      weight loads per turn of the main loop, count x bytes per lane
-  dot2, valu  v_dot2 and other VALU operations per 32 weights of a lane (both halves of
-              a dual instruction count)
+  flight      weight bytes of a wave requested before the first wait that follows
+  dot2, valu, instr
+              v_dot2, all VALU operations (both halves of a dual instruction count) and
+              all instructions but waits and hints, per 512 weight bytes
   mca         SIMD cycles that 512 weight bytes (a 16-byte load of 32 lanes) take while
               other waves hide all latency: llvm-mca's block reciprocal throughput
   budget      mca as a share of the SIMD cycles that memory needs for these bytes
@@ -54,6 +61,8 @@ SOURCE_DIR = ROOT / "csrc" / "rocm"
 # page; 212 GB/s is what copy tools measure of its 256 GB/s (8000 MT/s, 32 bytes wide).
 CUS, CLOCK_HZ, READ_BYTES_PER_S = 40, 2.9e9, 212e9
 WAVE_LOAD_BYTES = 512  # 32 lanes x 16 bytes
+# What a wave of a kernel for one token is to have in flight: two blocks, two row sets.
+LEAST_IN_FLIGHT = 2048
 
 
 def budget_cycles() -> float:
@@ -130,9 +139,20 @@ def report(arch: str, source: Path, compiler: str, mca: str) -> list[dict]:
         row["weight_load_bytes"] = min(sizes, default=None)  # the narrowest
         cycles = [x for loop in group if (x := loop.mca_cycles_per_512B) is not None]
         row["mca_cycles_per_512B"] = max(cycles, default=None)  # the slowest main loop
+        flight = min(loop.weight_bytes_in_flight for loop in group)
+        row["weight_bytes_in_flight"] = flight
+        trips = kernel.round_trips()
+        row["round_trips"], row["round_trips_at_most"] = trips or (None, None)
+        for key in ("valu_per_512B", "instructions_per_512B"):
+            counts = [x for loop in group if (x := getattr(loop, key)) is not None]
+            row[key] = max(counts, default=None)
         faults = (
             [f"{kernel.scratch} bytes of scratch per lane"] if kernel.scratch else []
         )
+        if kernel.name.endswith("_t1") and flight < LEAST_IN_FLIGHT:
+            faults.append(
+                f"{flight} weight bytes in flight, expected at least {LEAST_IN_FLIGHT}"
+            )
         row["faults"] = faults + sorted({x for loop in group for x in loop.faults()})
         row["loops"] = group
         rows.append(row)
@@ -145,26 +165,36 @@ def report(arch: str, source: Path, compiler: str, mca: str) -> list[dict]:
 def table(arch: str, rows: Sequence[dict]) -> str:
     """The rows of one architecture as text, a line per kernel and further main loop."""
     width = max([len(row["name"]) for row in rows], default=6)
-    columns = "vgpr sgpr   lds scratch occ   weight   dot2   valu    mca budget"
+    columns = (
+        "vgpr sgpr   lds scratch occ trips   weight flight   dot2   valu  instr    mca "
+        "budget"
+    )
     lines = [
         f"{arch}: VGPR file {VGPR_FILE[arch][0]} in steps of {VGPR_FILE[arch][1]}",
         f"{'kernel':{width}} {columns}",
     ]
     for row in rows:
+        trips = (
+            "-"
+            if row["round_trips"] is None
+            else f"{row['round_trips']}-{row['round_trips_at_most']}"
+        )
         head = (
             f"{row['name']:{width}} {row['vgpr']:4} {row['sgpr']:4} {row['lds']:5} "
-            f"{row['scratch']:7} {row['occupancy']:3}"
+            f"{row['scratch']:7} {row['occupancy']:3} {trips:>5}"
         )
         for loop in row["loops"]:
             weight = "+".join(f"{n}x{size}" for size, n in loop.weight_loads.items())
-            numbers = "     -" * 4
+            numbers = "      -" * 5
             if loop.mca_cycles_per_512B is not None:
                 numbers = (
-                    f"{loop.dot2_per_32:6.1f} {loop.valu_per_32:6.1f} "
+                    f"{loop.dot2_per_512B:6.1f} {loop.valu_per_512B:6.1f} "
+                    f"{loop.instructions_per_512B:6.1f} "
                     f"{loop.mca_cycles_per_512B:6.1f} "
                     f"{loop.mca_cycles_per_512B / budget_cycles():6.0%}"
                 )
-            lines.append(f"{head} {weight or '-':>8} {numbers}")
+            flight = loop.weight_bytes_in_flight
+            lines.append(f"{head} {weight or '-':>8} {flight:6} {numbers}")
             head = " " * len(head)
     return "\n".join(lines)
 

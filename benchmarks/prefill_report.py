@@ -3,7 +3,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Compile the Triton prefill kernels, without a GPU, and report what they use.
 
-For every architecture the tiles of its family in ``hybrid_w4a16_tiles.json`` are
+For every architecture the tiles of its tuning table are
 compiled in a few variants (dtype, group size, zero points). Exits 1 when a kernel
 spills registers, uses scratch memory or more than 64 KiB of shared memory on AMD.
 """
@@ -136,13 +136,14 @@ def main() -> int:
     parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
     args = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import TABLE
-    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import tile_family
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
+        table,
+        table_name,
+    )
 
-    table = json.loads(TABLE.read_text())
     jobs = []
     for arch in args.arch.split(","):
-        rows = table[tile_family(arch)]["rows"]
+        rows = table(table_name(arch))["rows"]
         tiles = {
             (name, (row["block_m"], *row[name]))
             for row in rows

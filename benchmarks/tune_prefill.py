@@ -5,7 +5,7 @@
 
 For every shape and number of tokens both GEMMs are timed with all tiles of a grid, and
 the best pair that shares a block of activations makes a row of
-``configs/hybrid_w4a16_tiles.json``. ``--write`` replaces this device family's entry;
+``configs/hybrid_w4a16``. ``--write`` replaces this device's table;
 ``prefill_from`` is left as it is: it follows from
 ``benchmark_moe.py --backends decode,prefill --tokens 1,2,4,8,12,16,24,32,48,64``.
 """
@@ -78,7 +78,7 @@ class Gemms:
 
 def compile_tile(shape_text: str, dtype: str, group_size: int, tile_text) -> str | None:
     """Compile both kernels into Triton's cache on disk; returns what went wrong."""
-    from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import Tile
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import Tile
 
     shape = parse_shape(shape_text)
     one = type(shape)("one expert", 1, 1, shape.hidden, shape.intermediate)
@@ -114,10 +114,11 @@ class Tuner:
         )
 
         family = device_family()
-        if not isinstance(family, DeviceFamily) or family.tiles is None:
+        if not isinstance(family, DeviceFamily) or family.tuning is None:
             raise SystemExit(f"tune_prefill.py: error: no prefill here: {family}")
         self.args = args
-        self.family = family.tiles
+        self.family = family.tuning
+        self.arch = family.name
         self.unusable: set[tuple[int, ...]] = set()
         self.log: list[dict] = []
 
@@ -165,7 +166,7 @@ class Tuner:
         self, case: Case, gemms: Gemms, batches: list[Batch], block_m: int
     ) -> dict:
         """The best tiles of both GEMMs for one ``block_m``."""
-        from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
+        from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
             Tile,
         )
         from vllm.model_executor.layers.fused_moe.moe_align_block_size import (
@@ -201,18 +202,15 @@ class Tuner:
         return {"us": us, "block_m": block_m, "gate_up": gate_up[1], "down": down[1]}
 
 
-def format_table(table: dict[str, dict]) -> str:
+def format_table(table: dict) -> str:
     """JSON with a line per measured case."""
-    families = []
-    for name, entry in table.items():
-        rows = ",\n".join("   " + json.dumps(row) for row in entry["rows"])
-        rest = "".join(
-            f"  {json.dumps(key)}: {json.dumps(value)},\n"
-            for key, value in entry.items()
-            if key != "rows"
-        )
-        families.append(f' {json.dumps(name)}: {{\n{rest}  "rows": [\n{rows}\n  ]\n }}')
-    return "{\n" + ",\n".join(families) + "\n}\n"
+    rows = ",\n".join("  " + json.dumps(row) for row in table["rows"])
+    rest = "".join(
+        f" {json.dumps(key)}: {json.dumps(value)},\n"
+        for key, value in table.items()
+        if key != "rows"
+    )
+    return f'{{\n{rest} "rows": [\n{rows}\n ]\n}}\n'
 
 
 def main() -> int:
@@ -236,17 +234,16 @@ def main() -> int:
         f"tune_prefill.py --dtype {args.dtype} --group-size {args.group_size} on "
         f"{device}, {datetime.date.today()}"
     )
-    from vllm.model_executor.layers.fused_moe.experts import hybrid_w4a16_tiles
 
-    table = json.loads(hybrid_w4a16_tiles.TABLE.read_text())
-    entry = table.get(tuner.family, {"prefill_from": 32})
-    entry = {**entry, "source": source, "rows": rows}
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning
+
+    path = hybrid_w4a16_tuning.TABLES / f"{tuner.arch}.json"
+    entry = {**hybrid_w4a16_tuning.table(tuner.family), "source": source, "rows": rows}
     print(json.dumps(entry))
     if args.json is not None:
         args.json.write_text(json.dumps({**entry, "log": tuner.log}, indent=1) + "\n")
     if args.write:
-        table[tuner.family] = entry
-        hybrid_w4a16_tiles.TABLE.write_text(format_table(table))
+        path.write_text(format_table(entry))
     return 0
 
 

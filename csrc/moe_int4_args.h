@@ -4,7 +4,7 @@
 // Plain arguments of the int4 MoE ops: what is left of a call once every tensor has been
 // checked. CPU kernels and GPU launchers take these structs and know nothing of torch.
 //
-// Layout contract (DESIGN "Weight contract"; the packer is hybrid_w4a16_moe_helper.py):
+// Layout contract (DESIGN "Weight contract"; the packer is hybrid_w4a16_packing.py):
 //   weights      int32 [E, N, K/8], ExLlama-shuffled: word bits
 //                v0 | v2<<4 | v4<<8 | v6<<12 | v1<<16 | v3<<20 | v5<<24 | v7<<28,
 //                so that (word >> 4*i) & 0x000f000f is the pair (v[2i], v[2i+1])
@@ -20,9 +20,29 @@ namespace moe_int4 {
 
 enum class DType : int32_t { kHalf = 0, kBFloat16 = 1 };
 
-// act(min(gate, limit)) * (clamp(up, -limit, limit) + beta), with silu(x) = x * sigmoid(alpha * x).
-// swigluoai is kSilu with alpha 1.702, beta 1, limit 7.
+// Activations: this is all that C++ knows of them; a test compares it with the Triton kernel and
+// the Python map. An activation is act(min(gate, limit)) * (clamp(up, -limit, limit) + beta).
 enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+
+// X(kind, weight): act(x) = x * weight. epilogue.h (CPU) and activation.cuh (GPU) have the
+// functions in it. tanh-GELU: 0.5 * (1 + tanh(y)) is sigmoid(2 * y), y = sqrt(2 / pi) * (x +
+// 0.044715 x^3).
+#define MOE_INT4_ACTIVATIONS(X) \
+  X(kSilu, sigmoid(alpha* x))   \
+  X(kGelu, normal_cdf(x))       \
+  X(kGeluTanh, sigmoid(1.5957691216057308f * x * (1.0f + 0.044715f * x * x)))
+
+// What the op argument `activation` may be. swigluoai is silu with alpha 1.702, beta 1, limit 7.
+struct ActivationName {
+  const char* name;
+  Activation kind;
+};
+constexpr ActivationName kActivationNames[] = {
+    {"silu", Activation::kSilu},
+    {"swigluoai", Activation::kSilu},
+    {"gelu", Activation::kGelu},
+    {"gelu_tanh", Activation::kGeluTanh},
+};
 
 // One stack of expert weights [E, N, K] in packed form.
 struct Weights {

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <sstream>
@@ -155,6 +156,16 @@ class ArgumentChecks {
       out.map_size = positive("expert_map", expert_map->size(0));
     }
     return out;
+  }
+
+  Activation activation_kind(const std::string& name) const {
+    std::string names;
+    for (const ActivationName& known : kActivationNames) {
+      if (name == known.name) return known.kind;
+      if (!names.empty()) names += &known + 1 == std::end(kActivationNames) ? " or " : ", ";
+      names += known.name;
+    }
+    fail("activation", names, "'" + name + "'");
   }
 
   // A launch plan is for GPUs only: on the CPU there is nothing that it could choose.
@@ -299,15 +310,7 @@ inline GateUpArgs check_gate_up(DeviceType device, const Tensor& a, const Tensor
       {{"M*top_k", int64_t{out.routing.num_tokens} * out.routing.top_k}, {"I", out.w.n / 2}});
   out.c = c.mutable_data_ptr();
   out.c_stride_m = c.stride(0);
-  if (activation == "silu" || activation == "swigluoai") {
-    out.activation = Activation::kSilu;
-  } else if (activation == "gelu") {
-    out.activation = Activation::kGelu;
-  } else if (activation == "gelu_tanh") {
-    out.activation = Activation::kGeluTanh;
-  } else {
-    check.fail("activation", "silu, swigluoai, gelu or gelu_tanh", "'" + activation + "'");
-  }
+  out.activation = check.activation_kind(activation);
   if (out.activation != Activation::kSilu && alpha != 1.0) {
     check.fail("alpha", "1.0 with activation " + activation, std::to_string(alpha));
   }

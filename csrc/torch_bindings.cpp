@@ -5,14 +5,16 @@
 // linked into. Implementations register themselves per dispatch key: csrc/cpu, csrc/rocm. Argument
 // by argument documentation: vllm/model_executor/layers/fused_moe/hybrid_w4a16_ops.py.
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/core/ScalarType.h>
 
+#include <stdexcept>
 #include <string>
 
 #if defined(HYBRID_W4A16_CPU)
 #include "cpu/isa.h"
 #endif
 #if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
-#include "rocm/build_info.h"
+#include "rocm/device.h"
 #endif
 
 namespace {
@@ -32,11 +34,29 @@ std::string build_info() {
 
 #if defined(HYBRID_W4A16_CPU)
 std::string cpu_isa(std::string isa) { return moe_int4::cpu::select_isa(isa); }
+
+std::string cpu_kernels(int64_t group_size, torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  const auto fail = [](const std::string& what) {
+    throw std::runtime_error("hybrid_w4a16_cpu_kernels: " + what);
+  };
+  if (group_size != 32 && group_size != 64 && group_size != 128) {
+    fail("group_size: expected 32, 64 or 128, got " + std::to_string(group_size));
+  }
+  if (dtype != ScalarType::Half && dtype != ScalarType::BFloat16) {
+    fail(std::string("dtype: expected Half or BFloat16, got ") +
+         torch::headeronly::toString(dtype));
+  }
+  return moe_int4::cpu::describe_kernels(
+      static_cast<int32_t>(group_size),
+      dtype == ScalarType::Half ? moe_int4::DType::kHalf : moe_int4::DType::kBFloat16);
+}
 #endif
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
+  // Not used by the MoE layer, which runs gate_up and down; users of the first release call it.
   m.def(
       "fused_moe_wvSplitK_int4_gemm(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor expert_ids, int block_size_m, int cu_count, int group_size, "
@@ -61,6 +81,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
   // For tests and benchmarks: puts an instruction set in force on the CPU ("": the best one) and
   // returns its name.
   m.def("hybrid_w4a16_cpu_isa(str isa) -> str");
+  // For logs: the kernels that run for experts with one row, few and many, under the instruction
+  // set in force.
+  m.def("hybrid_w4a16_cpu_kernels(int group_size, ScalarType dtype) -> str");
 #endif
 }
 
@@ -68,5 +91,6 @@ STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
   m.impl("hybrid_w4a16_build_info", TORCH_BOX(&build_info));
 #if defined(HYBRID_W4A16_CPU)
   m.impl("hybrid_w4a16_cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("hybrid_w4a16_cpu_kernels", TORCH_BOX(&cpu_kernels));
 #endif
 }

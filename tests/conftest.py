@@ -12,6 +12,14 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # GiB; vLLM's default on a CPU machine is a share of the memory that tests do not need.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+# A worker of pytest-xdist has its share of the cores. Its servers compute on one: vLLM
+# would put those of all workers on the first.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    core = cores[int(worker.removeprefix("gw")) % len(cores)]
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
 
 def pytest_configure() -> None:

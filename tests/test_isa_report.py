@@ -83,8 +83,10 @@ def test_main_loop_is_counted_per_turn(asm):
     )
     assert loop.weight_loads == {16: 2}
     assert loop.lane_loads == 2
-    assert loop.dot2_per_32 == 2 / 2
-    assert loop.valu_per_32 == 2 / 2
+    assert loop.dot2_per_512B == 2 / 2
+    assert loop.valu_per_512B == 4 / 2
+    assert loop.instructions_per_512B == 8 / 2
+    assert loop.weight_bytes == loop.weight_bytes_in_flight == 2 * 512
     assert loop.faults() == []
 
 
@@ -103,7 +105,7 @@ def test_innermost_loop_with_weights_is_the_main_loop(asm):
 \ts_cbranch_scc1 .LBB0_3
 \ts_cbranch_vccnz .LBB0_1""",
     )
-    assert (loop.weight_loads, loop.dot2_per_32) == ({16: 1}, 1)
+    assert (loop.weight_loads, loop.dot2_per_512B) == ({16: 1}, 1)
 
 
 def test_block_out_of_line_belongs_to_its_loop(asm):
@@ -127,8 +129,8 @@ def test_block_out_of_line_belongs_to_its_loop(asm):
 \ts_branch .LBB0_3
 .LBB0_6:""",
     )
-    assert (loop.weight_loads, loop.dot2_per_32) == ({16: 2}, 1 / 2)
-    assert loop.valu_per_32 == 2 / 2
+    assert (loop.weight_loads, loop.dot2_per_512B) == ({16: 2}, 1 / 2)
+    assert loop.valu_per_512B == 3 / 2
 
 
 def test_every_main_loop_is_judged(asm):
@@ -170,6 +172,174 @@ def test_bad_loads_are_faults(asm, body, fault):
     (loop,) = loops_of(asm, f".LBB0_1:\n\t{body}\n\ts_cbranch_scc1 .LBB0_1")
     assert len(loop.faults()) == 1
     assert fault in loop.faults()[0]
+
+
+LOAD = "global_load_b128 v[0:3], v20, s[4:5] slc dlc"
+
+
+@pytest.mark.parametrize(
+    ("wait", "early"),
+    [
+        ("s_delay_alu instid0(VALU_DEP_1)", 1024),
+        ("s_waitcnt_depctr 0xfffe", 1024),
+        ("s_wait_alu 0xfffe", 1024),
+        ("s_waitcnt vmcnt(1)", 512),
+        ("s_waitcnt lgkmcnt(0)", 512),
+        ("s_wait_loadcnt 0x0", 512),
+        ("s_wait_loadcnt_dscnt 0x100", 512),
+        ("s_wait_dscnt 0x0", 512),
+        ("s_barrier", 512),
+        ("s_barrier_wait 0xffff", 512),
+    ],
+)
+def test_wait_between_weight_loads_is_a_fault(asm, wait, early):
+    (loop,) = loops_of(
+        asm,
+        f""".LBB0_1:
+\ts_waitcnt vmcnt(0)
+\t{LOAD}
+\t{wait}
+\t{LOAD}
+\ts_waitcnt vmcnt(0)
+\ts_cbranch_scc1 .LBB0_1""",
+    )
+    assert (loop.weight_bytes, loop.weight_bytes_in_flight) == (1024, early)
+    expected = [f"{early} of a turn's 1024 weight bytes are requested before a wait"]
+    assert loop.faults() == ([] if early == 1024 else expected)
+
+
+def test_flight_is_that_of_the_path_with_most_weights(asm):
+    """Of the paths with the most, the worst: here the one on which the branch waits."""
+    (loop,) = loops_of(
+        asm,
+        f""".LBB0_1:
+\ts_cbranch_execz .LBB0_3
+\t{LOAD}
+\t{LOAD}
+\ts_cbranch_execz .LBB0_2
+\tglobal_load_u16 v4, v[20:21], off
+\ts_waitcnt vmcnt(0)
+.LBB0_2:
+\t{LOAD}
+\t{LOAD}
+.LBB0_3:
+\ts_cbranch_scc1 .LBB0_1""",
+    )
+    assert (loop.weight_bytes, loop.weight_bytes_in_flight) == (2048, 1024)
+
+
+def test_turn_begins_where_the_loop_is_entered(asm):
+    """The end of a rotated loop stands before its beginning."""
+    (loop,) = loops_of(
+        asm,
+        f"""\ts_branch .LBB0_2
+.LBB0_1:
+\t{LOAD}
+\ts_waitcnt vmcnt(0)
+\ts_cbranch_scc1 .LBB0_3
+.LBB0_2:
+\t{LOAD}
+\ts_branch .LBB0_1
+.LBB0_3:""",
+    )
+    assert (loop.weight_bytes, loop.weight_bytes_in_flight) == (1024, 1024)
+
+
+def test_inner_rotated_loop_is_found(asm):
+    """Both loops are entered in the middle; a turn of the inner one has one load."""
+    (loop,) = loops_of(
+        asm,
+        f"""\ts_branch .LBB0_3
+.LBB0_1:
+\tv_mov_b32_e32 v4, 0
+.LBB0_2:
+\t{LOAD}
+\ts_cbranch_scc1 .LBB0_4
+.LBB0_3:
+\tv_dot2acc_f32_f16 v13, v4, v5
+\ts_cbranch_scc1 .LBB0_2
+\ts_branch .LBB0_1
+.LBB0_4:""",
+    )
+    assert (loop.weight_bytes, loop.dot2_per_512B) == (512, 1)
+
+
+def trips(asm, code):
+    (kernel,) = asm.parse_assembly(assembly(code))
+    return kernel.round_trips()
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (LOAD, (0, 0)),
+        ("s_nop 0", None),
+        # Arguments, then ids: each is waited for before the next request.
+        (
+            f"""s_load_b128 s[0:3], s[0:1], 0x0
+            s_waitcnt lgkmcnt(0)
+            global_load_b32 v1, v0, s[0:1]
+            s_waitcnt vmcnt(0)
+            {LOAD}""",
+            (2, 2),
+        ),
+        # On gfx12.
+        (
+            """s_load_b128 s[0:3], s[0:1], 0x0
+            s_wait_kmcnt 0x0
+            global_load_b32 v1, v0, s[0:1]
+            s_wait_loadcnt_dscnt 0x0
+            global_load_b128 v[0:3], v20, s[4:5] th:TH_LOAD_NT""",
+            (2, 2),
+        ),
+        # Requested together, waited for one by one; the last one is never waited for.
+        (
+            f"""global_load_b32 v1, v0, s[0:1]
+            global_load_b32 v2, v0, s[2:3]
+            global_load_b32 v3, v0, s[2:3]
+            s_waitcnt vmcnt(2)
+            s_waitcnt vmcnt(1)
+            {LOAD}
+            s_waitcnt vmcnt(0)""",
+            (1, 1),
+        ),
+        # LDS is no memory.
+        (f"ds_load_b32 v1, v2\ns_wait_dscnt 0x0\n{LOAD}", (0, 0)),
+        # With an expert map one more.
+        (
+            f"""s_load_b32 s2, s[0:1], 0x0
+            s_waitcnt lgkmcnt(0)
+            s_cbranch_scc1 .LBB0_1
+            s_load_b32 s2, s[2:3], 0x0
+            .LBB0_1:
+            s_waitcnt lgkmcnt(0)
+            {LOAD}""",
+            (1, 2),
+        ),
+        # A loop without weights on the way is passed by,
+        (
+            f"""s_cbranch_scc1 .LBB0_2
+            .LBB0_1:
+            s_load_b32 s2, s[2:3], 0x0
+            s_waitcnt lgkmcnt(0)
+            s_cbranch_scc0 .LBB0_1
+            .LBB0_2:
+            {LOAD}""",
+            (0, 0),
+        ),
+        # ... where that is possible.
+        (
+            f""".LBB0_1:
+            s_load_b32 s2, s[2:3], 0x0
+            s_waitcnt lgkmcnt(0)
+            s_cbranch_scc0 .LBB0_1
+            {LOAD}""",
+            (1, 1),
+        ),
+    ],
+)
+def test_round_trips_before_the_first_weights(asm, code, expected):
+    assert trips(asm, code) == expected
 
 
 def test_activations_on_their_way_to_lds_are_no_fault(asm):
@@ -229,7 +399,7 @@ def test_missing_tool_names_the_package(isa, monkeypatch, tmp_path, capsys, pack
     assert f"Debian has it in package {package}" in capsys.readouterr().err
 
 
-# Four kernels in plain clang HIP. spills keeps 300 words alive across a barrier of asm.
+# Five kernels in plain clang HIP. spills keeps 300 words alive across a barrier of asm.
 KERNELS = r"""
 typedef unsigned Word;
 typedef Word Quad __attribute__((ext_vector_type(4)));
@@ -265,6 +435,16 @@ KERNEL(cached) {
   }
   out[id()] = sum;
 }
+KERNEL(waits_t1) {
+  Word sum = 0;
+#pragma clang loop unroll(disable)
+  for (Word i = 0; i < 64; ++i) {
+    const Quad q = __builtin_nontemporal_load(w + 32 * i + id());
+    Quad next = __builtin_nontemporal_load(w + 32 * (q.x & 63) + id());
+    sum += next.x ^ next.y ^ next.z ^ next.w ^ q.y ^ q.z ^ q.w;
+  }
+  out[id()] = sum;
+}
 KERNEL(spills) {
   Word kept[300];
 #pragma clang loop unroll(full)
@@ -289,6 +469,11 @@ def test_bad_kernels_are_named_with_the_reason(isa, tmp_path, capsys, arch):
     out = capsys.readouterr().out
     assert f"{arch} narrow: weight loads of 4 bytes in the main loop (1)" in out
     assert f"{arch} cached: no non-temporal weight load in the main loop" in out
+    assert (
+        f"{arch} waits_t1: 512 of a turn's 1024 weight bytes are requested before a "
+        "wait"
+    ) in out
+    assert f"{arch} waits_t1: 512 weight bytes in flight, expected at least 2048" in out
     assert re.search(rf"{arch} spills: \d+ bytes of scratch per lane", out)
     assert f"{arch} good" not in out
 
@@ -298,6 +483,9 @@ def test_bad_kernels_are_named_with_the_reason(isa, tmp_path, capsys, arch):
     assert good["scratch"] == good["lds"] == 0
     assert good["occupancy"] == 16
     assert 5 < good["mca_cycles_per_512B"] < 100
+    assert good["weight_bytes_in_flight"] == 512
+    assert good["round_trips"] == good["round_trips_at_most"] == 1  # its arguments
+    assert 5 < good["valu_per_512B"] <= good["instructions_per_512B"] < 50
 
 
 @needs_clang
@@ -334,3 +522,7 @@ def test_real_kernels_on_gfx1151(isa, tmp_path, capsys):
         assert kernel["scratch"] == 0
         assert kernel["weight_load_bytes"] == 16
         assert kernel["mca_cycles_per_512B"] > 0
+        assert kernel["weight_bytes_in_flight"] >= 2048
+        assert kernel["round_trips_at_most"] <= 3  # arguments, ids, expert map
+        assert kernel["vgpr"] < 130
+        assert kernel["valu_per_512B"] < (165 if kernel["name"].endswith("8") else 71)

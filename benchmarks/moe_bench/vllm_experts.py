@@ -50,7 +50,7 @@ def build_hybrid(
         from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
             HybridW4A16MoEExperts,
         )
-        from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
+        from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
             advise_huge_pages,
             shuffle_exllama_,
         )

@@ -106,7 +106,10 @@ def switches() -> dict[str, str]:
 
 def _doctor() -> list[dict[str, Any]] | None:
     try:
-        from vllm.plugins.hybrid_w4a16 import doctor, switch
+        from vllm.model_executor.layers.fused_moe.oracle import (
+            hybrid_w4a16_switch as switch,
+        )
+        from vllm.plugins.hybrid_w4a16 import doctor
     except ImportError:
         return None
     switch.register()

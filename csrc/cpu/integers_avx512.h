@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Activations as integers of 16 bits, per group in steps of max|a| / 32639, so that the error of a
-// group is below 1e-4 of its norm: a twentieth of bf16's own rounding. An integer is
-// 256 * high + low in signed bytes. Activations below 1e-33 count as zero.
+// Activations as 16-bit integers for the int8 dot-product kernels. Each group has a step of
+// max|a| / 32639, so that its error is below 1e-4 of its norm, a twentieth of bf16's own rounding.
+// An integer is 256 * high + low, two signed bytes. Activations below 1e-33 count as zero.
 #pragma once
 
 #include "vectors_avx512.h"
@@ -19,7 +19,7 @@ struct Quantized {
 // Integers of a group.
 inline Quantized quantize(const float* values, int32_t count, int16_t* to) {
   constexpr float kLargest = 127 * 256 + 127;
-  int32_t bits = 0;  // of the largest magnitude; those of a NaN are larger still
+  int32_t bits = 0;  // of the largest magnitude, where NaN counts as the largest
   for (int32_t i = 0; i < count; ++i) {
     const int32_t magnitude = bits_as<int32_t>(values[i]) & 0x7fffffff;
     bits = magnitude > bits ? magnitude : bits;

@@ -4,7 +4,10 @@
 
 #include <atomic>
 #include <stdexcept>
+#include <string>
 #include <vector>
+
+#include "tuning.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -15,12 +18,6 @@
 #endif
 
 namespace moe_int4::cpu {
-namespace {
-
-struct Candidate {
-  const Kernels* kernels;
-  bool (*available)();
-};
 
 bool always() { return true; }
 
@@ -36,7 +33,7 @@ bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vn
 
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
-// The processor has AMX tiles with bf16 and bytes, the operating system saves them, and Linux lets
+// The processor has AMX tiles with bf16 and int8, the operating system saves them, and Linux lets
 // this process use them (Intel SDM volume 1, chapter 18; Linux Documentation/arch/x86/xstate.rst).
 bool has_amx() {
 #if defined(__linux__)
@@ -55,73 +52,75 @@ bool has_amx() {
   return false;
 #endif
 }
-#endif
+#endif  // x86-64
 
-// Best first.
-constexpr Candidate kAll[] = {
-#if defined(__x86_64__)
-    {&kAmxBf16, has_amx},
-    {&kAvx512Bf16, has_avx512_bf16},
-    {&kAvx512Vnni, has_avx512_vnni},
-    {&kAvx512, has_avx512},
-    {&kAvx2, has_avx2},
-#endif
-    {&kPortable, always}};
+namespace {
 
-// The candidates that this processor offers.
-const std::vector<const Kernels*>& available() {
-  static const std::vector<const Kernels*> found = [] {
-    std::vector<const Kernels*> kernels;
-    for (const Candidate& candidate : kAll) {
-      if (candidate.available()) kernels.push_back(candidate.kernels);
+const std::vector<const InstructionSet*>& available() {
+  static const std::vector<const InstructionSet*> found = [] {
+    std::vector<const InstructionSet*> sets;
+    for (const InstructionSet& set : kInstructionSets) {
+      if (set.available()) sets.push_back(&set);
     }
-    return kernels;
+    return sets;
   }();
   return found;
 }
 
-std::atomic<const Kernels*>& selected() {
-  static std::atomic<const Kernels*> kernels{available().front()};
-  return kernels;
+std::atomic<const InstructionSet*>& selected() {
+  static std::atomic<const InstructionSet*> set{available().front()};
+  return set;
 }
 
 }  // namespace
 
-const Kernels& kernels(int32_t bits) {
-  const Kernels* found = selected().load(std::memory_order_relaxed);
-#if defined(__x86_64__)
-  // The kernels that multiply in bf16 and with AMX are for weights of 4 bits.
-  if (bits == 8 && (found == &kAmxBf16 || found == &kAvx512Bf16)) found = &kAvx512Vnni;
-#endif
-  return *found;
-}
-
-const Kernels& fp32_kernels() {
-  const Kernels* found = selected().load(std::memory_order_relaxed);
-#if defined(__x86_64__)
-  if (found->dot == nullptr) found = &kAvx512;
-#endif
-  return *found;
-}
+const InstructionSet& instruction_set() { return *selected().load(std::memory_order_relaxed); }
 
 std::string available_isas() {
   std::string names;
-  for (const Kernels* candidate : available()) {
+  for (const InstructionSet* set : available()) {
     if (!names.empty()) names += ' ';
-    names += candidate->name;
+    names += set->name;
   }
   return names;
 }
 
 std::string select_isa(const std::string& name) {
-  for (const Kernels* candidate : available()) {
-    if (name.empty() || name == candidate->name) {
-      selected() = candidate;
-      return candidate->name;
+  for (const InstructionSet* set : available()) {
+    if (name.empty() || name == set->name) {
+      selected() = set;
+      return set->name;
     }
   }
   throw std::runtime_error("hybrid_w4a16_cpu_isa: isa: expected one of " + available_isas() +
                            " or an empty string, got '" + name + "'");
+}
+
+std::string describe_kernels(int32_t group_size, DType dtype) {
+  const InstructionSet& set = instruction_set();
+  std::string text;
+  for (int64_t first = 1; first <= kAllRows;) {
+    const Kernel& kernel = kernel_for(set, static_cast<int32_t>(first), group_size, dtype);
+    // The kernel changes behind the last row of a rule only.
+    int64_t last = kAllRows;
+    for (const Rule& rule : set.rules) {
+      if (rule.kernel == nullptr || rule.max_rows < first || rule.max_rows >= last) continue;
+      if (&kernel_for(set, rule.max_rows + 1, group_size, dtype) != &kernel) last = rule.max_rows;
+    }
+    if (!text.empty()) text += ", ";
+    text += kernel.name;
+    if (first == 1 && last == kAllRows) {
+      text += " for any number of rows";
+    } else if (last == kAllRows) {
+      text += " from " + std::to_string(first);
+    } else if (first == 1) {
+      text += last == 1 ? " for 1 row" : " for up to " + std::to_string(last) + " rows";
+    } else {
+      text += " for " + std::to_string(first) + " to " + std::to_string(last);
+    }
+    first = last + 1;
+  }
+  return text;
 }
 
 }  // namespace moe_int4::cpu

@@ -1,26 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Choice of the instruction set, at run time.
+// What the processor offers, and the instruction set in force.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
-#include "kernels.h"
+#include "moe_int4_args.h"
 
 namespace moe_int4::cpu {
 
-// The kernels in force for weights of 4 or 8 bits.
-const Kernels& kernels(int32_t bits);
+struct InstructionSet;  // tuning.h
 
-// The fp32 kernels that go with them.
-const Kernels& fp32_kernels();
+// Whether this processor, under this operating system, runs the kernels of an instruction set.
+bool always();
+bool has_avx2();
+bool has_avx512();
+bool has_avx512_vnni();
+bool has_avx512_bf16();
+bool has_amx();
 
-// Names of the instruction sets that this processor offers, best first, separated by blanks.
+// The instruction set in force.
+const InstructionSet& instruction_set();
+
+// Names of the instruction sets that this library can use on this processor, best first, separated
+// by blanks.
 std::string available_isas();
 
 // Puts the named instruction set in force ("": the best one) and returns its name. Throws
-// std::runtime_error when the name is unknown or the processor does not offer it.
+// std::runtime_error when the name is unknown or the instruction set is not available.
 std::string select_isa(const std::string& name);
+
+// The kernels of the instruction set in force by the rows of an expert, for a log:
+// "avx512_vnni for 1 row, amx_int8 for 2 to 16, amx_bf16 from 17".
+std::string describe_kernels(int32_t group_size, DType dtype);
 
 }  // namespace moe_int4::cpu

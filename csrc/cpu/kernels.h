@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// What an instruction set offers to the CPU ops: one table of functions per instruction set. The
-// driver (moe_int4_cpu.cpp) groups rows by expert and cuts the work into tiles; a kernel
-// multiplies one tile. Kernels know nothing of torch, of threads or of routing.
+// The interface between the CPU ops' driver and their kernels. The driver (moe_int4_cpu.cpp) groups
+// rows by expert, asks tuning.h for a kernel for each expert, and cuts the work into tiles; a
+// kernel multiplies one tile. Kernels know nothing of torch, of threads, of routing or of each
+// other.
 //
 // Each kernels_*.cpp is compiled with its own flags, so it shares no inline function with other
 // files: helpers live in anonymous namespaces, and std:: function templates are not used there.
@@ -19,9 +20,10 @@ namespace moe_int4::cpu {
 constexpr int32_t kPreparedTogether = 16;  // rows a call of prepare() converts at most
 constexpr int32_t kSumsPadding = 16;
 struct PreparedRows {
-  char* data;  // layout is the kernels' own; prepared calls lie kPreparedTogether * stride apart
+  char* data;  // laid out as the kernel likes; calls of prepare() write kPreparedTogether * stride
+               // apart
   int64_t stride;  // bytes
-  float* sums;     // of each row, over every group of k, padded with zeros to kSumsPadding
+  float* sums;     // of each row's groups, padded with zeros to kSumsPadding
   int64_t sums_stride;
 };
 
@@ -53,19 +55,22 @@ struct Tile {
   void* scratch;  // scratch_bytes(k, group_size, m), 64-byte aligned
 };
 
-constexpr int32_t kDotBlock = 256;
-
-struct Kernels {
+struct Kernel {
   const char* name;
   int64_t (*row_bytes)(DType dtype, int32_t k);       // of a prepared row, stride at least
   int32_t (*rows_allocated)(DType dtype, int32_t m);  // for an expert that has m rows
   int64_t (*scratch_bytes)(int32_t k, int32_t group_size, int32_t m);
   void (*prepare)(const Source& source, const PreparedRows& rows);
   void (*multiply)(const Tile& tile);
+};
+
+// What follows a product.
+constexpr int32_t kDotBlock = 256;
+struct Epilogue {
   // c[i] = act(min(gate[i], limit)) * (clamp(up[i], -limit, limit) + beta), i < n.
   void (*activate)(const GateUpArgs& args, const float* gate, const float* up, int32_t n, void* c);
   void (*store)(DType dtype, const float* y, int32_t n, void* c);
-  // Only of the fp32 kernels, else null. to[i] = from[i], i < n.
+  // to[i] = from[i], i < n.
   void (*load)(DType dtype, const void* from, int32_t n, float* to);
   // out[r] = sum over k of w[k] * a[r][k], in an order that depends on k alone; a is padded with
   // zeros to kDotBlock.
@@ -73,9 +78,11 @@ struct Kernels {
               float* out);
 };
 
-extern const Kernels kPortable;
+extern const Kernel kPortable;
+extern const Epilogue kPortableEpilogue;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmxInt8, kAmxBf16;
+extern const Kernel kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmxInt8, kAmxBf16;
+extern const Epilogue kAvx2Epilogue, kAvx512Epilogue;
 #endif
 
 }  // namespace moe_int4::cpu

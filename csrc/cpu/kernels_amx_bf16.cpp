@@ -1,17 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Kernel for AMX (tdpbf16ps): many rows. Few are left to kernels of bytes.
+// bf16 kernel on AMX tiles (tdpbf16ps), for many activation rows.
 //
-// A tile product is out^T[16 weight rows][16 activation rows] += w[16][32 k] * a^T[32 k][16]. In
-// this orientation weights need no transposition: 16 pairs of a weight row are one row of a tile.
-// They become 128 + q in bf16, as in the AVX512_BF16 kernels. A tile holds pairs of one group only:
-// those of its words j and of pair i of a word, i first, so many i as make 16 pairs. Products are
-// scaled in fp32, group by group; the 128 and the zero points leave by way of the sums.
+// Weights become 128 + q in bf16, as in kernels_avx512_bf16.cpp, pair by pair: no transposition is
+// needed when they are the left operand. Products are summed per group and scaled in fp32; the 128
+// and the zero points are subtracted by way of the activations' sums. fp16 activations are split
+// into two bf16 planes, a = high + low.
 //
-// Activations are transposed once per expert, in prepare(), to
-// [16 rows][chunk of 128 k][plane][4] tiles of [pair][row], and sums to [16 rows][group][row].
-// fp16 has two planes, a = high + low.
+// One step: 32 weight rows times 32 activation rows, 32 k deep. Numbers are tile registers; each
+// tile is 16 rows of 64 bytes.
+//
+//                                  activations, transposed
+//                                  r+0..15     r+16..31
+//                                 +---------+ +---------+
+//                        16 pairs |    6    | |    7    |
+//                                 +---------+ +---------+
+//      weights   16 pairs of k
+//               +-------------+   +---------+ +---------+
+//     n+0..15   |      4      |   |    0    | |    1    |    results, fp32
+//               +-------------+   +---------+ +---------+
+//     n+16..31  |      5      |   |    2    | |    3    |
+//               +-------------+   +---------+ +---------+
+//
+// With up to 16 activation rows left, odd groups use 1 and 3 and even ones 0 and 2, so that one
+// group is multiplied while the previous one is stored.
+//
+// A tile holds pairs of one group only. Pair i (0..3) of word j (0..15) of a chunk of 128 weights
+// goes to this tile (0..3) of the chunk, at this place (column of weights, row of activations):
+//
+//     group size   tile                place
+//     128          i                   j
+//      64          2 * (j/8) + i/2     8 * (i%2) + j%8
+//      32          j/4                 4 * i + j%4
+//
+// Prepared activations: [16 rows][chunk][plane][4 tiles][16 pairs][16 rows]; their sums:
+// [16 rows][group][16 rows].
 #include <immintrin.h>
 
 #include "kernels_common.h"
@@ -25,31 +49,13 @@ constexpr int32_t kTileBytes = 1024;
 constexpr int32_t kChunkBytes = 4 * kTileBytes;  // of 16 rows, one plane
 constexpr int32_t kColumns = 32;                 // weight rows dequantized together
 
-// Up to so many rows go to the AMX kernel of bytes; one row to AVX512_VNNI. Sapphire Rapids,
-// 2 threads, groups of 128, k = 2048, GB/s of cold weights: AVX512_VNNI 41 (1 row), 29 (2), 21 (3);
-// AMX of bytes 32, 31, 30, 26 (8), 16 (16), 10 (24); this file 16 (3), 16 (8), 14 (16), 10 (24),
-// 10 (32). Of smaller groups, bytes have more results to scale.
-constexpr int32_t kFewRows = 8, kFewRowsOf128 = 16;
-
-// Kernels for an expert that has few rows, else null.
-const Kernels* for_few(int32_t m, int32_t group_size) {
-  if (m == 1) return &kAvx512Vnni;
-  return m <= (group_size == 128 ? kFewRowsOf128 : kFewRows) ? &kAmxInt8 : nullptr;
-}
-
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
 
 int64_t row_bytes(DType dtype, int32_t k) {
-  const int64_t few = kAvx512Vnni.row_bytes(dtype, k), bytes = kAmxInt8.row_bytes(dtype, k);
-  const int64_t many = round_up<int64_t>(k, kChunk) * 2 * planes_of(dtype);
-  const int64_t most = few > bytes ? few : bytes;
-  return most > many ? most : many;
+  return round_up<int64_t>(k, kChunk) * 2 * planes_of(dtype);
 }
 
-int32_t rows_allocated(DType dtype, int32_t m) {
-  if (m == 1) return kAvx512Vnni.rows_allocated(dtype, m);
-  return m <= kFewRows ? kAmxInt8.rows_allocated(dtype, m) : round_up(m, 16);
-}
+int32_t rows_allocated(DType, int32_t m) { return round_up(m, 16); }
 
 // 16 pairs of a row of activations.
 inline void load_pairs(DType dtype, const uint16_t* a, __m512i (&planes)[2]) {
@@ -66,7 +72,7 @@ inline void load_pairs(DType dtype, const uint16_t* a, __m512i (&planes)[2]) {
   const __m512 high1 = _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16));
   const __m512 low0 = _mm512_sub_ps(x0, high0), low1 = _mm512_sub_ps(x1, high1);
-  // Infinities have no rest.
+  // high = infinity leaves low = NaN: make that 0.
   const __mmask16 ok0 = _mm512_cmp_ps_mask(low0, low0, _CMP_ORD_Q);
   const __mmask16 ok1 = _mm512_cmp_ps_mask(low1, low1, _CMP_ORD_Q);
   planes[0] = high;
@@ -75,7 +81,6 @@ inline void load_pairs(DType dtype, const uint16_t* a, __m512i (&planes)[2]) {
 }
 
 void prepare(const Source& source, const PreparedRows& rows) {
-  if (const Kernels* few = for_few(source.m, source.group_size)) return few->prepare(source, rows);
   const int32_t planes = planes_of(source.dtype);
   const int32_t words = source.group_size / 8 < 16 ? source.group_size / 8 : 16;  // in a tile
   char* to = rows.data + source.begin * rows.stride;
@@ -111,9 +116,11 @@ void prepare(const Source& source, const PreparedRows& rows) {
   }
 }
 
-// Scratch of a tile: two chunks of dequantized weights, [16 rows, twice][4] tiles each; results of
-// 32 weight rows times 32 activation rows for one group, and their totals for all activation rows,
-// [32 activation rows][4][16 weight rows][16]; scales and -scale * (128 + zp) of the weight rows.
+// Scratch of a call:
+//   weights  two chunks of dequantized weights, each [2 blocks of 16 rows][4 tiles]
+//   results  of one step, four tiles
+//   totals   the same for all activation rows: [block of 32][4 tiles][16 weight rows][16]
+//   scales, zeros  scale and -scale * (128 + zp) of the weight rows
 struct Scratch {
   int64_t groups;  // padded
   char* weights;
@@ -134,14 +141,10 @@ struct Scratch {
 int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
   const int64_t floats = 4 * 256 + int64_t{2} * kColumns * round_up(k / group_size, 16) +
                          int64_t{kColumns} * round_up(m, 32);
-  const int64_t tiles = 4 * kChunkBytes + 4 * floats;
-  const int64_t one = kAvx512Vnni.scratch_bytes(k, group_size, 1);
-  const int64_t few = kAmxInt8.scratch_bytes(k, group_size, kFewRowsOf128);
-  const int64_t most = one > few ? one : few;
-  return tiles > most ? tiles : most;
+  return 4 * kChunkBytes + 4 * floats;
 }
 
-// Dequantizes a chunk of one weight row: 4 rows of tiles, kTileBytes apart. G groups in a chunk.
+// Dequantizes a chunk of one weight row: a row of each of its 4 tiles. G groups in a chunk.
 template <int32_t G>
 inline void dequantize(__m512i words, char* to) {
   __m512i v[4] = {pairs<0>(words), pairs<1>(words), pairs<2>(words), pairs<3>(words)};
@@ -162,7 +165,7 @@ inline void dequantize(__m512i words, char* to) {
   for (int32_t i = 0; i < 4; ++i) _mm512_store_si512(to + i * kTileBytes, v[i]);
 }
 
-// The weight rows that a tile's columns from `n` on stand for; rows past the last one repeat it.
+// Weight rows from `n` on; rows past the tile's last one repeat it.
 struct RowsFrom {
   const Tile& t;
   int32_t n;
@@ -172,8 +175,8 @@ struct RowsFrom {
   }
 };
 
-// Dequantizes a quarter of a chunk's kColumns weight rows. In quarters, so that other work finds
-// its way in between.
+// Dequantizes a quarter of a chunk's kColumns weight rows. Quarters let the compiler interleave
+// other work.
 template <int32_t G>
 inline void dequantize_quarter(const RowsFrom& rows, int32_t chunk, int32_t quarter,
                                const Scratch& scratch) {
@@ -182,7 +185,7 @@ inline void dequantize_quarter(const RowsFrom& rows, int32_t chunk, int32_t quar
   const int32_t word = chunk * kChunk / 8;
   const __mmask16 mask = first_lanes(t.k / 8 - word);
   char* to = scratch.chunk(chunk);
-  // The rows that come next, in the order of their addresses: two lines per word.
+  // Prefetches the rows that come next, in address order: 64 bytes for each row here.
   const char* ahead = row_ahead(t, rows.n + kColumns) + int64_t{chunk} * kColumns * 64;
   for (int32_t j = quarter * kRows; j < (quarter + 1) * kRows; ++j) {
     _mm_prefetch(ahead + 64 * j, _MM_HINT_T1);
@@ -201,8 +204,8 @@ struct alignas(64) TileConfig {
 // gcc's tile intrinsics do not say that they access memory.
 inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
-// One of the N tiles of a group's weights (of two blocks of 16 weight rows) times P planes of two
-// tiles of 16 activation rows: results 0 and 1 are the first 16 weight rows.
+// A tile of a group's weights, of both blocks of 16 weight rows, times 32 activation rows in P
+// planes. `first`: the group's first tile.
 template <int32_t P>
 inline void multiply_two(bool first, const char* w, const char* a0, const char* a1) {
   if (first) {
@@ -223,8 +226,7 @@ inline void multiply_two(bool first, const char* w, const char* a0, const char* 
   }
 }
 
-// The same with 16 activation rows. Groups take turns with results 0 and 2, and 1 and 3: one is
-// multiplied while the other is stored.
+// The same with 16 activation rows.
 template <int32_t P>
 inline void multiply_one(bool first, bool odd, const char* w, const char* a) {
   _tile_loadd(4, w, 64);
@@ -264,7 +266,8 @@ inline void add_scaled(const Scratch& scratch, int32_t group, int32_t block, con
   }
 }
 
-// Results of the first, or only, 16 activation rows: tiles 0 and 2, or 1 and 3 of an odd group.
+// Adds the results of the first, or only, 16 activation rows: tiles 0 and 2, or 1 and 3 of an odd
+// group.
 inline void add_first(const Scratch& scratch, int32_t group, bool odd, const float* sums,
                       float* totals) {
   if (odd) {
@@ -298,15 +301,15 @@ void store_totals(const float* total, float* out, int64_t stride, int32_t rows, 
   }
 }
 
-// Adds a chunk of kColumns weight rows times up to 32 activation rows, from r on, to their totals.
-// G groups in a chunk, P planes. The first rows dequantize the next chunk on the way.
+// Adds a chunk of kColumns weight rows times up to 32 activation rows, from r on, to the totals.
+// G groups in a chunk, P planes. The first call of a chunk (r = 0) also dequantizes the next chunk.
 template <int32_t G, int32_t P>
 void multiply_chunk(const RowsFrom& rows, int32_t chunk, int32_t r, const Scratch& scratch) {
   constexpr int32_t kTiles = 4 / G;  // of a group
   const Tile& t = rows.t;
   const int32_t groups = groups_of(t);
   const bool two = t.m - r > 16;
-  const bool alone = t.m <= 16;  // nothing else needs the tiles: results can wait for a group
+  const bool alone = t.m <= 16;  // the only block of rows: results may stay in their tiles
   const bool dequantizing = r == 0 && (chunk + 1) * kChunk < t.k;
   const char* a0 = t.a.data + r * t.a.stride + int64_t{chunk} * P * kChunkBytes;
   const char* a1 = a0 + 16 * t.a.stride;
@@ -377,7 +380,6 @@ void multiply_groups(const Tile& t) {
 }
 
 void multiply(const Tile& t) {
-  if (const Kernels* few = for_few(t.m, t.group_size)) return few->multiply(t);
   switch (t.group_size) {
     case 32:
       return multiply_groups<4>(t);
@@ -390,7 +392,6 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-const Kernels kAmxBf16 = {"amx_bf16", row_bytes, rows_allocated, scratch_bytes, prepare,
-                          multiply,   activate,  store,          nullptr,       nullptr};
+const Kernel kAmxBf16 = {"amx_bf16", row_bytes, rows_allocated, scratch_bytes, prepare, multiply};
 
 }  // namespace moe_int4::cpu

@@ -1,22 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Kernel for few activation rows with AMX (tdpbusd), which kernels_amx_bf16.cpp calls.
+// Int8 dot-product kernel on AMX tiles (tdpbusd), for few activation rows.
 //
-// Activations are integers of two signed bytes (integers_avx512.h). A tile product is
-// results[16 weight rows][16 lanes] += w[16][64 weights] * a[64][16 lanes]: a lane is the high or
-// the low bytes of one of the activation rows of a panel, up to 8: the high ones first. Words of
-// weights need nothing but a mask (half 0) or a shift and a mask (half 1) to become such rows of
-// 64. Sums of a group are exact integers; they are scaled in fp32, group by group.
+// Activations are 16-bit integers, stored as two signed bytes, high and low (integers_avx512.h).
+// Weights are unsigned bytes 0..15: a mask (half 0 of a word) or a shift and a mask (half 1) makes
+// four of them from 32 bits. Sums over a group are exact; they are scaled in fp32, group by group.
 //
-// Fewer activation rows need fewer lanes, and a set of lanes each for several groups: activations
-// are zero in the lanes of other groups. A unit is the groups that have a set of lanes. It is two
-// tiles of each of some chunks of 128 weights; or half a chunk, one tile (8 words' half 0, then
-// their half 1); or a quarter, one of half as many columns.
+// One tile product, 64 weights deep:
 //
-// A prepared panel is [chunk][32 words, as above][16 lanes][4 bytes]; then the steps of the lanes,
-// a vector per unit; then, likewise, -8 times the sums of the integers, from which results start:
-// that makes weights signed.
+//     results               weights                  activations
+//     16 lanes              64 bytes                 16 lanes of 4 bytes
+//    +----------+          +----------------+       +----------+
+//    | int32    | 16       | 16 words' half | 16    |          | 16 words' half
+//    |          | weight +=| (4 weights     | weight|          | (4 activations
+//    |          | rows     | each)          | rows  |          | each)
+//    +----------+          +----------------+       +----------+
+//
+// A lane is the high or the low bytes of one activation row. Fewer rows need fewer lanes, so
+// several groups share a product: each has a set of lanes of its own, and the activations are zero
+// in the lanes of the other groups. With 2 rows (r0, r1; h = high bytes, l = low bytes):
+//
+//     lanes        0  1  2  3   4  5  6  7   8  9 10 11  12 13 14 15
+//     group g     h0 h1 l0 l1   0  0  0  0   0  0  0  0   0  0  0  0
+//     group g+1    0  0  0  0  h0 h1 l0 l1   0  0  0  0   0  0  0  0
+//     group g+2    0  0  0  0   0  0  0  0  h0 h1 l0 l1   0  0  0  0
+//     group g+3    0  0  0  0   0  0  0  0   0  0  0  0  h0 h1 l0 l1
+//
+//     rows of a panel                  1, 2   3, 4   5 to 8
+//     lanes in a set (L)                 4      8      16
+//     groups in a unit (sets, 16 / L)    4      2       1
+//     chunks of 128 weights in a unit, or units in a chunk:
+//       group size 128                4 chunks  2 chunks  1 chunk
+//       group size  64                2 chunks  1 chunk   2 units
+//       group size  32                1 chunk   2 units   4 units
+//
+// A unit is the groups whose results are in flight together. Its weights in a chunk are two tiles
+// (half 0 of 16 words, half 1 of 16 words); or one, where a chunk has two units (half 0 of 8 words,
+// then their half 1); or one of half as many columns, where it has four (4 words).
+//
+// A prepared panel (up to 8 activation rows) in memory:
+//     [chunk][32 words, half 0 and half 1 as above][16 lanes][4 bytes]
+//     [unit][16 lanes]  float: the step of each lane's integers; 256 steps for high bytes
+//     [unit][16 lanes]  int32: -8 * the sum of the lane's bytes, which results start from: it makes
+//                       up for weights that are 0..15 instead of -8..7
 #include <immintrin.h>
 
 #include "integers_avx512.h"
@@ -34,7 +61,7 @@ constexpr int32_t kTableGroups = 16;             // groups whose scales are conv
 // Weight rows at once that are neighbours in memory: as many as outputs of one store.
 constexpr int32_t kAdjacent = 4;
 
-// L lanes in a set, G groups in a chunk.
+// L lanes in a set, G groups in a chunk (the table above).
 template <int32_t G, int32_t L>
 struct Shape {
   static constexpr int32_t kSets = 16 / L;                       // groups in a unit
@@ -62,13 +89,13 @@ int64_t panel_bytes(int32_t k, int32_t group_size, int32_t lanes) {
 
 int64_t row_bytes(DType, int32_t k) { return int64_t{chunks_of(k)} * (kChunkBytes / 4); }
 
-// Up to 4 units' vectors add a quarter to the words of a chunk.
+// Steps and sums of up to 4 units add a quarter to the words of a chunk.
 int32_t rows_allocated(DType, int32_t m) {
   const int32_t rows = 5 * panels_of(m);
   return rows > m ? rows : m;
 }
 
-// Orders words of two halves as tiles want them. U units in a chunk.
+// Puts the words' halves in the order of the tiles. U units in a chunk.
 template <int32_t U>
 inline void arrange(__m512i (&v)[2]) {
   if constexpr (U == 1) return;
@@ -89,7 +116,7 @@ constexpr int32_t group_of_word(int32_t p) {
   return (p / (2 * kWords) * kWords + p % kWords) * G / 16;
 }
 
-// Stores 16 words of L lanes as [word][16 lanes]: word p in its set, bits of the others are zero.
+// Stores 16 words of L lanes as [word][16 lanes]: word p in its set of lanes, zeros in the others.
 template <int32_t L>
 inline void store_lanes(const __m512i (&v)[L], const int32_t* sets, char* to) {
   const auto lanes = [&](int32_t p) {
@@ -234,11 +261,12 @@ struct alignas(64) TileConfig {
 // gcc's tile intrinsics do not say that they access memory.
 inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
-// Weight rows of a part of a tile: `passes` times kRows, or one time fewer. A pass takes kAdjacent
-// rows from each of several streams, which go on with the next pass: memory is read best so.
+// Weight rows of a part of a tile: kRows times `passes`, or up to kRows in a single pass. A pass
+// takes kAdjacent rows from each of several streams, and the next pass continues the streams: long
+// runs of memory are read fastest.
 struct Part {
   int32_t first, columns, passes;
-  const uint32_t* next;     // what is read afterwards
+  const uint32_t* next;     // weights that the thread reads afterwards
   const void* next_scales;  // and its scales
 
   // Row j of pass 0; rows past the last one repeat it.
@@ -250,9 +278,9 @@ struct Part {
 
 // Multiplies a part. G groups in a chunk, L lanes in a set, Z: has zero points.
 //
-// Tiles must not be read from memory that was just written, nor results soon after their product.
-// So the first turn of a unit of a panel, besides multiplying and unpacking weights of a later
-// chunk, stores results of the unit before and scales them.
+// A tile load from memory that was just written stalls, and so does a result that is stored right
+// after its product. So the work overlaps: the first step of a unit multiplies it, unpacks weights
+// of a later chunk, and stores and scales the results of the previous unit.
 template <int32_t G, int32_t L, bool Z>
 class Multiplier {
  public:
@@ -334,7 +362,7 @@ class Multiplier {
     }
   }
 
-  // Results of the unit at hand are in tiles 0 (first block) and 1, or 2 and 3 if odd.
+  // The current unit's results are in tiles 0 (first 16 weight rows) and 1, or 2 and 3 if odd.
   void start_results(const char* start) const {
     if (odd_) {
       _tile_loadd(2, start, 0);
@@ -358,11 +386,11 @@ class Multiplier {
     }
   }
 
-  // Stores results of the unit before.
+  // Stores the results of the previous unit.
   void store_results() {
     int32_t* to = scratch_.results;
     memory_barrier();
-    if (odd_) {  // so the unit before was even
+    if (odd_) {  // so the previous unit was even
       _tile_stored(0, to, 64);
       _tile_stored(1, to + 256, 64);
     } else {
@@ -373,7 +401,7 @@ class Multiplier {
     waiting_ = true;
   }
 
-  // Goes on to the next chunk to unpack; past the end, to the last one again.
+  // Moves on to the next chunk to unpack; past the end, repeats the last one.
   void next_source() {
     source_ = t_.q + int64_t{source_pass_} * kAdjacent * t_.q_stride + source_chunk_ * kChunkWords;
     mask_ = first_lanes(t_.k / 8 - source_chunk_ * kChunkWords);
@@ -391,17 +419,17 @@ class Multiplier {
     }
   }
 
-  // Unpacks quarters of the chunk's weight rows. In quarters, so that other work finds its way in
-  // between.
+  // Unpacks quarters [begin, end) of the chunk's weight rows. Quarters let the compiler interleave
+  // other work.
   void unpack(int32_t begin, int32_t end) const {
     const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
-    const uint32_t* source = source_;  // the compiler cannot know that stores leave members alone
+    const uint32_t* source = source_;  // a copy: stores below might alias members
     const char* ahead = ahead_;
     const int64_t stream = int64_t{4} * part_.passes * kAdjacent * t_.q_stride;
     char* to = unpacked_;
     const __mmask16 mask = mask_;
     for (int32_t j = begin * (kRows / 4); j < end * (kRows / 4); ++j) {
-      // What comes next in a stream, in the order of addresses.
+      // Prefetches what comes next in the stream, in address order.
       _mm_prefetch(ahead + j / kAdjacent * stream + j % kAdjacent * 64, _MM_HINT_T1);
       const __m512i words = _mm512_maskz_loadu_epi32(mask, source + offsets_[j]);
       __m512i v[2] = {_mm512_and_si512(words, nibbles),
@@ -413,7 +441,7 @@ class Multiplier {
     }
   }
 
-  // Converts scales and zero points of kTableGroups groups when the first of them is met.
+  // Converts the scales and zero points of kTableGroups groups when their first group is reached.
   void load_tables(int32_t pass, int32_t group) {
     for (int32_t i = 0; i < S::kSets; ++i, next_scales_ += 2 * kRows) {
       _mm_prefetch(next_scales_, _MM_HINT_T0);
@@ -434,7 +462,8 @@ class Multiplier {
     }
   }
 
-  // totals += scale * step * results + scale * (8 - zero point) * step * sum, for the unit before.
+  // totals += scale * step * results + scale * (8 - zero point) * step * sum, for the previous
+  // unit.
   void scale_results() {
     waiting_ = false;
     const char* vectors =
@@ -467,7 +496,7 @@ class Multiplier {
     if (unit_.unit + 1 == units_) finish();
   }
 
-  // out = total of high bytes + total of low bytes, of all sets; totals become zero again.
+  // out = totals of high bytes + totals of low bytes, summed over the sets; clears the totals.
   void finish() const {
     const int32_t first = unit_.panel * kPanel;
     const int32_t rows = t_.m - first < kPanel ? t_.m - first : kPanel;
@@ -572,7 +601,6 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-const Kernels kAmxInt8 = {"amx_int8", row_bytes, rows_allocated, scratch_bytes, prepare,
-                          multiply,   activate,  store,          nullptr,       nullptr};
+const Kernel kAmxInt8 = {"amx_int8", row_bytes, rows_allocated, scratch_bytes, prepare, multiply};
 
 }  // namespace moe_int4::cpu

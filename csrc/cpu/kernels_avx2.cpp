@@ -3,11 +3,13 @@
 //
 // The fp32 kernels for AVX2 and FMA.
 #define MOE_INT4_LANES 8
+#include "epilogue.h"
 #include "kernels_fma.h"
 
 namespace moe_int4::cpu {
 
-const Kernels kAvx2 = {"avx2",   row_bytes, as_many_rows, scratch_bytes, prepare,
-                       multiply, activate,  store,        load,          dot};
+const Kernel kAvx2 = {"avx2", row_bytes, as_many_rows, scratch_bytes, prepare, multiply};
+
+const Epilogue kAvx2Epilogue = {activate, store, load, dot};
 
 }  // namespace moe_int4::cpu

@@ -3,11 +3,13 @@
 //
 // The fp32 kernels for AVX-512.
 #define MOE_INT4_LANES 16
+#include "epilogue.h"
 #include "kernels_fma.h"
 
 namespace moe_int4::cpu {
 
-const Kernels kAvx512 = {"avx512", row_bytes, as_many_rows, scratch_bytes, prepare,
-                         multiply, activate,  store,        load,          dot};
+const Kernel kAvx512 = {"avx512", row_bytes, as_many_rows, scratch_bytes, prepare, multiply};
+
+const Epilogue kAvx512Epilogue = {activate, store, load, dot};
 
 }  // namespace moe_int4::cpu

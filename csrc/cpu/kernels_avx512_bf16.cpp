@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Kernels for AVX-512 with BF16 dot products (vdpbf16ps).
+// bf16 kernel on AVX-512 (vdpbf16ps), for many activation rows.
 //
 // (words >> 4i) & 0x000f000f | 0x43004300 is the pair (v[2i], v[2i+1]) of 16 words as 128 + q in
 // bf16, exactly. bf16 activations have one plane; fp16 is split exactly into two bf16 planes,
-// a = high + low. Products are summed per group and scaled in fp32; the 128 and the zero point
-// leave as -scale * (128 + zp) * (sum of the group's activations), at the cost of five of fp32's
+// a = high + low. Products are summed per group and scaled in fp32. The 128 and the zero point are
+// subtracted as scale * (128 + zp) * (sum of the group's activations), which costs five of fp32's
 // 24 bits.
 //
-// Few rows are left to the AVX512_VNNI kernels. Many rows: 32 weight rows are transposed and
-// dequantized so that lanes are weight rows, then multiplied for blocks of up to kMaxBlock
-// activation rows.
+// 32 weight rows are transposed and dequantized so that lanes are weight rows, then multiplied for
+// blocks of up to kMaxBlock activation rows.
 #include <immintrin.h>
 
 #include "kernels_common.h"
@@ -20,23 +19,20 @@
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kManyRows = 8;     // from here on dequantizing first is faster
 constexpr int32_t kChunk = 128;      // activations ordered together
 constexpr int32_t kChunkWords = 16;  // words of their weights
 constexpr int32_t kPlaneBytes = 256;
 constexpr int32_t kColumns = 32;   // weight rows dequantized together
-constexpr int32_t kBlockK = 256;   // of this many weights each: 16 KiB, stays in the first cache
+constexpr int32_t kBlockK = 256;   // ... of this many weights each: 16 KiB, fits the L1 cache
 constexpr int32_t kMaxBlock = 12;  // activation rows per block: 24 accumulators
 
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
 
 int64_t row_bytes(DType dtype, int32_t k) {
-  const int64_t few = kAvx512Vnni.row_bytes(dtype, k);
-  const int64_t many = round_up<int64_t>(k, kChunk) / kChunk * kPlaneBytes * planes_of(dtype);
-  return many > few ? many : few;
+  return round_up<int64_t>(k, kChunk) / kChunk * kPlaneBytes * planes_of(dtype);
 }
 
-// Orders the 64 pairs of a chunk, one plane: [i 0..3][word 0..15], pair i of every word.
+// Stores the 64 pairs of a chunk of one plane as [i 0..3][word 0..15]: pair i of every word.
 inline void store_plane(const uint16_t* values, char* to) {
   uint32_t words[64], ordered[64];
   memcpy(words, values, sizeof(words));
@@ -61,7 +57,7 @@ void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums
       for (int32_t i = 0; i < kChunk; ++i) {
         high[i] = float_to_bf16(values[i]);
         const float rest = values[i] - bf16_to_float(high[i]);
-        low[i] = rest == rest ? float_to_bf16(rest) : 0;  // infinities have no rest
+        low[i] = rest == rest ? float_to_bf16(rest) : 0;  // NaN where a is infinite
       }
       store_plane(high, row);
       store_plane(low, row + kPlaneBytes);
@@ -74,15 +70,14 @@ void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums
 }
 
 void prepare(const Source& source, const PreparedRows& rows) {
-  if (source.m < kManyRows) return kAvx512Vnni.prepare(source, rows);
   for (int32_t i = 0; i < source.count; ++i) {
     prepare_row(source, source.a[i], rows.data + (source.begin + i) * rows.stride,
                 rows.sums + (source.begin + i) * rows.sums_stride);
   }
 }
 
-// Scratch of a tile with many rows: scales and -scale * (128 + zp) of kColumns weight rows,
-// transposed, of one weight row, and the dequantized weights.
+// Scratch of a call: scales and -scale * (128 + zp) of kColumns weight rows, transposed; the same
+// of one weight row; the dequantized weights.
 struct Scratch {
   int64_t groups;
   float *scales, *zeros, *row_scales, *row_zeros;
@@ -96,11 +91,8 @@ struct Scratch {
   }
 };
 
-int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
-  const int64_t many =
-      int64_t{8} * (kColumns + 1) * round_up(k / group_size, 16) + 2 * kColumns * kBlockK;
-  const int64_t few = kAvx512Vnni.scratch_bytes(k, group_size, m);
-  return many > few ? many : few;
+int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
+  return int64_t{8} * (kColumns + 1) * round_up(k / group_size, 16) + 2 * kColumns * kBlockK;
 }
 
 // Dequantizes words [word0, word0 + count) of kColumns weight rows from n on into
@@ -135,7 +127,7 @@ struct Block {
   __mmask16 mask[2];
   const float *scales, *zeros;  // [group][32], from group 0
   const char* weights;          // [word][i][32] pairs, from group g0
-  const char* ahead;            // weights to fetch meanwhile, ahead_step bytes a word
+  const char* ahead;            // weights to prefetch meanwhile, ahead_step bytes per word
   int64_t ahead_step;
 };
 
@@ -217,27 +209,26 @@ void multiply_many(const Tile& t, const Scratch& scratch) {
       const int32_t words = t.group_size / 8;
       dequantize(t, t.first + column, block.g0 * words, (block.g1 - block.g0) * words,
                  scratch.weights);
-      // A word of kColumns rows is two cache lines; the next rows come in the order of addresses.
+      // Prefetches the next rows in address order: a word of kColumns rows is two cache lines.
       block.ahead = row_ahead(t, t.first + column + kColumns) + block.g0 * words * 4 * kColumns;
       block.ahead_step = 4 * kColumns;
       const int32_t blocks = (t.m + kMaxBlock - 1) / kMaxBlock;
       for (int32_t i = 0; i < blocks; ++i) {  // as even as possible
         const int32_t begin = t.m * i / blocks, end = t.m * (i + 1) / blocks;
         multiply_block_of<P>(end - begin, t, begin, block);
-        block.ahead_step = 0;  // fetched
+        block.ahead_step = 0;  // prefetched already
       }
     }
   }
 }
 
 void multiply(const Tile& t) {
-  if (t.m < kManyRows) return kAvx512Vnni.multiply(t);
   t.dtype == DType::kHalf ? multiply_many<2>(t, Scratch(t)) : multiply_many<1>(t, Scratch(t));
 }
 
 }  // namespace
 
-const Kernels kAvx512Bf16 = {"avx512_bf16", row_bytes, as_many_rows, scratch_bytes, prepare,
-                             multiply,      activate,  store,        nullptr,       nullptr};
+const Kernel kAvx512Bf16 = {"avx512_bf16", row_bytes, as_many_rows,
+                            scratch_bytes, prepare,   multiply};
 
 }  // namespace moe_int4::cpu

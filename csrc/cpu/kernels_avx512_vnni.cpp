@@ -1,26 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Few activation rows (decode) with AVX512_VNNI: dot products of bytes (vpdpbusd). Many rows are
-// left to the fp32 kernels.
+// Int8 dot-product kernel on AVX512_VNNI (vpdpbusd), for few activation rows (decode).
 //
-// Activations are integers of two signed bytes (integers_avx512.h): sums within a group are exact.
-// Lanes are the 16 words of a chunk of a weight row, which is read once for up to four activation
-// rows. Activations are stored as [chunk of 128][high, low][half][word], padded with zeros; behind
-// every chunk stands -8 (of 8 bits: -128) * the sum of each word's, which takes the zero point of
-// symmetric weights off, and behind the row the steps, one per group, over and over.
-//
+// Activations are 16-bit integers, stored as two signed bytes (integers_avx512.h): sums over a
+// group are exact. Lanes are the 16 words of a chunk of a weight row. The row is read once for up
+// to four activation rows. A prepared activation row in memory, padded with zeros:
+//     [chunk of 128][high, low][half][word][4 bytes], each chunk followed by
+//                   [word] float: -8 * the sum of the word's integers; it makes up for weights that
+//                   are 0..15 instead of -8..7 (8 bits: -128, 0..255)
+//     [group] float: the step of the group's integers, repeated to the end of the padding
 // Weights of 8 bits take the same way: a run of 8 of them counts as a word.
 //
-// The weight rows of a tile are read as streams, a few rows at a time, one from each. They are far
-// apart, since neighbours in one page hinder what fetches ahead (2 threads, GB/s, four rows at a
-// time side by side and apart: Zen 4 22 and 58, Sapphire Rapids 39 and 43).
+// The weight rows of a tile are read as four streams that lie far apart, one row from each at a
+// time: rows side by side in one page defeat the hardware prefetcher (2 threads, GB/s, four rows
+// side by side and apart: Zen 4 22 and 58, Sapphire Rapids 39 and 43).
 #include "integers_avx512.h"
 
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kManyRows = 8;        // from here on the fp32 kernels are faster
 constexpr int32_t kChunk = 128;         // weights in a vector of words
 constexpr int32_t kChunkWords = 16;     // words in it
 constexpr int32_t kIntegerBytes = 256;  // activations of a chunk
@@ -28,7 +27,7 @@ constexpr int32_t kChunkBytes = kIntegerBytes + 64;
 constexpr int32_t kWeightRows = 4;  // at once
 constexpr int32_t kTogether = 4;    // activation rows at once
 constexpr int32_t kRun = 8;         // rows of a stream whose scales are read together
-// Bytes between prefetch and use of weights in a stream: into the second cache, then the first.
+// Bytes of a stream between prefetch and use: into the L2 cache, then into L1.
 constexpr int32_t kBytesAhead = 2048, kBytesNear = 512;
 
 int64_t integer_bytes(int32_t k) { return round_up<int64_t>(k, kChunk) / kChunk * kChunkBytes; }
@@ -38,22 +37,18 @@ int64_t padded_groups(int32_t k, int32_t group_size) {
   return round_up<int64_t>(k / group_size, 16) + 16;
 }
 
-int64_t row_bytes(DType dtype, int32_t k) {
-  const int64_t few = integer_bytes(k) + 4 * padded_groups(k, 32);  // steps of the smallest groups
-  const int64_t many = kAvx512.row_bytes(dtype, k);
-  return many > few ? many : few;
+int64_t row_bytes(DType, int32_t k) {
+  return integer_bytes(k) + 4 * padded_groups(k, 32);  // steps of the smallest groups
 }
 
-// Floats of scratch per activation row: scale * step of the groups of a run in each stream, and as
-// much as a vector may run over.
+// Floats of scratch per activation row: scale * step of the groups of a run of each stream, and
+// what a vector may read past them.
 int64_t product_floats(int32_t groups) {
   return round_up<int64_t>(int64_t{kWeightRows} * kRun * groups, 16) + 16;
 }
 
-int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
-  const int64_t few = 4 * kTogether * product_floats(k / group_size);
-  const int64_t many = kAvx512.scratch_bytes(k, group_size, m);
-  return many > few ? many : few;
+int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
+  return 4 * kTogether * product_floats(k / group_size);
 }
 
 // -8 or -128 * the sum of each word's activations, from the bytes of their chunk.
@@ -99,7 +94,6 @@ void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums
 }
 
 void prepare(const Source& source, const PreparedRows& rows) {
-  if (source.m >= kManyRows) return kAvx512.prepare(source, rows);
   for (int32_t i = 0; i < source.count; ++i) {
     char* row = rows.data + (source.begin + i) * rows.stride;
     float* sums = rows.sums + (source.begin + i) * rows.sums_stride;
@@ -118,7 +112,6 @@ inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
                     _mm_add_ps(_mm512_extractf32x4_ps(abcd, 2), _mm512_extractf32x4_ps(abcd, 3)));
 }
 
-// What a tile's sizes come to.
 struct Sizes {
   int32_t groups, words;  // of a row
   int32_t rows_ahead;     // between prefetch and use
@@ -173,7 +166,7 @@ void load_run(const Tile& t, const Sizes& sizes, const Streams& streams, int32_t
   }
 }
 
-// Sum over the groups of weight row n of product * (8 - zero point) * sum, in lanes.
+// Sum over the groups of weight row n of product * (8 - zero point) * sum, still spread over lanes.
 inline __m512 offset_of(const Tile& t, int32_t groups, int32_t n, const float* products,
                         const float* sums) {
   __m512 total = _mm512_setzero_ps();
@@ -187,7 +180,7 @@ inline __m512 offset_of(const Tile& t, int32_t groups, int32_t n, const float* p
   return total;
 }
 
-// What is at hand of R weight rows and T activation rows. Loops over it are unrolled by order: else
+// The state of R weight rows times T activation rows. Loops over it are unrolled by pragma, or else
 // gcc 12 keeps the totals in memory.
 template <int32_t T, int32_t R>
 struct Rows {
@@ -197,8 +190,8 @@ struct Rows {
   __m512 total[R][T];
 };
 
-// The products of the G groups of a chunk, each in the lanes of its words; zeros past the mask,
-// where there may be no groups any more.
+// The products of the G groups of a chunk, each in the lanes of its words; zeros where the mask is
+// not set, as there may be no group there.
 template <int32_t G>
 inline __m512 spread(const float* products, __mmask16 mask) {
   if constexpr (G == 1) return _mm512_set1_ps(*products);
@@ -228,7 +221,7 @@ inline __attribute__((always_inline)) void load_halves(const uint32_t* q, __mmas
   }
 }
 
-// Adds the chunk that begins at a word of the rows.
+// Adds the chunk that begins at `word` of the rows.
 template <int32_t G, int32_t Bits, int32_t T, int32_t R>
 inline __attribute__((always_inline)) void add_chunk(Rows<T, R>& rows, int64_t word,
                                                      __mmask16 mask) {
@@ -349,14 +342,11 @@ void multiply_groups(const Tile& t) {
   }
 }
 
-void multiply(const Tile& t) {
-  if (t.m >= kManyRows) return kAvx512.multiply(t);
-  t.bits == 8 ? multiply_groups<8>(t) : multiply_groups<4>(t);
-}
+void multiply(const Tile& t) { t.bits == 8 ? multiply_groups<8>(t) : multiply_groups<4>(t); }
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {"avx512_vnni", row_bytes, as_many_rows, scratch_bytes, prepare,
-                             multiply,      activate,  store,        nullptr,       nullptr};
+const Kernel kAvx512Vnni = {"avx512_vnni", row_bytes, as_many_rows,
+                            scratch_bytes, prepare,   multiply};
 
 }  // namespace moe_int4::cpu

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// fp32 kernels on vectors of MOE_INT4_LANES floats, written with the vector extensions of gcc
-// and clang: one source for portable C++, AVX2 and AVX-512 without BF16.
+// fp32 kernel on vectors of MOE_INT4_LANES floats, written with the vector extensions of gcc and
+// clang: one source for portable C++, AVX2 and AVX-512.
 //
 // A vector of words holds a nibble position p of LANES words at once. (word & (15 << 4p)) is
 // q * 16^p, exact as a float, so activations are stored divided by 16^p and no shift is needed:
@@ -10,9 +10,9 @@
 // of 8 bits take the same way: a run of 8 of them counts as a word, of which a second vector holds
 // the upper half.
 //
-// Few rows: each packed row is read once and multiplied for up to four activation rows; the
-// zero points go in as sums. Many rows: a few weight rows are dequantized to fp32, then multiplied
-// for all activation rows.
+// Few rows: each packed row is multiplied as it is for up to four activation rows; zero points are
+// subtracted by way of the activations' sums. Many rows: four weight rows are dequantized to fp32,
+// then multiplied for all activation rows.
 #pragma once
 
 #include "kernels_common.h"
@@ -118,8 +118,8 @@ void prepare(const Source& source, const PreparedRows& rows) {
   source.bits == 8 ? prepare_rows<8>(source, rows) : prepare_rows<4>(source, rows);
 }
 
-// Scratch of a tile, for the weight row at hand: scales and zero points of its groups, and of every
-// word; for many rows the dequantized weights.
+// Scratch of a call: scales and zero points of the current weight row, by group and by word; for
+// many rows also the dequantized weights.
 struct Scratch {
   float *scales, *zeros, *word_scales, *word_zeros, *weights;
   explicit Scratch(const Tile& t) {
@@ -139,7 +139,7 @@ int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
   return 4 * (2 * groups + 2 * round_up<int64_t>(padded / 8, 16) + kWeightRows * padded);
 }
 
-// From one value per group to one per word of the row, padded with zeros to whole chunks.
+// Repeats the value of each group for its words; zeros fill the last chunk.
 inline void expand(const Tile& t, const float* groups, float* words) {
   const int32_t per_group = t.group_size / 8;
   for (int32_t g = 0; g < groups_of(t); ++g) {

@@ -3,11 +3,13 @@
 //
 // The fp32 kernels for portable C++ (SSE2 or NEON by the compiler's vector extensions).
 #define MOE_INT4_LANES 4
+#include "epilogue.h"
 #include "kernels_fma.h"
 
 namespace moe_int4::cpu {
 
-const Kernels kPortable = {"portable", row_bytes, as_many_rows, scratch_bytes, prepare,
-                           multiply,   activate,  store,        load,          dot};
+const Kernel kPortable = {"portable", row_bytes, as_many_rows, scratch_bytes, prepare, multiply};
+
+const Epilogue kPortableEpilogue = {activate, store, load, dot};
 
 }  // namespace moe_int4::cpu

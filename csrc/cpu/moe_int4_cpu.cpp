@@ -2,7 +2,7 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // The int4 MoE ops on the CPU: groups rows by expert, converts activations once, cuts the work
-// into tiles of output columns and hands those to the kernels of the instruction set in force.
+// into tiles of output columns and hands those to the kernels that tuning.h names.
 //
 // Each element of an output is computed by one thread and in an order that depends neither on the
 // number of threads nor on how the work was cut, so results are bitwise repeatable.
@@ -19,6 +19,7 @@
 #include "isa.h"
 #include "kernels.h"
 #include "moe_int4_checks.h"
+#include "tuning.h"
 #include "wvSplitK_int_g_checks.h"
 
 namespace moe_int4::cpu {
@@ -28,8 +29,8 @@ constexpr int64_t kAlignment = 64;  // a cache line and the widest vector
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Memory that a thread keeps from call to call: touching fresh pages would cost as much as the
-// work in them.
+// Memory that a thread keeps from call to call, because page faults of fresh memory would cost as
+// much as the work in it.
 class Buffer {
  public:
   Buffer() = default;
@@ -67,12 +68,11 @@ struct Grouping {
     int32_t id, begin, count;
   };
   std::vector<Expert> experts;
-  // Of each row: which row of a goes in, and which row of c (gemm, gate_up) or which pair of token
-  // and slot (down) it belongs to.
+  // Of each row: its row of a, and its row of c (gemm, gate_up) or pair of token and slot (down).
   std::vector<int32_t> inputs, outputs;
   int32_t max_count = 0, num_inputs = 0;
 
-  // `input` and `output` of rows in any order, and their experts; a negative expert: skipped.
+  // Rows in any order: the expert (negative: skipped), input and output of each.
   Grouping(const std::vector<int32_t>& experts_of, const std::vector<int32_t>& input,
            const std::vector<int32_t>& output, int32_t num_experts) {
     std::vector<int32_t> next(num_experts + 1, 0);
@@ -138,13 +138,12 @@ Grouping group_blocks(const GemmArgs& args) {
 }
 
 // Runs work(begin, end, thread) over units of work. A thread takes many units at first, a long run
-// of memory, and ever fewer towards the end, so that all end together; multiples of `together` as
-// long as there are so many.
+// of memory, and fewer and fewer towards the end, so that all threads finish together. It takes
+// multiples of `together` while enough are left.
 template <typename Work>
 void for_each_thread(int64_t units, int64_t together, const Work& work) {
   const int64_t threads = torch::stable::get_num_threads();
-  constexpr int64_t kTurns = 2;  // of every thread that what is left would make
-  const int64_t turns = kTurns * threads;
+  const int64_t turns = 2 * threads;  // a turn is this fraction of the units that are left
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
@@ -172,20 +171,28 @@ class Call {
  public:
   Call(DType dtype, const void* a, int64_t a_stride_m, const Weights& w, const Grouping& grouping,
        int64_t floats_per_thread)
-      : kernels_(kernels(w.bits)), dtype_(dtype), w_(w), grouping_(grouping) {
-    // The odd line keeps the same place of several rows out of the same set of the cache.
-    row_stride_ = aligned(kernels_.row_bytes(dtype, w.k)) + kAlignment;
+      : isa_(instruction_set()), dtype_(dtype), w_(w), grouping_(grouping) {
+    int64_t row_bytes = 0, scratch_bytes = 0;
+    for (const Grouping::Expert& expert : grouping.experts) {
+      const Kernel& kernel = kernel_for(isa_, expert.count, w.group_size, dtype, w.bits);
+      kernels_.push_back(&kernel);
+      row_bytes = std::max(row_bytes, kernel.row_bytes(dtype, w.k));
+      scratch_bytes =
+          std::max(scratch_bytes, kernel.scratch_bytes(w.k, w.group_size, expert.count));
+    }
+    // An odd number of cache lines spreads the same place of several rows over the cache's sets.
+    row_stride_ = aligned(row_bytes) + kAlignment;
     sums_stride_ = (w.k / w.group_size + kSumsPadding - 1) / kSumsPadding * kSumsPadding;
     const int64_t rows = place_rows();
     rows_ = buffers().rows.at_least(rows * row_stride_);
     sums_ = reinterpret_cast<float*>(buffers().sums.at_least(rows * sums_stride_ * 4));
     prepare(static_cast<const uint16_t*>(a), a_stride_m);
-    kernel_scratch_ = aligned(kernels_.scratch_bytes(w.k, w.group_size, grouping.max_count));
+    kernel_scratch_ = aligned(scratch_bytes);
     thread_bytes_ = kernel_scratch_ + aligned(4 * floats_per_thread);
     scratch_ = buffers().scratch.at_least(thread_bytes_ * torch::stable::get_num_threads());
   }
 
-  const Kernels& isa() const { return kernels_; }
+  const Epilogue& epilogue() const { return *isa_.epilogue; }
 
   float* floats(int64_t thread) const {
     return reinterpret_cast<float*>(scratch_ + thread * thread_bytes_ + kernel_scratch_);
@@ -217,12 +224,20 @@ class Call {
     tile.out = out;
     tile.out_stride = out_stride;
     tile.scratch = scratch_ + thread * thread_bytes_;
-    kernels_.multiply(tile);
+    kernel_of(*part.expert).multiply(tile);
   }
 
  private:
-  // Where the experts' rows go; returns how many there are. Experts that have the same row for
-  // their only one share it.
+  int64_t index_of(const Grouping::Expert& expert) const {
+    return &expert - grouping_.experts.data();
+  }
+
+  const Kernel& kernel_of(const Grouping::Expert& expert) const {
+    return *kernels_[index_of(expert)];
+  }
+
+  // Places the experts' rows in rows_; returns how many there are. Experts whose only row is the
+  // same share it.
   int64_t place_rows() {
     std::vector<int64_t> alone(grouping_.num_inputs, -1);  // of each input
     int64_t rows = 0;
@@ -231,13 +246,13 @@ class Call {
       int64_t& place = expert.count == 1 ? alone[grouping_.inputs[expert.begin]] : fresh;
       if (place < 0) place = rows;
       first_rows_.push_back(place);
-      if (place == rows) rows += kernels_.rows_allocated(dtype_, expert.count);
+      if (place == rows) rows += kernel_of(expert).rows_allocated(dtype_, expert.count);
     }
     return rows;
   }
 
   PreparedRows prepared(const Grouping::Expert& expert) const {
-    const int64_t row = first_rows_[&expert - grouping_.experts.data()];
+    const int64_t row = first_rows_[index_of(expert)];
     return {rows_ + row * row_stride_, row_stride_, sums_ + row * sums_stride_, sums_stride_};
   }
 
@@ -245,7 +260,7 @@ class Call {
     std::vector<std::pair<const Grouping::Expert*, int32_t>> blocks;
     int64_t placed = -1;
     for (const Grouping::Expert& expert : grouping_.experts) {
-      const int64_t place = first_rows_[&expert - grouping_.experts.data()];
+      const int64_t place = first_rows_[index_of(expert)];
       if (place <= placed) continue;  // shared
       placed = place;
       for (int32_t r = 0; r < expert.count; r += kPreparedTogether) blocks.push_back({&expert, r});
@@ -266,26 +281,26 @@ class Call {
         for (int32_t r = 0; r < source.count; ++r) {
           source.a[r] = a + grouping_.inputs[expert->begin + row + r] * a_stride_m;
         }
-        kernels_.prepare(source, prepared(*expert));
+        kernel_of(*expert).prepare(source, prepared(*expert));
       }
     });
   }
 
-  const Kernels& kernels_;
+  const InstructionSet& isa_;
   const DType dtype_;
   const Weights& w_;
   const Grouping& grouping_;
-  std::vector<int64_t> first_rows_;  // of each expert
+  std::vector<const Kernel*> kernels_;  // of each expert
+  std::vector<int64_t> first_rows_;     // likewise
   int64_t row_stride_, sums_stride_, kernel_scratch_, thread_bytes_;
   char *rows_, *scratch_;
   float* sums_;
 };
 
-// Threads are given units of output columns; those that follow each other make a part. Each part
-// is a run of memory: few rows are done with it so soon that it has to be long (one token, Zen 4
-// at its fastest, medians with 128, 256 and 512 columns: 515, 505 and 488 us in Qwen3-30B-A3B
-// shape, 383, 376 and 357 us in Qwen3.5-35B-A3B shape), while the results of many rows have to stay
-// in the first caches.
+// Threads take units of output columns; adjacent units of an expert make a part, which is one call
+// of a kernel and one run of memory. With few rows long runs are faster (one token, Zen 4, median
+// us with 128, 256 and 512 columns: 515, 505, 488 for Qwen3-30B-A3B; 383, 376, 357 for
+// Qwen3.5-35B-A3B). With many rows the results of a part have to fit the L1 and L2 caches.
 constexpr int32_t kUnitColumns = 32;
 
 int32_t units_of(int32_t columns) { return (columns + kUnitColumns - 1) / kUnitColumns; }
@@ -335,14 +350,14 @@ void gemm(const GemmArgs& args) {
     call.multiply(part, next, y, wide, thread);
     for (int32_t r = 0; r < part.expert->count; ++r) {
       const int32_t row = grouping.outputs[part.expert->begin + r];
-      call.isa().store(args.dtype, y + r * wide, part.columns,
-                       row_of(args.c, args.c_stride_m, row) + part.first);
+      call.epilogue().store(args.dtype, y + r * wide, part.columns,
+                            row_of(args.c, args.c_stride_m, row) + part.first);
     }
   });
 }
 
-// Tokens whose converted activations take up to kMaxBytes; at least kFewestTokens, since every
-// piece of a call reads the weights again.
+// How many tokens a pass of a call handles: as many as kMaxBytes of converted activations allow, at
+// least kFewestTokens, since every pass reads the weights again.
 int32_t tokens_together(const Weights& w, int32_t top_k) {
   constexpr int64_t kMaxBytes = 64 << 20, kFewestTokens = 256;
   return static_cast<int32_t>(std::max(kMaxBytes / (2 * int64_t{w.k} * top_k), kFewestTokens));
@@ -373,8 +388,8 @@ void gate_up_together(const GateUpArgs& args) {
     call.multiply(up_part, next, up, wide, thread);
     for (int32_t r = 0; r < part.expert->count; ++r) {
       const int32_t row = grouping.outputs[part.expert->begin + r];
-      call.isa().activate(args, gate + r * wide, up + r * wide, part.columns,
-                          row_of(args.c, args.c_stride_m, row) + part.first);
+      call.epilogue().activate(args, gate + r * wide, up + r * wide, part.columns,
+                               row_of(args.c, args.c_stride_m, row) + part.first);
     }
   });
 }
@@ -391,12 +406,11 @@ void gate_up(const GateUpArgs& args) {
   }
 }
 
-// A turn of a thread computes some columns of all tokens, to which it adds the experts in ascending
-// order.
+// A thread's turn computes some columns for all tokens. It adds the experts in ascending order.
 void down_together(const DownArgs& args) {
   const int32_t tokens = args.routing.num_tokens, top_k = args.routing.top_k, n = args.w.n;
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, false);
-  // Columns of a turn: their sums, 128 KiB for 64 tokens, 256 KiB for 512, stay in the caches.
+  // Columns of a turn: their sums, 128 KiB for 64 tokens and 256 KiB for 512, stay in the L2 cache.
   const int32_t turn_columns = tokens <= 64 ? 512 : 128;
   const int32_t wide = std::min(widest_part(grouping), turn_columns);
   const int64_t sums = int64_t{tokens} * turn_columns;
@@ -440,8 +454,8 @@ void down_together(const DownArgs& args) {
         add_expert(&grouping.experts[e], &grouping.experts[next], first, past, total, thread);
       }
       for (int32_t m = 0; m < tokens; ++m) {
-        call.isa().store(args.dtype, total + m * turn_columns, past - first,
-                         row_of(args.c, args.c_stride_m, m) + first);
+        call.epilogue().store(args.dtype, total + m * turn_columns, past - first,
+                              row_of(args.c, args.c_stride_m, m) + first);
       }
     }
   };

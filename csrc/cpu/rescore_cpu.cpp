@@ -15,6 +15,7 @@
 
 #include "isa.h"
 #include "kernels.h"
+#include "tuning.h"
 #include "wvSplitK_int_g_checks.h"
 
 namespace moe_int4::cpu {
@@ -28,7 +29,7 @@ class Rescoring {
  public:
   explicit Rescoring(const RescoreArgs& args)
       : args_(args),
-        kernels_(fp32_kernels()),
+        kernels_(*instruction_set().epilogue),
         stride_((args.k + kDotBlock - 1) / kDotBlock * kDotBlock),
         a_(static_cast<size_t>(args.m * stride_)),
         norms_(args.m),
@@ -140,7 +141,7 @@ class Rescoring {
   }
 
   const RescoreArgs& args_;
-  const Kernels& kernels_;
+  const Epilogue& kernels_;
   const int64_t stride_;
   std::vector<float> a_;
   std::vector<float> norms_;              // times the bound

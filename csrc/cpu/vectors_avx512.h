@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Helpers that the AVX-512 kernels have in common.
+// Helpers that the AVX-512 kernels share.
 #pragma once
 
 #include <immintrin.h>
@@ -57,7 +57,7 @@ inline __m512 load_16(DType dtype, const uint16_t* from, __mmask16 mask) {
              : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
 
-// Zero points of weight row n, groups g .. g + 15, as far as the mask is set.
+// Zero points of weight row n, groups g .. g + 15, where the mask is set.
 inline __m512 zero_points(const Tile& t, int32_t n, int32_t g, __mmask16 mask) {
   if (t.zeros == nullptr) return _mm512_set1_ps(8);
   const __m512i words = _mm512_maskz_loadu_epi32(mask, t.zeros + n / 8 * t.z_stride + g);
@@ -65,7 +65,7 @@ inline __m512 zero_points(const Tile& t, int32_t n, int32_t g, __mmask16 mask) {
       _mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * (n % 8))), _mm512_set1_epi32(15)));
 }
 
-// Scales of weight row n and -scale * (Offset + zp) of its groups g .. g + 15, zeros past the last.
+// Scales and -scale * (Offset + zp) of weight row n, groups g .. g + 15; zeros past the last group.
 struct GroupVectors {
   __m512 scales, zeros;
 };
@@ -79,7 +79,7 @@ inline GroupVectors load_group_vectors(const Tile& t, int32_t n, int32_t g) {
   return {scales, _mm512_mul_ps(scales, offset)};
 }
 
-// The same of all groups of a row, padded with zeros to a multiple of 16 groups.
+// The same for all groups of a row, padded with zeros to a multiple of 16 groups.
 template <int32_t Offset>
 inline void load_groups(const Tile& t, int32_t n, float* scales, float* zeros) {
   for (int32_t g = 0; g < groups_of(t); g += 16) {

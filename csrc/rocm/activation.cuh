@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The activations of moe_int4_args.h in fp32.
+// The activations of moe_int4_args.h, where their formulas stand, in fp32.
 #pragma once
 
 #include "gpu_compat.cuh"
+#include "moe_int4_args.h"
 
 namespace moe_int4 {
 
@@ -29,15 +30,17 @@ GPU_DEVICE float normal_cdf(float x) {
 GPU_DEVICE float activate(int kind, float gate, float up, float alpha, float beta, float limit) {
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : up < -limit ? -limit : up;
-  float weight;
-  if (kind == 0) {
-    weight = sigmoid(alpha * gate);
-  } else if (kind == 1) {
-    weight = normal_cdf(gate);
-  } else {  // 0.5 * (1 + tanh(y)) is sigmoid(2 * y)
-    weight = sigmoid(1.5957691216057308f * gate * (1.0f + 0.044715f * gate * gate));
+  const float x = gate;
+  float weight = 0.0f;
+  switch (static_cast<Activation>(kind)) {
+#define MOE_INT4_CASE(KIND, WEIGHT) \
+  case Activation::KIND:            \
+    weight = WEIGHT;                \
+    break;
+    MOE_INT4_ACTIVATIONS(MOE_INT4_CASE)
+#undef MOE_INT4_CASE
   }
-  return gate * weight * (up + beta);
+  return x * weight * (up + beta);
 }
 
 }  // namespace moe_int4

@@ -96,7 +96,8 @@ struct Unpacked {
       return gpu::pick_bytes<2, 3, 6, 7>(__builtin_bit_cast(uint32_t, low),
                                          __builtin_bit_cast(uint32_t, high));
     } else {
-      return Format<DT>::from_float(low) | static_cast<uint32_t>(Format<DT>::from_float(high)) << 16;
+      return Format<DT>::from_float(low) | static_cast<uint32_t>(Format<DT>::from_float(high))
+                                               << 16;
     }
   }
 };

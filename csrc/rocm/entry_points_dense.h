@@ -21,7 +21,7 @@
   const void *a, int64_t a_stride_m, int m, const uint32_t *q, int64_t q_stride_n,            \
       const uint16_t *scales, int64_t s_stride_n, const uint32_t *zeros, int64_t z_stride_n8, \
       int n, int k, void *c, int64_t c_stride_m, int waves, int k_slices, int tiles, int step
-#define RESCORE_LARGEST_ARGS                                                           \
+#define RESCORE_LARGEST_ARGS                                                                  \
   const void *a, int64_t a_stride_m, int m, int k, const float *errors, int n, const void *c, \
       int64_t c_stride_m, float *partials, int64_t p_stride_m, float bound, int waves
 #define RESCORE_ROWS_ARGS                                                             \

@@ -15,6 +15,7 @@
 //   GPU_HAS_MMA              kHasMma for the preprocessor: 0 or 1
 //   kHasAsyncCopy            constexpr bool: copies to LDS run in the background. The host takes
 //                            it from the same macro.
+// CUDA has neither with HYBRID_W4A16_AMD_PATH: a build for tests, which runs what AMD runs.
 //
 //   per lane, no cooperation:
 //   int lane()               0..31
@@ -24,6 +25,12 @@
 //                            uninitialised (the host poisons it)
 //   int uniform(int v)       v, which is the same in all lanes; may move it to a scalar register
 //   void settle(T*& p)       hint: p is worked out here rather than where it is used
+//   void keep_arguments(args...)  hint: the kernel's arguments are read here, all in one go, and
+//                            kept, rather than each where it is used
+//   void order_requests()    hint: loads written before it are requested before those after it
+//   void arrived(T& v)       hint: nothing is computed from v, which was loaded, before here
+//   int load_uniform(p)      the int at p in global memory, p the same in all lanes; nothing in the
+//                            grid writes it
 //   U32x4 load_weights(p)    16 bytes from global memory, 16-byte aligned, read once (non-temporal)
 //   U32x4 load_16(p)         16 bytes from global memory or LDS, 16-byte aligned, cached
 //   U32x4 load_16_any(p)     the same, 2-byte aligned
@@ -33,6 +40,7 @@
 //   float dot2(Half, uint32_t a, uint32_t b, float c)      c + a.lo*b.lo + a.hi*b.hi, fp32 sum
 //   float dot2(BFloat16, uint32_t a, uint32_t b, float c)  the same for bf16 pairs
 //   uint32_t and_or(x, mask, bits)                         (x & mask) | bits
+//   uint32_t pick_bytes<B0, B1, B2, B3>(low, high)         bytes of the eight of low, then high
 //   int first_bit(uint32_t)  place of the lowest bit that is set; there is one
 //   int count_bits(uint32_t) how many bits are set. Only where kHasMma.
 //   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, rounded to
@@ -60,6 +68,8 @@
 //   uint32_t wave_ballot(bool)       bit i: lane i's argument
 //   T shuffle_xor<Mask>(T v)         value of lane() ^ Mask, Mask 1, 2, 4, 8, 16; T int or float
 //   T shuffle(T v, int from)         value of lane `from`
+//   T from_lane(T v, int from)       the same where all lanes ask for one lane; may leave it in a
+//                                    scalar register
 //   T shuffle_in_quad(T v, int from) value of lane lane() / 4 * 4 + from % 4
 //   void wave_barrier()              LDS written before by any lane of the wave is seen after by
 //                                    all of them, and reads before come first
@@ -96,6 +106,12 @@
 namespace gpu {
 
 constexpr int kWaveSize = 32;
+
+#if defined(HYBRID_W4A16_AMD_PATH)
+constexpr bool kAmdPath = true;
+#else
+constexpr bool kAmdPath = false;
+#endif
 
 struct Half {};  // tags: the 16-bit types are bit containers, uint16_t and uint32_t (a pair)
 struct BFloat16 {};
@@ -145,8 +161,8 @@ struct LaunchShape {
 
 namespace gpu {
 
-constexpr bool kHasMma = true;
-constexpr bool kHasAsyncCopy = true;
+constexpr bool kHasMma = !kAmdPath;
+constexpr bool kHasAsyncCopy = !kAmdPath;
 
 GPU_DEVICE int lane() { return threadIdx.x & (kWaveSize - 1); }
 GPU_DEVICE int wave() { return threadIdx.x / kWaveSize; }
@@ -162,7 +178,13 @@ template <typename T>
 GPU_DEVICE void settle(T*& p) {
   asm volatile("" : "+l"(p));
 }
+template <typename... Args>
+GPU_DEVICE void keep_arguments(const Args&...) {}  // they lie in constant memory, close by
+GPU_DEVICE void order_requests() {}                // a wait is for one register, not for all before
+template <typename T>
+GPU_DEVICE void arrived(T&) {}
 
+GPU_DEVICE int load_uniform(const int* p) { return *p; }
 GPU_DEVICE U32x4 load_weights(const void* p) {
   U32x4 r;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -254,6 +276,10 @@ GPU_DEVICE uint32_t add2(BFloat16, uint32_t a, uint32_t b) {
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3f803f80u), "r"(b));
   return r;
 }
+template <int B0, int B1, int B2, int B3>
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  return __byte_perm(low, high, B0 | B1 << 4 | B2 << 8 | B3 << 12);
+}
 GPU_DEVICE int first_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 GPU_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
@@ -278,6 +304,10 @@ GPU_DEVICE T shuffle_xor(T v) {
 template <typename T>
 GPU_DEVICE T shuffle(T v, int from) {
   return __shfl_sync(0xffffffffu, v, from);
+}
+template <typename T>
+GPU_DEVICE T from_lane(T v, int from) {
+  return shuffle(v, from);
 }
 template <typename T>
 GPU_DEVICE T shuffle_in_quad(T v, int from) {
@@ -305,9 +335,11 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 #elif defined(__HIP__)
 // ----------------------------------------------------------------------------------------- HIP
 // No HIP header: plain clang compiles kernels with -nogpuinc -nogpulib --offload-device-only.
+// Up to 128 VGPRs: 8 waves or more per SIMD on every architecture.
 #define GPU_DEVICE __attribute__((device)) inline __attribute__((always_inline))
-#define GPU_KERNEL(max_threads) \
-  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads)))
+#define GPU_KERNEL(max_threads)                                                         \
+  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads))) \
+  __attribute__((amdgpu_num_vgpr(128)))
 #define GPU_HAS_MMA 0
 
 namespace gpu {
@@ -326,11 +358,28 @@ GPU_DEVICE char* dynamic_lds() { return lds; }
 
 template <typename T>
 GPU_DEVICE void settle(T*&) {}
+template <typename T>
+GPU_DEVICE void keep_argument(T v) {
+  asm volatile("" ::"s"(v));
+}
+template <typename... Args>
+GPU_DEVICE void keep_arguments(Args... args) {
+  __builtin_amdgcn_sched_barrier(0);  // all loads are requested before the first is waited for
+  (..., keep_argument(args));
+}
+GPU_DEVICE void order_requests() { __builtin_amdgcn_sched_barrier(0); }
+template <typename T>
+GPU_DEVICE void arrived(T& v) {
+  asm volatile("" : "+v"(v));
+}
 
 using Vec4 = uint32_t __attribute__((ext_vector_type(4)));
 using Half2 = _Float16 __attribute__((ext_vector_type(2)));
 using BFloat2 = __bf16 __attribute__((ext_vector_type(2)));
 
+GPU_DEVICE int load_uniform(const int* p) {  // the constant address space has scalar loads
+  return *(const __attribute__((address_space(4))) int*)p;
+}
 GPU_DEVICE U32x4 load_weights(const void* p) {
   return __builtin_bit_cast(U32x4, __builtin_nontemporal_load(static_cast<const Vec4*>(p)));
 }
@@ -374,6 +423,10 @@ GPU_DEVICE float dot2(BFloat16, uint32_t a, uint32_t b, float c) {
                                          __builtin_bit_cast(BFloat2, b), c, false);
 }
 GPU_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+template <int B0, int B1, int B2, int B3>
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  return __builtin_amdgcn_perm(high, low, B0 | B1 << 8 | B2 << 16 | B3 << 24);
+}
 GPU_DEVICE int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
 GPU_DEVICE void prefetch_l2(const void*) {}
@@ -384,6 +437,10 @@ GPU_DEVICE uint32_t wave_ballot(bool p) { return __builtin_amdgcn_ballot_w32(p);
 template <typename T>
 GPU_DEVICE T shuffle(T v, int from) {
   return __builtin_bit_cast(T, __builtin_amdgcn_ds_bpermute(4 * from, __builtin_bit_cast(int, v)));
+}
+template <typename T>
+GPU_DEVICE T from_lane(T v, int from) {
+  return __builtin_bit_cast(T, __builtin_amdgcn_readlane(__builtin_bit_cast(int, v), from));
 }
 template <typename T>
 GPU_DEVICE T shuffle_in_quad(T v, int from) {
@@ -414,18 +471,20 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 
 #elif defined(HYBRID_W4A16_CUDA) || defined(HYBRID_W4A16_HIP)
 // ---------------------------------------------------- plain C++ that starts CUDA or HIP kernels
-// An entry point is declared as an ordinary function: its address is the vendor's handle.
+// For CUDA an entry point is declared as an ordinary function: its address is the vendor's handle.
 #include <stdexcept>
 #include <string>
 
-#define GPU_KERNEL(max_threads)
-
 #if defined(HYBRID_W4A16_CUDA)
+#define GPU_KERNEL(max_threads)
 #include <cuda_runtime_api.h>
 #define GPU_HAS_MMA 1
 #else
 #define GPU_HAS_MMA 0
-#include <hip/hip_runtime_api.h>
+// An entry point is an object that knows its name and, by device, the runtime's handle.
+#undef GPU_DECLARE_ENTRY
+#define GPU_DECLARE_ENTRY(max_threads, name, ...) inline gpu::Kernel<void(__VA_ARGS__)> name{#name};
+#include "hip_runtime.h"
 #endif
 
 namespace gpu {
@@ -433,8 +492,8 @@ namespace gpu {
 using Stream = void*;
 
 #if defined(HYBRID_W4A16_CUDA)
-constexpr bool kHasMma = true;
-constexpr bool kHasAsyncCopy = true;
+constexpr bool kHasMma = !kAmdPath;
+constexpr bool kHasAsyncCopy = !kAmdPath;
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -442,7 +501,9 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {
+template <typename... P>
+void start_kernel(void (*entry)(P...), const LaunchShape& shape, Stream stream, void** args) {
+  const auto kernel = reinterpret_cast<const void*>(entry);
   constexpr int kAlwaysAllowed = 48 * 1024;  // more needs asking, kernel by kernel
   if (shape.lds_bytes > kAlwaysAllowed) {
     check(
@@ -505,57 +566,39 @@ inline std::string current_arch() {
 constexpr bool kHasMma = false;
 constexpr bool kHasAsyncCopy = false;
 
-inline void check(hipError_t error, const char* what) {
-  if (error != hipSuccess) {
-    throw std::runtime_error(std::string(what) + ": " + hipGetErrorString(error));
-  }
-}
+// An object per entry point; its type keeps the signature.
+template <typename Signature>
+struct Kernel : Entry {
+  using Entry::Entry;
+};
 
-inline void start_kernel(const void* kernel, const LaunchShape& shape, Stream stream, void** args) {
-  check(hipLaunchKernel(kernel, dim3(shape.grid_x, shape.grid_y, shape.grid_z), dim3(shape.threads),
-                        args, shape.lds_bytes, static_cast<hipStream_t>(stream)),
-        "kernel launch");
-}
-
-inline void* allocate(size_t size) {
-  void* p = nullptr;
-  check(hipMalloc(&p, size), "hipMalloc");
-  return p;
-}
-inline void release(void* p) { check(hipFree(p), "hipFree"); }
-inline void copy_in(void* to, const void* from, size_t size) {
-  check(hipMemcpy(to, from, size, hipMemcpyHostToDevice), "hipMemcpy");
-}
-inline void copy_out(void* to, const void* from, size_t size) {
-  check(hipMemcpy(to, from, size, hipMemcpyDeviceToHost), "hipMemcpy");
-}
-
-inline int current_device() {
-  int device = 0;
-  check(hipGetDevice(&device), "hipGetDevice");
-  return device;
-}
-
-inline int max_lds_bytes() { return 64 * 1024; }
-
-inline std::string current_arch() {
-  hipDeviceProp_t properties;
-  check(hipGetDeviceProperties(&properties, current_device()), "hipGetDeviceProperties");
-  const std::string name = properties.gcnArchName;  // "gfx1151:sramecc-:xnack-"
-  return name.substr(0, name.find(':'));
-}
+inline int max_lds_bytes() { return kLdsBytesPerBlock; }
 #endif
 
 constexpr int kOrders = 2;  // the hardware's own, which may change from run to run
 inline void set_order(int) {}
 inline std::string take_launched() { return {}; }
 
+#if defined(HYBRID_W4A16_CUDA)
+template <typename... P>
+using KernelRef = void (*)(P...);
+#else
+template <typename... P>
+using KernelRef = const Kernel<void(P...)>&;
+
+inline void start_kernel(const Entry& kernel, const LaunchShape& shape, Stream stream,
+                         void** args) {
+  start_kernel(kernel, {shape.grid_x, shape.grid_y, shape.grid_z}, shape.threads, shape.lds_bytes,
+               stream, args);
+}
+#endif
+
 template <typename... P, typename... A>
-void launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream, A... args) {
+void launch(KernelRef<P...> kernel, const LaunchShape& shape, Stream stream, A... args) {
   static_assert(sizeof...(P) == sizeof...(A), "one argument per parameter of the kernel");
   const auto start = [&](P... values) {
     void* pointers[] = {&values...};
-    start_kernel(reinterpret_cast<const void*>(kernel), shape, stream, pointers);
+    start_kernel(kernel, shape, stream, pointers);
   };
   start(static_cast<P>(args)...);
 }
@@ -569,5 +612,10 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, Stream stream, A... 
 namespace gpu {
 template <typename T>
 inline void settle(T*&) {}
+template <typename... Args>
+inline void keep_arguments(const Args&...) {}
+inline void order_requests() {}
+template <typename T>
+inline void arrived(T&) {}
 }  // namespace gpu
 #endif

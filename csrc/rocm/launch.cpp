@@ -13,7 +13,7 @@ namespace moe_int4 {
 namespace {
 
 #if defined(HYBRID_W4A16_CUDA)
-constexpr Family kFamily = Family::kCuda;
+constexpr Family kFamily = gpu::kAmdPath ? Family::kRdna : Family::kCuda;
 #elif defined(HYBRID_W4A16_HIP)
 constexpr Family kFamily = Family::kRdna;
 #else
@@ -46,8 +46,12 @@ auto& gemm_kernel(DType dtype, const Weights& w, int t) {
   throw std::runtime_error("gemm: no kernel");
 }
 
-// A row stride, given that kernels index within an expert in 32 bits.
+// A row stride, given that kernels index within an expert in 32 bits, and by bytes within a row
+// set.
 int small(int64_t stride, int rows) {
+  if (stride >= int64_t{1} << 26) {
+    throw std::runtime_error("rows of weights lie 2^26 elements or more apart: not supported");
+  }
   if (stride * rows > INT32_MAX) {
     throw std::runtime_error("an expert's weights span 2^31 elements or more: not supported");
   }

@@ -32,7 +32,7 @@ constexpr DType dtype_of() {
 }
 
 struct Kernel {
-  decltype(&DENSE_NAME(f16, 4, 32, sym, 1)) entry;
+  decltype(DENSE_NAME(f16, 4, 32, sym, 1))& entry;
   int lds_bytes, blocks;
 };
 
@@ -41,7 +41,7 @@ struct Kernel {
   if (args.dtype == dtype_of<DT>() && w.bits == BITS && w.group_size == G &&           \
       (w.zeros != nullptr) == ZP && slots == T) {                                      \
     const int blocks = ceil_div(w.k, DenseShape<BITS, G>::kBlock);                     \
-    return {&DENSE_NAME(NAME, BITS, G, ZNAME, T),                                      \
+    return {DENSE_NAME(NAME, BITS, G, ZNAME, T),                                       \
             dense_lds_bytes<BITS, G>(T, blocks, k_slices > 1 ? k_slices : 0), blocks}; \
   }
 Kernel kernel_for(const DenseArgs& args, int slots, int k_slices) {
@@ -95,7 +95,7 @@ void launch_rescore(const RescoreArgs& args, void* stream) {
   const int threads = kRescoreWaves * gpu::kWaveSize;
   const bool half = args.dtype == DType::kHalf;
   const int largest_lds = 4 * kDenseRows * (1 + 2 * kRescoreWaves);
-  gpu::launch(half ? &rescore_largest_f16 : &rescore_largest_bf16,
+  gpu::launch(half ? rescore_largest_f16 : rescore_largest_bf16,
               {kRescoreParts, 1, 1, threads, largest_lds, true}, stream, args.a, args.a_stride_m,
               args.m, args.k, args.errors, args.n, args.c, args.c_stride_m, args.partials,
               args.p_stride_m, args.bound, kRescoreWaves);
@@ -107,7 +107,7 @@ void launch_rescore(const RescoreArgs& args, void* stream) {
     throw std::runtime_error("wvSplitK_int_g_rescore: w: expected fewer rows, got " +
                              std::to_string(args.n));
   }
-  gpu::launch(half ? &rescore_rows_f16 : &rescore_rows_bf16,
+  gpu::launch(half ? rescore_rows_f16 : rescore_rows_bf16,
               {kRescoreParts, 1, 1, threads, lds, true}, stream, args.a, args.a_stride_m, args.m,
               args.w, args.w_stride_n, args.k, args.errors, args.n, args.c, args.c_stride_m,
               args.partials, args.p_stride_m, args.window, args.bound, kRescoreWaves);

@@ -75,73 +75,89 @@ GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
   }
 }
 
+#define MOE_INT4_DOWN_VALUES                                                                       \
+  a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e,     \
+      z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m, expert_map, \
+      map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves, wave_lds_bytes, blocks,       \
+      blocks_per_wave, log2_k_slices
+
+// The other kernels.
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
+  gpu::keep_arguments(MOE_INT4_DOWN_VALUES);
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
   const Router router = MOE_INT4_ROUTER;
   const int first_token = gpu::block_y() * T;
   const int tokens = num_tokens - first_token < T ? num_tokens - first_token : T;
   const int first_row = gpu::block_x() * kRowsPerWave;
-  const int index0 = first_row + lane_row(), index1 = index0 + kRowGroups;
-  const int row0 = index0 < n ? index0 : n - 1, row1 = index1 < n ? index1 : n - 1;
   const int first = (gpu::wave() & ((1 << log2_k_slices) - 1)) * blocks_per_wave;
   const int last = first + blocks_per_wave < blocks ? first + blocks_per_wave : blocks;
+  const int share = gpu::wave() >> log2_k_slices, shares = waves >> log2_k_slices;
   char* const lds = gpu::dynamic_lds();
   const WaveLds mine = wave_lds(lds + gpu::wave() * wave_lds_bytes, T);
   const auto* const acts = static_cast<const uint16_t*>(a);
+  const WeightRows rows = weights.rows<ZP>(first_row, n, first_row + kRowGroups, n);
   for (int i = gpu::lane(); i < tokens * kRowsPerWave; i += gpu::kWaveSize) mine.results[i] = 0.0f;
 
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
-  const auto multiply = [&](auto& tile, int expert, const WeightRow& upper, const WeightRow& lower,
-                            int first_slot, int left, const auto& row_of) {
-    tile.run(weights.at(expert, upper), weights.at(expert, lower), row_of, mine.staged);
-    tile.for_each_result([&](int s, int r, float sum) {
-      if (s >= left) return;
-      mine.results[mine.out_row[first_slot + s] * kRowsPerWave + r * kRowGroups + lane_row()] +=
-          mine.weight[first_slot + s] * sum;
-    });
-  };
-  PickedIds picked(router, first_token, T == 1 ? 0 : tokens);
-  int token = first_token, t = gpu::wave() >> log2_k_slices;
-  for (; first < last; t += waves >> log2_k_slices) {
-    for (; t >= top_k; t -= top_k) ++token;
-    if (token >= first_token + tokens) break;
-    gpu::wave_barrier();  // the lists and results of the previous pair have been used
-    const auto visit = [&](int slot, int slot_token, int slot_t) {
-      mine.in_row[slot] = slot_token * top_k + slot_t;
-      mine.out_row[slot] = slot_token - first_token;
-      mine.weight[slot] =
-          topk_weights == nullptr ? 1.0f : topk_weights[slot_token * tw_stride_m + slot_t];
-    };
-    if constexpr (T == 1) {
-      const auto row_of = [&](int) {
-        return acts + (static_cast<int64_t>(token) * top_k + t) * a_stride_m;
-      };
-      WaveTile<DT, G, ZP, 1> tile(first, last, k);
-      const int id = router.id(token, t);
-      tile.start(row_of);
-      const WeightRow upper = tile.row(weights, row0), lower = tile.row(weights, row1);
-      const int expert = gpu::uniform(router.local_expert(id));
-      if (expert < 0) continue;
-      if (gpu::lane() == 0) visit(0, token, t);
-      multiply(tile, expert, upper, lower, 0, 1, row_of);
-    } else {
-      const int id = gpu::uniform(router.id(token, t));
-      const int expert = gpu::uniform(router.local_expert(id));
-      if (expert < 0) continue;
-      const int count = list_slots(picked, router, first_token, tokens, token, t, id, visit);
-      if (count == 0) continue;
-      gpu::wave_barrier();
-      with_slots(count, [&](auto slots, int first_slot, int left) {
-        const auto row_of = [&](int s) {
-          return s < left ? acts + mine.in_row[first_slot + s] * a_stride_m : nullptr;
+  if constexpr (T == 1) {
+    int t = first < last ? share : top_k;
+    for (int chunk = 0; t < top_k; chunk += gpu::kWaveSize) {
+      // The lane's pair; all of the chunk's are requested here.
+      const int own[1] = {chunk + gpu::lane() < top_k ? chunk + gpu::lane() : top_k - 1};
+      float weight = 1.0f;
+      if (topk_weights != nullptr) weight = topk_weights[first_token * tw_stride_m + own[0]];
+      int expert[1];
+      router.local_experts(first_token, own, expert);
+      for (; t < top_k && t < chunk + gpu::kWaveSize; t += shares) {
+        const int e = gpu::from_lane(expert[0], t - chunk);
+        if (e < 0) continue;
+        const auto row_of = [&](int) {
+          return acts + (static_cast<int64_t>(first_token) * top_k + t) * a_stride_m;
         };
-        WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
-        tile.start(row_of);
-        multiply(tile, expert, tile.row(weights, row0), tile.row(weights, row1), first_slot, left,
-                 row_of);
-      });
+        WaveTile<DT, G, ZP, 1> tile(first, last, k);
+        tile.run(weights.at<ZP>(e, rows), row_of, mine.staged);
+        tile.finish();
+        const float factor = gpu::from_lane(weight, t - chunk);
+        tile.for_each_result([&](int, int r, float sum) {
+          mine.results[r * kRowGroups + lane_row()] += factor * sum;
+        });
+      }
+    }
+  } else {
+    for (int chunk = 0; first < last && chunk < top_k; chunk += Picked::kPlaces) {
+      const Picked picked(router, topk_weights, tw_stride_m, first_token, tokens, chunk);
+      const int places = top_k - chunk < Picked::kPlaces ? top_k - chunk : Picked::kPlaces;
+      int token = 0, place = share;
+      for (;; place += shares) {
+        for (; place >= places; place -= places) ++token;
+        if (token >= tokens) break;
+        const int t = chunk + place, expert = picked.expert(token, t);
+        if (expert < 0) continue;
+        gpu::wave_barrier();  // the lists and results of the previous pair have been used
+        const int count = list_slots(
+            picked, token, t, expert, [&](int slot, int slot_token, int slot_t, float weight) {
+              mine.in_row[slot] = (first_token + slot_token) * top_k + slot_t;
+              mine.out_row[slot] = slot_token;
+              mine.weight[slot] = weight;
+            });
+        if (count == 0) continue;
+        gpu::wave_barrier();
+        with_slots(count, [&](auto slots, int first_slot, int left) {
+          const auto row_of = [&](int s) {
+            return acts + mine.in_row[first_slot + (s < left ? s : 0)] * a_stride_m;
+          };
+          WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
+          tile.run(weights.at<ZP>(expert, rows), row_of, mine.staged);
+          tile.finish();
+          tile.for_each_result([&](int s, int r, float sum) {
+            if (s >= left) return;
+            mine.results[mine.out_row[first_slot + s] * kRowsPerWave + r * kRowGroups +
+                         lane_row()] += mine.weight[first_slot + s] * sum;
+          });
+        });
+      }
     }
   }
   gpu::block_barrier();
@@ -156,12 +172,6 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
         Format<DT>::from_float(sum);
   }
 }
-
-#define MOE_INT4_DOWN_VALUES                                                                       \
-  a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e,     \
-      z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m, expert_map, \
-      map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves, wave_lds_bytes, blocks,       \
-      blocks_per_wave, log2_k_slices
 
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {

@@ -14,6 +14,12 @@
 
 namespace moe_int4 {
 
+#define MOE_INT4_GATE_UP_VALUES                                                                \
+  a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e, \
+      z_stride_n8, num_experts, inter, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m,     \
+      expert_map, map_size, num_tokens, top_k, activation, alpha, beta, limit, waves,          \
+      wave_lds_bytes, blocks, blocks_per_wave
+
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
@@ -30,9 +36,10 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
   const auto* const acts = static_cast<const uint16_t*>(a);
 
   int count = 1;
-  const auto multiply = [&](auto& tile, int expert, const WeightRow& gate, const WeightRow& up,
-                            int first_slot, const auto& row_of) {
-    tile.run(weights.at(expert, gate), weights.at(expert, up), row_of, mine.staged);
+  const auto multiply = [&](auto& tile, int expert, const WeightRows& rows, int first_slot,
+                            const auto& row_of) {
+    tile.run(weights.at<ZP>(expert, rows), row_of, mine.staged);
+    tile.finish();
     tile.for_each_result([&](int s, int r, float sum) {
       if (first_slot + s >= count) return;
       mine.results[(first_slot + s) * kRowsPerWave + r * kRowGroups + lane_row()] = sum;
@@ -61,41 +68,38 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
       mine.results[kRowGroups + lane_row()] = sums[1];
     }
     if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
-  } else if constexpr (T == 1) {
-    gpu::wait_previous_grid();
-    gpu::allow_next_grid();
-    const auto row_of = [&](int) { return acts + token * a_stride_m; };
-    WaveTile<DT, G, ZP, 1> tile(first, last, k);
-    const int id = router.id(token, t);
-    tile.start(row_of);
-    const WeightRow gate = tile.row(weights, row), up = tile.row(weights, row + inter);
-    const int expert = gpu::uniform(router.local_expert(id));
-    if (expert < 0) return;
-    multiply(tile, expert, gate, up, 0, row_of);
-    if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
   } else {
+    gpu::keep_arguments(MOE_INT4_GATE_UP_VALUES);
     gpu::wait_previous_grid();
     gpu::allow_next_grid();
-    const PickedIds picked(router, first_token, tokens);
-    const int id = gpu::uniform(router.id(token, t));
-    const int expert = gpu::uniform(router.local_expert(id));
-    if (expert < 0) return;
-    count = list_slots(picked, router, first_token, tokens, token, t, id,
-                       [&](int slot, int slot_token, int slot_t) {
-                         mine.in_row[slot] = slot_token;
-                         mine.out_row[slot] = slot_token * top_k + slot_t;
-                       });
-    if (count == 0) return;
-    gpu::wave_barrier();
-    with_slots(count, [&](auto slots, int first_slot, int left) {
-      const auto row_of = [&](int s) {
-        return s < left ? acts + mine.in_row[first_slot + s] * a_stride_m : nullptr;
-      };
-      WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
-      tile.start(row_of);
-      multiply(tile, expert, tile.row(weights, row), tile.row(weights, row + inter), first_slot,
-               row_of);
-    });
+    const WeightRows rows = weights.rows<ZP>(first_row, inter, first_row + inter, 2 * inter);
+    if constexpr (T == 1) {
+      const auto row_of = [&](int) { return acts + token * a_stride_m; };
+      const int expert = router.uniform_expert(token, t);
+      if (expert < 0) return;
+      WaveTile<DT, G, ZP, 1> tile(first, last, k);
+      multiply(tile, expert, rows, 0, row_of);
+      if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
+    } else {
+      const Picked picked(router, nullptr, 0, first_token, tokens,
+                          t / Picked::kPlaces * Picked::kPlaces);
+      const int expert = picked.expert(token - first_token, t);
+      if (expert < 0) return;
+      count = list_slots(picked, token - first_token, t, expert,
+                         [&](int slot, int slot_token, int slot_t, float) {
+                           mine.in_row[slot] = first_token + slot_token;
+                           mine.out_row[slot] = (first_token + slot_token) * top_k + slot_t;
+                         });
+      if (count == 0) return;
+      gpu::wave_barrier();
+      with_slots(count, [&](auto slots, int first_slot, int left) {
+        const auto row_of = [&](int s) {
+          return acts + mine.in_row[first_slot + (s < left ? s : 0)] * a_stride_m;
+        };
+        WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
+        multiply(tile, expert, rows, first_slot, row_of);
+      });
+    }
   }
   gpu::block_barrier();
 
@@ -116,13 +120,9 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
 
 }  // namespace moe_int4
 
-#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                            \
-  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,          \
-                                                                     T)(MOE_INT4_GATE_UP_ARGS) {  \
-    moe_int4::gate_up<DT, G, ZP, T>(a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, \
-                                    s_stride_n, zeros, z_stride_e, z_stride_n8, num_experts,      \
-                                    inter, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m,    \
-                                    expert_map, map_size, num_tokens, top_k, activation, alpha,   \
-                                    beta, limit, waves, wave_lds_bytes, blocks, blocks_per_wave); \
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                           \
+  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,         \
+                                                                     T)(MOE_INT4_GATE_UP_ARGS) { \
+    moe_int4::gate_up<DT, G, ZP, T>(MOE_INT4_GATE_UP_VALUES);                                    \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, gate_up)

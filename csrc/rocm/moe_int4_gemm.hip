@@ -2,6 +2,8 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // Grouped skinny GEMM: block b of up to T rows, all of one expert, that the caller sorted together.
+// vLLM's decode step does not use it (it runs gate_up and down). The op stays because users of the
+// first release call it.
 // A block owns kRowsPerWave output columns; its waves share k and their sums meet in LDS in wave
 // order.
 #include "entry_points.h"
@@ -10,12 +12,16 @@
 
 namespace moe_int4 {
 
+#define MOE_INT4_GEMM_VALUES                                                                     \
+  a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e,   \
+      z_stride_n8, num_experts, n, k, c, c_stride_m, expert_ids, sorted_token_ids, block_size_m, \
+      num_rows, top_k, waves, wave_lds_bytes, blocks, blocks_per_wave
+
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
+  gpu::keep_arguments(MOE_INT4_GEMM_VALUES);
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
   const int first_row = gpu::block_x() * kRowsPerWave;
-  const int index0 = first_row + lane_row(), index1 = index0 + kRowGroups;
-  const int row0 = index0 < n ? index0 : n - 1, row1 = index1 < n ? index1 : n - 1;
   const int first = gpu::wave() * blocks_per_wave;
   const int last = first + blocks_per_wave < blocks ? first + blocks_per_wave : blocks;
   char* const lds = gpu::dynamic_lds();
@@ -23,26 +29,33 @@ GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
 
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
-  const int expert = gpu::uniform(expert_ids[gpu::block_y()]);
+  // Padding reads what the block's first row reads; it writes nothing.
+  const int row = gpu::lane() < block_size_m ? gpu::lane() : 0;
+  const int64_t at = static_cast<int64_t>(gpu::block_y()) * block_size_m + row;
+  const int64_t id = sorted_token_ids == nullptr ? at : sorted_token_ids[at];
+  const int expert = gpu::load_uniform(expert_ids + gpu::block_y());
   if (expert < 0 || expert >= num_experts) return;
+  const bool real = id >= 0 && id < num_rows;
+  const uint32_t real_rows = gpu::wave_ballot(real);
+  if (real_rows == 0) return;
+  const int out_row = real ? static_cast<int>(id) : -1;
+  const int some_row = gpu::from_lane(out_row, gpu::first_bit(real_rows));
   if (gpu::lane() < block_size_m) {
-    const int64_t at = static_cast<int64_t>(gpu::block_y()) * block_size_m + gpu::lane();
-    const int64_t id = sorted_token_ids == nullptr ? at : sorted_token_ids[at];
-    const bool real = id >= 0 && id < num_rows;
-    mine.out_row[gpu::lane()] = real ? static_cast<int>(id) : -1;
-    mine.in_row[gpu::lane()] = real ? static_cast<int>(id) / top_k : -1;
+    mine.out_row[gpu::lane()] = out_row;
+    mine.in_row[gpu::lane()] = (real ? out_row : some_row) / top_k;
   }
   gpu::wave_barrier();
 
+  const WeightRows rows =
+      weights.at<ZP>(expert, weights.rows<ZP>(first_row, n, first_row + kRowGroups, n));
   const auto multiply = [&](auto slots, int first_slot, int left) {
     const auto row_of = [&](int s) {
-      const int row = s < left ? mine.in_row[first_slot + s] : -1;
-      return row < 0 ? nullptr : static_cast<const uint16_t*>(a) + row * a_stride_m;
+      const int slot = first_slot + (s < left ? s : 0);
+      return static_cast<const uint16_t*>(a) + mine.in_row[slot] * a_stride_m;
     };
     WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
-    tile.start(row_of);
-    tile.run(weights.at(expert, tile.row(weights, row0)),
-             weights.at(expert, tile.row(weights, row1)), row_of, mine.staged);
+    tile.run(rows, row_of, mine.staged);
+    tile.finish();
     tile.for_each_result([&](int s, int r, float sum) {
       if (s < left) {
         mine.results[(first_slot + s) * kRowsPerWave + r * kRowGroups + lane_row()] = sum;
@@ -68,12 +81,9 @@ GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
 
 }  // namespace moe_int4
 
-#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                             \
-  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,           \
-                                                                     T)(MOE_INT4_GEMM_ARGS) {      \
-    moe_int4::gemm<DT, G, ZP, T>(a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e,     \
-                                 s_stride_n, zeros, z_stride_e, z_stride_n8, num_experts, n, k, c, \
-                                 c_stride_m, expert_ids, sorted_token_ids, block_size_m, num_rows, \
-                                 top_k, waves, wave_lds_bytes, blocks, blocks_per_wave);           \
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                        \
+  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,      \
+                                                                     T)(MOE_INT4_GEMM_ARGS) { \
+    moe_int4::gemm<DT, G, ZP, T>(MOE_INT4_GEMM_VALUES);                                       \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, gemm)

@@ -76,9 +76,9 @@ GPU_DEVICE void largest(RESCORE_LARGEST_ARGS) {
   float* const of_waves = norms + kMaxRows;  // [wave][row][2]
   const int end = part_begin(n, gpu::block_x() + 1);
   const auto* products = static_cast<const uint16_t*>(c);
+  gpu::wait_previous_grid();
   find_norms<DT>(a, a_stride_m, m, k, bound, waves, norms);
   gpu::block_barrier();
-  gpu::wait_previous_grid();
 
   float value[kMaxRows], reached[kMaxRows];
   GPU_UNROLL
@@ -109,6 +109,12 @@ GPU_DEVICE void largest(RESCORE_LARGEST_ARGS) {
   float most = kLowest;
   for (int w = 0; w < waves; ++w) most = larger(of_waves[2 * w * kMaxRows + thread()], most);
   partials[thread() / 2 * p_stride_m + 2 * gpu::block_x() + thread() % 2] = most;
+}
+
+[[maybe_unused]] GPU_DEVICE int bits_set(uint32_t x) {
+  x -= x >> 1 & 0x55555555u;
+  x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
+  return static_cast<int>((x + (x >> 4) & 0x0f0f0f0fu) * 0x01010101u >> 24);
 }
 
 // Columns of a part that are asked for, in order.
@@ -231,6 +237,7 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
   const auto* activations = static_cast<const uint16_t*>(a);
   auto* products = static_cast<uint16_t*>(c);
 
+  // The previous grid, largest(), began when a had been written.
   find_norms<DT>(a, a_stride_m, m, k, bound, waves, norms);
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
@@ -273,9 +280,9 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
       const uint32_t found = counts[base / gpu::kWaveSize];
       const uint32_t before = found & ((1u << gpu::lane()) - 1);
       if (base / gpu::kWaveSize % waves == gpu::wave() && (found >> gpu::lane() & 1) != 0) {
-        asked.list[asked.total + gpu::count_bits(before)] = base + gpu::lane();
+        asked.list[asked.total + bits_set(before)] = base + gpu::lane();
       }
-      asked.total += gpu::count_bits(found);
+      asked.total += bits_set(found);
     }
     gpu::block_barrier();
     rescore_columns<DT>(activations, a_stride_m, m, weights, w_stride_n, k, asked, waves, results,
@@ -294,14 +301,14 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
 }  // namespace
 }  // namespace moe_int4
 
-#define RESCORE_DEFINE(NAME, DT)                                                                   \
-  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_largest_##NAME(RESCORE_LARGEST_ARGS) {       \
-    moe_int4::largest<DT>(a, a_stride_m, k, errors, n, c, c_stride_m, partials, p_stride_m, bound, \
-                          waves);                                                                  \
-  }                                                                                                \
-  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_rows_##NAME(RESCORE_ROWS_ARGS) {             \
-    moe_int4::rows<DT>(a, a_stride_m, m, w, w_stride_n, k, errors, n, c, c_stride_m, partials,     \
-                       p_stride_m, window, bound, waves);                                          \
+#define RESCORE_DEFINE(NAME, DT)                                                               \
+  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_largest_##NAME(RESCORE_LARGEST_ARGS) {   \
+    moe_int4::largest<DT>(a, a_stride_m, m, k, errors, n, c, c_stride_m, partials, p_stride_m, \
+                          bound, waves);                                                       \
+  }                                                                                            \
+  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_rows_##NAME(RESCORE_ROWS_ARGS) {         \
+    moe_int4::rows<DT>(a, a_stride_m, m, w, w_stride_n, k, errors, n, c, c_stride_m, partials, \
+                       p_stride_m, window, bound, waves);                                      \
   }
 RESCORE_DEFINE(f16, gpu::Half)
 RESCORE_DEFINE(bf16, gpu::BFloat16)

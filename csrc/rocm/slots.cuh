@@ -32,60 +32,166 @@ struct Router {
   const int32_t* expert_map;
   int map_size, num_experts, top_k;
 
-  // The id as the router gave it; what does not fit a non-negative int32 becomes -1.
+  // The id of the pair (token, t) as the router gave it; what does not fit a non-negative int32
+  // becomes negative. Ids of both widths are read 32 bits at a time, so that no branch stands
+  // before the request.
   GPU_DEVICE int id(int token, int t) const {
-    const int64_t at = token * ids_stride_m + t;
-    if (!ids_are_int64) return static_cast<const int32_t*>(ids)[at];
-    const int64_t id = static_cast<const int64_t*>(ids)[at];
-    return id >= 0 && id <= 0x7fffffff ? static_cast<int>(id) : -1;
+    const int* at = id_address(token, t);
+    return id_of(at[0], at[ids_are_int64 ? 1 : 0]);
   }
 
   // The expert's place here, -1: not here.
   GPU_DEVICE int local_expert(int id) const {
-    if (expert_map != nullptr) id = id >= 0 && id < map_size ? expert_map[id] : -1;
+    if (expert_map != nullptr) {
+      const bool mapped = id >= 0 && id < map_size;
+      const int local = map_size > 0 ? expert_map[mapped ? id : 0] : -1;
+      id = mapped ? local : -1;
+    }
     return id >= 0 && id < num_experts ? id : -1;
   }
+
+  // The same for a pair that is one for all lanes.
+  GPU_DEVICE int uniform_expert(int token, int t) const {
+    const int* at = id_address(token, t);
+    int id = id_of(gpu::load_uniform(at), gpu::load_uniform(at + (ids_are_int64 ? 1 : 0)));
+    if (expert_map != nullptr) {
+      id = id >= 0 && id < map_size ? gpu::load_uniform(expert_map + id) : -1;
+    }
+    return id >= 0 && id < num_experts ? id : -1;
+  }
+
+  // The same for pairs (token, t[j]) of the lane: all ids are requested at once, then all places.
+  template <int N>
+  GPU_DEVICE void local_experts(int token, const int (&t)[N], int (&experts)[N]) const {
+    int low[N], high[N];
+    GPU_UNROLL
+    for (int j = 0; j < N; ++j) {
+      const int* at = id_address(token, t[j]);
+      low[j] = at[0];
+      high[j] = at[ids_are_int64 ? 1 : 0];
+    }
+    gpu::order_requests();
+    GPU_UNROLL
+    for (int j = 0; j < N; ++j) experts[j] = id_of(low[j], high[j]);
+    if (expert_map != nullptr && map_size > 0) {
+      int local[N];
+      GPU_UNROLL
+      for (int j = 0; j < N; ++j) {
+        local[j] = expert_map[experts[j] >= 0 && experts[j] < map_size ? experts[j] : 0];
+      }
+      gpu::order_requests();
+      GPU_UNROLL
+      for (int j = 0; j < N; ++j) {
+        experts[j] = experts[j] >= 0 && experts[j] < map_size ? local[j] : -1;
+      }
+    }
+    GPU_UNROLL
+    for (int j = 0; j < N; ++j) {
+      experts[j] = experts[j] >= 0 && experts[j] < num_experts ? experts[j] : -1;
+    }
+  }
+
+ private:
+  GPU_DEVICE const int* id_address(int token, int t) const {
+    const int64_t at = token * ids_stride_m + t;
+    return static_cast<const int*>(ids) + (ids_are_int64 ? 2 * at : at);
+  }
+  GPU_DEVICE int id_of(int low, int high) const { return !ids_are_int64 || high == 0 ? low : -1; }
 };
 
-// The ids that a block of tokens picked, spread over the wave: four lanes share a token. Loaded
+// What kHeld * kLanesPerToken places t, from `first_t` on, of a block of tokens picked: experts
+// and, where wanted, the router's weights, spread over the wave: four lanes share a token. Loaded
 // once, all at the same time, for any number of list_slots calls.
-struct PickedIds {
+struct Picked {
   static constexpr int kLanesPerToken = gpu::kWaveSize / kMaxSlots;
-  static constexpr int kHeld =
-      4;  // per lane: 16 per token; with more, the rest is loaded when needed
+  static constexpr int kHeld = 4;  // per lane
+  static constexpr int kPlaces = kHeld * kLanesPerToken;
 
-  int ids[kHeld];
+  const Router& router;
+  const float* router_weights;  // or null: 1
+  int64_t weights_stride_m;
+  int first_token, tokens, first_t;
+  int experts[kHeld];  // -1: not here
+  float weights[kHeld];
 
-  GPU_DEVICE PickedIds(const Router& router, int first_token, int tokens) {
+  GPU_DEVICE Picked(const Router& router, const float* router_weights, int64_t weights_stride_m,
+                    int first_token, int tokens, int first_t)
+      : router(router),
+        router_weights(router_weights),
+        weights_stride_m(weights_stride_m),
+        first_token(first_token),
+        tokens(tokens),
+        first_t(first_t) {
+    const int own = token() < tokens ? token() : tokens - 1;
+    int t[kHeld];
+    GPU_UNROLL
+    for (int j = 0; j < kHeld; ++j) t[j] = place(j) < router.top_k ? place(j) : router.top_k - 1;
+    load_weights(own, t, weights);  // first: whoever waits for the ids has them
+    router.local_experts(first_token + own, t, experts);
     GPU_UNROLL
     for (int j = 0; j < kHeld; ++j) {
-      ids[j] = token() < tokens && slot(j) < router.top_k
-                   ? router.id(first_token + token(), slot(j))
-                   : -1;
+      if (token() >= tokens || place(j) >= router.top_k) experts[j] = -1;
     }
   }
 
   static GPU_DEVICE int token() { return gpu::lane() / kLanesPerToken; }
-  static GPU_DEVICE int slot(int j) { return gpu::lane() % kLanesPerToken + j * kLanesPerToken; }
+  GPU_DEVICE int place(int j) const {
+    return first_t + gpu::lane() % kLanesPerToken + j * kLanesPerToken;
+  }
 
-  // First t at which the lane's token picked `id`, top_k: nowhere. All lanes of a token know it.
-  GPU_DEVICE int find(const Router& router, int first_token, int tokens, int id) const {
-    int found = router.top_k;
+  // Of the pair (first_token + token, t), one for all lanes; t is one of the places held.
+  GPU_DEVICE int expert(int token, int t) const { return held(experts, token, t); }
+  GPU_DEVICE float weight(int token, int t) const { return held(weights, token, t); }
+
+  // Where the lane's token picked `expert`, which all lanes of a token know.
+  struct Found {
+    int t;  // the first place, top_k: nowhere
+    float weight;
+  };
+  GPU_DEVICE Found find(int expert) const {
+    Found found = {router.top_k, 0.0f};
     GPU_UNROLL
     for (int j = kHeld - 1; j >= 0; --j) {
-      if (ids[j] == id) found = slot(j);
+      if (experts[j] == expert) found = {place(j), weights[j]};
     }
-    for (int j = kHeld; j * kLanesPerToken < router.top_k && found == router.top_k; ++j) {
-      if (token() < tokens && slot(j) < router.top_k &&
-          router.id(first_token + token(), slot(j)) == id) {
-        found = slot(j);
+    if (router.top_k > kPlaces && token() < tokens) {
+      for (int t = gpu::lane() % kLanesPerToken; t < found.t; t += kLanesPerToken) {
+        if (t >= first_t && t < first_t + kPlaces) continue;
+        if (router.local_expert(router.id(first_token + token(), t)) != expert) continue;
+        const int at[1] = {t};
+        float weight[1];
+        load_weights(token(), at, weight);
+        found = {t, weight[0]};
       }
     }
-    int other = gpu::shuffle_xor<1>(found);
-    found = other < found ? other : found;
-    other = gpu::shuffle_xor<2>(found);
-    return other < found ? other : found;
+    found = earlier(found, {gpu::shuffle_xor<1>(found.t), gpu::shuffle_xor<1>(found.weight)});
+    return earlier(found, {gpu::shuffle_xor<2>(found.t), gpu::shuffle_xor<2>(found.weight)});
   }
+
+ private:
+  // Without weights it loads an id in their place: no branch.
+  template <int N>
+  GPU_DEVICE void load_weights(int token, const int (&t)[N], float (&out)[N]) const {
+    const bool have = router_weights != nullptr;
+    const void* from = have ? static_cast<const void*>(router_weights) : router.ids;
+    const int64_t row = have ? (first_token + token) * weights_stride_m : 0;
+    GPU_UNROLL
+    for (int j = 0; j < N; ++j) {
+      const uint32_t bits = static_cast<const uint32_t*>(from)[have ? row + t[j] : 0];
+      out[j] = have ? __builtin_bit_cast(float, bits) : 1.0f;
+    }
+  }
+
+  template <typename T>
+  GPU_DEVICE T held(const T (&values)[kHeld], int token, int t) const {
+    t -= first_t;
+    T value = values[0];
+    GPU_UNROLL
+    for (int j = 1; j < kHeld; ++j) value = t / kLanesPerToken == j ? values[j] : value;
+    return gpu::from_lane(value, token * kLanesPerToken + t % kLanesPerToken);
+  }
+
+  static GPU_DEVICE Found earlier(const Found& a, const Found& b) { return b.t < a.t ? b : a; }
 };
 
 // Sum of eight hexadecimal digits that are 0 or 1 each.
@@ -96,28 +202,29 @@ GPU_DEVICE int digit_sum(uint32_t digits) {
 // Lists the pairs (token, t) of a block of tokens that the pair (token, t) at hand is to serve, so
 // that an expert's weights are read once for all tokens of the block: the first token that picked
 // the expert serves all, the others none. A token that picked the expert twice gets the second pair
-// served on its own. `id`, at least 0, is the pair's. Wave-collective; returns the number of pairs.
-// `visit(slot, token, t)` runs in one lane per pair.
+// served on its own. `expert`, at least 0, is the pair's, `token` counts from the block's first and
+// t is one of the places that `picked` holds. Wave-collective; returns the number of pairs.
+// `visit(slot, token, t, router weight)` runs in one lane per pair.
 template <typename Visit>
-GPU_DEVICE int list_slots(const PickedIds& picked_ids, const Router& router, int first_token,
-                          int tokens, int token, int t, int id, const Visit& visit) {
-  static_assert(PickedIds::kLanesPerToken == 4, "the masks below hold one token per hex digit");
-  const int found = picked_ids.find(router, first_token, tokens, id);
-  const int local = token - first_token;
-  const bool leads = gpu::lane() % PickedIds::kLanesPerToken == 0;
-  const uint32_t picked = gpu::wave_ballot(leads && found < router.top_k);
-  const uint32_t later = gpu::wave_ballot(leads && PickedIds::token() == local && found != t);
+GPU_DEVICE int list_slots(const Picked& picked, int token, int t, int expert, const Visit& visit) {
+  static_assert(Picked::kLanesPerToken == 4, "the masks below hold one token per hex digit");
+  const int top_k = picked.router.top_k;
+  const Picked::Found found = picked.find(expert);
+  const bool leads = gpu::lane() % Picked::kLanesPerToken == 0;
+  const uint32_t sharers = gpu::wave_ballot(leads && found.t < top_k);
+  const uint32_t later = gpu::wave_ballot(leads && Picked::token() == token && found.t != t);
   if (later != 0) {
-    if (gpu::lane() == 0) visit(0, token, t);
+    const float weight = picked.weight(token, t);
+    if (gpu::lane() == 0) visit(0, token, t, weight);
     return 1;
   }
-  const uint32_t self = 1u << (PickedIds::kLanesPerToken * local);
-  if ((picked & (self - 1)) != 0) return 0;
-  const uint32_t before = picked & ((1u << gpu::lane()) - 1);
-  if (leads && found < router.top_k) {
-    visit(digit_sum(before), first_token + PickedIds::token(), found);
+  const uint32_t self = 1u << (Picked::kLanesPerToken * token);
+  if ((sharers & (self - 1)) != 0) return 0;
+  const uint32_t before = sharers & ((1u << gpu::lane()) - 1);
+  if (leads && found.t < top_k) {
+    visit(digit_sum(before), Picked::token(), found.t, found.weight);
   }
-  return digit_sum(picked);
+  return digit_sum(sharers);
 }
 
 // Runs body(SlotCount<S>, first slot, slots) over `count` slots with the smallest compiled S that

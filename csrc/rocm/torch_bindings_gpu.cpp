@@ -3,7 +3,6 @@
 //
 // The int4 MoE ops for CUDA and HIP devices (torch calls both CUDA). Schemas:
 // csrc/torch_bindings.cpp.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -11,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "build_info.h"
+#include "device.h"
 #include "launch.h"
 #include "moe_int4_checks.h"
 #include "wvSplitK_int_g_checks.h"
@@ -24,7 +23,7 @@ class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& t) : guard_(t.get_device_index()) {
     require_current_device();
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    stream_ = current_stream(t.get_device_index());
   }
   void* stream() const { return stream_; }
 
@@ -78,8 +77,24 @@ void rescore_op(const Tensor& a, const Tensor& w, const Tensor& errors, const Te
   launch_rescore(args, OnDeviceOf(a).stream());
 }
 
+void load_device_op(int64_t device, std::string arch) {
+  load_device(static_cast<int>(device), arch);
+}
+
+std::string refusal_op(std::string arch) { return refusal(arch); }
+
 }  // namespace
 }  // namespace moe_int4::gpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
+  m.def("hybrid_w4a16_load_device(int device, str arch) -> ()");
+  m.def("hybrid_w4a16_refusal(str arch) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
+  m.impl("hybrid_w4a16_load_device", TORCH_BOX(&moe_int4::gpu::load_device_op));
+  m.impl("hybrid_w4a16_refusal", TORCH_BOX(&moe_int4::gpu::refusal_op));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CUDA, m) {
   m.impl("fused_moe_wvSplitK_int4_gemm", TORCH_BOX(&moe_int4::gpu::gemm_op));

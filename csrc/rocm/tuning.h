@@ -33,9 +33,15 @@ constexpr Tuning kTuning[] = {
     // finding out who shares them.
     {Family::kCuda, 2, 16, 16, 0, 24, 24},
     {Family::kCuda, kAnySize, 16, 16, 1, 24, 24},
-    // Not measured: chosen from the resource report, to fill the 32 wave slots of a compute unit.
-    {Family::kRdna, 2, 24, 8, 0, 1, 1},
-    {Family::kRdna, kAnySize, 24, 8, 1, 1, 1},
+    // Not measured. By the resource report a SIMD has room for 10 to 16 waves: 24 a compute unit
+    // leave
+    // none idle. Four waves a down block: with eight, the down grid of a model with hidden 2048 is
+    // 1.6 times what 40 compute units hold, and its second round runs half empty. Down up to 8
+    // tokens without sharing: its _t8 kernel runs pairs one after the other, and the last-level
+    // cache
+    // (32 MB or more) holds an expert that tokens share.
+    {Family::kRdna, 2, 24, 4, 0, 1, 8},
+    {Family::kRdna, kAnySize, 24, 4, 1, 1, 8},
     // Small, and with every kind of sharing.
     {Family::kHost, 1, 1, 4, 0, 1, 3},
     {Family::kHost, kAnySize, 12, 4, 1, 2, 1},

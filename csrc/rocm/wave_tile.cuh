@@ -5,9 +5,25 @@
 // and up to S activation rows ("slots"). Each lane owns row g of both row sets (g = lane /
 // kLanesPerRow) and every kLanesPerRow-th run of 32 weights of them.
 //
-// Weights go from memory to registers, kLoadDepth blocks at a time, all requested before the first
-// use; activations go through LDS. The activations' sums, which take out the nibble offset and the
-// zero point, are made once while they are staged.
+// One block of one row set, 16 bytes (32 weights) a lane; L is kLanesPerRow:
+//
+//     k          0..31      32..63            kBlockK - 32..
+//              +----------+----------+-------+------------+
+//     row 0    | lane 0   | lane 1   |  ...  | lane L-1   |      L = 8, 4 rows, kBlockK = 256:
+//     row 1    | lane L   | lane L+1 |  ...  | lane 2L-1  |      dot products
+//       ...                                                      L = 4, 8 rows, kBlockK = 128:
+//     last row | lane 32-L|          |  ...  | lane 31    |      matrix instructions
+//              +----------+----------+-------+------------+
+//
+// The second row set is the rows that follow, or in gate_up the up rows of the same indices.
+//
+// A turn takes kLoadDepth blocks. Its activations are requested before its weights, because AMD
+// waits for loads in the order in which they were requested, and all weights before any is used.
+// Weights stay in registers; activations go through LDS. The activations' sums, which take out the
+// nibble offset and the zero point, are made once while they are staged.
+//
+// No load depends on a condition, which would be a branch with a wait: past the end of a row a lane
+// loads the row's last weights again, and their scale becomes 0.
 #pragma once
 
 #include "dequant.cuh"
@@ -18,15 +34,21 @@ namespace moe_int4 {
 GPU_DEVICE int lane_row() { return gpu::lane() / kLanesPerRow; }
 GPU_DEVICE int lane_k() { return gpu::lane() % kLanesPerRow; }
 
-// One row of packed weights, as one lane sees it: at the lane's first word and group.
-struct WeightRow {
-  const uint32_t* q;
-  const uint16_t* scales;
-  const uint32_t* zeros;  // or null
-  int zero_shift;         // the row's nibble in a word of zeros
+// Two row sets as a lane sees them: where each begins, which is the same for all lanes, and how far
+// behind that the lane's row is, in bytes. AMD's loads take just this, a scalar and 32 bits.
+struct WeightRows {
+  struct Set {
+    const uint32_t* q;
+    const uint16_t* scales;
+    const uint32_t* zeros;
+    uint32_t q_at, s_at, z_at;
+    int zero_shift;  // the row's nibble in a word of zeros
+  };
+  Set sets[2];
 };
 
-// A stack of packed weights, see moe_int4_args.h; strides within an expert fit 32 bits.
+// A stack of packed weights, see moe_int4_args.h; strides within an expert fit 32 bits, and so do
+// kRowGroups rows in bytes.
 struct WeightStack {
   const uint32_t* q;
   int64_t q_stride_e;
@@ -38,21 +60,51 @@ struct WeightStack {
   int64_t z_stride_e;
   int z_stride_n8;
 
-  // The row from `word` and `group` on, in expert 0; at() then moves it. In two steps, so that all
-  // but a multiplication is done when the router's answer arrives.
-  GPU_DEVICE WeightRow row(int n, int word, int group) const {
-    WeightRow out = {q + (n * q_stride_n + word), scales + (n * s_stride_n + group),
-                     zeros == nullptr ? nullptr : zeros + (n / 8 * z_stride_n8 + group),
-                     4 * (n % 8)};
-    gpu::settle(out.q);
-    gpu::settle(out.scales);
+  // The sets that begin at rows `first0` and `first1`, in expert 0; at() then moves them. In two
+  // steps, so that most is done when the router's answer arrives. Rows from `end0` or `end1` on are
+  // taken for the last one before.
+  template <bool ZP>
+  GPU_DEVICE WeightRows rows(int first0, int end0, int first1, int end1) const {
+    return {{set<ZP>(first0, end0 - 1), set<ZP>(first1, end1 - 1)}};
+  }
+  template <bool ZP>
+  GPU_DEVICE WeightRows at(int expert, WeightRows rows) const {
+    GPU_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      rows.sets[r].q += expert * q_stride_e;
+      rows.sets[r].scales += expert * s_stride_e;
+      if constexpr (ZP) rows.sets[r].zeros += expert * z_stride_e;
+    }
+    return rows;
+  }
+
+ private:
+  template <bool ZP>
+  GPU_DEVICE WeightRows::Set set(int first, int last) const {
+    first = first < last ? first : last;
+    const int row = lane_row() < last - first ? lane_row() : last - first;
+    WeightRows::Set out = {};
+    out.q = q + first * q_stride_n;
+    out.q_at = static_cast<uint32_t>(row) * static_cast<uint32_t>(q_stride_n) * 4;
+    out.scales = scales + first * s_stride_n;
+    out.s_at = static_cast<uint32_t>(row) * static_cast<uint32_t>(s_stride_n) * 2;
+    if constexpr (ZP) {
+      const int n = first + row;
+      out.zeros = zeros + first / 8 * z_stride_n8;
+      out.z_at = static_cast<uint32_t>(n / 8 - first / 8) * static_cast<uint32_t>(z_stride_n8) * 4;
+      out.zero_shift = 4 * (n % 8);
+    }
     return out;
   }
-  GPU_DEVICE WeightRow at(int expert, const WeightRow& row) const {
-    return {row.q + expert * q_stride_e, row.scales + expert * s_stride_e,
-            zeros == nullptr ? nullptr : row.zeros + expert * z_stride_e, row.zero_shift};
-  }
 };
+
+// The element `bytes` behind a pointer that is the same for all lanes.
+template <typename T>
+GPU_DEVICE const T* behind(const T* base, uint32_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + bytes);
+}
+
+GPU_DEVICE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
 // Sum over `Lanes` lanes beside each other.
 template <int Lanes>
@@ -75,7 +127,8 @@ struct Block {
 // Product of a block through the dot instruction: a lane sums over its own k.
 template <typename DT, int G, int S>
 struct DotProduct {
-  static constexpr int kScales = 1;  // groups whose scale a lane needs, per row and block
+  static constexpr int kScales = 1;   // groups whose scale a lane needs, per row and block
+  static constexpr int kSummed = 32;  // activations in a sum: what a lane multiplies
   static constexpr int kResults = S;
 
   float acc[2][kResults] = {};
@@ -95,11 +148,11 @@ struct DotProduct {
                                                       16 * (q * kLanesPerRow + lane_k()));
       }
       add_word<0>(dot, b.w[0].v[q], b.w[1].v[q], act);
+      if constexpr (S > 1) gpu::order_requests();  // one quarter's activations at a time: registers
     }
     GPU_UNROLL
     for (int s = 0; s < S; ++s) {
-      // One lane of a group takes out the offset for all of it.
-      const float sum = 32 * lane_k() % G == 0 ? sums[s * staged_sums(S) + lane_group()] : 0.0f;
+      const float sum = sums[s * staged_sums(S) + lane_k()];
       GPU_UNROLL
       for (int r = 0; r < 2; ++r) acc[r][s] += scale[r][0] * (dot[r][s] - offset[r][0] * sum);
     }
@@ -135,6 +188,7 @@ struct MmaProduct {
   static constexpr int kGroups = kBlockK / G;  // in a block
   static constexpr int kPasses = (S * kGroups + 7) / 8;
   static constexpr int kScales = kGroups == 1 ? 1 : 2;
+  static constexpr int kSummed = G;
   static constexpr int kResults = kGroups == 1 ? 2 * kPasses : kPasses;
 
   float acc[2][kResults] = {};
@@ -210,65 +264,61 @@ struct ProductOf<DT, G, S, true> {
   using Type = MmaProduct<DT, G, S>;
 };
 
-// The product over blocks [first, last) of k, in two steps: start() requests the first
-// activations, run() does the rest. `row_of(s)` gives the activation row of slot s, null: empty.
+// The product over blocks [first, last) of k; finish() makes results of what run() left in the
+// lanes.
 template <typename DT, int G, bool ZP, int S>
 class WaveTile {
   using Product = typename ProductOf<DT, G, S, gpu::kHasMma>::Type;
   static constexpr int kScales = Product::kScales;
   static constexpr int kGroups = kBlockK / G;
+  static constexpr int kSumsPerBlock = kBlockK / Product::kSummed;
   static constexpr int kStagedBlocks = staged_blocks(S);
+  static constexpr int kStagings = kLoadDepth / kStagedBlocks;      // in a turn
+  static constexpr int kAhead = gpu::kHasMma ? 1 : kStagings;       // requested before the weights
   static constexpr int kUnitsPerRow = kStagedBlocks * kBlockK / 8;  // of 16 bytes
   static constexpr int kUnitsPerLane = S * kUnitsPerRow / gpu::kWaveSize;
   static_assert(S * kUnitsPerRow % gpu::kWaveSize == 0 && kLoadDepth % kStagedBlocks == 0);
 
  public:
-  GPU_DEVICE WaveTile(int first, int last, int k) : first_(first), last_(last), k_(k) {
-    const int lane_blocks = (k - 32 * lane_k() + kBlockK - 1) >> kLog2BlockK;
-    weight_limit_ = lane_blocks < last ? lane_blocks : last;
-    group_limit_ = (k / G < last * kGroups ? k / G : last * kGroups) - Product::lane_group();
-  }
+  GPU_DEVICE WaveTile(int first, int last, int k)
+      : first_(first),
+        last_(last),
+        last_unit_(2 * k - 16),
+        last_weights_(k / 2 - 16),
+        groups_(static_cast<uint32_t>(k) / G) {}
 
-  // The lane's part of row n, to be moved to an expert and given to run().
-  GPU_DEVICE WeightRow row(const WeightStack& weights, int n) const {
-    return weights.row(n, first_ * (kBlockK / 8) + 4 * lane_k(),
-                       first_ * kGroups + Product::lane_group());
-  }
-
+  // `row_of(s)` gives the activation row of slot s, any row for an empty slot; `staged` is the
+  // wave's LDS for staged rows.
   template <typename RowOf>
-  GPU_DEVICE void start(const RowOf& row_of) {
-    load_staged(row_of, first_);
-  }
-
-  // `staged` is the wave's LDS for staged rows.
-  template <typename RowOf>
-  GPU_DEVICE void run(WeightRow row0, WeightRow row1, const RowOf& row_of, char* staged) {
+  GPU_DEVICE void run(const WeightRows& rows, const RowOf& row_of, char* staged) {
     float* const sums = reinterpret_cast<float*>(staged + S * staged_row_bytes(S));
-    WeightRow rows[2] = {row0, row1};
+    GPU_UNROLL
+    for (int i = 0; i < kUnitsPerLane; ++i) {
+      act_rows_[i] = row_of((gpu::lane() + i * gpu::kWaveSize) / kUnitsPerRow);
+    }
     for (int base = first_; base < last_; base += kLoadDepth) {
       GPU_UNROLL
-      for (int d = 0; d < kLoadDepth; ++d) load_block(d, rows, base);
+      for (int j = 0; j < kAhead; ++j) request_units(j, base + j * kStagedBlocks);
+      gpu::order_requests();
+      request_weights(rows, base);
+      gpu::order_requests();
       GPU_UNROLL
       for (int d = 0; d < kLoadDepth; ++d) {
-        if (base + d >= last_) break;
+        if (d > 0 && base + d >= last_) return;
         if (d % kStagedBlocks == 0) {
-          if (base + d > first_) load_staged(row_of, base + d);
+          const int staging = d / kStagedBlocks;
+          if (staging >= kAhead) request_units(0, base + d);
           gpu::wave_barrier();  // what was staged before has been read
-          store_staged(staged, sums);
+          store_staged(staging % kAhead, staged, sums);
           gpu::wave_barrier();
         }
-        add_block(d, rows, staged + d % kStagedBlocks * kBlockK * 2,
-                  sums + d % kStagedBlocks * kGroups);
-      }
-      GPU_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        rows[r].q += kLoadDepth * (kBlockK / 8);
-        rows[r].scales += kLoadDepth * kGroups;
-        if constexpr (ZP) rows[r].zeros += kLoadDepth * kGroups;
+        add_block(d, rows, base, staged + d % kStagedBlocks * kBlockK * 2,
+                  sums + d % kStagedBlocks * kSumsPerBlock);
       }
     }
-    product_.finish();
   }
+
+  GPU_DEVICE void finish() { product_.finish(); }
 
   // visit(slot, row set, result) in the lane that holds the result for row lane_row() of the set.
   template <typename Visit>
@@ -283,77 +333,102 @@ class WaveTile {
   }
 
  private:
-  // Block base + d; `rows` are at block base.
-  GPU_DEVICE void load_block(int d, const WeightRow (&rows)[2], int base) {
+  // The group of the lane's i-th scale in block base + d.
+  static GPU_DEVICE uint32_t group(int base, int d, int i) {
+    return base * kGroups + (d * kGroups + Product::lane_group() + i);
+  }
+
+  GPU_DEVICE void request_weights(const WeightRows& rows, int base) {
     GPU_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      blocks_[d].w[r] = {{0, 0, 0, 0}};
-      if (base + d < weight_limit_) {
-        blocks_[d].w[r] = gpu::load_weights(rows[r].q + d * (kBlockK / 8));
+    for (int d = 0; d < kLoadDepth; ++d) {
+      GPU_UNROLL
+      for (int i = 0; i < kScales; ++i) {
+        const uint32_t at = smaller(group(base, d, i), groups_ - 1);
+        GPU_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const WeightRows::Set& set = rows.sets[r];
+          blocks_[d].scale[r][i] = *behind(set.scales, set.s_at + 2 * at);
+          if constexpr (ZP) blocks_[d].zero[r][i] = *behind(set.zeros, set.z_at + 4 * at);
+        }
       }
     }
     GPU_UNROLL
-    for (int r = 0; r < 2; ++r) {
+    for (int d = 0; d < kLoadDepth; ++d) {
+      const uint32_t at =
+          smaller(base * (kBlockK / 2) + (d * (kBlockK / 2) + 16 * lane_k()), last_weights_);
       GPU_UNROLL
-      for (int i = 0; i < kScales; ++i) {
-        const bool real = (base + d) * kGroups + i < group_limit_;
-        blocks_[d].scale[r][i] = real ? rows[r].scales[d * kGroups + i] : 0;
-        if constexpr (ZP) blocks_[d].zero[r][i] = real ? rows[r].zeros[d * kGroups + i] : 0;
+      for (int r = 0; r < 2; ++r) {
+        blocks_[d].w[r] = gpu::load_weights(behind(rows.sets[r].q, rows.sets[r].q_at + at));
       }
     }
   }
 
-  GPU_DEVICE void add_block(int d, const WeightRow (&rows)[2], const char* staged,
+  // Block base + d.
+  GPU_DEVICE void add_block(int d, const WeightRows& rows, int base, const char* staged,
                             const float* sums) {
     float scale[2][kScales], offset[2][kScales];
     GPU_UNROLL
     for (int r = 0; r < 2; ++r) {
       GPU_UNROLL
       for (int i = 0; i < kScales; ++i) {
-        scale[r][i] = Format<DT>::to_float(blocks_[d].scale[r][i]);
+        gpu::arrived(blocks_[d].scale[r][i]);
+        const bool real = group(base, d, i) < groups_;
+        scale[r][i] = real ? Format<DT>::to_float(blocks_[d].scale[r][i]) : 0.0f;
         int zero = kSymmetricZeroPoint;
-        if constexpr (ZP) zero = (blocks_[d].zero[r][i] >> rows[r].zero_shift) & 15;
+        if constexpr (ZP) {
+          gpu::arrived(blocks_[d].zero[r][i]);
+          zero = (blocks_[d].zero[r][i] >> rows.sets[r].zero_shift) & 15;
+        }
         offset[r][i] = Format<DT>::kOffset + zero;
       }
     }
     product_.add(blocks_[d], scale, offset, staged, sums);
   }
 
-  // The activations from `block` on, 16 bytes at a time; zeros past the end and for an empty slot.
-  template <typename RowOf>
-  GPU_DEVICE void load_staged(const RowOf& row_of, int block) {
+  // The units of staging j, from `block` on.
+  GPU_DEVICE void request_units(int j, int block) {
     GPU_UNROLL
     for (int i = 0; i < kUnitsPerLane; ++i) {
       const int unit = gpu::lane() + i * gpu::kWaveSize;
-      const int at = block * kBlockK + unit % kUnitsPerRow * 8;
-      const uint16_t* row = row_of(unit / kUnitsPerRow);
-      units_[i] = {{0, 0, 0, 0}};
-      if (row != nullptr && at < k_) units_[i] = gpu::load_16_any(row + at);
+      const uint32_t at = smaller(block * (kBlockK * 2) + unit % kUnitsPerRow * 16, last_unit_);
+      units_[j][i] = gpu::load_16_any(behind(act_rows_[i], at));
     }
   }
 
   // A lane multiplies four units of a block; the same unit of all lanes along k lies side by side.
-  // Lanes beside each other hold a group's units: their sums make the group's.
-  GPU_DEVICE void store_staged(char* staged, float* sums) const {
+  // Lanes beside each other hold the units of a sum.
+  GPU_DEVICE void store_staged(int j, char* staged, float* sums) const {
+    constexpr int kLanesPerSum = Product::kSummed / 8;
+    float sum[kUnitsPerLane];
     GPU_UNROLL
     for (int i = 0; i < kUnitsPerLane; ++i) {
       const int unit = gpu::lane() + i * gpu::kWaveSize;
       const int slot = unit / kUnitsPerRow, at = unit % kUnitsPerRow, in_block = at % (kBlockK / 8);
       const int place = at - in_block + in_block % 4 * kLanesPerRow + in_block / 4;
-      *reinterpret_cast<gpu::U32x4*>(staged + slot * staged_row_bytes(S) + 16 * place) = units_[i];
-      float sum = 0.0f;
+      *reinterpret_cast<gpu::U32x4*>(staged + slot * staged_row_bytes(S) + 16 * place) =
+          units_[j][i];
+      sum[i] = 0.0f;
       GPU_UNROLL
-      for (int j = 0; j < 4; ++j) sum = gpu::dot2(DT{}, units_[i].v[j], Format<DT>::kOnes, sum);
-      sum = sum_over_lanes<G / 8>(sum);
-      if (at % (G / 8) == 0) sums[slot * staged_sums(S) + at / (G / 8)] = sum;
+      for (int w = 0; w < 4; ++w) {
+        sum[i] = gpu::dot2(DT{}, units_[j][i].v[w], Format<DT>::kOnes, sum[i]);
+      }
+      sum[i] = sum_over_lanes<kLanesPerSum>(sum[i]);
+    }
+    if (gpu::lane() % kLanesPerSum != 0) return;
+    GPU_UNROLL
+    for (int i = 0; i < kUnitsPerLane; ++i) {
+      const int unit = gpu::lane() + i * gpu::kWaveSize;
+      sums[unit / kUnitsPerRow * staged_sums(S) + unit % kUnitsPerRow / kLanesPerSum] = sum[i];
     }
   }
 
-  int first_, last_, k_;
-  int weight_limit_;  // first block in which the lane has no weights to load
-  int group_limit_;   // first group past the end, counted from the lane's group in block 0
+  int first_, last_;
+  uint32_t last_unit_;     // a row's last 8 activations, in bytes
+  uint32_t last_weights_;  // its last 32 weights, in bytes
+  uint32_t groups_;        // in a row
+  const uint16_t* act_rows_[kUnitsPerLane];
+  gpu::U32x4 units_[kAhead][kUnitsPerLane];
   Block<kScales> blocks_[kLoadDepth];
-  gpu::U32x4 units_[kUnitsPerLane];
   Product product_;
 };
 

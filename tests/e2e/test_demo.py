@@ -29,8 +29,11 @@ def running_demo(log: Path, *arguments: str) -> AbstractContextManager[Popen[str
 
 
 @pytest.mark.e2e
-def test_serves_completes_and_stops(tmp_path: Path) -> None:
+def test_serves_completes_and_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "server.log"
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     with running_demo(log) as process:
         output, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, output + errors

@@ -2,14 +2,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The cases of test_moe_int4_on_host.py on an NVIDIA GPU, under compute-sanitizer.
 
-``python tests/kernels/sanitize_gpu.py [--arch sm_90] [--tools memcheck,racecheck,...]``
+``python tests/kernels/sanitize_gpu.py [--arch sm_90] [--tools memcheck,racecheck,...]
+[--amd-path]``
 
 Builds the kernels, their launchers and csrc/rocm/host/runner.cpp with nvcc into one
 program without torch, so that all that the sanitizer reports is ours; runs every case
 twice, checks the results against float64 and that both runs gave the same bits, first
 without a tool and then under each. Prints a line per tool. Exit status 1: something
 was reported or wrong; 2: no nvcc, or it failed. ``--program`` takes what ``--build``
-left elsewhere. Needs numpy and pytest.
+left elsewhere. ``--amd-path`` builds the code that AMD runs: no matrix instructions, no
+asynchronous copies. Needs numpy and pytest.
 """
 
 import argparse
@@ -25,11 +27,13 @@ ROCM = host.ROOT / "csrc" / "rocm"
 TOOLS = "memcheck,racecheck,initcheck,synccheck"
 
 
-def build(nvcc, arch, folder):
+def build(nvcc, arch, folder, amd_path):
     """Compiles the program into `folder`, an object per process; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     number = arch.removeprefix("sm_")
     common = [nvcc, "-std=c++17", "-O3", f"-I{ROCM}", f"-I{ROCM.parent}"]
+    if amd_path:
+        common.append("-DHYBRID_W4A16_AMD_PATH")
     kernels = ["-x", "cu", "-gencode", f"arch=compute_{number},code={arch}"]
     jobs = [(source, kernels) for source in sorted(ROCM.glob("*.hip"))]
     plain = ["-x", "c++", "-DHYBRID_W4A16_CUDA"]
@@ -72,6 +76,7 @@ def main():
     parser.add_argument("--build", type=Path, help="only build, into this folder")
     parser.add_argument("--program", type=Path, help="what --build made")
     parser.add_argument("--nvcc", default=shutil.which("nvcc"))
+    parser.add_argument("--amd-path", action="store_true", help="what AMD runs")
     parser.add_argument("--logs", type=Path, default=Path("build/sanitizer"))
     options = parser.parse_args()
     program = options.program
@@ -81,13 +86,14 @@ def main():
             return 2
         try:
             folder = options.build or Path("build/sanitizer")
-            program = build(options.nvcc, options.arch, folder.resolve())
+            folder = folder.resolve()
+            program = build(options.nvcc, options.arch, folder, options.amd_path)
         except subprocess.CalledProcessError:
             return 2
         if options.build:
             print(program)
             return 0
-    combinations = [key[1:] for key in host.COMBINATIONS if key[0]]
+    combinations = [key[1:] for key in host.COMBINATIONS if key[0] != options.amd_path]
     options.logs.mkdir(parents=True, exist_ok=True)
     print(f"seed {host.SEED}, {len(combinations)} combinations")
 

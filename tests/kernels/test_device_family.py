@@ -47,16 +47,15 @@ def test_rdna_is_used_by_default(machine):
         "HIP wvSplitK",
         "Triton",
         opt_in=False,
-        cu_count=20,
-        tiles="gfx1151",
-        pads_rows=True,
+        cu_count=40,
+        tuning="rdna",
     )
 
 
 def test_cuda_is_opt_in(machine):
     machine("cuda", "sm_90")
     assert device.device_family() == device.DeviceFamily(
-        "sm_90", "CUDA wvSplitK", "Triton", opt_in=True, cu_count=20, tiles="sm_90"
+        "sm_90", "CUDA wvSplitK", "Triton", opt_in=True, cu_count=20, tuning="sm_90"
     )
 
 
@@ -64,7 +63,7 @@ def test_the_cpu_has_one_path_for_any_number_of_tokens(machine):
     machine("cpu")
     family = device.device_family()
     assert not isinstance(family, str)
-    assert family.decode == family.prefill == "C++ avx512" and family.tiles is None
+    assert family.decode == family.prefill == "C++ avx512" and family.tuning is None
 
 
 @pytest.mark.parametrize(

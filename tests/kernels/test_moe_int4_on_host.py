@@ -27,6 +27,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "csrc" / "rocm" / "host" / "build.py"
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("HYBRID_W4A16_TEST_SEED", secrets.randbits(32)))
 
 HALF, BF16 = 0, 1  # moe_int4::DType

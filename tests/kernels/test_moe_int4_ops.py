@@ -92,6 +92,16 @@ def local_experts(ids: torch.Tensor, expert_map: torch.Tensor | None, e: int):
     return torch.where((local >= 0) & (local < e), local, NOT_HERE)
 
 
+def products(dense: torch.Tensor, local: torch.Tensor, rows: torch.Tensor):
+    """``dense[local[i]] @ rows[i]`` for every row in float64, NaN where not here."""
+    y = torch.full((len(rows), dense.shape[1]), float("nan"), dtype=torch.float64)
+    for expert in local.unique().tolist():
+        if expert != NOT_HERE:
+            picked = local == expert
+            y[picked] = rows[picked].double() @ dense[expert].T
+    return y
+
+
 # -------------------------------------------------------------------- buffers
 def odd_rows(t: torch.Tensor, gap: int, fill: float = float("nan")) -> torch.Tensor:
     """A copy that starts `gap` elements late and has `gap` more between its rows."""
@@ -241,9 +251,9 @@ def test_gate_up(case, device, every_isa, threads):
     a = odd_rows(torch.randn(case.tokens, case.k).to(case.dtype), case.gap)
     ids, expert_map, local = routing_of(case)
     name, alpha, beta, limit = ACTIVATIONS[case.activation]
-    y = torch.einsum("mtnk,mk->mtn", experts.dense[local], a.double())
+    pairs = a.repeat_interleave(case.top_k, 0)
+    y = products(experts.dense, local.flatten(), pairs)
     y = activation(name, alpha, beta, limit)(y)
-    y[local == NOT_HERE] = float("nan")
     w, scales, zero_points = experts.args(device)
     a, ids = strided_copy(a, device), strided_copy(ids, device)
     expert_map = None if expert_map is None else expert_map.to(device)
@@ -254,7 +264,6 @@ def test_gate_up(case, device, every_isa, threads):
             *(alpha, beta, limit),
         )
 
-    y = y.reshape(case.tokens * case.top_k, case.n)
     run_everywhere(case, device, every_isa, threads, call, y)
 
 
@@ -269,9 +278,7 @@ def test_down(case, device, every_isa, threads):
     weights = None
     if case.seed % 4:
         weights = odd_rows(torch.rand(case.tokens, case.top_k), case.gap)
-    y = torch.einsum(
-        "mtnk,mtk->mtn", experts.dense[local], a.double().view(*local.shape, case.k)
-    )
+    y = products(experts.dense, local.flatten(), a).view(*local.shape, case.n)
     if weights is not None:
         y = y * weights.double()[..., None]
     y = y.masked_fill((local == NOT_HERE)[..., None], 0).sum(1)
@@ -318,12 +325,13 @@ def test_gemm(case, device, every_isa, threads):
         blocks = (rows + case.block - 1) // case.block
         expert_ids = torch.randint(NOT_HERE, case.experts, (blocks,), dtype=torch.int32)
         sorted_ids = None
-    expected = torch.full((rows, case.n), float("nan"), dtype=torch.float64)
+    local = torch.full((rows,), NOT_HERE)
     for b, expert in enumerate(expert_ids.tolist()):
         for slot in range(b * case.block, (b + 1) * case.block):
             row = slot if sorted_ids is None else int(sorted_ids[slot])
-            if row < rows and expert != NOT_HERE:
-                expected[row] = experts.dense[expert] @ a[row // case.top_k].double()
+            if row < rows:
+                local[row] = expert
+    expected = products(experts.dense, local, a.repeat_interleave(case.top_k, 0))
     w, scales, zero_points = experts.args(device)
     a, expert_ids = strided_copy(a, device), expert_ids.to(device)
     sorted_ids = None if sorted_ids is None else sorted_ids.to(device)
@@ -352,6 +360,99 @@ def test_weight_rows_that_are_no_multiple_of_anything(device, every_isa):
                 *(a.to(device), w, scales, c.view, ids.to(device), "silu", 40, 32)
             )
             check(c, expected, isa or device)
+
+
+# --------------------------------------------------------------- large shapes
+class PickedExperts:
+    """A stack of experts of which only the picked ones hold anything.
+
+    The others' memory is reserved but never touched.
+    """
+
+    def __init__(self, picked, e, n, k, group, dtype, zeros):
+        self.picked, self.group, self.dtype = picked, group, dtype
+        self.w = torch.empty(e, n, k // 8, dtype=torch.int32)
+        self.scales = torch.empty(e, n, k // group, dtype=dtype)
+        self.zero_points = None
+        if zeros:
+            self.zero_points = torch.empty(e, n // 8, k // group, dtype=torch.int32)
+        for expert in picked:
+            self.w[expert].random_(-(2**31), 2**31)
+            scales = (0.5 + torch.rand(n, k // group)) / (5 * k**0.5)
+            self.scales[expert] = scales.to(dtype)
+            if zeros:
+                self.zero_points[expert].random_(-(2**31), 2**31)
+
+    def args(self, device):
+        zeros = self.zero_points
+        return (
+            self.w.to(device),
+            self.scales.to(device),
+            None if zeros is None else zeros.to(device),
+        )
+
+    def products(self, local: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """As the function of that name, but 1024 dequantized weight rows at a time, in
+        float32: its error is a thousandth of what is allowed."""
+        n, k = self.w.shape[1], rows.shape[1]
+        shift = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32)
+        y = torch.empty(len(rows), n)
+        for expert in self.picked:
+            mine = local == expert
+            for begin in range(0, n, 1024):
+                part = slice(begin, min(begin + 1024, n))
+                q = (self.w[expert, part, :, None] >> shift) & 15
+                centre = torch.tensor(8)
+                if self.zero_points is not None:
+                    index = torch.arange(part.start, part.stop, dtype=torch.int32)
+                    words = self.zero_points[expert, index // 8]
+                    centre = (words >> (4 * (index % 8))[:, None] & 15)[..., None]
+                w = q.view(len(q), -1, self.group) - centre
+                w = w.float() * self.scales[expert, part].float()[..., None]
+                y[mine, part] = rows[mine].float() @ w.view(-1, k).T
+        return y.double()
+
+
+@pytest.mark.parametrize(
+    ("experts", "hidden", "inter", "group", "dtype", "zeros"),
+    [
+        pytest.param(*(8, 4096, 14336, 128, torch.bfloat16, False), id="mixtral-8x7b"),
+        pytest.param(*(128, 4096, 1408, 128, torch.float16, True), id="glm-4.5-air"),
+        pytest.param(*(256, 3072, 1536, 64, torch.bfloat16, False), id="minimax-m2"),
+        pytest.param(*(512, 2048, 512, 32, torch.bfloat16, True), id="qwen3-next"),
+    ],
+)
+def test_large_shapes(device, experts, hidden, inter, group, dtype, zeros):
+    torch.manual_seed(0)
+    picked = [experts - 1, 3]  # the last one has the largest offsets
+    local = torch.tensor(
+        [[picked[0], picked[1]], [picked[1], experts], [picked[0], -1]]
+    )
+    ids, flat = local.to(device), local.flatten()
+    x = torch.randn(3, hidden).to(dtype)
+    weights = torch.rand(3, 2)
+    w13 = PickedExperts(picked, experts, 2 * inter, hidden, group, dtype, zeros)
+    h = Output(6, inter, dtype, device, 0)
+    w, scales, zero_points = w13.args(device)
+    ops.fused_moe_wvSplitK_int4_gate_up(
+        *(x.to(device), w, scales, h.view, ids, "silu", 40, group, zero_points)
+    )
+    y = w13.products(flat, x.repeat_interleave(2, 0))
+    y = activation("silu", 1.0, 0.0, None)(y)
+    outside = (flat < 0) | (flat >= experts)
+    y[outside] = float("nan")
+    check(h, y, "gate_up")
+
+    w2 = PickedExperts(picked, experts, hidden, inter, group, dtype, zeros)
+    c = Output(3, hidden, dtype, device, 0)
+    w, scales, zero_points = w2.args(device)
+    ops.fused_moe_wvSplitK_int4_down(
+        *(h.view, w, scales, c.view, ids, weights.to(device), 40, group, zero_points)
+    )
+    y = w2.products(flat, h.view.cpu())
+    y[outside] = 0
+    y = y.view(3, 2, hidden) * weights.double()[..., None]
+    check(c, y.sum(1), "down")
 
 
 # -------------------------------------------------------------------- numbers
@@ -871,3 +972,23 @@ def test_instruction_sets(device):
         RuntimeError, match="isa: expected one of .*portable.*, got 'sse9'"
     ):
         select("sse9")
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_kernels_that_run_are_named(device, group_size, every_isa):
+    if device != "cpu":
+        pytest.skip("a GPU has one kernel for all")
+    many = {"avx512_vnni": "avx512"}  # its own kernel is for few rows
+    few = {"amx_bf16": "avx512_vnni", "avx512_bf16": "avx512_vnni"}
+    for isa in every_isa():
+        kernels = torch.ops._rocm_C.hybrid_w4a16_cpu_kernels(group_size, torch.half)
+        names = [part.split()[0] for part in kernels.split(", ")]
+        assert (names[0], names[-1]) == (few.get(isa, isa), many.get(isa, isa)), kernels
+
+
+def test_kernels_of_what_no_kernel_takes(device):
+    kernels = torch.ops._rocm_C.hybrid_w4a16_cpu_kernels
+    with pytest.raises(RuntimeError, match="group_size: expected 32, 64 or 128, got 8"):
+        kernels(8, torch.half)
+    with pytest.raises(RuntimeError, match="dtype: expected Half or .*, got Float"):
+        kernels(32, torch.float)

@@ -22,7 +22,7 @@ import sys
 import pytest
 import torch
 
-from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     PrefillTiles,
     Tile,
 )

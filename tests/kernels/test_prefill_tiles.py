@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The table of prefill tiles: entries, the choice of one, what they compile to."""
+"""The tuning tables: entries, the choice of tiles, what they compile to."""
 
 import json
 import logging
@@ -12,17 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from vllm.model_executor.layers.fused_moe.experts import hybrid_w4a16_tiles
-from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     PrefillTiles,
     Tile,
     prefill_from,
     prefill_tiles,
+    row_padding,
+    table_name,
 )
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import tile_family
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-TABLE = json.loads(hybrid_w4a16_tiles.TABLE.read_text())
+TABLES = {
+    file.stem: json.loads(file.read_text())
+    for file in hybrid_w4a16_tuning.TABLES.glob("*.json")
+}
 ARCHS = [
     "gfx1100",
     "gfx1101",
@@ -41,9 +45,9 @@ ARCHS = [
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_architecture_that_is_built_for_has_an_entry(arch):
-    entry = TABLE[tile_family(arch)]
+    entry = TABLES[table_name(arch)]
     assert entry["source"]
-    assert prefill_from(tile_family(arch)) == entry["prefill_from"] > 8
+    assert prefill_from(table_name(arch)) == entry["prefill_from"] > 8
     for row in entry["rows"]:
         for block_n, warps, stages in (row["gate_up"], row["down"]):
             for size in (row["block_m"], block_n):
@@ -51,18 +55,43 @@ def test_every_architecture_that_is_built_for_has_an_entry(arch):
             assert warps in (2, 4, 8) and 1 <= stages <= 4
 
 
-def test_families():
-    assert [tile_family(a) for a in ("gfx1151", "gfx1150", "gfx1201", "sm_90")] == [
-        "gfx1151",
-        "gfx11",
-        "gfx12",
-        "sm_90",
-    ]
+def test_architectures_without_a_table_of_their_own():
+    archs = ("gfx1151", "gfx1150", "gfx1201", "sm_90", "gfx942")
+    names = ["rdna", "rdna", "rdna", "sm_90", "gfx942"]
+    assert [table_name(arch) for arch in archs] == names
 
 
-@pytest.mark.parametrize("family", TABLE)
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_are_not_padded_where_nobody_measured_it(name):
+    assert row_padding(name, 2048) == 0
+
+
+@pytest.mark.parametrize(("k", "words"), [(2048, 32), (4096, 32), (1024, 0), (2880, 0)])
+def test_a_table_can_pad_rows_of_a_multiple_of_1024_bytes(k, words, other_tables):
+    other_tables("x", {"row_padding": 128})
+    assert row_padding("x", k) == words
+
+
+@pytest.fixture
+def other_tables(monkeypatch, tmp_path):
+    """Tables that a test writes, instead of the shipped ones."""
+    monkeypatch.setattr(hybrid_w4a16_tuning, "TABLES", tmp_path)
+
+    def forget():
+        hybrid_w4a16_tuning.table.cache_clear()
+        prefill_tiles.cache_clear()
+
+    def write(name, table):
+        (tmp_path / f"{name}.json").write_text(json.dumps(table))
+        forget()
+
+    yield write
+    forget()
+
+
+@pytest.mark.parametrize("family", TABLES)
 def test_a_measured_case_gets_its_own_tiles(family):
-    for row in TABLE[family]["rows"]:
+    for row in TABLES[family]["rows"]:
         pairs = math.ceil(row["rows_per_expert"] * 128)
         found = prefill_tiles(family, pairs, 128, row["hidden"], row["intermediate"])
         block_m = row["block_m"]
@@ -71,7 +100,7 @@ def test_a_measured_case_gets_its_own_tiles(family):
         )
 
 
-def test_the_nearest_case_is_taken(monkeypatch, tmp_path):
+def test_the_nearest_case_is_taken(other_tables):
     def row(rows_per_expert, hidden, block_m):
         return {
             "hidden": hidden,
@@ -83,26 +112,18 @@ def test_the_nearest_case_is_taken(monkeypatch, tmp_path):
         }
 
     rows = [row(1, 1024, 16), row(64, 1024, 32), row(1, 8192, 64), row(64, 8192, 128)]
-    table = tmp_path / "table.json"
-    table.write_text(json.dumps({"x": {"prefill_from": 9, "rows": rows}}))
-    monkeypatch.setattr(hybrid_w4a16_tiles, "TABLE", table)
-    hybrid_w4a16_tiles._family.cache_clear()
-    prefill_tiles.cache_clear()
+    other_tables("x", {"prefill_from": 9, "rows": rows})
 
     def chosen(pairs, hidden):
         return prefill_tiles("x", pairs, 100, hidden, 512).down.block_m
 
-    try:
-        assert [chosen(p, 2048) for p in (0, 500, 1000, 10**6)] == [16, 16, 32, 32]
-        assert [chosen(p, 4096) for p in (0, 500, 1000, 10**6)] == [64, 64, 128, 128]
-    finally:
-        hybrid_w4a16_tiles._family.cache_clear()
-        prefill_tiles.cache_clear()
+    assert [chosen(p, 2048) for p in (0, 500, 1000, 10**6)] == [16, 16, 32, 32]
+    assert [chosen(p, 4096) for p in (0, 500, 1000, 10**6)] == [64, 64, 128, 128]
 
 
 def test_an_unknown_family_gets_small_tiles_and_one_warning(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    hybrid_w4a16_tiles._family.cache_clear()
+    hybrid_w4a16_tuning.table.cache_clear()
     for pairs in (16, 4096):
         tiles = prefill_tiles("sm_999", pairs, 8, 1024, 1024)
         assert tiles.gate_up.block_m * tiles.gate_up.block_n <= 1024
@@ -111,6 +132,7 @@ def test_an_unknown_family_gets_small_tiles_and_one_warning(caplog, monkeypatch)
     assert len(warnings) == 1 and "tune_prefill.py" in warnings[0]
 
 
+@pytest.mark.slow
 def test_default_tiles_compile_without_spills():
     command = [sys.executable, str(CHECKOUT / "benchmarks/prefill_report.py")]
     run = subprocess.run(command, capture_output=True, text=True)

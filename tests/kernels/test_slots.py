@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "csrc" / "rocm" / "host" / "build.py"
 
 # Arguments: tokens, top_k, then the ids of every token. A line per pair and order of
-# lanes: the pairs that it serves, each as token * top_k + t, in the order of their slots.
+# lanes: the pairs that it serves, as token * top_k + t, in the order of their slots; -2
+# where one came with the router weight of another.
 PROGRAM = r"""
 #include <cstdio>
 #include <cstdlib>
@@ -28,14 +29,17 @@ PROGRAM = r"""
 
 using namespace moe_int4;
 
-extern "C" GPU_KERNEL(32) void list_all(const int32_t* ids, int tokens, int top_k,
-                                        int* lists, int* counts) {
+extern "C" GPU_KERNEL(32) void list_all(const int32_t* ids, const float* weights,
+                                        int tokens, int top_k, int* lists,
+                                        int* counts) {
   const Router router{ids, false, top_k, nullptr, 0, 1 << 30, top_k};
   const int token = gpu::block_x() / top_k, t = gpu::block_x() % top_k;
-  const PickedIds picked(router, 0, tokens);
-  const int count = list_slots(picked, router, 0, tokens, token, t, router.id(token, t),
-                               [&](int slot, int of_token, int of_t) {
-    lists[gpu::block_x() * kMaxSlots + slot] = of_token * top_k + of_t;
+  const Picked picked(router, weights, top_k, 0, tokens,
+                      t / Picked::kPlaces * Picked::kPlaces);
+  const int count = list_slots(picked, token, t, picked.expert(token, t),
+                               [&](int slot, int of_token, int of_t, float weight) {
+    const int pair = of_token * top_k + of_t;
+    lists[gpu::block_x() * kMaxSlots + slot] = weight == pair ? pair : -2;
   });
   if (gpu::lane() == 0) counts[gpu::block_x()] = count;
 }
@@ -45,11 +49,13 @@ int main(int argc, char** argv) {
   const int pairs = tokens * top_k;
   std::vector<int32_t> ids;
   for (int i = 3; i < argc; ++i) ids.push_back(std::atoi(argv[i]));
+  std::vector<float> weights(pairs);  // of a pair: its number
+  for (int pair = 0; pair < pairs; ++pair) weights[pair] = pair;
   for (int order = 0; order < gpu::kOrders; ++order) {
     gpu::set_order(order);
     std::vector<int> lists(pairs * kMaxSlots, -1), counts(pairs, -1);
-    gpu::launch(list_all, {pairs, 1, 1, 32, 0, false}, nullptr, ids.data(), tokens,
-                top_k, lists.data(), counts.data());
+    gpu::launch(list_all, {pairs, 1, 1, 32, 0, false}, nullptr, ids.data(),
+                weights.data(), tokens, top_k, lists.data(), counts.data());
     for (int pair = 0; pair < pairs; ++pair) {
       for (int i = 0; i < counts[pair]; ++i) {
         std::printf("%d ", lists[pair * kMaxSlots + i]);

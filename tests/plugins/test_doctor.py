@@ -14,8 +14,11 @@ import torch
 import vllm
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import cli, doctor, hooks, switch
+from vllm.plugins.hybrid_w4a16 import cli, doctor, hooks
 
 
 @pytest.fixture(autouse=True)
@@ -117,11 +120,11 @@ def test_environment(variable, value, name, following, monkeypatch, capsys):
 
 def test_opt_in_device(monkeypatch, capsys):
     monkeypatch.delenv(switch.NAME, raising=False)
-    with devices.assume_device("cuda"):
-        status, checks, following = diagnosis(capsys)
-        assert (status, following) == (1, f"export {switch.NAME}=1")
-        monkeypatch.setenv(switch.NAME, "1")
-        assert diagnosis(capsys)[0] == 0
+    monkeypatch.setattr(devices, "device_family", lambda: devices.PLANNED["cuda"])
+    status, checks, following = diagnosis(capsys)
+    assert (status, following) == (1, f"export {switch.NAME}=1")
+    monkeypatch.setenv(switch.NAME, "1")
+    assert diagnosis(capsys)[0] == 0
 
 
 def test_first_cause_is_named_not_its_consequences(monkeypatch, capsys):

@@ -15,7 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm.plugins.hybrid_w4a16 import cli, gate, switch
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
+from vllm.plugins.hybrid_w4a16 import cli
 from vllm.plugins.hybrid_w4a16.explain import explain
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import CheckpointError
 from vllm.plugins.hybrid_w4a16.hooks import apply_hooks
@@ -169,7 +173,7 @@ def test_verdict_is_the_gates_own(tiny, monkeypatch):
     def decline(layer, bits, group_size):
         return "of the moon" if ".1." in layer.layer_name else None
 
-    monkeypatch.setattr(gate, "decline_reason", decline)
+    monkeypatch.setattr(oracle, "incompatibility_reason", decline)
     report = explain(str(tiny))
     taken, declined = report["expert_layers"]
     assert (taken["index"], taken["reason"]) == ([0, 2, 3], None)

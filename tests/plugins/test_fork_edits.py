@@ -10,7 +10,10 @@ import inspect
 
 import pytest
 
-from vllm.plugins.hybrid_w4a16 import cli, fork, fork_edits, fork_files, hooks, switch
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
+from vllm.plugins.hybrid_w4a16 import cli, fork, fork_edits, fork_files, hooks
 
 HOOK = hooks.Hook(
     module="vllm.some.module",
@@ -121,39 +124,6 @@ def test_factory_that_does_not_fit_is_a_conflict(source, message):
         fork_edits.insert_prologue(source, hook)
 
 
-PLATFORM = """\
-class RocmPlatform(Platform):
-    supported_quantization: list[str] = [
-        "awq",
-        "fp8",  # needs gfx9
-    ]
-"""
-ENTRY = hooks.ListEntry(
-    platform="RocmPlatform",
-    attribute="supported_quantization",
-    value="inc",
-    why="test",
-    until="test",
-)
-
-
-@pytest.mark.parametrize(
-    "source", [PLATFORM, PLATFORM.replace('"fp8",  #', '"fp8"  #')]
-)
-def test_list_entry_is_added_once(source):
-    edited = fork_edits.add_list_entry(source, ENTRY)
-    namespace: dict = {"Platform": object}
-    exec(edited, namespace)
-    assert namespace["RocmPlatform"].supported_quantization == ["awq", "fp8", "inc"]
-    assert "needs gfx9" in edited
-    assert fork_edits.add_list_entry(edited, ENTRY) == edited
-
-
-def test_list_entry_without_its_list_is_a_conflict():
-    with pytest.raises(fork_edits.Conflict, match="assigns supported_quant.* 0 times"):
-        fork_edits.add_list_entry("class RocmPlatform:\n    x = []\n", ENTRY)
-
-
 ENVS = """\
 from typing import TYPE_CHECKING, Literal
 
@@ -248,7 +218,7 @@ def test_cmake_file_is_included_after_each_extension():
             fork_edits.include_ops("project(x)\n", extension)
 
 
-@pytest.mark.parametrize("row", [*hooks.HOOKS, *hooks.LIST_ENTRIES], ids=str)
+@pytest.mark.parametrize("row", hooks.HOOKS, ids=str)
 def test_every_row_says_why_it_exists_and_when_it_can_go(row):
     for text in (row.why, row.until):
         assert text.endswith(".") and len(text.split()) > 4
@@ -256,14 +226,15 @@ def test_every_row_says_why_it_exists_and_when_it_can_go(row):
     assert row.target in message and row.why in message and row.until in message
 
 
-def test_only_what_the_layers_need_of_the_plugin_is_in_the_fork():
+def test_the_fork_carries_the_layers_and_not_the_delivery():
     files = fork_files.files_to_add(fork_files.project_folder())
-    plugin = {path for path in files if path.startswith(f"{fork_files.PLUGIN}/")}
-    needed = {
-        f"{fork_files.PLUGIN}/{name}.py" for name in ("__init__", "gate", "switch")
-    }
-    assert plugin == needed
-    assert "register" not in files[f"{fork_files.PLUGIN}/__init__.py"]
+    assert not [path for path in files if path.startswith("vllm/plugins/")]
+    layers = "vllm/model_executor/layers"
+    assert {
+        f"{layers}/fused_moe/oracle/hybrid_w4a16.py",
+        f"{layers}/fused_moe/configs/hybrid_w4a16/rdna.json",
+        f"{layers}/quantization/inc_moe.py",
+    } <= files.keys()
 
 
 def test_a_missing_import_is_found(tmp_path):

@@ -13,8 +13,11 @@ import types
 
 import pytest
 
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.plugins import hybrid_w4a16
-from vllm.plugins.hybrid_w4a16 import hooks, switch
+from vllm.plugins.hybrid_w4a16 import hooks
 
 
 def handler_that_takes_even(self, number):
@@ -159,16 +162,6 @@ def test_table_fits_the_installed_vllm(hook):
     assert getattr(factory, "__func__", factory)._hybrid_w4a16_hook is hook
     handler = hooks._load_handler(hook.handler)
     assert len(inspect.signature(handler).parameters) == len(hook.parameters)
-
-
-@pytest.mark.parametrize("held", [["awq"], ["awq", "inc"]])
-def test_rocm_is_made_to_accept_autoround(held):
-    platform = type("RocmPlatform", (), {"supported_quantization": held})
-    other = type("CudaPlatform", (), {"supported_quantization": []})
-    hooks.add_list_entries(platform())
-    hooks.add_list_entries(other())
-    assert platform.supported_quantization == ["awq", "inc"]
-    assert other.supported_quantization == []
 
 
 PROBE = """

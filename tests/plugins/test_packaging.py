@@ -341,7 +341,6 @@ import importlib, json, sys
 import vllm
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-from tools import overlay_target
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 from vllm.plugins.hybrid_w4a16 import hooks
 hooks.apply_hooks()

@@ -6,7 +6,10 @@ import os
 
 import pytest
 
-from vllm.plugins.hybrid_w4a16 import register, switch
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
+from vllm.plugins.hybrid_w4a16 import register
 
 from ..support.moe_layers import is_opt_in
 

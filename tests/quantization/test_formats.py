@@ -10,13 +10,18 @@ import dataclasses
 import pytest
 import torch
 
-from vllm.model_executor.layers.quantization import hybrid_w4a16_moe as base
-from vllm.model_executor.layers.quantization.awq_moe import AWQHybridW4A16MoEMethod
-from vllm.model_executor.layers.quantization.compressed_tensors_moe import (
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning
+from vllm.model_executor.layers.quantization import hybrid_w4a16_method as base
+from vllm.model_executor.layers.quantization.hybrid_w4a16_awq import (
+    AWQHybridW4A16MoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_compressed_tensors import (
     CompressedTensorsHybridW4A16MoEMethod,
 )
-from vllm.model_executor.layers.quantization.gptq_moe import GPTQHybridW4A16MoEMethod
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+from vllm.model_executor.layers.quantization.hybrid_w4a16_gptq import (
+    GPTQHybridW4A16MoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
 )
 from vllm.model_executor.layers.quantization.inc_moe import INCHybridW4A16MoEMethod
@@ -288,11 +293,12 @@ def test_dummy_weights(format, symmetric, monkeypatch):
 
 
 def pad_rows(monkeypatch):
-    """What RDNA devices ask for, on the device at hand."""
-    family = base.device_family()
-    assert not family.pads_rows
-    padding = dataclasses.replace(family, pads_rows=True)
+    """What a tuning table may ask for, on the device at hand."""
+    padding = dataclasses.replace(base.device_family(), tuning="padded")
     monkeypatch.setattr(base, "device_family", lambda: padding)
+    monkeypatch.setattr(
+        hybrid_w4a16_tuning, "table", {"padded": {"row_padding": 128}}.get
+    )
 
 
 @every_format

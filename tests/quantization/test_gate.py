@@ -11,11 +11,14 @@ import torch
 
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.model_executor.layers.quantization.inc_moe import INCHybridW4A16MoEMethod
-from vllm.plugins.hybrid_w4a16 import gate, switch
 
 from ..support.moe_layers import (
     DEVICE,
@@ -178,7 +181,7 @@ def test_data_parallel_where_tokens_can_be_gathered(ep, monkeypatch):
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="data parallel: vLLM cannot gather"):
             make_layer(Shape(), inc_config(), **moe)
-        monkeypatch.setattr(gate, "can_gather_tokens", lambda: True)
+        monkeypatch.setattr(oracle, "can_gather_tokens", lambda: True)
     layer = make_layer(Shape(), inc_config(), **moe)
     assert type(layer.quant_method) is INCHybridW4A16MoEMethod
 
@@ -235,8 +238,8 @@ def test_each_model_of_a_process_has_its_own_summary(caplog):
 def test_declined_layer_can_be_asked_for_its_reason(stock_path):
     with pytest.raises(Declined):
         make_layer(Shape(), inc_config(bits=8))
-    assert gate.declined_because(LAYER_NAME) == "8-bit weights, supported: 4"
-    assert gate.declined_because("model.layers.4.mlp.experts") is None
+    assert oracle.declined_because(LAYER_NAME) == "8-bit weights, supported: 4"
+    assert oracle.declined_because("model.layers.4.mlp.experts") is None
 
 
 def test_padding_is_counted(caplog):

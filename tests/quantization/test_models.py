@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
 )
 from vllm.model_executor.models.utils import WeightsMapper
-from vllm.plugins.hybrid_w4a16 import switch
 
 from ..support.moe_layers import (
     Checkpoint,

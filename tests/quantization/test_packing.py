@@ -13,8 +13,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import (
 )
 from hypothesis import given, settings, strategies
 
-from vllm.model_executor.layers.fused_moe import hybrid_w4a16_moe_helper as helper
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_packing as packings
 from vllm.model_executor.layers.quantization.utils import quant_utils
 from vllm.scalar_type import scalar_types
 
@@ -36,12 +36,12 @@ def unpack_row_zeros(words: np.ndarray) -> np.ndarray:
 
 
 PACKINGS = {
-    "auto_round:auto_gptq": helper.GPTQ_V1,
-    "auto_round:auto_awq": helper.AWQ,
-    "gptq": helper.GPTQ_V1,
-    "gptq_v2": helper.GPTQ_V2,
-    "awq": helper.AWQ,
-    "compressed-tensors": helper.PACK_QUANTIZED,
+    "auto_round:auto_gptq": packings.GPTQ_V1,
+    "auto_round:auto_awq": packings.AWQ,
+    "gptq": packings.GPTQ_V1,
+    "gptq_v2": packings.GPTQ_V2,
+    "awq": packings.AWQ,
+    "compressed-tensors": packings.PACK_QUANTIZED,
 }
 
 layouts = {
@@ -125,7 +125,7 @@ def test_gptq_agrees_with_vllms_pack_and_unpack(seed, rows, groups):
         np.random.default_rng(seed).integers(0, 16, (32 * groups, rows))
     )
     stored = quant_utils.gptq_pack(q.int(), 4, *q.shape)
-    words = helper.GPTQ_V1.to_exllama(stored)
+    words = packings.GPTQ_V1.to_exllama(stored)
     np.testing.assert_array_equal(unpack_exllama(words.numpy()), q.t())
     unpacked = quant_utils.unpack_quantized_values_into_int32(
         stored, scalar_types.uint4, packed_dim=0
@@ -140,9 +140,9 @@ def test_awq_agrees_with_vllms_pack(seed, rows, groups):
         np.random.default_rng(seed).integers(0, 16, (32 * groups, rows))
     )
     stored = quant_utils.awq_pack(q.int(), 4, *q.shape)
-    words = helper.AWQ.to_exllama(stored)
+    words = packings.AWQ.to_exllama(stored)
     np.testing.assert_array_equal(unpack_exllama(words.numpy()), q.t())
-    zeros = helper.AWQ.to_row_zeros(stored)
+    zeros = packings.AWQ.to_row_zeros(stored)
     np.testing.assert_array_equal(unpack_row_zeros(zeros.numpy()), q.t())
 
 
@@ -151,17 +151,17 @@ def test_awq_agrees_with_vllms_pack(seed, rows, groups):
 def test_pack_quantized_agrees_with_compressed_tensors(seed, rows, groups):
     rng = np.random.default_rng(seed)
     q = torch.from_numpy(rng.integers(-8, 8, (rows, 32 * groups), dtype=np.int8))
-    words = helper.PACK_QUANTIZED.to_exllama(pack_to_int32(q, 4))
+    words = packings.PACK_QUANTIZED.to_exllama(pack_to_int32(q, 4))
     np.testing.assert_array_equal(unpack_exllama(words.numpy()), q.numpy() + 8)
     zero = torch.from_numpy(rng.integers(-8, 8, (rows, groups), dtype=np.int8))
     stored = pack_to_int32(zero, 4, packed_dim=0).contiguous()
-    zeros = helper.PACK_QUANTIZED.to_row_zeros(stored)
+    zeros = packings.PACK_QUANTIZED.to_row_zeros(stored)
     np.testing.assert_array_equal(unpack_row_zeros(zeros.numpy()), zero.numpy() + 8)
 
 
 def test_gptq_v1_zero_points_are_stored_minus_one_modulo_16():
     stored = np.array([[0x76543210], [0x0EDCBA98 | 0xF << 28]], np.uint32)
-    zeros = helper.gptq_v1_to_row_zeros(torch.from_numpy(stored.view(np.int32)))
+    zeros = packings.gptq_v1_to_row_zeros(torch.from_numpy(stored.view(np.int32)))
     expected = [0x87654321, 0x0FEDCBA9]
     assert [word & 0xFFFFFFFF for word in zeros[0].tolist()] == expected
 
@@ -170,7 +170,7 @@ def test_shuffle_is_the_documented_order():
     v = np.arange(8, dtype=np.uint32)  # nibble i of the stored word holds i
     stored = (v << (4 * v)).sum(dtype=np.uint32)
     word = torch.from_numpy(np.array([stored], dtype=np.uint32).view(np.int32))
-    shuffled = int(helper.shuffle_exllama_(word).item()) & 0xFFFFFFFF
+    shuffled = int(packings.shuffle_exllama_(word).item()) & 0xFFFFFFFF
     for i in range(4):
         pair = (shuffled >> (4 * i)) & 0x000F000F
         assert (pair & 0xFFFF, pair >> 16) == (2 * i, 2 * i + 1)
@@ -182,7 +182,7 @@ def test_shuffle_of_any_length_works_in_place(words):
     stored = rng.integers(-(2**31), 2**31, words, dtype=np.int64).astype(np.int32)
     tensor = torch.from_numpy(stored.copy())
     address = tensor.data_ptr()
-    assert helper.shuffle_exllama_(tensor).data_ptr() == address
+    assert packings.shuffle_exllama_(tensor).data_ptr() == address
     shifts = np.arange(0, 32, 4, dtype=np.uint32)
     expected = (stored.view(np.uint32)[:, None] >> shifts) & 0xF
     np.testing.assert_array_equal(
@@ -208,7 +208,7 @@ def flags_of_the_memory_at(address: int) -> list[str]:
     reason="needs a Linux kernel with transparent huge pages",
 )
 def test_experts_are_advised_to_lie_on_huge_pages():
-    experts = helper.empty_experts(8, (1024, 256), 1024, 2048, 0)
+    experts = packings.empty_experts(8, (1024, 256), 1024, 2048, 0)
     middle = experts.data_ptr() + experts.nbytes // 2
     assert "hg" in flags_of_the_memory_at(middle)
     assert experts.count_nonzero() == 0
@@ -216,6 +216,6 @@ def test_experts_are_advised_to_lie_on_huge_pages():
 
 def test_advice_on_huge_pages_leaves_what_is_small_or_elsewhere_alone():
     small, elsewhere = torch.arange(4), torch.empty(1 << 20, device="meta")
-    assert helper.advise_huge_pages(small) is small
+    assert packings.advise_huge_pages(small) is small
     assert small.tolist() == [0, 1, 2, 3]
-    assert helper.advise_huge_pages(elsewhere) is elsewhere
+    assert packings.advise_huge_pages(elsewhere) is elsewhere

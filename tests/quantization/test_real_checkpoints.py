@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
 )
 

@@ -24,6 +24,10 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     DeviceFamily,
     device_family,
 )
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -32,7 +36,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.inc.inc import INCConfig
 from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import gate, switch
 from vllm.v1.worker.workspace import (
     init_workspace_manager,
     is_workspace_manager_initialized,
@@ -244,9 +247,9 @@ def fresh_gate_records(monkeypatch) -> None:
     """For one test: empty gate records, the tests' default switch, and log lines that
     caplog sees."""
     for record in ("_accepted", "_reasons_logged"):
-        monkeypatch.setattr(gate, record, set())
+        monkeypatch.setattr(oracle, record, set())
     for record in ("_ready", "_declined"):
-        monkeypatch.setattr(gate, record, {})
+        monkeypatch.setattr(oracle, record, {})
     monkeypatch.delenv(switch.NAME, raising=False)
     if is_opt_in():
         monkeypatch.setenv(switch.NAME, "1")

@@ -39,6 +39,7 @@ inline int block_z() { return gpu_host::block_index().z; }
 inline char* dynamic_lds() { return gpu_host::dynamic_lds(); }
 inline int uniform(int v) { return v; }
 
+inline int load_uniform(const int* p) { return *p; }
 inline U32x4 load_16(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) gpu_host::fail("misaligned 16-byte load");
   return *static_cast<const U32x4*>(p);
@@ -108,6 +109,15 @@ float dot2(DT dtype, uint32_t a, uint32_t b, float c) {
 }
 
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+template <int B0, int B1, int B2, int B3>
+uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  const uint64_t all = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t picked = 0;
+  constexpr int kBytes[] = {B0, B1, B2, B3};
+  for (int i = 0; i < 4; ++i)
+    picked |= static_cast<uint32_t>(all >> (8 * kBytes[i]) & 0xff) << (8 * i);
+  return picked;
+}
 inline int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
@@ -151,6 +161,16 @@ T shuffle(T v, int from) {
   static_assert(sizeof(T) == 4);
   const auto* all = gpu_host::wave_gather({{bit_cast<uint32_t>(v)}}, "shuffle");
   if (from < 0 || from >= kWaveSize) gpu_host::fail("shuffle from no lane");
+  return bit_cast<T>(all[from].v[0]);
+}
+template <typename T>
+T from_lane(T v, int from) {
+  const auto* all =
+      gpu_host::wave_gather({{bit_cast<uint32_t>(v), static_cast<uint32_t>(from)}}, "from_lane");
+  for (int i = 0; i < kWaveSize; ++i) {
+    if (all[i].v[1] != static_cast<uint32_t>(from)) gpu_host::fail("from_lane: lanes disagree");
+  }
+  if (from < 0 || from >= kWaveSize) gpu_host::fail("from_lane: no such lane");
   return bit_cast<T>(all[from].v[0]);
 }
 template <typename T>

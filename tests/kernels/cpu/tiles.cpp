@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// tiles TABLE CASES SEED LIMIT: random tiles through the kernels of a table, against float64.
+// tiles KERNEL CASES SEED LIMIT: random tiles through a kernel, against float64.
 //
 // Prints the largest error. Exit status 1: a case failed, and is printed; 77: the processor lacks
-// the table's instructions (those of AMX are emulated, amx_emulation.h). Memory ends where a kernel
-// may read and write no further; what prepare() and multiply() have to write is poisoned with NaNs
-// before, and so are the gaps between the outputs.
+// the kernel's instructions (those of AMX are emulated, amx_emulation.h). Memory ends where a
+// kernel may read and write no further; what prepare() and multiply() have to write is poisoned
+// with NaNs before, and so are the gaps between the outputs.
 //
 // Errors are relative to the norm that the outputs are expected to have when rows and weights are
 // independent: that of random outputs themselves may be next to nothing.
@@ -56,13 +56,13 @@ bool has_avx512() {
 }
 
 // Null: this processor cannot run it.
-const Kernels* find(const std::string& name) {
+const Kernel* find(const std::string& name) {
   if (name == kPortable.name) return &kPortable;
 #if defined(__x86_64__)
   if (name == kAvx2.name && has_avx2()) return &kAvx2;
   if (!has_avx512()) return nullptr;
-  for (const Kernels* kernels : {&kAvx512, &kAvx512Vnni, &kAvx512Bf16, &kAmxInt8, &kAmxBf16}) {
-    if (name == kernels->name) return kernels;
+  for (const Kernel* kernel : {&kAvx512, &kAvx512Vnni, &kAvx512Bf16, &kAmxInt8, &kAmxBf16}) {
+    if (name == kernel->name) return kernel;
   }
 #endif
   return nullptr;
@@ -147,8 +147,8 @@ class Case {
   }
 
   // The error, or infinity where an output is none; says which.
-  double run(const Kernels& kernels) const {
-    const std::vector<float> out = multiply(kernels);
+  double run(const Kernel& kernel) const {
+    const std::vector<float> out = multiply(kernel);
     double error = 0, norm = 0, worst = -1;
     int32_t worst_row = 0, worst_column = 0;
     bool good = true;
@@ -250,9 +250,9 @@ class Case {
   }
 
   // As the driver does it (moe_int4_cpu.cpp).
-  std::vector<float> multiply(const Kernels& kernels) const {
-    const int64_t rows = kernels.rows_allocated(dtype_, m_);
-    const int64_t stride = round_up<int64_t>(kernels.row_bytes(dtype_, k_), 64) + 64;
+  std::vector<float> multiply(const Kernel& kernel) const {
+    const int64_t rows = kernel.rows_allocated(dtype_, m_);
+    const int64_t stride = round_up<int64_t>(kernel.row_bytes(dtype_, k_), 64) + 64;
     const int64_t sums_stride = round_up(groups_, kSumsPadding);
     const Aligned data(rows * stride), sums(4 * rows * sums_stride);
     const PreparedRows prepared{data.data(), stride, reinterpret_cast<float*>(sums.data()),
@@ -270,10 +270,10 @@ class Case {
       for (int32_t r = 0; r < source.count; ++r) {
         source.a[r] = a.data() + int64_t{begin + r} * k_;
       }
-      kernels.prepare(source, prepared);
+      kernel.prepare(source, prepared);
     }
 
-    const Aligned scratch(kernels.scratch_bytes(k_, group_size_, m_));
+    const Aligned scratch(kernel.scratch_bytes(k_, group_size_, m_));
     const Copy out(
         std::vector<float>(int64_t{m_ - 1} * out_stride_ + columns_, bits_as<float>(kPoison)));
     Tile tile{};
@@ -293,7 +293,7 @@ class Case {
     tile.out = out.data();
     tile.out_stride = out_stride_;
     tile.scratch = scratch.data();
-    kernels.multiply(tile);
+    kernel.multiply(tile);
     return {out.data(), out.data() + int64_t{m_ - 1} * out_stride_ + columns_};
   }
 
@@ -321,11 +321,11 @@ void print_running() {
 
 int main(int argc, char** argv) {
   if (argc != 5) {
-    std::fprintf(stderr, "usage: tiles TABLE CASES SEED LIMIT\n");
+    std::fprintf(stderr, "usage: tiles KERNEL CASES SEED LIMIT\n");
     return 2;
   }
-  const Kernels* kernels = find(argv[1]);
-  if (kernels == nullptr) return kSkipped;
+  const Kernel* kernel = find(argv[1]);
+  if (kernel == nullptr) return kSkipped;
   const int32_t cases = std::atoi(argv[2]);
   const auto seed = static_cast<uint32_t>(std::strtoul(argv[3], nullptr, 10));
   const double limit = std::atof(argv[4]);
@@ -334,7 +334,7 @@ int main(int argc, char** argv) {
   for (int32_t i = 0; i < cases; ++i) {
     const Case one(seed, i);
     running = &one;
-    const double error = one.run(*kernels);
+    const double error = one.run(*kernel);
     running = nullptr;
     if (!(error <= limit)) {
       one.print(stdout);

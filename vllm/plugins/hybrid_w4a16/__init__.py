@@ -7,9 +7,11 @@
 
 import vllm
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.model_executor.layers.quantization import hybrid_w4a16_head_schemes
-from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import hooks, switch
+from vllm.plugins.hybrid_w4a16 import hooks
 
 logger = init_logger(__name__)
 
@@ -27,7 +29,6 @@ def register() -> None:
     hybrid_w4a16_head_schemes.register()
     try:
         hooks.apply_hooks()
-        hooks.add_list_entries(current_platform)
     except hooks.HookError as error:
         if switch.value() == "require":
             raise

@@ -20,8 +20,11 @@ import torch
 
 import vllm
 from vllm.logger import suppress_logging
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import hooks, switch
+from vllm.plugins.hybrid_w4a16 import hooks
 
 DISTRIBUTION = "vllm-hybrid-w4a16"
 PLUGIN = "hybrid_w4a16"

@@ -11,11 +11,13 @@ import dataclasses
 import json
 import logging
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 from vllm.logger import suppress_logging
-from vllm.plugins.hybrid_w4a16 import explain_bytes, explain_layers, switch
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
+from vllm.plugins.hybrid_w4a16 import explain_bytes, explain_layers
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -97,9 +99,8 @@ def explain(
 
     switch.register()
     checkpoint = read_checkpoint(name)
-    with devices.assume_device(device) if device else nullcontext():
-        family = devices.device_family()
-        layers = explain_layers.expert_layers(checkpoint, tp_size)
+    family = devices.PLANNED[device] if device else devices.device_family()
+    layers = explain_layers.expert_layers(checkpoint, tp_size, family)
     parts = explain_bytes.parts(checkpoint, layers, tp_size, context)
     total = sum(part.token_bytes for part in parts)
     known = family if isinstance(family, devices.DeviceFamily) else None

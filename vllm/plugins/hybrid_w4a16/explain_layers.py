@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm.plugins.hybrid_w4a16 import gate, hooks, switch
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
+from vllm.plugins.hybrid_w4a16 import hooks
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -66,8 +71,12 @@ class ExpertsLayer:
     """Why not."""
 
 
-def expert_layers(checkpoint: Checkpoint, tp_size: int) -> list[ExpertsLayer]:
+def expert_layers(
+    checkpoint: Checkpoint, tp_size: int, family: DeviceFamily | str
+) -> list[ExpertsLayer]:
     """The decoder's routed-experts layers in order, empty for a dense model.
+
+    ``family``: the device to plan for, or why there is none.
 
     Raises ``CheckpointError`` when the tensors do not fit the config.
     """
@@ -81,7 +90,7 @@ def expert_layers(checkpoint: Checkpoint, tp_size: int) -> list[ExpertsLayer]:
         _stored_layer(checkpoint, index, name, tensors)
         for (index, name), tensors in sorted(by_layer.items())
     ]
-    return _decide(checkpoint, stored, by_layer, tp_size)
+    return _decide(checkpoint, stored, by_layer, tp_size, family)
 
 
 def is_decoder(name: str, index: int, depth: int) -> bool:
@@ -167,6 +176,7 @@ def _decide(
     layers: list[ExpertsLayer],
     by_layer: dict[tuple[int, str], list[TensorInfo]],
     tp_size: int,
+    family: DeviceFamily | str,
 ) -> list[ExpertsLayer]:
     """The layers with ``hybrid`` and ``reason`` filled in."""
     if not layers:
@@ -186,12 +196,13 @@ def _decide(
         method = checkpoint.quantization.get("quant_method")
         reason = f"vLLM's {method} does not take the quantization config: {error}"
         return [replace(layer, reason=reason) for layer in layers]
-    gate.new_model()
+    oracle.new_model()
     decided = []
     for layer in layers:
         experts = _stand_in(
             checkpoint, layer, by_layer[layer.index, layer.name], tp_size
         )
+        oracle.plan_for(experts, family)
         why = _decline_reason(config, experts, layer)
         decided.append(replace(layer, hybrid=why is None, reason=why))
     return decided
@@ -212,7 +223,7 @@ def _decline_reason(
     config: Any, experts: "RoutedExperts", layer: ExpertsLayer
 ) -> str | None:
     """Ask the hooked factory; ``None``: it returns one of our methods."""
-    from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+    from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
         HybridW4A16MoEMethod,
     )
 
@@ -227,7 +238,7 @@ def _decline_reason(
     if isinstance(method, HybridW4A16MoEMethod):
         return None
     return (
-        gate.declined_because(layer.name)
+        oracle.declined_because(layer.name)
         or (f"{layer.bits}-bit weights, not quantized" if layer.bits == 16 else None)
         or (
             f"no hybrid method for it, and vLLM's own fails here: {failure}"

@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vllm.plugins.hybrid_w4a16 import fork_files, switch
-from vllm.plugins.hybrid_w4a16.hooks import HOOKS, LIST_ENTRIES, Hook, ListEntry
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
+from vllm.plugins.hybrid_w4a16 import fork_files
+from vllm.plugins.hybrid_w4a16.hooks import HOOKS
 
 APPLIES, THERE, CONFLICTS = "applies", "already there", "conflicts"
 ENVS, CMAKE = "vllm/envs.py", "CMakeLists.txt"
@@ -163,10 +166,6 @@ def _edits(tree: Path) -> dict[str, list[Edit]]:
         path = fork_files.defining_file(tree, hook.module, hook.owner)
         symbol = f"{hook.owner}.{hook.factory}"
         add(path, symbol, partial(fork_edits.insert_prologue, hook=hook))
-    for entry in LIST_ENTRIES:
-        path = fork_files.defining_file(tree, entry.module, entry.platform)
-        symbol = f"{entry.platform}.{entry.attribute}"
-        add(path, symbol, partial(fork_edits.add_list_entry, entry=entry))
     add(ENVS, f"{switch.NAME} (type)", fork_edits.declare_switch)
     add(ENVS, f"{switch.NAME} (environment_variables)", fork_edits.register_switch)
     for extension in fork_edits.CMAKE_AFTER:
@@ -260,9 +259,8 @@ def commit_message() -> str:
         f"vLLM's own way; {switch.NAME}=0 switches it off."
     )
     parts = [TITLE, what]
-    rows: tuple[Hook | ListEntry, ...] = (*HOOKS, *LIST_ENTRIES)
-    for row in rows:
-        parts.append(f"{row.target}\n  Why: {row.why}\n  Until: {row.until}")
+    for hook in HOOKS:
+        parts.append(f"{hook.target}\n  Why: {hook.why}\n  Until: {hook.until}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import libcst as cst
 
-from vllm.plugins.hybrid_w4a16 import switch
-from vllm.plugins.hybrid_w4a16.hooks import Hook, ListEntry
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
+from vllm.plugins.hybrid_w4a16.hooks import Hook
 
 LINE_LENGTH = 88
 
@@ -64,20 +66,6 @@ def insert_prologue(source: str, hook: Hook) -> str:
     body[start:start] = [load, call]
     new = function.with_changes(body=function.body.with_changes(body=body))
     return _replaced(module, function, new)
-
-
-def add_list_entry(source: str, entry: ListEntry) -> str:
-    """Add ``entry``'s value to the list in its platform's class."""
-    module = cst.parse_module(source)
-    owner = _class(module, entry.platform)
-    assigned = _assigned(owner.body.body, entry.attribute, entry.platform)
-    if not isinstance(assigned, cst.List):
-        raise Conflict(f"{entry.attribute} is not a list")
-    if any(_value(element.value) == entry.value for element in assigned.elements):
-        return source
-    new = cst.List([*assigned.elements, _text_element(entry.value)])
-    new = new.with_changes(lbracket=assigned.lbracket, rbracket=assigned.rbracket)
-    return _replaced(module, assigned, _with_comma_before_last(new))
 
 
 def declare_switch(source: str) -> str:
@@ -222,17 +210,6 @@ def _assigned_name(statement: cst.CSTNode) -> str | None:
 
 def _value(node: cst.CSTNode | None) -> object:
     return node.evaluated_value if isinstance(node, cst.SimpleString) else None
-
-
-def _text_element(value: str) -> cst.Element:
-    return cst.Element(cst.SimpleString(f'"{value}"'), comma=cst.Comma())
-
-
-def _with_comma_before_last(new: cst.List) -> cst.List:
-    """The list with the new last element spaced as the one before it."""
-    *rest, before, last = new.elements
-    spacing = rest[-1].comma if rest else cst.Comma(cst.SimpleWhitespace(" "))
-    return new.with_changes(elements=[*rest, before.with_changes(comma=spacing), last])
 
 
 def _same_code(a: Sequence[cst.CSTNode], b: Sequence[cst.CSTNode]) -> bool:

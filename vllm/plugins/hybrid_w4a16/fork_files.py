@@ -9,11 +9,12 @@ from pathlib import Path
 # (glob in this project, folder it is relative to, folder in vLLM's tree). A later row
 # wins where two have the same target: fork/ holds what only the fork branch has.
 ROWS = (
-    ("vllm/**/*.py", "vllm", "vllm"),
-    ("vllm/**/*.json", "vllm", "vllm"),
+    ("vllm/model_executor/**/*.py", "vllm", "vllm"),
+    ("vllm/model_executor/**/*.json", "vllm", "vllm"),
     ("csrc/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/cpu/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/rocm/*.[chp]*", "csrc", "csrc/hybrid_w4a16"),
+    ("csrc/rocm/amd_archs.json", "csrc", "csrc/hybrid_w4a16"),
     ("tests/__init__.py", "tests", "tests/hybrid_w4a16"),
     ("tests/[kq]*/__init__.py", "tests", "tests/hybrid_w4a16"),
     ("tests/quantization/test_*.py", "tests", "tests/hybrid_w4a16"),
@@ -30,7 +31,8 @@ ROWS = (
 # Reads checkpoints in tests/fixtures: binary files, and a patch takes text only.
 NEEDS_FIXTURES = "tests/hybrid_w4a16/quantization/test_real_checkpoints.py"
 
-PLUGIN = "vllm/plugins/hybrid_w4a16"
+# The fork's kernels are for AMD GPUs and the CPU.
+FOR_CUDA = "csrc/hybrid_w4a16/rocm/device_cuda.cpp"
 
 OUR_HEADER = "Copyright contributors to the hybrid-w4a16 project"
 VLLM_HEADER = "Copyright contributors to the vLLM project"
@@ -63,30 +65,8 @@ def files_to_add(project: Path) -> dict[str, str]:
             if file.is_file() and "__pycache__" not in file.parts:
                 path = (Path(target) / file.relative_to(project / base)).as_posix()
                 files[path] = file.read_text().replace(OUR_HEADER, VLLM_HEADER)
-    del files[NEEDS_FIXTURES]
-    return dict(sorted(_without_overlay(files).items()))
-
-
-def _without_overlay(files: dict[str, str]) -> dict[str, str]:
-    """``files`` less the plugin's modules that none of the others needs.
-
-    What applies the hooks at run time and the commands stay behind.
-    """
-    plugin = {path for path in files if Path(path).parent.as_posix() == PLUGIN}
-    plugin.remove(f"{PLUGIN}/__init__.py")
-    kept = {path: text for path, text in files.items() if path not in plugin}
-    pending = [text for path, text in kept.items() if path.startswith("vllm/")]
-    while pending:
-        for module, name in _imports(pending.pop()):
-            for path in (_path(module), _path(f"{module}.{name}")):
-                if path in plugin and path not in kept:
-                    kept[path] = files[path]
-                    pending.append(files[path])
-    return kept
-
-
-def _path(module: str) -> str:
-    return module.replace(".", "/") + ".py"
+    del files[NEEDS_FIXTURES], files[FOR_CUDA]
+    return dict(sorted(files.items()))
 
 
 def _imports(text: str) -> Iterator[tuple[str, str]]:

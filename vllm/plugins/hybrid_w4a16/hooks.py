@@ -39,24 +39,6 @@ class Hook:
         return f"{self.module}.{self.owner}.{self.factory}"
 
 
-@dataclass(frozen=True)
-class ListEntry:
-    """A value that a list attribute of the platform at hand has to hold."""
-
-    platform: str
-    """Name of the platform class that it is about."""
-    attribute: str
-    value: str
-    why: str
-    until: str
-    module: str = "vllm.platforms.rocm"
-    """Where the class is."""
-
-    @property
-    def target(self) -> str:
-        return f"{self.module}.{self.platform}.{self.attribute}"
-
-
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 
 HOOKS: tuple[Hook, ...] = (
@@ -76,7 +58,7 @@ HOOKS: tuple[Hook, ...] = (
         owner="CompressedTensorsMoEMethod",
         factory="get_moe_method",
         parameters=("quant_config", "layer", "layer_name"),
-        handler=f"{_QUANTIZATION}.compressed_tensors_moe:compressed_tensors_moe_method",
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_compressed_tensors:compressed_tensors_moe_method",
         why=(
             "compressed-tensors int4 MoE runs on the Triton WNA16 path on most of RDNA "
             "and in int8 on the CPU. Can go with the first hook."
@@ -87,7 +69,7 @@ HOOKS: tuple[Hook, ...] = (
         owner="AutoGPTQConfig",
         factory="get_quant_method",
         parameters=("self", "layer", "prefix"),
-        handler=f"{_QUANTIZATION}.gptq_moe:gptq_moe_method",
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_gptq:gptq_moe_method",
         why="The same for GPTQ. The factory is for every layer; others fall through.",
     ),
     Hook(
@@ -95,7 +77,7 @@ HOOKS: tuple[Hook, ...] = (
         owner="AutoAWQConfig",
         factory="get_quant_method",
         parameters=("self", "layer", "prefix"),
-        handler=f"{_QUANTIZATION}.awq_moe:awq_moe_method",
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_awq:awq_moe_method",
         why="The same for AWQ. The factory is for every layer; others fall through.",
     ),
     Hook(
@@ -118,16 +100,6 @@ HOOKS: tuple[Hook, ...] = (
             "checkpoint: the last step of every constructor."
         ),
         until="vLLM's quantizing at load takes ParallelLMHead.",
-    ),
-)
-
-LIST_ENTRIES: tuple[ListEntry, ...] = (
-    ListEntry(
-        platform="RocmPlatform",
-        attribute="supported_quantization",
-        value="inc",
-        why="Without it vLLM refuses AutoRound on ROCm.",
-        until="No supported vLLM lacks it: 0.32.0 and 0.33.0 hold it already.",
     ),
 )
 
@@ -155,15 +127,6 @@ def apply_hooks(hooks: tuple[Hook, ...] = HOOKS) -> None:
     for hook, owner, original in resolved:
         if not hasattr(inspect.unwrap(original, stop=_is_ours), _MARK):
             _install(hook, owner, original)
-
-
-def add_list_entries(platform: object) -> None:
-    """Add the entries that the class of ``platform`` is missing."""
-    for entry in LIST_ENTRIES:
-        if type(platform).__name__ == entry.platform:
-            values = getattr(platform, entry.attribute)
-            if entry.value not in values:
-                values.append(entry.value)
 
 
 def _is_ours(function: Callable[..., Any]) -> bool:

@@ -6,20 +6,13 @@ The only place in the Python code that asks for the platform. A GPU architecture
 supported when the op library holds code for it.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import table_name
 from vllm.platforms import current_platform
-
-
-def tile_family(arch: str) -> str:
-    """Entry of the prefill table for an architecture such as "gfx1151" or "sm_90"."""
-    is_rdna = arch.startswith(("gfx11", "gfx12"))
-    return arch[:5] if is_rdna and arch != "gfx1151" else arch
 
 
 @dataclass(frozen=True)
@@ -36,42 +29,25 @@ class DeviceFamily:
     """Only on request (``VLLM_HYBRID_W4A16_MOE=1``), not by default."""
     cu_count: int
     """Compute units that a GPU grid is spread over; 1 on the CPU."""
-    tiles: str | None = None
-    """Entry of the prefill table; ``None``: decode takes any number of tokens."""
-    pads_rows: bool = False
-    """Packed weight rows of a multiple of 1024 bytes get 128 bytes more (RDNA)."""
+    tuning: str | None = None
+    """Tuning table; ``None``: decode takes any number of tokens."""
 
 
 _HIP_KERNELS = "HIP wvSplitK"
 _CUDA_KERNELS = "CUDA wvSplitK"
 
 # For planning on another machine. CUs of gfx1151: AMD's product page of Strix Halo.
-ASSUMABLE = {
+PLANNED = {
     "gfx1151": DeviceFamily(
-        "gfx1151", _HIP_KERNELS, "Triton", False, 40, "gfx1151", pads_rows=True
+        "gfx1151", _HIP_KERNELS, "Triton", False, 40, table_name("gfx1151")
     ),
     "cuda": DeviceFamily("cuda", _CUDA_KERNELS, "Triton", True, 1, "sm_90"),
     "cpu": DeviceFamily("cpu", "C++", "C++", False, 1),
 }
-_assumed: DeviceFamily | None = None
-
-
-@contextlib.contextmanager
-def assume_device(name: str) -> Iterator[None]:
-    """Within the context the device at hand is taken for one of ``ASSUMABLE``, with an
-    op library for it: to ask what would go hybrid there, not to run anything."""
-    global _assumed
-    _assumed = ASSUMABLE[name]
-    try:
-        yield
-    finally:
-        _assumed = None
 
 
 def device_family() -> DeviceFamily | str:
     """The device at hand, or the reason why the ops do not run on it."""
-    if _assumed is not None:
-        return _assumed
     error = ops.load_error()
     if error is not None:
         return error
@@ -99,6 +75,7 @@ def _gpu_family(
             f"(it was built for: {', '.join(built) or 'no GPU of this vendor'})"
         )
     cu_count = torch.cuda.get_device_properties().multi_processor_count
-    tiles = tile_family(arch)
-    pads_rows = current_platform.is_rocm()  # every architecture built for is RDNA
-    return DeviceFamily(arch, kernels, "Triton", opt_in, cu_count, tiles, pads_rows)
+    if current_platform.is_rocm():
+        # torch counts workgroup processors on RDNA: two compute units each
+        cu_count *= 2
+    return DeviceFamily(arch, kernels, "Triton", opt_in, cu_count, table_name(arch))

@@ -5,16 +5,8 @@
 Notation: M tokens, E experts that live on this rank, K the reduction size, N output
 rows, G the group size, I the intermediate size per partition, H the hidden size.
 
-Weights of every op (packed by ``hybrid_w4a16_moe_helper``)::
-
-    w            int32 [E, N, K//8], ExLlama-shuffled: bits of a word are
-                 v0 | v2<<4 | v4<<8 | v6<<12 | v1<<16 | v3<<20 | v5<<24 | v7<<28;
-                 strides (any, multiple of 4 words >= K//8, 1), 16-byte aligned
-    scales       activation dtype [E, N, K//G], innermost stride 1
-    zero_points  int32 [E, N//8, K//G], row n at word n//8, bits 4*(n%8), innermost
-                 stride 1; ``None``: symmetric, zero point 8
-    dequantized  w[n, k] = (q[n, k] - zp[n, k//G]) * scales[n, k//G]
-
+Weights of every op are laid out as ``hybrid_w4a16_packing`` says: w int32
+[E, N, K//8], scales [E, N, K//G], zero_points int32 [E, N//8, K//G] or ``None``.
 Activations are fp16 or bf16, accumulation is fp32. All tensors of a call are on one
 device; row strides are honoured everywhere. An argument that does not fit raises
 ``RuntimeError`` naming the argument, what was expected and what came.
@@ -23,9 +15,11 @@ device; row strides are honoured everywhere. An argument that does not fit raise
 import functools
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
 _LIBRARY = "_hybrid_w4a16_C.so"
@@ -35,6 +29,25 @@ _OPS = (
     "fused_moe_wvSplitK_int4_down",
     "hybrid_w4a16_build_info",
 )
+
+
+class OpActivation(NamedTuple):
+    """How the ops and kernels know an activation."""
+
+    name: str
+    """The ops' argument."""
+    formula: int
+    """``moe_int4::Activation`` of C++ and the constant of the Triton kernels."""
+
+
+# Not SWIGLUOAI: it expects gate and up rows of w13 interleaved, as only gpt-oss stores
+# them (and gpt-oss's experts have a bias).
+ACTIVATIONS = {
+    MoEActivation.SILU: OpActivation("silu", 0),
+    MoEActivation.SWIGLUOAI_UNINTERLEAVE: OpActivation("swigluoai", 0),
+    MoEActivation.GELU: OpActivation("gelu", 1),
+    MoEActivation.GELU_TANH: OpActivation("gelu_tanh", 2),
+}
 
 
 def _ops_registered() -> bool:

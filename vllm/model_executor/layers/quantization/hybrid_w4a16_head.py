@@ -26,6 +26,7 @@ from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as device
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -43,7 +44,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
-from vllm.plugins.hybrid_w4a16 import switch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

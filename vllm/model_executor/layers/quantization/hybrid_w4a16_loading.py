@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
-    CheckpointPacking,
     global_expert,
     is_packed,
 )
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import CheckpointPacking
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts

@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
     FusedMoEMethodBase,
 )
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import AWQ, GPTQ_V1
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import AWQ, GPTQ_V1
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16 as oracle,
+)
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_recipes import (
     uniform_recipe,
 )
 from vllm.model_executor.layers.quantization.inc.config_parser import INCConfigParser
-from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -67,7 +74,7 @@ def inc_moe_method(
             f"packing_format is {layer_config.packing_format!r}, "
             f"supported: {', '.join(map(repr, PACKINGS))}"
         )
-    if not gate.accept(
+    if not oracle.accept(
         layer, prefix, layer_config.bits, layer_config.group_size, unsupported
     ):
         return None

@@ -3,13 +3,11 @@
 """Modular-kernel experts over the int4 wvSplitK ops.
 
 Weights are those that ``setup_hybrid_w4a16_moe`` leaves behind (layout in
-``hybrid_w4a16_ops``): w1 int32 [E, 2*I, H//8], w2 int32 [E, H, I//8]; E counts the
+``hybrid_w4a16_packing``): w1 int32 [E, 2*I, H//8], w2 int32 [E, H, I//8]; E counts the
 experts of this rank. Decode is two op calls from router output to layer output: gate
 and up with the activation applied, then down, weighted and summed over top-k. On a GPU
 many tokens (prefill) go through Triton instead, over the same weights.
 """
-
-from typing import NamedTuple
 
 import torch
 
@@ -21,13 +19,13 @@ from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEParallelConfig,
     FusedMoEQuantConfig,
 )
-from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
-    prefill_from,
-    prefill_tiles,
-)
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     DeviceFamily,
     device_family,
+)
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
+    prefill_from,
+    prefill_tiles,
 )
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceNoOP,
@@ -39,31 +37,6 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kInt4Static32Asym,
     kInt4StaticAsym,
 )
-
-# Formula of the op per activation. Not SWIGLUOAI: it expects gate and up rows of w13
-# interleaved, as only gpt-oss stores them (and gpt-oss's experts have a bias).
-_OP_ACTIVATION = {
-    MoEActivation.SILU: "silu",
-    MoEActivation.GELU: "gelu",
-    MoEActivation.GELU_TANH: "gelu_tanh",
-    MoEActivation.SWIGLUOAI_UNINTERLEAVE: "swigluoai",
-}
-
-
-class _Call(NamedTuple):
-    """What ``apply`` was called with, as both paths take it."""
-
-    output: torch.Tensor
-    x: torch.Tensor
-    w1: torch.Tensor
-    w2: torch.Tensor
-    topk_weights: torch.Tensor | None
-    topk_ids: torch.Tensor
-    activation: str
-    activation_arguments: tuple[float, float, float | None]
-    global_num_experts: int
-    expert_map: torch.Tensor | None
-    workspace: torch.Tensor
 
 
 class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
@@ -85,8 +58,8 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         assert quant_config.block_shape is not None
         self.cu_count = family.cu_count
         self.group_size = quant_config.block_shape[1]
-        self.tiles = family.tiles
-        self.prefill_from = None if self.tiles is None else prefill_from(self.tiles)
+        self.tuning = family.tuning
+        self.prefill_from = None if self.tuning is None else prefill_from(self.tuning)
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -109,7 +82,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_activation(activation: MoEActivation) -> bool:
-        return activation in _OP_ACTIVATION
+        return activation in ops.ACTIVATIONS
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
@@ -191,53 +164,62 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             workspace2: as ``workspace_shapes`` asked for it.
         """
         assert self.w1_scale is not None and self.w2_scale is not None
-        call = _Call(
-            output,
+        name = ops.ACTIVATIONS[activation].name
+        arguments = self._activation_arguments(activation)
+        weights = None if apply_router_weight_on_input else topk_weights.float()
+        if self._is_prefill(hidden_states.shape[0]):
+            self._prefill(
+                output,
+                hidden_states,
+                w1,
+                w2,
+                weights,
+                topk_ids,
+                (name, *arguments),
+                global_num_experts,
+                expert_map,
+                workspace2,
+            )
+            return
+        ops.fused_moe_wvSplitK_int4_gate_up(
             hidden_states,
             w1,
-            w2,
-            None if apply_router_weight_on_input else topk_weights.float(),
-            topk_ids,
-            _OP_ACTIVATION[activation],
-            self._activation_arguments(activation),
-            global_num_experts,
-            expert_map,
-            workspace2,
-        )
-        if self._is_prefill(hidden_states.shape[0]):
-            self._prefill(call)
-        else:
-            self._decode(call)
-
-    def _decode(self, call: _Call) -> None:
-        gate_up = call.workspace
-        ops.fused_moe_wvSplitK_int4_gate_up(
-            call.x,
-            call.w1,
             self.w1_scale,
-            gate_up,
-            call.topk_ids,
-            call.activation,
+            workspace2,
+            topk_ids,
+            name,
             self.cu_count,
             self.group_size,
             self.w1_zp,
-            call.expert_map,
-            *call.activation_arguments,
+            expert_map,
+            *arguments,
         )
         ops.fused_moe_wvSplitK_int4_down(
-            gate_up,
-            call.w2,
+            workspace2,
+            w2,
             self.w2_scale,
-            call.output,
-            call.topk_ids,
-            call.topk_weights,
+            output,
+            topk_ids,
+            weights,
             self.cu_count,
             self.group_size,
             self.w2_zp,
-            call.expert_map,
+            expert_map,
         )
 
-    def _prefill(self, call: _Call) -> None:
+    def _prefill(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        topk_ids: torch.Tensor,
+        activation: tuple[str, float, float, float | None],
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        workspace: torch.Tensor,
+    ) -> None:
         from vllm.model_executor.layers.fused_moe.experts import (
             hybrid_w4a16_triton as prefill,
         )
@@ -245,30 +227,29 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             moe_align_block_size,
         )
 
-        assert self.tiles is not None
-        sizes = *call.topk_ids.shape, call.w2.shape[1], call.w1.shape[1] // 2
+        assert self.tuning is not None
+        sizes = *topk_ids.shape, w2.shape[1], w1.shape[1] // 2
         tokens, top_k, hidden, intermediate = sizes
         tiles = prefill_tiles(
-            self.tiles, tokens * top_k, call.global_num_experts, hidden, intermediate
+            self.tuning, tokens * top_k, global_num_experts, hidden, intermediate
         )
-        expert_map = call.expert_map
         blocks = moe_align_block_size(
-            call.topk_ids,
+            topk_ids,
             tiles.gate_up.block_m,
-            call.w1.shape[0] if expert_map is None else call.global_num_experts,
+            w1.shape[0] if expert_map is None else global_num_experts,
             expert_map,
             ignore_invalid_experts=expert_map is not None,
         )
         prefill.prefill_experts(
-            call.x,
-            prefill.Int4Matrix(call.w1, self.w1_scale, self.w1_zp, self.group_size),
-            prefill.Int4Matrix(call.w2, self.w2_scale, self.w2_zp, self.group_size),
-            call.output,
-            prefill.Workspace.split(call.workspace, *sizes),
-            call.topk_ids,
-            call.topk_weights,
+            x,
+            prefill.Int4Matrix(w1, self.w1_scale, self.w1_zp, self.group_size),
+            prefill.Int4Matrix(w2, self.w2_scale, self.w2_zp, self.group_size),
+            output,
+            prefill.Workspace.split(workspace, *sizes),
+            topk_ids,
+            topk_weights,
             expert_map,
             prefill.Blocks(*blocks),
-            prefill.Activation(call.activation, *call.activation_arguments),
+            prefill.Activation(*activation),
             tiles,
         )

@@ -3,7 +3,7 @@
 """Prefill: a grouped W4A16 GEMM in Triton over the decode ops' own weight buffer.
 
 The weights stay as ``setup_hybrid_w4a16_moe`` left them (layout in
-``hybrid_w4a16_ops``). The kernels never put the nibbles of a word side by side:
+``hybrid_w4a16_packing``). The kernels never put the nibbles of a word side by side:
 nibble ``p`` of every word of a tile makes a matrix of its own ("plane"), which is
 multiplied with the activations of the same plane. A plane of 16 words is a K of 16,
 one step of the matrix units, and takes a shift and a mask of words that already lie
@@ -24,16 +24,18 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_tiles import (
-    PrefillTiles,
-    Tile,
-)
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_ops import ACTIVATIONS
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import PrefillTiles, Tile
 
 # Weights of a row that a step of the main loop reads: 8 planes of 16, the least K of
 # the matrix units.
 _STEP = 128
 
-_ACTIVATIONS = {"silu": 0, "swigluoai": 0, "gelu": 1, "gelu_tanh": 2}
+# Formulas, by the numbers of ``hybrid_w4a16_ops.ACTIVATIONS``.
+SILU = tl.constexpr(0)
+GELU = tl.constexpr(1)
+GELU_TANH = tl.constexpr(2)
+_FORMULAS = {name: formula for name, formula in ACTIVATIONS.values()}
 
 
 @triton.jit
@@ -129,9 +131,9 @@ def _sigmoid(x):
 
 @triton.jit
 def _activate(x, alpha, ACTIVATION: tl.constexpr):
-    if ACTIVATION == 0:
+    if ACTIVATION == SILU:
         return x * _sigmoid(alpha * x)
-    if ACTIVATION == 1:
+    if ACTIVATION == GELU:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     # tanh(z) = 2 * sigmoid(2 * z) - 1; 0.0447 and sqrt(2 / pi): the usual fit of erf
     return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
@@ -394,7 +396,7 @@ class Activation(NamedTuple):
 
 
 class Int4Matrix(NamedTuple):
-    """A projection of all experts, in the layout of ``hybrid_w4a16_ops``."""
+    """A projection of all experts, in the layout of ``hybrid_w4a16_packing``."""
 
     words: torch.Tensor
     scales: torch.Tensor
@@ -455,7 +457,7 @@ def gate_up(
         GROUP=w13.group_size,
         HAS_ZEROS=w13.zero_points is not None,
         EVEN_K=hidden % _STEP == 0,
-        ACTIVATION=_ACTIVATIONS[activation.name],
+        ACTIVATION=_FORMULAS[activation.name],
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,

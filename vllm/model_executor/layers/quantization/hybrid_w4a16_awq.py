@@ -10,16 +10,23 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
     FusedMoEMethodBase,
 )
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import AWQ
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import AWQ
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16 as oracle,
+)
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_recipes import (
     uniform_recipe,
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
-from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
@@ -56,7 +63,7 @@ def awq_moe_method(
     unsupported = None
     if version != "gemm":
         unsupported = f"AWQ version {version!r}, supported: 'gemm'"
-    if not gate.accept(layer, prefix, bits, config.group_size, unsupported):
+    if not oracle.accept(layer, prefix, bits, config.group_size, unsupported):
         return None
     return AWQHybridW4A16MoEMethod(
         layer.moe_config, config.group_size, not config.zero_point, AWQ

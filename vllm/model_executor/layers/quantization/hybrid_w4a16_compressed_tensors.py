@@ -4,13 +4,20 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import PACK_QUANTIZED
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import PACK_QUANTIZED
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16 as oracle,
+)
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_recipes import (
     expert_linears,
     uniform_recipe,
 )
-from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -52,7 +59,7 @@ def compressed_tensors_moe_method(
         unsupported = "actorder 'group': groups follow the activation order"
     elif quant_config.transform_config is not None:
         unsupported = "transform_config: activations have to be transformed"
-    if not gate.accept(
+    if not oracle.accept(
         layer, layer_name, weights.num_bits, weights.group_size, unsupported
     ):
         return None

@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm.logger import init_logger
-from vllm.plugins.hybrid_w4a16 import switch
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
 
 logger = init_logger(__name__)
 
 GROUP_SIZES = (32, 64, 128)
+# Attribute of a layer that is only planned, on whatever machine is at hand.
+_PLANNED = "hybrid_w4a16_planned_for"
 
 # The model under construction; a process may load several, one after the other.
 _accepted: set[str] = set()
@@ -47,7 +52,7 @@ def accept(
     (``VLLM_HYBRID_W4A16_MOE=require``), and where only the tensor parallel size is in
     the way.
     """
-    reason = unsupported or decline_reason(layer, bits, group_size)
+    reason = unsupported or incompatibility_reason(layer, bits, group_size)
     if reason is None:
         _declined.pop(prefix, None)
         _accepted.add(prefix)
@@ -72,7 +77,7 @@ def accept(
     return False
 
 
-def decline_reason(
+def incompatibility_reason(
     layer: "RoutedExperts", bits: int, group_size: int | tuple[int, int]
 ) -> str | None:
     """Why the layer cannot go hybrid, or ``None``."""
@@ -91,7 +96,7 @@ def decline_reason(
     )
 
     config = layer.moe_config
-    family = device_family()
+    family = getattr(layer, _PLANNED, None) or device_family()
     if not isinstance(family, DeviceFamily):
         return family
     if switch.value() == "auto":
@@ -129,6 +134,14 @@ def decline_reason(
     if parallel.enable_eplb:
         return "expert load balancing (EPLB) is enabled"
     return None
+
+
+def plan_for(layer: "RoutedExperts", family: "DeviceFamily | str") -> None:
+    """Let the decision on ``layer`` be about this device, not the one at hand.
+
+    ``family``: or the reason why there is none.
+    """
+    setattr(layer, _PLANNED, family)
 
 
 def can_gather_tokens() -> bool:

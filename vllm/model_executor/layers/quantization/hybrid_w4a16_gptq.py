@@ -11,15 +11,23 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
     FusedMoEMethodBase,
 )
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     GPTQ_V1,
     GPTQ_V2,
+)
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16 as oracle,
+)
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
 )
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
-from vllm.model_executor.layers.quantization.hybrid_w4a16_moe import (
+from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_recipes import (
     expert_linears,
     uniform_recipe,
 )
@@ -27,7 +35,6 @@ from vllm.model_executor.layers.quantization.utils.gptq_utils import (
     get_dynamic_override,
     is_layer_gptq_quantized,
 )
-from vllm.plugins.hybrid_w4a16 import gate, switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
@@ -88,7 +95,7 @@ def gptq_moe_method(
         )
     elif recipe["desc_act"]:
         unsupported = "desc_act: groups follow the activation order"
-    if not gate.accept(
+    if not oracle.accept(
         layer, prefix, recipe["bits"], recipe["group_size"], unsupported
     ):
         return None

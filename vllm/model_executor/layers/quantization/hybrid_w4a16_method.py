@@ -2,8 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """What the int4 MoE methods of all checkpoint formats share."""
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,15 +20,19 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     device_family,
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
+    is_packed,
+    make_kernel,
+    setup_hybrid_w4a16_moe,
+)
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     CheckpointPacking,
     advise_huge_pages,
     empty_experts,
-    install_kernel,
-    is_packed,
-    row_padding,
-    setup_hybrid_w4a16_moe,
 )
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import row_padding
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.layers.fused_moe.moe_output import UnfinalizedMoEOutput
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 from vllm.model_executor.layers.fused_moe.routed_experts import (
     FusedMoeWeightScaleSupported,
 )
@@ -39,15 +42,12 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_loading import (
     ExpertTensorLoader,
 )
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.plugins.hybrid_w4a16 import gate
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.runner.shared_experts import (
         SharedExperts,
     )
-
-Recipe = TypeVar("Recipe")
 
 
 class HybridW4A16MoEMethod(FusedMoEMethodBase):
@@ -105,7 +105,7 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
             "is_transposed": packing.k_first,
         }
         family = device_family()
-        pads_rows = isinstance(family, DeviceFamily) and family.pads_rows
+        tuning = family.tuning if isinstance(family, DeviceFamily) else None
         gate_up = self.moe.w13_num_shards * intermediate_size_per_partition
         layer.num_groups_w13 = hidden_size // self.group_size
         layer.num_groups_w2 = intermediate_size_per_partition // self.group_size
@@ -114,7 +114,7 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
             ("w13", gate_up, hidden_size),
             ("w2", hidden_size, intermediate_size_per_partition),
         ):
-            padding = row_padding(k, pads_rows)
+            padding = 0 if tuning is None else row_padding(tuning, k)
             self.padding_bytes += 4 * num_experts * n * padding
             for suffix, shape in packing.shapes(n, k, self.group_size).items():
                 if suffix == packing.qweight:
@@ -141,10 +141,14 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         loaded = not is_packed(getattr(layer, f"w13_{self.packing.qweight}"))
         if loaded and not self._weights_are_made_up:
             self._loader.check_complete(layer)
-        setup_hybrid_w4a16_moe(self, layer)
+        self._install(setup_hybrid_w4a16_moe(self, layer))
         for weight in ("w13", "w2"):
             setattr(layer, f"{weight}_{BIAS}", None)
-        gate.report_ready(layer.layer_name, self.padding_bytes)
+        oracle.report_ready(layer.layer_name, self.padding_bytes)
+
+    def _install(self, kernel: FusedMoEKernel) -> None:
+        self.moe_kernel = kernel
+        self.moe_quant_config = kernel.fused_experts.quant_config
 
     def get_fused_moe_quant_config(self, layer: "RoutedExperts") -> FusedMoEQuantConfig:
         scales, zeros = self.packing.scales, self.packing.zeros
@@ -171,7 +175,7 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         if config.w1_scale is not getattr(layer, f"w13_{self.packing.scales}"):
             # vLLM's reload copies what it loaded into the tensors of before and puts
             # those back; the kernel must not keep the others alive
-            install_kernel(self, layer)
+            self._install(make_kernel(self, layer))
         assert self.moe_kernel is not None
         return self.moe_kernel.apply(
             hidden_states=x,
@@ -198,42 +202,3 @@ def _register(
     parameter = torch.nn.Parameter(tensor, requires_grad=False)
     layer.register_parameter(f"{weight}_{suffix}", parameter)
     set_weight_attrs(parameter, attributes | {PART: (weight, suffix)})
-
-
-def expert_linears(layer: "RoutedExperts", prefix: str) -> Iterator[str]:
-    """Names of the linears of all experts, as checkpoints and their configs have them.
-
-    ``prefix``: the layer's name.
-    """
-    for expert in range(layer.moe_config.num_logical_experts):
-        for projection in (
-            layer.ckpt_gate_proj_name,
-            layer.ckpt_up_proj_name,
-            layer.ckpt_down_proj_name,
-        ):
-            if projection is not None:
-                yield f"{prefix}.{expert}.{projection}"
-
-
-def uniform_recipe(
-    layer: "RoutedExperts", prefix: str, recipe_of: Callable[[str], Recipe]
-) -> Recipe:
-    """What ``recipe_of`` says of every linear of the layer's experts.
-
-    vLLM looks up a quantization config by the layer's name alone; recipes with an entry
-    per expert, or a pattern that only an expert's name matches, go by here.
-
-    Raises ``ValueError`` naming two linears of which it says different things: experts
-    of one layer are one tensor in vLLM.
-    """
-    names = expert_linears(layer, prefix)
-    first = next(names)
-    recipe = recipe_of(first)
-    for name in names:
-        other = recipe_of(name)
-        if other != recipe:
-            raise ValueError(
-                f"layer {prefix}: the experts of a layer have to be quantized alike, "
-                f"but {first} is {recipe} and {name} is {other}"
-            )
-    return recipe

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// Which kernel multiplies the rows of an expert on the CPU: the only place that says so. The driver
+// looks a kernel up for each expert of a call. Instruction sets stand best first; one is offered
+// when the processor has it and the compiler could build all its kernels (CMakeLists.txt defines
+// HYBRID_W4A16_CPU_<KERNEL> for each that it could).
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace moe_int4::cpu {
+
+constexpr int32_t kAllRows = std::numeric_limits<int32_t>::max();
+constexpr int32_t kAny = -1;
+
+// The first rule of an instruction set that fits is used.
+struct Rule {
+  int32_t max_rows;    // of an expert
+  int32_t group_size;  // kAny: all
+  int32_t dtype;       // a DType, kAny: all
+  const Kernel* kernel;
+};
+
+struct InstructionSet {
+  static constexpr int32_t kMaxRules = 4;
+  const char* name;
+  bool (*available)();  // on this processor, under this operating system
+  const Epilogue* epilogue;
+  Rule rules[kMaxRules];  // the last one that is used has kAllRows, kAny, kAny
+  Rule bytes[2];          // the same for weights of 8 bits
+};
+
+constexpr InstructionSet kInstructionSets[] = {
+#if defined(HYBRID_W4A16_CPU_AMX_BF16) && defined(HYBRID_W4A16_CPU_AMX_INT8) && \
+    defined(HYBRID_W4A16_CPU_AVX512_VNNI)
+    // Sapphire Rapids, 2 threads, k = 2048, groups of 128, GB/s of cold weights by rows:
+    //   rows           1    2    3    8   16   24   32
+    //   avx512_vnni   41   29   21
+    //   amx_int8      32   31   30   26   16   10
+    //   amx_bf16                16   16   14   10   10
+    // Smaller groups give amx_int8 more results to scale, so it hands over earlier.
+    {"amx_bf16",
+     has_amx,
+     &kAvx512Epilogue,
+     {{1, kAny, kAny, &kAvx512Vnni},
+      {16, 128, kAny, &kAmxInt8},
+      {8, kAny, kAny, &kAmxInt8},
+      {kAllRows, kAny, kAny, &kAmxBf16}},
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}}},
+#endif
+#if defined(HYBRID_W4A16_CPU_AVX512_BF16) && defined(HYBRID_W4A16_CPU_AVX512_VNNI)
+    {"avx512_bf16",
+     has_avx512_bf16,
+     &kAvx512Epilogue,
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512Bf16}},
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}}},
+#endif
+#if defined(HYBRID_W4A16_CPU_AVX512_VNNI)
+    {"avx512_vnni",
+     has_avx512_vnni,
+     &kAvx512Epilogue,
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}},
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}}},
+#endif
+#if defined(HYBRID_W4A16_CPU_AVX512)
+    {"avx512",
+     has_avx512,
+     &kAvx512Epilogue,
+     {{kAllRows, kAny, kAny, &kAvx512}},
+     {{kAllRows, kAny, kAny, &kAvx512}}},
+#endif
+#if defined(HYBRID_W4A16_CPU_AVX2)
+    {"avx2",
+     has_avx2,
+     &kAvx2Epilogue,
+     {{kAllRows, kAny, kAny, &kAvx2}},
+     {{kAllRows, kAny, kAny, &kAvx2}}},
+#endif
+    {"portable",
+     always,
+     &kPortableEpilogue,
+     {{kAllRows, kAny, kAny, &kPortable}},
+     {{kAllRows, kAny, kAny, &kPortable}}},
+};
+
+// The kernel for an expert that has `rows` rows.
+inline const Kernel& kernel_for(const InstructionSet& set, int32_t rows, int32_t group_size,
+                                DType dtype, int32_t bits = 4) {
+  const Rule* rule = bits == 8 ? set.bytes : set.rules;
+  while (rows > rule->max_rows || (rule->group_size != kAny && rule->group_size != group_size) ||
+         (rule->dtype != kAny && rule->dtype != static_cast<int32_t>(dtype))) {
+    ++rule;
+  }
+  return *rule->kernel;
+}
+
+}  // namespace moe_int4::cpu

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""What a quantization config says of the experts of a layer, one by one."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+Recipe = TypeVar("Recipe")
+
+
+def expert_linears(layer: "RoutedExperts", prefix: str) -> Iterator[str]:
+    """Names of the linears of all experts, as checkpoints and their configs have them.
+
+    ``prefix``: the layer's name.
+    """
+    for expert in range(layer.moe_config.num_logical_experts):
+        for projection in (
+            layer.ckpt_gate_proj_name,
+            layer.ckpt_up_proj_name,
+            layer.ckpt_down_proj_name,
+        ):
+            if projection is not None:
+                yield f"{prefix}.{expert}.{projection}"
+
+
+def uniform_recipe(
+    layer: "RoutedExperts", prefix: str, recipe_of: Callable[[str], Recipe]
+) -> Recipe:
+    """What ``recipe_of`` says of every linear of the layer's experts.
+
+    vLLM looks up a quantization config by the layer's name alone; recipes with an entry
+    per expert, or a pattern that only an expert's name matches, go by here.
+
+    Raises ``ValueError`` naming two linears of which it says different things: experts
+    of one layer are one tensor in vLLM.
+    """
+    names = expert_linears(layer, prefix)
+    first = next(names)
+    recipe = recipe_of(first)
+    for name in names:
+        other = recipe_of(name)
+        if other != recipe:
+            raise ValueError(
+                f"layer {prefix}: the experts of a layer have to be quantized alike, "
+                f"but {first} is {recipe} and {name} is {other}"
+            )
+    return recipe
