@@ -36,12 +36,15 @@
 //   U32x4 load_16_any(p)     the same, 2-byte aligned
 //   float half_to_float(uint16_t), uint16_t float_to_half(float)   fp16 bits, round to nearest even
 //   float exp2_fast(float), rcp_fast(float)                        2^x and 1/x, error below 2^-20
+//   float sqrt_of(float)                                           square root, within 2^-20
 //   float dot2(Half, uint32_t a, uint32_t b, float c)      c + a.lo*b.lo + a.hi*b.hi, fp32 sum
 //   float dot2(BFloat16, uint32_t a, uint32_t b, float c)  the same for bf16 pairs
 //   uint32_t and_or(x, mask, bits)                         (x & mask) | bits
+//   uint32_t pick_bytes<B0, B1, B2, B3>(low, high)         bytes of the eight of low, then high
 //   int first_bit(uint32_t)  place of the lowest bit that is set; there is one
 //   int count_bits(uint32_t) how many bits are set. Only where kHasMma.
-//   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, rounded to nearest.
+//   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, rounded to
+//   nearest.
 //                                                          Only where kHasMma.
 //   void prefetch_l2(p)      hint: the 128 bytes around global address p will be read; no effect on
 //                            results for any p that may be read
@@ -248,6 +251,7 @@ GPU_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+GPU_DEVICE float sqrt_of(float x) { return __fsqrt_rn(x); }
 GPU_DEVICE float rcp_fast(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -276,6 +280,10 @@ GPU_DEVICE uint32_t add2(BFloat16, uint32_t a, uint32_t b) {
   uint32_t r;  // sm_80 has no addition of bf16 pairs
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3f803f80u), "r"(b));
   return r;
+}
+template <int B0, int B1, int B2, int B3>
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  return __byte_perm(low, high, B0 | B1 << 4 | B2 << 8 | B3 << 12);
 }
 GPU_DEVICE int first_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 GPU_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
@@ -410,6 +418,7 @@ GPU_DEVICE uint16_t float_to_half(float x) {
 }
 GPU_DEVICE float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }
 GPU_DEVICE float rcp_fast(float x) { return __builtin_amdgcn_rcpf(x); }
+GPU_DEVICE float sqrt_of(float x) { return __builtin_amdgcn_sqrtf(x); }
 GPU_DEVICE float dot2(Half, uint32_t a, uint32_t b, float c) {
   return __builtin_amdgcn_fdot2(__builtin_bit_cast(Half2, a), __builtin_bit_cast(Half2, b), c,
                                 false);
@@ -419,6 +428,10 @@ GPU_DEVICE float dot2(BFloat16, uint32_t a, uint32_t b, float c) {
                                          __builtin_bit_cast(BFloat2, b), c, false);
 }
 GPU_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+template <int B0, int B1, int B2, int B3>
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  return __builtin_amdgcn_perm(high, low, B0 | B1 << 8 | B2 << 16 | B3 << 24);
+}
 GPU_DEVICE int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
 GPU_DEVICE void prefetch_l2(const void*) {}

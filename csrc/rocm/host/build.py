@@ -47,7 +47,7 @@ SCHEDULER = HOST_DIR / "scheduler.cpp"
 
 def kernel_sources() -> list[Path]:
     """The translation units of csrc/rocm that need no torch: kernels and launchers."""
-    return [*sorted(ROCM_DIR.glob("*.hip")), ROCM_DIR / "launch.cpp"]
+    return [*sorted(ROCM_DIR.glob("*.hip")), *sorted(ROCM_DIR.glob("launch*.cpp"))]
 
 
 def _run(command: list[str]) -> bytes:

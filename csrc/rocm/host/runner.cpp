@@ -131,6 +131,7 @@ class Call {
     w.n = i32("n");
     w.k = i32("k");
     w.group_size = i32("group_size");
+    if (fields_.count("bits") != 0) w.bits = i32("bits");
     return w;
   }
 
@@ -198,6 +199,29 @@ class Call {
       args.tw_stride_m = i64("tw_stride_m");
       args.plan = plan();
       launch_down(args, nullptr);
+    } else if (op == "dense") {
+      DenseArgs args{};
+      common(args);
+      args.m = i32("m");
+      launch_dense(args, nullptr);
+    } else if (op == "rescore") {
+      RescoreArgs args{};
+      args.dtype = static_cast<DType>(i64("dtype"));
+      args.a = tensor<void>("a");
+      args.a_stride_m = i64("a_stride_m");
+      args.m = i32("m");
+      args.w = tensor<void>("w");
+      args.w_stride_n = i64("w_stride_n");
+      args.errors = tensor<float>("errors");
+      args.n = i32("n");
+      args.k = i32("k");
+      args.c = tensor<void>("c");
+      args.c_stride_m = i64("c_stride_m");
+      args.partials = tensor<float>("partials");
+      args.p_stride_m = i64("p_stride_m");
+      args.window = static_cast<float>(scalar<double>("window"));
+      args.bound = static_cast<float>(scalar<double>("bound"));
+      launch_rescore(args, nullptr);
     } else {
       die("unknown op " + op);
     }

@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
+from vllm.model_executor.layers.quantization import hybrid_w4a16_head_schemes
 from vllm.plugins.hybrid_w4a16 import hooks
 
 logger = init_logger(__name__)
@@ -25,6 +26,7 @@ def register() -> None:
     switch.register()
     if switch.value() == "0":
         return
+    hybrid_w4a16_head_schemes.register()
     try:
         hooks.apply_hooks()
     except hooks.HookError as error:
