@@ -23,8 +23,10 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
+    MoEShape,
     PrefillTiles,
     Tile,
+    Tuned,
 )
 
 from . import test_moe_int4_ops as sweep  # its float64 side
@@ -250,7 +252,8 @@ def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
     calls: list[int] = []
     decoded = run_layer(layer, x, weights, ids)
     assert not calls
-    experts.tuning, experts.prefill_from = "sm_90", 5
+    small = MoEShape(4, shape.top_k, shape.hidden, shape.intermediate, 64, "bf16")
+    experts.tuned, experts.prefill_from = Tuned("sm_90", small, 5, "rule"), 5
     prefilled = run_layer(layer, x, weights, ids)
     assert calls == [5]
     assert relative_error(prefilled, decoded) < sweep.TOLERANCE[torch.bfloat16]

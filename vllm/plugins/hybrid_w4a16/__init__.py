@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
+from vllm.model_executor.layers.quantization import hybrid_w4a16_head_schemes
 from vllm.platforms import current_platform
 from vllm.plugins.hybrid_w4a16 import hooks
 
@@ -32,6 +33,7 @@ def register() -> None:
                 switch.NAME,
             )
         return
+    hybrid_w4a16_head_schemes.register()
     try:
         hooks.apply_hooks()
     except hooks.HookError as error:

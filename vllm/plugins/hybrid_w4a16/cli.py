@@ -18,6 +18,9 @@ COMMANDS = {
     # name: (module of this package, one line for --help)
     "doctor": ("doctor", "check this installation and say what to fix next"),
     "explain": ("explain", "say what to expect of a checkpoint before serving it"),
+    "selftest": ("selftest", "check what every kernel computes on this machine"),
+    "tune": ("tune", "measure a tuning table on this machine"),
+    "report": ("report", "doctor, selftest and measurements as one archive to send"),
     "fork": ("fork", "write the modules and hooks into a vLLM source tree"),
 }
 

@@ -16,9 +16,15 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import machine
+
 DISTRIBUTION = "vllm-hybrid-w4a16"
 PLUGIN = "hybrid_w4a16"
 _REINSTALL = "pip install -v --no-build-isolation --force-reinstall --no-deps ."
+
+
+# The newest release that the tests of this version ran with.
+TESTED_VLLM = (0, 33)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ def _versions() -> Check:
     found += [f"cuda {torch.version.cuda}"] if torch.version.cuda else []
     for package in ("triton", DISTRIBUTION):
         found.append(f"{package} {_version(package) or 'not installed'}")
+    found += [f"{name} {text}" for name, text in machine.versions().items()]
     return Check("versions", True, ", ".join(found))
 
 
@@ -129,7 +136,14 @@ def _vllm_fits() -> Check:
             f"vLLM {vllm.__version__}: {'; '.join(misfits)}",
             "install vLLM 0.32 or 0.33, or a release of this package for the vLLM here",
         )
-    return Check("hooks", True, f"{len(hooks.HOOKS)} fit vLLM {vllm.__version__}")
+    found = f"{len(hooks.HOOKS)} fit vLLM {vllm.__version__}"
+    numbers = vllm.__version__.split(".")[:2]
+    if all(number.isdecimal() for number in numbers) and (
+        tuple(map(int, numbers)) > TESTED_VLLM
+    ):
+        newest = ".".join(map(str, TESTED_VLLM))
+        found += f"; not tested with vLLM {vllm.__version__}, the newest was {newest}"
+    return Check("hooks", True, found)
 
 
 def _library() -> Check:
@@ -212,6 +226,89 @@ def _switch() -> Check:
     return Check("switch", True, found)
 
 
+def _memory() -> Check:
+    """On AMD: how much vLLM can take, which an APU does not say by itself."""
+    import torch
+
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        available = machine.gib(machine.meminfo("MemAvailable"))
+        return Check("memory", True, f"{available} of the system's are free")
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except (RuntimeError, AssertionError):
+        return Check("memory", True, "no GPU, see above")
+    found = f"{machine.gib(free)} of {machine.gib(total)} free"
+    if not current_platform.is_rocm():
+        return Check("memory", True, found)
+    memory = machine.read_memory(free, total)
+    parts = [
+        f"carve-out {machine.gib(memory.carve_out or 0)}",
+        f"GTT {machine.gib(memory.gtt or 0)}",
+        f"HIP {found}",
+        f"MemAvailable {machine.gib(memory.available)}",
+    ]
+    advice = machine.advise(memory)
+    text = f"{', '.join(parts)}. Serve with {advice.argument}: {advice.reason}"
+    return Check("memory", True, text)
+
+
+def _power() -> Check:
+    profile, limit = machine.power_profile(), machine.power_limit_watts()
+    found = f"profile {profile or 'unknown'}"
+    if limit is not None:
+        found += f", GPU limited to {limit:.0f} W"
+    if profile in ("low-power", "balanced", "quiet", "cool"):
+        found += (
+            "; results are higher with `echo performance | sudo tee "
+            "/sys/firmware/acpi/platform_profile`"
+        )
+    return Check("power", True, found)
+
+
+def _override() -> Check:
+    value = os.environ.get("HSA_OVERRIDE_GFX_VERSION")
+    if not value:
+        return Check("override", True, "HSA_OVERRIDE_GFX_VERSION is not set")
+    return Check(
+        "override",
+        True,
+        f"HSA_OVERRIDE_GFX_VERSION={value}: torch reports that architecture, so its "
+        "kernels and its tuning table are used here, not those of the GPU's own; unset "
+        "it if torch and vLLM have code for the GPU itself",
+    )
+
+
+def _threads() -> Check:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return Check("threads", True, "a GPU computes")
+    threads, why = machine.cpu_threads()
+    count = "as many as OpenMP takes" if threads is None else str(threads)
+    return Check("threads", True, f"vLLM computes with {count}: {why}")
+
+
+def _tuning() -> Check:
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+
+    try:
+        family: devices.DeviceFamily | str = devices.device_family()
+    except (RuntimeError, AssertionError):
+        family = "unknown"
+    if isinstance(family, str):
+        return Check("tuning", True, "no kernels, see above")
+    if family.tuning is None:
+        return Check("tuning", True, "nothing to tune on this device")
+    own = tuning.owner_table(family.name)
+    shapes = len(tuning.owner_entries(family.name))
+    shipped = tuning.table(family.tuning).get("source", "none")
+    text = f"{own} ({shapes} shapes)" if shapes else f"no table of yours ({own})"
+    return Check("tuning", True, f"{text}; shipped: {shipped}")
+
+
 CHECKS: tuple[Callable[[], Check], ...] = (
     _versions,
     _platform,
@@ -221,6 +318,11 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     _device,
     _plugin,
     _switch,
+    _tuning,
+    _memory,
+    _power,
+    _override,
+    _threads,
 )
 
 

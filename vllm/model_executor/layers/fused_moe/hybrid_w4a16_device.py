@@ -52,9 +52,14 @@ def device_family() -> DeviceFamily | str:
     if error is not None:
         return error
     if current_platform.is_cpu():
-        # the CPU ops group tokens by expert and pick the kernel per expert
-        kernels = f"C++ {ops.build_info()['cpu'][0]}"
-        return DeviceFamily("cpu", kernels, kernels, opt_in=False, cu_count=1)
+        reason = ops.refusal("cpu")
+        if reason is not None:
+            return reason
+        # The ops pick a kernel for each expert by its rows. Group size and dtype move
+        # the limits between kernels, but bring in no others.
+        *few, many = (name for name, _ in ops.cpu_kernels(128, torch.bfloat16))
+        decode, prefill = f"C++ {', '.join(few) or many}", f"C++ {many}"
+        return DeviceFamily("cpu", decode, prefill, opt_in=False, cu_count=1)
     if current_platform.is_rocm():
         arch = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
         return _gpu_family(arch, _HIP_KERNELS, opt_in=False)

@@ -12,23 +12,21 @@ where the tuning table asks for it). On the way it needs one expert's weights on
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_guard
 from vllm.model_executor.layers.fused_moe.all2all_utils import (
     maybe_make_prepare_finalize,
-)
-from vllm.model_executor.layers.fused_moe.config import (
-    FusedMoEConfig,
-    FusedMoEQuantConfig,
 )
 from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
     HybridW4A16MoEExperts,
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     CheckpointPacking,
+    Int4MoEMethod,
     transposed_copy,
 )
 from vllm.model_executor.utils import replace_parameter
@@ -37,20 +35,6 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 _PACKED = "hybrid_w4a16_packed"
-
-
-class Int4MoEMethod(Protocol):
-    """What the set-up needs to know of a layer's method."""
-
-    packing: CheckpointPacking
-    """How the checkpoint stores the experts."""
-    symmetric: bool
-    """Whether every zero point is 8."""
-    moe: FusedMoEConfig
-
-    def get_fused_moe_quant_config(
-        self, layer: "RoutedExperts"
-    ) -> FusedMoEQuantConfig | None: ...
 
 
 def setup_hybrid_w4a16_moe(
@@ -69,14 +53,18 @@ def setup_hybrid_w4a16_moe(
     checkpoint that calls itself symmetric stores a zero point other than 8, a scale is
     not finite in the activation dtype, or all scales of a projection are zero. The
     layer is then unchanged.
+    ``RuntimeError`` when the result of the conversion or of the kernels is wrong
+    (``hybrid_w4a16_guard``).
     """
     packing = method.packing
     names = ("w13", "w2")
+    kept = None
     if not is_packed(getattr(layer, f"w13_{packing.qweight}")):
         for name in names:
             _verify_scales(layer, f"{name}_{packing.scales}", packing)
             if method.symmetric and packing.symmetric_zeros:
                 _verify_symmetric(layer, f"{name}_{packing.zeros}", packing)
+        kept = hybrid_w4a16_guard.keep(method, layer)
         for name in names:
             zeros, shape = f"{name}_{packing.zeros}", f"{name}_{packing.weight_shape}"
             if packing.weight_shape is not None:
@@ -88,7 +76,9 @@ def setup_hybrid_w4a16_moe(
             if packing.k_first:
                 _convert(layer, f"{name}_{packing.scales}", transposed_copy)
             _convert(layer, f"{name}_{packing.qweight}", packing.to_exllama)
-    return make_kernel(method, layer)
+    kernel = make_kernel(method, layer)
+    hybrid_w4a16_guard.check(method, layer, kernel, kept)
+    return kernel
 
 
 def is_packed(weight: torch.Tensor) -> bool:

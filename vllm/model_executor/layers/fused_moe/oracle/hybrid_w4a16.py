@@ -257,6 +257,11 @@ def new_model() -> None:
     _model = _Model(_model.config)
 
 
+def begins_model(prefix: str) -> bool:
+    """Whether layer ``prefix`` is the first one of its model that becomes ready."""
+    return prefix in _model.accepted and not _model.ready
+
+
 def report_ready(prefix: str, padding_bytes: int) -> None:
     """Count the layer as ready to run; after a model's last one, log the summary.
 
@@ -294,6 +299,7 @@ def _is_last_layer(prefix: str) -> bool:
 
 def _sum_up() -> None:
     """Log one line about the model, and forget its layers."""
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
         DeviceFamily,
         device_family,
@@ -311,6 +317,9 @@ def _sum_up() -> None:
         kernels,
         declined,
     )
+    tuned = tuning.used_text()
+    if tuned is not None:
+        logger.info("HybridW4A16 MoE: %s", tuned)
     padding = sum(_model.ready.values())
     if padding:
         logger.info("HybridW4A16 MoE: %.1f MiB of padded rows", padding / 2**20)
