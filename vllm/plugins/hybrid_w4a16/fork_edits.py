@@ -144,8 +144,9 @@ def _prologue_text(hook: Hook) -> str:
     module, _, handler = hook.handler.partition(":")
     package, _, name = module.rpartition(".")
     load, function = f"from {module} import {handler}", handler
-    if not _fits(load) and _fits(f"from {package} import {name}"):
-        load, function = f"from {package} import {name}", f"{name}.{handler}"
+    shorter = f"from {package} import {name}", f"{name}.{handler}"
+    if not _fits(load) and _fits(shorter[0]) and _fits(f"if method := {shorter[1]}("):
+        load, function = shorter
     elif not _fits(load):
         load = f"from {module} import (\n    {handler},\n)"
     arguments = ", ".join(hook.parameters)
