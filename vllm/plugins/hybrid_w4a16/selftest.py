@@ -713,6 +713,7 @@ def selftest(seed: int, time_limit_s: float, progress: Any) -> dict[str, Any]:
     family = devices.device_family()
     if isinstance(family, str):
         return {"ok": False, "device": None, "error": family, "groups": []}
+    devices.load_kernels(family)
     device = "cpu" if current_platform.is_cpu() else "cuda"
     isas = ops.build_info()["cpu"] if device == "cpu" else ()
     test = Selftest(device, family, isas, seed, time_limit_s)

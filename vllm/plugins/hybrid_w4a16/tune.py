@@ -718,9 +718,11 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, family: Any, shapes: list[MoEShape]) -> int:
     """Tune the shapes on the GPU; returns the exit status."""
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
     from vllm.plugins.hybrid_w4a16 import prefill_kernels
     from vllm.plugins.hybrid_w4a16.progress import Progress
 
+    devices.load_kernels(family)
     entries: list[dict[str, Any]] = []
     device = torch.cuda.get_device_name()
     source = f"vllm-hybrid-w4a16 tune on {device}, {datetime.date.today()}"

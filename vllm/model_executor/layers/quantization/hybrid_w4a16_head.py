@@ -181,6 +181,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         """Quantize. ``ValueError`` naming the tensor where a weight is not finite."""
         family = device.device_family()
         assert isinstance(family, device.DeviceFamily), family
+        device.load_kernels(family)
         self._cu_count = family.cu_count
         for key, value in self._quantized(layer).items():
             layer.register_parameter(
