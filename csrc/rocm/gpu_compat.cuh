@@ -41,7 +41,8 @@
 //   uint32_t and_or(x, mask, bits)                         (x & mask) | bits
 //   int first_bit(uint32_t)  place of the lowest bit that is set; there is one
 //   int count_bits(uint32_t) how many bits are set. Only where kHasMma.
-//   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, rounded to nearest.
+//   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, rounded to
+//   nearest.
 //                                                          Only where kHasMma.
 //   void prefetch_l2(p)      hint: the 128 bytes around global address p will be read; no effect on
 //                            results for any p that may be read

@@ -29,8 +29,8 @@ struct Pair {
 static_assert(kGroupTokens << Pair::kTBits <= 1 << 16 && kMaxGroupTopK <= 1 << Pair::kTBits);
 
 // The pairs of a block of tokens by expert: list i of `count` is of experts[i] and has
-// pairs[starts[i]] .. pairs[starts[i + 1] - 1], by token, then t. An expert with more pairs than fit
-// a list has several beside each other, so that they run beside each other too.
+// pairs[starts[i]] .. pairs[starts[i + 1] - 1], by token, then t. An expert with more pairs than
+// fit a list has several beside each other, so that they run beside each other too.
 struct PairLists {
   const Pair* pairs;
   const uint16_t* experts;
@@ -49,8 +49,8 @@ GPU_DEVICE PairLists sort_pairs(const Router& router, int first_token, int token
   uint32_t* const place = count + 1;  // of a pair: its expert, then slot << 16 | rank
   auto* const sorted = reinterpret_cast<Pair*>(place + pairs);
   auto* const slot_of = reinterpret_cast<uint16_t*>(sorted + pairs);  // [num_experts]
-  uint16_t* const expert_of = slot_of + router.num_experts;  // [most], of a slot
-  uint16_t* const counts = expert_of + most;                 // pairs of a slot
+  uint16_t* const expert_of = slot_of + router.num_experts;           // [most], of a slot
+  uint16_t* const counts = expert_of + most;                          // pairs of a slot
   uint16_t* const slot_starts = counts + most;
   uint16_t* const starts = slot_starts + most;  // [lists + 1]
   uint16_t* const experts = starts + most_lists(pairs, router.num_experts, slots) + 1;
@@ -126,7 +126,8 @@ GPU_DEVICE PairLists sort_pairs(const Router& router, int first_token, int token
     const uint32_t at = place[p];
     if (at == ~0u) continue;
     const int token = p / router.top_k, t = p - token * router.top_k;
-    sorted[slot_starts[at >> 16] + (at & 0xffff)] = {static_cast<uint16_t>(token << Pair::kTBits | t)};
+    sorted[slot_starts[at >> 16] + (at & 0xffff)] = {
+        static_cast<uint16_t>(token << Pair::kTBits | t)};
   }
   gpu::block_barrier();
   return {sorted, experts, starts, static_cast<int>(*count)};
@@ -184,8 +185,8 @@ class GroupTile {
     limit_ = lane_blocks < last ? lane_blocks : last;
     GPU_UNROLL
     for (int j = 0; j < 4; ++j) {
-      unit_[j] = gpu::lds_address(ring) + (16 * (4 * lane_row() + (j ^ lane_row() / 2)) +
-                                           4 * lane_k());
+      unit_[j] =
+          gpu::lds_address(ring) + (16 * (4 * lane_row() + (j ^ lane_row() / 2)) + 4 * lane_k());
     }
     GPU_UNROLL
     for (int b = 0; b < NB; ++b) {  // columns without a row repeat one: nobody looks at them

@@ -67,9 +67,8 @@ int small(int64_t stride, int rows) {
 Problem problem(const Routing& r, const Weights& w, int rows, const void* a, int64_t a_stride,
                 int cu_count) {
   const bool aligned = reinterpret_cast<uintptr_t>(a) % 16 == 0 && a_stride % 8 == 0;
-  return {r.num_tokens,           r.top_k, w.num_experts, rows,
-          ceil_div(w.k, kBlockK), aligned, cu_count,      gpu::max_lds_bytes(),
-          0.5 * w.n * w.k};
+  return {r.num_tokens, r.top_k,  w.num_experts,        rows,           ceil_div(w.k, kBlockK),
+          aligned,      cu_count, gpu::max_lds_bytes(), 0.5 * w.n * w.k};
 }
 
 // A grid's second or third dimension.
@@ -106,31 +105,30 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
   if (r.num_tokens == 0) return;
   const int inter = w.n / 2;
   const Problem p = problem(r, w, inter, args.a, args.a_stride_m, args.cu_count);
-  const GateUpPlan plan =
-      args.plan.size == 0 ? gate_up_plan(p) : parse_gate_up_plan(args.plan, p);
+  const GateUpPlan plan = args.plan.size == 0 ? gate_up_plan(p) : parse_gate_up_plan(args.plan, p);
   const int lds = gate_up_lds(p, plan), threads = plan.waves * gpu::kWaveSize;
 #if GPU_HAS_MMA
   if (plan.kernel == Kernel::kGrouped) {
     const int lists = most_lists(p.block_pairs(), p.experts, plan.slots);
-    gpu::launch(grouped_gate_up_kernel(args.dtype, w, plan.slots <= 8 ? 8 : 16),
-                {ceil_div(inter, kGateUpRows * kRowGroups * plan.waves * plan.row_tiles), grid_size(lists, "lists of pairs"),
-                 grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens"), threads, lds,
-                 true},
-                queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
-                static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
-                w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
-                args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m,
-                r.expert_map, r.map_size, r.num_tokens, r.top_k, static_cast<int>(args.activation),
-                args.alpha, args.beta, args.limit, plan.waves, plan.slots, p.blocks,
-                plan.row_tiles);
+    gpu::launch(
+        grouped_gate_up_kernel(args.dtype, w, plan.slots <= 8 ? 8 : 16),
+        {ceil_div(inter, kGateUpRows * kRowGroups * plan.waves * plan.row_tiles),
+         grid_size(lists, "lists of pairs"),
+         grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens"), threads, lds, true},
+        queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+        static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
+        w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k, args.c,
+        args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size,
+        r.num_tokens, r.top_k, static_cast<int>(args.activation), args.alpha, args.beta, args.limit,
+        plan.waves, plan.slots, p.blocks, plan.row_tiles);
     return;
   }
 #endif
   const bool stream = plan.kernel == Kernel::kPairs && kStreams;
   const int wave_lds = (lds - (stream ? kStreamZeroBytes : 0)) / plan.waves;
   gpu::launch(gate_up_kernel(args.dtype, w, plan.kernel == Kernel::kPairs ? 1 : kMaxSlots),
-              {ceil_div(inter, kRowGroups), grid_size(r.top_k, "top_k"), grid_size(r.num_tokens, "tokens"), threads, lds,
-               true},
+              {ceil_div(inter, kRowGroups), grid_size(r.top_k, "top_k"),
+               grid_size(r.num_tokens, "tokens"), threads, lds, true},
               queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
               static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
               w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
@@ -153,17 +151,18 @@ void launch_down(const DownArgs& args, void* queue) {
   while (1 << log2_k_slices < plan.k_slices) ++log2_k_slices;
 #if GPU_HAS_MMA
   if (plan.grouped()) {
-    gpu::launch(
-        plan.kernel == Kernel::kWide ? wide_down_kernel(args.dtype, w, 8)
-                                     : grouped_down_kernel(args.dtype, w, 8),
-        {ceil_div(w.n, plan.rows()), grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens"), 1, threads,
-         lds, true},
-        queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
-        static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
-        w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
-        args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size,
-        r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, plan.waves, plan.slots,
-        wave_lds, p.blocks, blocks_per_wave, log2_k_slices);
+    gpu::launch(plan.kernel == Kernel::kWide ? wide_down_kernel(args.dtype, w, 8)
+                                             : grouped_down_kernel(args.dtype, w, 8),
+                {ceil_div(w.n, plan.rows()),
+                 grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens"), 1, threads,
+                 lds, true},
+                queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+                static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
+                w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k,
+                args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m,
+                r.expert_map, r.map_size, r.num_tokens, r.top_k, args.topk_weights,
+                args.tw_stride_m, plan.waves, plan.slots, wave_lds, p.blocks, blocks_per_wave,
+                log2_k_slices);
     return;
   }
 #endif

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// down for tokens that share experts, see group_tile.cuh: a block owns R * kRowsPerWave output columns
-// for kGroupTokens tokens. Its waves share the lists of pairs, and 2^log2_k_slices waves share
-// each one's k; a wave adds its results into its own sums in LDS, and the waves' sums meet in wave
-// order: the same bits on every run.
+// down for tokens that share experts, see group_tile.cuh: a block owns R * kRowsPerWave output
+// columns for kGroupTokens tokens. Its waves share the lists of pairs, and 2^log2_k_slices waves
+// share each one's k; a wave adds its results into its own sums in LDS, and the waves' sums meet in
+// wave order: the same bits on every run.
 #include "entry_points.h"
 
 #if GPU_HAS_MMA
@@ -52,8 +52,7 @@ GPU_DEVICE void grouped_down(MOE_INT4_GROUPED_DOWN_ARGS) {
   const int share = gpu::wave() >> log2_k_slices, shares = waves >> log2_k_slices;
   const DownItems items = {lists, first_row + lane_row(), shares,
                            first < last ? share : lists.count};
-  Tile tile(weights, {kRowsPerWave, kRowGroups, n, 0}, first, last, k, ring, rows,
-            slots, 1);
+  Tile tile(weights, {kRowsPerWave, kRowGroups, n, 0}, first, last, k, ring, rows, slots, 1);
   const auto* const acts =
       static_cast<const uint16_t*>(a) + static_cast<int64_t>(first_token) * top_k * a_stride_m;
   const auto wait = [] {
@@ -125,14 +124,14 @@ GPU_DEVICE void grouped_down(MOE_INT4_GROUPED_DOWN_ARGS) {
 
 }  // namespace moe_int4
 
-#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                             \
-  extern "C" GPU_KERNEL(moe_int4::kMaxGroupWaves * 32) void MOE_INT4_NAME(                         \
-      OP, NAME, G, ZNAME, T)(MOE_INT4_GROUPED_DOWN_ARGS) {                                         \
-    moe_int4::grouped_down<DT, G, ZP, moe_int4::kRowsOf_##OP, T / 8>(                                                      \
-        a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,           \
-        z_stride_e, z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64,             \
-        ids_stride_m, expert_map, map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves,   \
-        slots, wave_lds_bytes, blocks, blocks_per_wave, log2_k_slices);                            \
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                           \
+  extern "C" GPU_KERNEL(moe_int4::kMaxGroupWaves * 32) void MOE_INT4_NAME(                       \
+      OP, NAME, G, ZNAME, T)(MOE_INT4_GROUPED_DOWN_ARGS) {                                       \
+    moe_int4::grouped_down<DT, G, ZP, moe_int4::kRowsOf_##OP, T / 8>(                            \
+        a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,         \
+        z_stride_e, z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64,           \
+        ids_stride_m, expert_map, map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves, \
+        slots, wave_lds_bytes, blocks, blocks_per_wave, log2_k_slices);                          \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, grouped_down)
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, wide_down)

@@ -3,8 +3,8 @@
 //
 // gate_up for tokens that share experts, see group_tile.cuh: block (x, y, z) owns `row_tiles` tiles
 // of kGateUpRows * kRowGroups indices of the intermediate size per wave, for the y-th list of
-// pairs of the z-th kGroupTokens tokens. Blocks without a list have nothing to do. Waves do not split k, so
-// gate and up of an index meet in one lane.
+// pairs of the z-th kGroupTokens tokens. Blocks without a list have nothing to do. Waves do not
+// split k, so gate and up of an index meet in one lane.
 #include "activation.cuh"
 #include "entry_points.h"
 
@@ -76,14 +76,14 @@ GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
 
 }  // namespace moe_int4
 
-#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                            \
-  extern "C" GPU_KERNEL(moe_int4::kMaxGroupWaves * 32) void MOE_INT4_NAME(                        \
-      OP, NAME, G, ZNAME, T)(MOE_INT4_GROUPED_GATE_UP_ARGS) {                                     \
-    moe_int4::grouped_gate_up<DT, G, ZP, T / 8>(                                                  \
-        a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,          \
-        z_stride_e, z_stride_n8, num_experts, inter, k, c, c_stride_m, ids, ids_are_int64,        \
-        ids_stride_m, expert_map, map_size, num_tokens, top_k, activation, alpha, beta, limit,    \
-        waves, slots, blocks, row_tiles);                                                         \
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                         \
+  extern "C" GPU_KERNEL(moe_int4::kMaxGroupWaves * 32) void MOE_INT4_NAME(                     \
+      OP, NAME, G, ZNAME, T)(MOE_INT4_GROUPED_GATE_UP_ARGS) {                                  \
+    moe_int4::grouped_gate_up<DT, G, ZP, T / 8>(                                               \
+        a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,       \
+        z_stride_e, z_stride_n8, num_experts, inter, k, c, c_stride_m, ids, ids_are_int64,     \
+        ids_stride_m, expert_map, map_size, num_tokens, top_k, activation, alpha, beta, limit, \
+        waves, slots, blocks, row_tiles);                                                      \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, grouped_gate_up)
 #endif

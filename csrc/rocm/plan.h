@@ -40,11 +40,11 @@ struct DownPlan {
 // What a rule looks at.
 struct Problem {
   int tokens, top_k, experts;
-  int rows;       // weight rows that a block divides: half of gate_up's, all of down's
-  int blocks;     // of kBlockK along k
-  bool aligned;   // activation rows are 16-byte aligned
+  int rows;      // weight rows that a block divides: half of gate_up's, all of down's
+  int blocks;    // of kBlockK along k
+  bool aligned;  // activation rows are 16-byte aligned
   int cu_count;
-  int max_lds;    // bytes that a block may have
+  int max_lds;          // bytes that a block may have
   double expert_bytes;  // of one expert's int4 weights in this op
 
   int pairs() const { return tokens * top_k; }
@@ -127,8 +127,7 @@ inline Kernel kernel(const char* op, const Plan& plan, const Problem& p, Kernel 
          plan.values[0]);
   }
   if (copies && !p.aligned) {
-    fail(op, "kernel (value 0)", "1 where activation rows are not 16-byte aligned",
-         plan.values[0]);
+    fail(op, "kernel (value 0)", "1 where activation rows are not 16-byte aligned", plan.values[0]);
   }
   return kernel;
 }
@@ -175,8 +174,8 @@ inline DownPlan parse_down_plan(const Plan& plan, const Problem& p) {
 }
 
 // ---------------------------------------------------------------------------------------- the rule
-// Constants with streams and matrix instructions: an H100, six model shapes, 1 to 64 tokens, 2026-11
-// (README.md). Those of RDNA were not measured: from the resource report and the counts of
+// Constants with streams and matrix instructions: an H100, six model shapes, 1 to 64 tokens,
+// 2026-11 (README.md). Those of RDNA were not measured: from the resource report and the counts of
 // isa_report.py. The host takes those of the code that it runs.
 
 // Parts of `total`, at most `parts`, with none left empty and the largest as small as before.
@@ -262,8 +261,7 @@ inline DownPlan down_plan(const Problem& p) {
   // _t8 runs pairs one after the other: up to 8 tokens go without it where a last-level cache of
   // 32 MB holds a token's experts.
   const bool cached = !kStreams && p.tokens <= 8 && p.top_k * p.expert_bytes <= 32e6;
-  const bool alone =
-      (p.aligned || !kStreams) && (p.tokens == 1 || cached || few_share(p));
+  const bool alone = (p.aligned || !kStreams) && (p.tokens == 1 || cached || few_share(p));
   const int block_tokens = alone ? 1 : p.tokens < kMaxSlots ? p.tokens : kMaxSlots;
   constexpr int kWavesPerCu = kStreams ? 16 : 32;  // one round of blocks
   const double wanted = static_cast<double>(kWavesPerCu) * p.cu_count /
