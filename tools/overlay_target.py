@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlparse
 
 DISTRIBUTION = "vllm-hybrid-w4a16"
 SKIP_VLLM_CHECK = "HYBRID_W4A16_SKIP_VLLM_CHECK"
-SUPPORTED_VLLM = ((0, 32), (0, 33))
+SUPPORTED_VLLM = ((0, 30), (0, 31), (0, 32), (0, 33))
 # First release whose stable ABI has all that csrc/ uses (TORCH_TARGET_VERSION).
 MINIMUM_TORCH = (2, 11)
 
@@ -144,7 +144,8 @@ def find_vllm(path: list[Path]) -> Package | None:
     vllm = find_package("vllm", "_version.py", path)
     if os.environ.get(SKIP_VLLM_CHECK) == "1":
         return vllm
-    supported = " and ".join(".".join(map(str, v)) + ".x" for v in SUPPORTED_VLLM)
+    *others, newest = (".".join(map(str, v)) + ".x" for v in SUPPORTED_VLLM)
+    supported = f"{', '.join(others)} and {newest}"
     advice = (
         f"Supported: vLLM {supported}. Install one of them first (a wheel, a source or "
         "an editable install, for ROCm, CUDA or the CPU). To build a wheel for another "

@@ -18,7 +18,6 @@ import dataclasses
 import datetime
 import itertools
 import json
-import logging
 import statistics
 import sys
 import time
@@ -27,7 +26,6 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm.logger import suppress_logging
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
@@ -38,6 +36,7 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
 )
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 from vllm.plugins.hybrid_w4a16 import random_layers
+from vllm.plugins.hybrid_w4a16.progress import Progress, quiet
 from vllm.plugins.hybrid_w4a16.random_layers import DTYPES, LayerShape
 
 DECODE_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -692,7 +691,7 @@ def run(args: argparse.Namespace) -> int:
     switch.register()
     family = devices.device_family()
     try:
-        with suppress_logging(logging.CRITICAL):
+        with quiet():
             shapes = shapes_of(args, family)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -720,7 +719,6 @@ def measure(args: argparse.Namespace, family: Any, shapes: list[MoEShape]) -> in
     """Tune the shapes on the GPU; returns the exit status."""
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
     from vllm.plugins.hybrid_w4a16 import prefill_kernels
-    from vllm.plugins.hybrid_w4a16.progress import Progress
 
     devices.load_kernels(family)
     entries: list[dict[str, Any]] = []
