@@ -11,14 +11,16 @@
 //   blocks_per_wave  of them that each wave multiplies, the last ones fewer
 //   log2_k_slices    2^this waves share one expert's k in the down kernels; divides waves
 //   slots            pairs of one expert that share a pass over its weights, up to T
-//   row_tiles        tiles of kRowGroups rows that each wave of grouped_gate_up multiplies
+//   row_tiles        tiles that each wave of grouped_gate_up multiplies, each kGateUpRows *
+//                    kRowGroups indices of the intermediate size
 // Grids: gate_up ceil(inter / kRowGroups), top_k, num_tokens
 //        down    ceil(n / kRowsPerWave), ceil(num_tokens / T), 1
 //        gemm    ceil(n / kRowsPerWave), num_blocks, 1
-//        grouped_gate_up ceil(inter / (kRowGroups * waves * row_tiles)), distinct experts at most,
+//        grouped_gate_up ceil(inter / (waves * row_tiles tiles)), lists of pairs at most,
 //                        ceil(num_tokens / kGroupTokens)
-//        grouped_down    ceil(n / kRowsPerWave), ceil(num_tokens / kGroupTokens), 1
-// The grouped ones exist where there are matrix instructions; LDS: geometry.h.
+//        grouped_down, wide_down  ceil(n / kRowsPerWave), ceil(n / (2 * kRowsPerWave));
+//                        ceil(num_tokens / kGroupTokens), 1
+// These three exist where there are matrix instructions; LDS: geometry.h.
 #pragma once
 
 #include "geometry.h"
@@ -65,7 +67,8 @@
 #define MOE_INT4_FOR_T_down(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_T_gemm(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_T_grouped_gate_up(X, ...) X(__VA_ARGS__, 8) X(__VA_ARGS__, 16)
-#define MOE_INT4_FOR_T_grouped_down(X, ...) X(__VA_ARGS__, 8) X(__VA_ARGS__, 16)
+#define MOE_INT4_FOR_T_grouped_down(X, ...) X(__VA_ARGS__, 8)
+#define MOE_INT4_FOR_T_wide_down(X, ...) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_ZP(X, OP, NAME, DT, G)      \
   MOE_INT4_FOR_T(X, OP, NAME, DT, G, sym, false) \
   MOE_INT4_FOR_T(X, OP, NAME, DT, G, zp, true)
@@ -92,5 +95,7 @@ MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, gemm)
 #define MOE_INT4_DECLARE_grouped_gate_up MOE_INT4_GROUPED_GATE_UP_ARGS
 #define MOE_INT4_DECLARE_grouped_down MOE_INT4_GROUPED_DOWN_ARGS
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, grouped_gate_up)
+#define MOE_INT4_DECLARE_wide_down MOE_INT4_GROUPED_DOWN_ARGS
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, grouped_down)
+MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, wide_down)
 #endif

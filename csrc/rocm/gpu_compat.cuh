@@ -91,9 +91,12 @@
 //                                    vendor's message. The host runs it to the end.
 //   int current_device()             index of the current device (CUDA, HIP)
 //   int max_lds_bytes()              most LDS that a block may have on the current device
-//   std::string current_arch()       "gfx1151", "sm_90", "host": the current device
+//   std::string current_arch()       "sm_90", "host": the current device (not on HIP)
 //
 //   for the runner of host/, which tests use:
+//   void prepare_device(int, arch)   makes a device ready and current; `arch` is what it is, or
+//   empty
+//                                    where it is ready already
 //   void* allocate(size_t), void release(void*)    memory that kernels see, exactly of that size
 //   void copy_in(void* to, const void* from, size_t), copy_out(...)   into and out of it; wait for
 //                                    what was launched
@@ -109,8 +112,10 @@ constexpr int kWaveSize = 32;
 
 #if defined(HYBRID_W4A16_AMD_PATH)
 constexpr bool kAmdPath = true;
+#define GPU_CUDA_HAS_MMA 0
 #else
 constexpr bool kAmdPath = false;
+#define GPU_CUDA_HAS_MMA 1
 #endif
 
 struct Half {};  // tags: the 16-bit types are bit containers, uint16_t and uint32_t (a pair)
@@ -157,7 +162,7 @@ struct LaunchShape {
 
 #define GPU_DEVICE __device__ __forceinline__
 #define GPU_KERNEL(max_threads) __global__ __launch_bounds__(max_threads)
-#define GPU_HAS_MMA 1
+#define GPU_HAS_MMA GPU_CUDA_HAS_MMA
 
 namespace gpu {
 
@@ -223,7 +228,7 @@ GPU_DEVICE uint32_t lds_load_4(LdsAddress p) {
   return r;
 }
 GPU_DEVICE void copy_weights_async(LdsAddress lds, const void* p, bool real) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(lds), "l"(p),
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(lds), "l"(p),
                "r"(real ? 16 : 0)
                : "memory");
 }
@@ -337,10 +342,10 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 // No HIP header: plain clang compiles kernels with -nogpuinc -nogpulib --offload-device-only.
 // Up to 128 VGPRs: 8 waves or more per SIMD on every architecture.
 #define GPU_DEVICE __attribute__((device)) inline __attribute__((always_inline))
+#define GPU_HAS_MMA 0
 #define GPU_KERNEL(max_threads)                                                         \
   __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads))) \
   __attribute__((amdgpu_num_vgpr(128)))
-#define GPU_HAS_MMA 0
 
 namespace gpu {
 
@@ -478,7 +483,7 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 #if defined(HYBRID_W4A16_CUDA)
 #define GPU_KERNEL(max_threads)
 #include <cuda_runtime_api.h>
-#define GPU_HAS_MMA 1
+#define GPU_HAS_MMA GPU_CUDA_HAS_MMA
 #else
 #define GPU_HAS_MMA 0
 // An entry point is an object that knows its name and, by device, the runtime's handle.
@@ -523,6 +528,9 @@ void start_kernel(void (*entry)(P...), const LaunchShape& shape, Stream stream, 
   check(cudaLaunchKernelExC(&config, kernel, args), "kernel launch");
 }
 
+inline void prepare_device(int device, const std::string&) {
+  check(cudaSetDevice(device), "cudaSetDevice");
+}
 inline void* allocate(size_t size) {
   void* p = nullptr;
   check(cudaMalloc(&p, size), "cudaMalloc");
@@ -573,6 +581,11 @@ struct Kernel : Entry {
 };
 
 inline int max_lds_bytes() { return kLdsBytesPerBlock; }
+
+inline void prepare_device(int device, const std::string& arch) {
+  if (!arch.empty()) load_kernels(device, arch, nullptr);
+  set_device(device);
+}
 #endif
 
 constexpr int kOrders = 2;  // the hardware's own, which may change from run to run

@@ -2,9 +2,9 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // gate_up for tokens that share experts, see group_tile.cuh: block (x, y, z) owns `row_tiles` tiles
-// of kRowGroups indices of the intermediate size per wave, for the y-th distinct expert of
-// the z-th kGroupTokens tokens. Blocks without an expert have nothing to do. Waves do not split k,
-// so gate and up of an index meet in one lane.
+// of kGateUpRows * kRowGroups indices of the intermediate size per wave, for the y-th list of
+// pairs of the z-th kGroupTokens tokens. Blocks without a list have nothing to do. Waves do not
+// split k, so gate and up of an index meet in one lane.
 #include "activation.cuh"
 #include "entry_points.h"
 
@@ -13,28 +13,22 @@
 
 namespace moe_int4 {
 
-// Row tiles of a wave, each in passes of up to `slots` pairs.
+// Row tiles of a wave, all for one list.
 struct GateUpItems {
-  int expert, begin, end, slots;  // pairs of the block
-  int inter, tile, tile_step, tiles_left;
-  int first;
+  GroupItem item;
+  int step, tiles_left;
 
-  GPU_DEVICE bool next(GroupItem& item) {
-    if (tiles_left == 0) return false;
-    const int index = tile * kRowGroups + lane_row(), row = index < inter ? index : inter - 1;
-    item = {expert, first, end - first < slots ? end - first : slots, {row, row + inter}};
-    first += slots;
-    if (first >= end) {
-      first = begin;
-      tile += tile_step;
-      --tiles_left;
-    }
-    return true;
+  GPU_DEVICE bool next(GroupItem& out) {
+    out = item;
+    item.row += step;
+    return tiles_left-- > 0;
   }
 };
 
 template <typename DT, int G, bool ZP, int NB>
 GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
+  using Tile = GroupTile<DT, G, ZP, kGateUpRows, NB, true>;
+  constexpr int kTileRows = kGateUpRows * kRowGroups;
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
   const Router router = MOE_INT4_ROUTER;
   const int first_token = gpu::block_z() * kGroupTokens;
@@ -42,38 +36,41 @@ GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
   char* const rows = gpu::dynamic_lds() + waves * kGroupWeightBytes;
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
-  const PairLists lists =
-      sort_pairs(router, first_token, tokens, waves, rows + group_row_ring_bytes(slots));
+  const PairLists lists = sort_pairs(router, first_token, tokens, slots, waves,
+                                     rows + group_row_ring_bytes(kGateUpRows, slots));
   if (gpu::block_y() >= lists.count) return;
-  const int begin = lists.starts[gpu::block_y()], end = lists.starts[gpu::block_y() + 1];
-  const int first_tile = gpu::block_x() * waves * row_tiles + gpu::wave();
+  const int first = lists.starts[gpu::block_y()], last = lists.starts[gpu::block_y() + 1];
+  const int step = waves * kTileRows;
+  int index = (gpu::block_x() * waves * row_tiles + gpu::wave()) * kTileRows + lane_row();
   const GateUpItems items = {
-      lists.experts[gpu::block_y()], begin, end, slots, inter, first_tile, waves, row_tiles, begin};
-  GroupTile<DT, G, ZP, NB, true> tile(weights, 0, blocks, k,
-                                      gpu::dynamic_lds() + gpu::wave() * kGroupWeightBytes, rows,
-                                      slots, waves);
-  const auto* const acts = static_cast<const uint16_t*>(a);
-  const auto row_of = [&](int i) {
-    return acts + (first_token + lists.pairs[i] / top_k) * a_stride_m;
-  };
-  auto* const out = static_cast<uint16_t*>(c) + first_token * top_k * c_stride_m;
-  int index = first_tile * kRowGroups + lane_row();
+      {lists.experts[gpu::block_y()], first, last - first, index}, step, row_tiles};
+  Tile tile(weights, {kRowGroups, 0, inter, inter}, 0, blocks, k,
+            gpu::dynamic_lds() + gpu::wave() * kGroupWeightBytes, rows, slots, waves);
+  const auto* const acts = static_cast<const uint16_t*>(a) + first_token * a_stride_m;
+  const auto row_of = [&](int i) { return acts + lists.pairs[i].token() * a_stride_m; };
+  auto* const out =
+      static_cast<uint16_t*>(c) + static_cast<int64_t>(first_token) * top_k * c_stride_m;
   tile.run(
       items, [] {}, row_of, [](const GroupItem&) {},
-      [&](const GroupItem& item, const float (&sums)[NB][4]) {
+      [&](const GroupItem& item, const typename Tile::Sums& sums) {
         GPU_UNROLL
         for (int b = 0; b < NB; ++b) {
           GPU_UNROLL
           for (int i = 0; i < 2; ++i) {
             const int slot = 8 * b + 2 * lane_k() + i;
-            if (slot >= item.count || index >= inter) continue;
-            const float value =
-                activate(activation, sums[b][i], sums[b][2 + i], alpha, beta, limit);
-            out[lists.pairs[item.first + slot] * c_stride_m + index] =
-                Format<DT>::from_float(value);
+            if (slot >= item.count) continue;
+            const Pair pair = lists.pairs[item.first + slot];
+            uint16_t* const row = out + (pair.token() * top_k + pair.t()) * c_stride_m;
+            GPU_UNROLL
+            for (int m = 0; m < kGateUpRows; ++m) {
+              const float* const sum = sums[b][m];
+              const float value = activate(activation, sum[i], sum[2 + i], alpha, beta, limit);
+              const int at = index + m * kRowGroups;
+              if (at < inter) row[at] = Format<DT>::from_float(value);
+            }
           }
         }
-        if (item.first + item.count == end) index += waves * kRowGroups;
+        index += step;
       });
 }
 

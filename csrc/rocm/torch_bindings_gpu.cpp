@@ -81,19 +81,15 @@ void load_device_op(int64_t device, std::string arch) {
   load_device(static_cast<int>(device), arch);
 }
 
-std::string refusal_op(std::string arch) { return refusal(arch); }
-
 }  // namespace
 }  // namespace moe_int4::gpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
   m.def("hybrid_w4a16_load_device(int device, str arch) -> ()");
-  m.def("hybrid_w4a16_refusal(str arch) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
   m.impl("hybrid_w4a16_load_device", TORCH_BOX(&moe_int4::gpu::load_device_op));
-  m.impl("hybrid_w4a16_refusal", TORCH_BOX(&moe_int4::gpu::refusal_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CUDA, m) {

@@ -34,6 +34,7 @@ SEED = int(os.environ.get("HYBRID_W4A16_TEST_SEED", secrets.randbits(32)))
 HALF, BF16 = 0, 1  # moe_int4::DType
 TOLERANCE = {HALF: 2e-3, BF16: 8e-3}  # relative, Frobenius
 SILU, GELU, GELU_TANH = range(3)  # moe_int4::Activation
+PAIRS, EIGHTS, GROUPED, WIDE = range(4)  # moe_int4::Kernel
 NIBBLE_SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], dtype=np.uint32)
 
 
@@ -106,9 +107,13 @@ class Case:
 
 
 class Maker:
-    """Random cases of one combination of op, dtype, group size and zero points."""
+    """Random cases of one combination of op, dtype, group size and zero points.
 
-    def __init__(self, op, dtype, group, zero_points):
+    ``mma``: the program has the grouped kernels.
+    """
+
+    def __init__(self, mma, op, dtype, group, zero_points):
+        self.mma = mma
         self.op, self.dtype, self.group, self.zero_points = (
             op,
             dtype,
@@ -116,7 +121,7 @@ class Maker:
             zero_points,
         )
         names = ("gemm", "gate_up", "down").index(op), dtype, group, int(zero_points)
-        self.rng = np.random.default_rng([SEED, *names])
+        self.rng = np.random.default_rng([SEED, int(mma), *names])
         self.aligned = False  # rows of a lie on 16-byte boundaries
 
     def pick(self, *values):
@@ -194,6 +199,27 @@ class Maker:
         fields.update(num_tokens=tokens, top_k=top_k)
         return local
 
+    def plan(self, fields, size, kernel=None):
+        """Adds a launch plan or, where no kernel is named, perhaps none; see plan.h."""
+        if kernel is None:
+            kernel = self.pick(None, PAIRS, EIGHTS)
+        if kernel == PAIRS and self.mma and not self.aligned:
+            kernel = EIGHTS
+        if kernel is None:
+            return ""
+        waves = self.pick(1, 2, 3, 4, 6)
+        if kernel not in (GROUPED, WIDE):
+            slots = row_tiles = 0
+        else:
+            few, many = (1, 3, 8), (9, 16)  # up to 8 and more: kernels of their own
+            slots = self.pick(*(few if size % 2 or self.op == "down" else many))
+            row_tiles = self.pick(1, 2, 3)
+        slices = self.pick(*(s for s in (1, 2, 4) if waves % s == 0))
+        tail = (slots, row_tiles) if self.op == "gate_up" else (slices, slots)
+        plan = (kernel, waves, *tail)
+        fields["plan"] = np.array(plan, dtype=np.int64).tobytes()
+        return f", plan {plan}"
+
     def finish(self, fields, expected, written, label):
         columns = expected.shape[1]
         stride = columns + self.pick(0, 0, 1, 16)
@@ -232,7 +258,7 @@ class Maker:
         label = f"gemm block {block_size}, N {n}, K {k}, M {tokens}, top_k {top_k}"
         return self.finish(fields, expected, written, label)
 
-    def gate_up(self, tokens, n, k):
+    def gate_up(self, tokens, n, k, kernel=None):
         fields = {}
         top_k, experts = self.pick(1, 2, 3), self.pick(1, 2, 4)
         a = self.activations(fields, tokens, k, size=0.25 / math.sqrt(k))
@@ -253,10 +279,11 @@ class Maker:
                 expected[row] = act * (np.clip(up, -limit, limit) + beta)
         label = (
             f"gate_up M {tokens}, I {n}, K {k}, top_k {top_k}, E {experts}, act {kind}"
+            + self.plan(fields, tokens, kernel)
         )
         return self.finish(fields, expected, local >= 0, label)
 
-    def down(self, tokens, n, k):
+    def down(self, tokens, n, k, kernel=None):
         fields = {}
         # More than 32: a wave has a lane for each of that many pairs at a time.
         most = 40 if tokens == 1 else 8
@@ -276,6 +303,7 @@ class Maker:
             expected[token] += scale[token, slot] * product
         written = np.ones(tokens, dtype=bool)
         label = f"down M {tokens}, N {n}, K {k}, top_k {top_k}, E {experts}"
+        label += self.plan(fields, tokens, kernel)
         return self.finish(fields, expected, written, label)
 
     def cases(self):
@@ -289,6 +317,16 @@ class Maker:
                 # Some kernels for one row ask for it.
                 self.aligned = size == 1 or self.pick(True, False)
                 yield getattr(self, self.op)(size, n, k)
+        if not self.mma or self.op == "gemm":
+            return
+        self.aligned = True
+        # Up to all tokens of a block on one expert, and a second block of tokens.
+        for size in (1, 2, 3, 5, 8, 9, 17, 24, 70):
+            n = step * int(self.rng.integers(1, 48 // step + 1))
+            k = self.pick(1, 2, 3, 5) * self.group if size > 9 else 1024 + self.group
+            yield getattr(self, self.op)(size, n, k, GROUPED)
+            if self.op == "down":
+                yield self.down(size, n, k, WIDE)
 
 
 def activate(kind, alpha, x):
@@ -350,8 +388,8 @@ COMBINATIONS = [
 ]
 
 
-def run_combination(program, op, dtype, group, zero_points, env=None):
-    cases = list(Maker(op, dtype, group, zero_points).cases())
+def run_combination(program, key, env=None, planned=True):
+    cases = [c for c in Maker(*key).cases() if planned or "plan" not in c.fields]
     calls = b"".join(record(case.fields) for case in cases)
     env = os.environ | (env or {})
     run = subprocess.run(
@@ -379,7 +417,7 @@ def outcomes(programs):
     """All combinations, run beside each other on all cores."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
-            key: pool.submit(run_combination, programs[key[0]], *key[1:])
+            key: pool.submit(run_combination, programs[key[0]], key)
             for key in COMBINATIONS
         }
         return {key: job.result() for key, job in jobs.items()}
@@ -407,7 +445,8 @@ def test_results_are_right_in_every_order(outcomes, combination):
 def test_down_takes_fewer_waves_where_there_is_less_lds(programs):
     """sm_86 and sm_89 have 99 KiB a block; half of what the longest K asks for here."""
     less = {"GPU_HOST_LDS_BYTES": "24000"}
-    outcome = run_combination(programs[True], "down", BF16, 128, False, less)
+    key = True, "down", BF16, 128, False
+    outcome = run_combination(programs[True], key, less, planned=False)
     assert outcome.returncode == 0, outcome.stderr[:4000]
     for case, reply in zip(outcome.cases, outcome.replies, strict=True):
         case.check(reply["c"])

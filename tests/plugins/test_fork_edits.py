@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 
 import pytest
 
@@ -142,18 +143,17 @@ environment_variables: dict[str, Callable] = {
 """
 
 
-def test_switch_gets_its_type_and_its_entry():
+def test_switch_gets_its_type_and_its_entry(monkeypatch):
     edited = fork_edits.register_switch(fork_edits.declare_switch(ENVS))
     differences = difflib.ndiff(ENVS.splitlines(), edited.splitlines())
     assert not [line for line in differences if line.startswith("- ")]
-    made = []
-    namespace = {
-        "Callable": object,
-        "env_with_choices": lambda *args: made.append(args) or args,
-    }
+    namespace: dict = {"Callable": object, "os": os}
     exec(edited, namespace)
-    assert made == [(switch.NAME, switch.CHOICES[0], switch.CHOICES)]
     assert list(namespace["environment_variables"]) == ["VLLM_OTHER", switch.NAME]
+    value = namespace["environment_variables"][switch.NAME]
+    for text, expected in (("", "auto"), ("1", "1")):
+        monkeypatch.setenv(switch.NAME, text)
+        assert value() == expected
     assert max(map(len, edited.splitlines())) <= fork_edits.LINE_LENGTH
     assert fork_edits.declare_switch(edited) == edited
     assert fork_edits.register_switch(edited) == edited

@@ -144,6 +144,12 @@ def test_switch_refuses_unknown_values(monkeypatch):
         switch.value()
 
 
+def test_empty_switch_is_unset(monkeypatch):
+    switch.register()
+    monkeypatch.setenv(switch.NAME, "")
+    assert switch.value() == "auto"
+
+
 def test_switch_is_one_of_vllms_variables(monkeypatch):
     from vllm import envs
     from vllm.platforms import current_platform
@@ -191,3 +197,38 @@ def test_entry_point_in_a_fresh_process(value, expected):
         check=True,
     )
     assert result.stdout.split()[-1] == expected
+
+
+WITHOUT_VLLM = """
+import sys
+import vllm_hybrid_w4a16
+try:
+    status = vllm_hybrid_w4a16.main()
+except SystemExit as exit:
+    status = exit.code
+loaded = {"vllm", "torch"} & set(sys.modules)
+assert not loaded, loaded
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--help"], 0, "explain"),
+        (["--version"], 0, "vllm-hybrid-w4a16 "),
+        (["doctor", "--help"], 0, "--json"),
+        (["explain", "--help"], 0, "--bandwidth"),
+        (["fork", "--help"], 0, "--vllm-src"),
+        (["explain", "/no/such/folder"], 1, "neither a folder nor the name"),
+        (["explain", "{tmp}"], 1, "holds no safetensors files"),
+    ],
+)
+def test_the_command_answers_without_importing_vllm(arguments, status, text, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_VLLM, *arguments], capture_output=True, text=True
+    )
+    assert run.returncode == status, run.stderr
+    assert text in run.stdout + run.stderr

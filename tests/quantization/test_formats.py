@@ -231,7 +231,7 @@ def test_symmetric_is_verified(format, nibble):
     signed = word - (1 << 32 if word >= 1 << 31 else 0)
     layer.w2_qzeros.data[3, 1, 2] = signed
     message = (
-        rf"{LAYER_NAME}: w2_qzeros of expert 3 holds 0x{word:08x} at \[1, 2\], "
+        rf"{LAYER_NAME}.3.down_proj.qzeros holds 0x{word:08x}, "
         rf"expected 0x{SENTINELS[format]:08x}"
     )
     with pytest.raises(ValueError, match=message):
@@ -268,7 +268,7 @@ def test_scales_that_the_activation_dtype_cannot_hold(format):
     broken[1, 1] = 1e6
     tensors[f"6.down_proj.{scales}"] = broken
     list(layer.load_weights(tensors.items()))
-    message = f"{LAYER_NAME}: w2_{scales} of expert 6 holds inf in torch.float16"
+    message = f"{LAYER_NAME}.6.down_proj.{scales} holds inf in torch.float16"
     with pytest.raises(ValueError, match=message):
         layer.quant_method.process_weights_after_loading(layer)
 

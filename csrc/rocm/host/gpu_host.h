@@ -207,6 +207,7 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, Stream, A... args) {
 inline std::string current_arch() { return "host"; }
 inline int max_lds_bytes() { return gpu_host::max_lds_bytes(); }
 
+inline void prepare_device(int, const std::string&) {}
 inline void* allocate(size_t size) { return std::malloc(size); }
 inline void release(void* p) { std::free(p); }
 inline void copy_in(void* to, const void* from, size_t size) { std::memcpy(to, from, size); }

@@ -10,12 +10,12 @@ own key and value, and whatever a kernel reads twice.
 import re
 from dataclasses import dataclass
 
-from vllm.plugins.hybrid_w4a16.explain_checkpoint import (
+from .explain_checkpoint import (
     Checkpoint,
     CheckpointError,
     TensorInfo,
 )
-from vllm.plugins.hybrid_w4a16.explain_layers import (
+from .explain_layers import (
     EXPERT_TENSOR,
     UNREAD,
     ZEROS,

@@ -94,6 +94,7 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
             with_zeros,
             extra_weight_attrs["weight_loader"],
         )
+        layer.load_weights = self._loader.load_weights
         config = get_current_vllm_config_or_none()
         self._weights_are_made_up = (
             config is not None and config.load_config.load_format == "dummy"
