@@ -227,7 +227,7 @@ def _asked_for() -> tuple[str, str]:
     kind = os.environ.get("HYBRID_W4A16_GPU", "")
     archs = os.environ.get("HYBRID_W4A16_GPU_ARCHS", "")
     kinds = {"sm" if arch.startswith("sm_") else arch[:3] for arch in archs.split()}
-    by_archs = {"gfx": "hip", "sm": "cuda"}.get(*kinds, "") if len(kinds) == 1 else ""
+    by_archs = {"gfx": "hip", "sm": "cuda"}.get("/".join(kinds), "")
     if kind not in ("", "none", "hip", "cuda"):
         raise TargetError(f"HYBRID_W4A16_GPU={kind}: expected none, hip or cuda.")
     if kind != "none" and archs and by_archs != (kind or by_archs or "?"):

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -261,7 +262,7 @@ class Case:
         return self.expected[op][: self.rows(op, tokens)]
 
     def to(self, device: str) -> "Case":
-        moved = {
+        moved: dict[str, Any] = {
             "layer": self.layer.to(device),
             "expert_map": None
             if self.expert_map is None
@@ -281,13 +282,13 @@ class DecodeOps:
 
     def __init__(self, cu_count: int, plan: tuple[int, ...] | None = None) -> None:
         self.cu_count = cu_count
-        self.plan = {} if plan is None else {"plan": plan}
+        self.plan = plan
 
     def gate_up(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
         from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 
         w, scales, zeros = case.layer.w13
-        name, *arguments = case.activation
+        name, alpha, beta, limit = case.activation
         rows = slice(first, first + tokens)
         ops.fused_moe_wvSplitK_int4_gate_up(
             case.x[rows],
@@ -300,8 +301,10 @@ class DecodeOps:
             case.shape.group_size,
             zeros,
             case.expert_map,
-            *arguments,
-            **self.plan,
+            alpha,
+            beta,
+            limit,
+            plan=self.plan,
         )
 
     def down(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
@@ -321,7 +324,7 @@ class DecodeOps:
             case.shape.group_size,
             zeros,
             case.expert_map,
-            **self.plan,
+            plan=self.plan,
         )
 
     def gemm(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
@@ -424,7 +427,7 @@ class Selftest:
     # ------------------------------------------------------------------- running
     def run(self) -> list[Group]:
         for format in PACKINGS:
-            self._in_group(f"repacking {format.name}", lambda g, f=format: repack(g, f))
+            self._in_group(f"repacking {format.name}", partial(repack, format=format))
         pool = None
         plan = self.prefill_plan()
         formats = [shape for shape in self.shapes() if shape.hidden == SIZES[0][2]]
@@ -449,7 +452,9 @@ class Selftest:
         for number, (shape, tiles) in enumerate(plan):
             self._in_group(
                 "prefill",
-                lambda g, n=number, s=shape, t=tiles: self._prefill(g, n, s, t, pool),
+                partial(
+                    self._prefill, number=number, shape=shape, tiles=tiles, pool=pool
+                ),
             )
 
     def seconds_left(self) -> float:
@@ -477,7 +482,7 @@ class Selftest:
                 torch.ops._rocm_C.hybrid_w4a16_cpu_isa(isa)
             for op in ("gate_up", "down", "gemm"):
                 name = f"{op} {isa}" if isa else op
-                self._in_group(name, lambda g, o=op: self._run_op(g, o, case, here))
+                self._in_group(name, partial(self._run_op, op=op, case=case, here=here))
 
     def _run_op(
         self, group: Group, op: str, case: Case | None, here: Case | None
@@ -535,7 +540,8 @@ class Selftest:
 
         if "cpu" not in ops.build_info():
             return
-        cpu = Poisoned(*output.view.shape, case.shape.dtype, "cpu")
+        rows, cols = output.view.shape
+        cpu = Poisoned(rows, cols, case.shape.dtype, "cpu")
         getattr(self.cpu_ops, op)(case, cpu.view, 0, tokens)
         written = ~cpu.view.isnan()
         error = reference.relative_error(output.view.cpu()[written], cpu.view[written])

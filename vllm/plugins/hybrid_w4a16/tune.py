@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -105,7 +106,7 @@ def choose(
     current: Any,
     candidates: list[Any],
     sample: Sampler,
-    step: Callable[[str], None] = lambda name: None,
+    step: Callable[[], None] = lambda: None,
 ) -> tuple[Any, float, float]:
     """The winner, its microseconds and those of ``current``.
 
@@ -115,7 +116,7 @@ def choose(
     """
     sifted = []
     for candidate in candidates:
-        step("sifting")
+        step()
         sifted.append((min(sample(candidate, SIFT_REPLAYS)), candidate))
     sifted.sort(key=lambda pair: pair[0])
     finalists = [candidate for _, candidate in sifted[:FINALISTS]]
@@ -123,7 +124,7 @@ def choose(
     samples: list[dict[int, list[float]]] = []
     entrants = [current, *finalists]
     for order in (range(len(entrants)), range(len(entrants) - 1, -1, -1)):
-        step("finals")
+        step()
         taken: dict[int, list[float]] = {index: [] for index in order}
         for _ in range(FINAL_REPLAYS // 3):
             for index in order:
@@ -295,11 +296,11 @@ class GpuBench:
             if ": plan:" in str(error):  # not for this shape or device
                 return False
             raise
-        error = reference.relative_error(out, self.expected(op, tokens))
-        if not error <= 2 * reference.TOLERANCE[self.shape.dtype]:
+        off = reference.relative_error(out, self.expected(op, tokens))
+        if not off <= 2 * reference.TOLERANCE[self.shape.dtype]:
             print(
                 f"WRONG: {op} with plan {plan}, {tokens} tokens, {self.shape}: "
-                f"error {error:.2g}, not used: run vllm-hybrid-w4a16 selftest",
+                f"error {off:.2g}, not used: run vllm-hybrid-w4a16 selftest",
                 file=sys.stderr,
             )
             return False
@@ -479,7 +480,7 @@ class Tuner:
         current: tuning.Tuned,
         compute_units: int,
         source: str,
-        save: Callable[[dict[str, Any]], None],
+        save: Callable[[dict[str, Any]], object],
         progress: Any,
     ) -> None:
         self.bench, self.current = bench, current
@@ -512,7 +513,7 @@ class Tuner:
                 None,
                 list(self.bench.decode_candidates(op, tokens)),
                 self.bench.sample_decode(op, tokens),
-                lambda what, n=name: self.progress.step(n),
+                partial(self.progress.step, name),
             )
             row[op] = None if plan is None else list(plan)
             row[f"{op}_us"], row[f"{op}_rule_us"] = round(us, 2), round(rule_us, 2)
@@ -547,7 +548,7 @@ class Tuner:
                     mine,
                     candidates,
                     self.bench.sample_tile(op, tokens),
-                    lambda what, n=name: self.progress.step(n),
+                    partial(self.progress.step, name),
                 )
                 found.append((us, tile, base))
             if len(found) < 2:
@@ -606,7 +607,7 @@ class Tuner:
                 "decode",
                 ["prefill"],
                 sample,
-                lambda what, n=tokens: self.progress.step(f"crossover, {n} tokens"),
+                partial(self.progress.step, f"crossover, {tokens} tokens"),
             )
             self._done(tokens)
             if winner == "decode":
