@@ -42,8 +42,11 @@ GPU_ANYWHERE constexpr int staged_row_bytes(int slots) {
 GPU_ANYWHERE constexpr int staged_sums(int slots) { return staged_blocks(slots) * kLanesPerRow; }
 
 // LDS of one wave: the slots' lists, fp32 results [slots][kRowsPerWave], staged rows and their
-// sums. A kernel for up to `slots` rows runs the code for 1 or for kSlotsPerPass of them.
+// sums, at the end of it the router weights of a kernel for several rows. A kernel for up to
+// `slots` rows runs the code for 1 or for kSlotsPerPass of them.
 constexpr int kSlotListBytes = 3 * kMaxSlots * 4;
+constexpr int kKeptPlaces = 16;  // router weights of a token that a wave keeps at a time
+constexpr int kKeptBytes = kMaxSlots * kKeptPlaces * 4;
 GPU_ANYWHERE constexpr int result_bytes(int slots) { return slots * kRowsPerWave * 4; }
 GPU_ANYWHERE constexpr int staged_bytes(int slots) {
   return slots * (staged_row_bytes(slots) + staged_sums(slots) * 4);
@@ -112,7 +115,8 @@ GPU_ANYWHERE constexpr int group_list_bytes(int pairs, int experts, int slots) {
 GPU_ANYWHERE constexpr int lds_bytes_per_wave(int t, int rows) {
   const int slots = slots_for(rows < t ? rows : t);
   return kSlotListBytes + result_bytes(t) +
-         (staged_bytes(1) > staged_bytes(slots) ? staged_bytes(1) : staged_bytes(slots));
+         (staged_bytes(1) > staged_bytes(slots) ? staged_bytes(1) : staged_bytes(slots)) +
+         (t > 1 ? kKeptBytes : 0);
 }
 
 }  // namespace moe_int4

@@ -36,9 +36,11 @@
 //   U32x4 load_16_any(p)     the same, 2-byte aligned
 //   float half_to_float(uint16_t), uint16_t float_to_half(float)   fp16 bits, round to nearest even
 //   float exp2_fast(float), rcp_fast(float)                        2^x and 1/x, error below 2^-20
+//   float sqrt_of(float)                                           square root, within 2^-20
 //   float dot2(Half, uint32_t a, uint32_t b, float c)      c + a.lo*b.lo + a.hi*b.hi, fp32 sum
 //   float dot2(BFloat16, uint32_t a, uint32_t b, float c)  the same for bf16 pairs
 //   uint32_t and_or(x, mask, bits)                         (x & mask) | bits
+//   uint32_t pick_bytes<B0, B1, B2, B3>(low, high)         bytes of the eight of low, then high
 //   int first_bit(uint32_t)  place of the lowest bit that is set; there is one
 //   int count_bits(uint32_t) how many bits are set. Only where kHasMma.
 //   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, rounded to
@@ -89,9 +91,12 @@
 //                                    vendor's message. The host runs it to the end.
 //   int current_device()             index of the current device (CUDA, HIP)
 //   int max_lds_bytes()              most LDS that a block may have on the current device
-//   std::string current_arch()       "gfx1151", "sm_90", "host": the current device
+//   std::string current_arch()       "sm_90", "host": the current device (not on HIP)
 //
 //   for the runner of host/, which tests use:
+//   void prepare_device(int, arch)   makes a device ready and current; `arch` is what it is, or
+//   empty
+//                                    where it is ready already
 //   void* allocate(size_t), void release(void*)    memory that kernels see, exactly of that size
 //   void copy_in(void* to, const void* from, size_t), copy_out(...)   into and out of it; wait for
 //                                    what was launched
@@ -246,6 +251,7 @@ GPU_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+GPU_DEVICE float sqrt_of(float x) { return __fsqrt_rn(x); }
 GPU_DEVICE float rcp_fast(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -274,6 +280,10 @@ GPU_DEVICE uint32_t add2(BFloat16, uint32_t a, uint32_t b) {
   uint32_t r;  // sm_80 has no addition of bf16 pairs
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3f803f80u), "r"(b));
   return r;
+}
+template <int B0, int B1, int B2, int B3>
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  return __byte_perm(low, high, B0 | B1 << 4 | B2 << 8 | B3 << 12);
 }
 GPU_DEVICE int first_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 GPU_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
@@ -408,6 +418,7 @@ GPU_DEVICE uint16_t float_to_half(float x) {
 }
 GPU_DEVICE float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }
 GPU_DEVICE float rcp_fast(float x) { return __builtin_amdgcn_rcpf(x); }
+GPU_DEVICE float sqrt_of(float x) { return __builtin_amdgcn_sqrtf(x); }
 GPU_DEVICE float dot2(Half, uint32_t a, uint32_t b, float c) {
   return __builtin_amdgcn_fdot2(__builtin_bit_cast(Half2, a), __builtin_bit_cast(Half2, b), c,
                                 false);
@@ -417,6 +428,10 @@ GPU_DEVICE float dot2(BFloat16, uint32_t a, uint32_t b, float c) {
                                          __builtin_bit_cast(BFloat2, b), c, false);
 }
 GPU_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+template <int B0, int B1, int B2, int B3>
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  return __builtin_amdgcn_perm(high, low, B0 | B1 << 8 | B2 << 16 | B3 << 24);
+}
 GPU_DEVICE int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
 GPU_DEVICE void prefetch_l2(const void*) {}
@@ -513,6 +528,9 @@ void start_kernel(void (*entry)(P...), const LaunchShape& shape, Stream stream, 
   check(cudaLaunchKernelExC(&config, kernel, args), "kernel launch");
 }
 
+inline void prepare_device(int device, const std::string&) {
+  check(cudaSetDevice(device), "cudaSetDevice");
+}
 inline void* allocate(size_t size) {
   void* p = nullptr;
   check(cudaMalloc(&p, size), "cudaMalloc");
@@ -563,6 +581,11 @@ struct Kernel : Entry {
 };
 
 inline int max_lds_bytes() { return kLdsBytesPerBlock; }
+
+inline void prepare_device(int device, const std::string& arch) {
+  if (!arch.empty()) load_kernels(device, arch, nullptr);
+  set_device(device);
+}
 #endif
 
 constexpr int kOrders = 2;  // the hardware's own, which may change from run to run

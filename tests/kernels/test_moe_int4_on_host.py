@@ -494,7 +494,9 @@ def test_every_kernel_ran(programs, outcomes, mma):
     symbols = subprocess.run(
         ["objdump", "-t", programs[mma]], capture_output=True, text=True, check=True
     ).stdout
-    kernels = set(re.findall(r"\bF gpu_kernels\s+\w+\s+(\w+)$", symbols, re.MULTILINE))
+    kernels = set(
+        re.findall(r"\bF gpu_kernels\s+\w+\s+(moe_int4_\w+)$", symbols, re.MULTILINE)
+    )
     ran = {
         kernel
         for key, outcome in outcomes.items()

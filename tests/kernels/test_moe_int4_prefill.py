@@ -23,8 +23,10 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
+    MoEShape,
     PrefillTiles,
     Tile,
+    Tuned,
 )
 
 from . import test_moe_int4_ops as sweep  # its float64 side
@@ -246,10 +248,12 @@ def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
     experts = layer.quant_method.moe_kernel.fused_experts
     x = torch.randn(5, shape.hidden, dtype=torch.bfloat16)
     weights, ids = random_routing(5, shape)
+    ids[0, 0], ids[1, 1] = -1, shape.experts  # outside: skipped on both paths
     calls: list[int] = []
     decoded = run_layer(layer, x, weights, ids)
     assert not calls
-    experts.tiles, experts.prefill_from = "sm_90", 5
+    small = MoEShape(4, shape.top_k, shape.hidden, shape.intermediate, 64, "bf16")
+    experts.tuned, experts.prefill_from = Tuned("sm_90", small, 5, "rule"), 5
     prefilled = run_layer(layer, x, weights, ids)
     assert calls == [5]
     assert relative_error(prefilled, decoded) < sweep.TOLERANCE[torch.bfloat16]

@@ -27,20 +27,8 @@ TABLES = {
     file.stem: json.loads(file.read_text())
     for file in hybrid_w4a16_tuning.TABLES.glob("*.json")
 }
-ARCHS = [
-    "gfx1100",
-    "gfx1101",
-    "gfx1102",
-    "gfx1103",
-    "gfx1150",
-    "gfx1151",
-    "gfx1152",
-    "gfx1153",
-    "gfx1200",
-    "gfx1201",
-    "sm_80",
-    "sm_90",
-]
+AMD_ARCHS = json.loads((CHECKOUT / "csrc/rocm/amd_archs.json").read_text())
+ARCHS = [*AMD_ARCHS, "sm_80", "sm_90"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -136,7 +124,7 @@ def test_an_unknown_family_gets_small_tiles_and_one_warning(caplog, monkeypatch)
         assert tiles.gate_up.block_m * tiles.gate_up.block_n <= 1024
     assert prefill_from("sm_999", 8, 2) == 32
     warnings = [r.getMessage() for r in caplog.records if "sm_999" in r.getMessage()]
-    assert len(warnings) == 1 and "tune_prefill.py" in warnings[0]
+    assert len(warnings) == 1 and "vllm-hybrid-w4a16 tune" in warnings[0]
 
 
 @pytest.mark.slow

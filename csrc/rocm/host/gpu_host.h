@@ -97,6 +97,7 @@ inline float half_to_float(uint16_t bits) { return static_cast<float>(bit_cast<_
 inline uint16_t float_to_half(float x) { return bit_cast<uint16_t>(static_cast<_Float16>(x)); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
+inline float sqrt_of(float x) { return std::sqrt(x); }
 
 inline float to_float(Half, uint32_t bits) { return half_to_float(static_cast<uint16_t>(bits)); }
 inline float to_float(BFloat16, uint32_t bits) { return bit_cast<float>(bits << 16); }
@@ -108,6 +109,15 @@ float dot2(DT dtype, uint32_t a, uint32_t b, float c) {
 }
 
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+template <int B0, int B1, int B2, int B3>
+uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  const uint64_t all = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t picked = 0;
+  constexpr int kBytes[] = {B0, B1, B2, B3};
+  for (int i = 0; i < 4; ++i)
+    picked |= static_cast<uint32_t>(all >> (8 * kBytes[i]) & 0xff) << (8 * i);
+  return picked;
+}
 inline int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
@@ -197,6 +207,7 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, Stream, A... args) {
 inline std::string current_arch() { return "host"; }
 inline int max_lds_bytes() { return gpu_host::max_lds_bytes(); }
 
+inline void prepare_device(int, const std::string&) {}
 inline void* allocate(size_t size) { return std::malloc(size); }
 inline void release(void* p) { std::free(p); }
 inline void copy_in(void* to, const void* from, size_t size) { std::memcpy(to, from, size); }

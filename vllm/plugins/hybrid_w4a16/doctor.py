@@ -16,19 +16,15 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-import vllm
-from vllm.logger import suppress_logging
-from vllm.model_executor.layers.fused_moe.oracle import (
-    hybrid_w4a16_switch as switch,
-)
-from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import hooks
+from . import machine
 
 DISTRIBUTION = "vllm-hybrid-w4a16"
 PLUGIN = "hybrid_w4a16"
 _REINSTALL = "pip install -v --no-build-isolation --force-reinstall --no-deps ."
+
+
+# The newest release that the tests of this version ran with.
+TESTED_VLLM = (0, 33)
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit status."""
+    from vllm.logger import suppress_logging
+    from vllm.model_executor.layers.fused_moe.oracle import (
+        hybrid_w4a16_switch as switch,
+    )
+
     switch.register()
     with suppress_logging(logging.CRITICAL):  # the table says it all
         checks = diagnose()
@@ -68,15 +69,20 @@ def diagnose() -> list[Check]:
 
 
 def _versions() -> Check:
+    import torch
+
     found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
     found += [f"hip {torch.version.hip}"] if torch.version.hip else []
     found += [f"cuda {torch.version.cuda}"] if torch.version.cuda else []
     for package in ("triton", DISTRIBUTION):
         found.append(f"{package} {_version(package) or 'not installed'}")
+    found += [f"{name} {text}" for name, text in machine.versions().items()]
     return Check("versions", True, ", ".join(found))
 
 
 def _platform() -> Check:
+    from vllm.platforms import current_platform
+
     name = type(current_platform).__name__
     if name == "UnspecifiedPlatform":
         return Check(
@@ -91,6 +97,10 @@ def _platform() -> Check:
 
 
 def _architecture() -> Check:
+    import torch
+
+    from vllm.platforms import current_platform
+
     if current_platform.is_cpu():
         capability = torch.backends.cpu.get_cpu_capability()
         return Check("architecture", True, f"{platform.machine()}, {capability}")
@@ -110,6 +120,9 @@ def _architecture() -> Check:
 
 
 def _vllm_fits() -> Check:
+    import vllm
+    from vllm.plugins.hybrid_w4a16 import hooks
+
     misfits = []
     for hook in hooks.HOOKS:
         try:
@@ -121,9 +134,16 @@ def _vllm_fits() -> Check:
             "hooks",
             False,
             f"vLLM {vllm.__version__}: {'; '.join(misfits)}",
-            "install vLLM 0.32 or 0.33, or a release of this package for the vLLM here",
+            "install vLLM 0.30 to 0.33, or a release of this package for the vLLM here",
         )
-    return Check("hooks", True, f"{len(hooks.HOOKS)} fit vLLM {vllm.__version__}")
+    found = f"{len(hooks.HOOKS)} fit vLLM {vllm.__version__}"
+    numbers = vllm.__version__.split(".")[:2]
+    if all(number.isdecimal() for number in numbers) and (
+        tuple(map(int, numbers)) > TESTED_VLLM
+    ):
+        newest = ".".join(map(str, TESTED_VLLM))
+        found += f"; not tested with vLLM {vllm.__version__}, the newest was {newest}"
+    return Check("hooks", True, found)
 
 
 def _library() -> Check:
@@ -154,6 +174,8 @@ def _device() -> Check:
 
 
 def _device_fix() -> str:
+    from vllm.platforms import current_platform
+
     if current_platform.is_rocm() or current_platform.is_cuda():
         return (
             "build the op library for this GPU, with hipcc or nvcc on PATH: "
@@ -181,6 +203,9 @@ def _plugin() -> Check:
 
 def _switch() -> Check:
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+    from vllm.model_executor.layers.fused_moe.oracle import (
+        hybrid_w4a16_switch as switch,
+    )
 
     try:
         value = switch.value()
@@ -201,6 +226,89 @@ def _switch() -> Check:
     return Check("switch", True, found)
 
 
+def _memory() -> Check:
+    """On AMD: how much vLLM can take, which an APU does not say by itself."""
+    import torch
+
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        available = machine.gib(machine.meminfo("MemAvailable"))
+        return Check("memory", True, f"{available} of the system's are free")
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except (RuntimeError, AssertionError):
+        return Check("memory", True, "no GPU, see above")
+    found = f"{machine.gib(free)} of {machine.gib(total)} free"
+    if not current_platform.is_rocm():
+        return Check("memory", True, found)
+    memory = machine.read_memory(free, total)
+    parts = [
+        f"carve-out {machine.gib(memory.carve_out or 0)}",
+        f"GTT {machine.gib(memory.gtt or 0)}",
+        f"HIP {found}",
+        f"MemAvailable {machine.gib(memory.available)}",
+    ]
+    advice = machine.advise(memory)
+    text = f"{', '.join(parts)}. Serve with {advice.argument}: {advice.reason}"
+    return Check("memory", True, text)
+
+
+def _power() -> Check:
+    profile, limit = machine.power_profile(), machine.power_limit_watts()
+    found = f"profile {profile or 'unknown'}"
+    if limit is not None:
+        found += f", GPU limited to {limit:.0f} W"
+    if profile in ("low-power", "balanced", "quiet", "cool"):
+        found += (
+            "; results are higher with `echo performance | sudo tee "
+            "/sys/firmware/acpi/platform_profile`"
+        )
+    return Check("power", True, found)
+
+
+def _override() -> Check:
+    value = os.environ.get("HSA_OVERRIDE_GFX_VERSION")
+    if not value:
+        return Check("override", True, "HSA_OVERRIDE_GFX_VERSION is not set")
+    return Check(
+        "override",
+        True,
+        f"HSA_OVERRIDE_GFX_VERSION={value}: torch reports that architecture, so its "
+        "kernels and its tuning table are used here, not those of the GPU's own; unset "
+        "it if torch and vLLM have code for the GPU itself",
+    )
+
+
+def _threads() -> Check:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return Check("threads", True, "a GPU computes")
+    threads, why = machine.cpu_threads()
+    count = "as many as OpenMP takes" if threads is None else str(threads)
+    return Check("threads", True, f"vLLM computes with {count}: {why}")
+
+
+def _tuning() -> Check:
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+
+    try:
+        family: devices.DeviceFamily | str = devices.device_family()
+    except (RuntimeError, AssertionError):
+        family = "unknown"
+    if isinstance(family, str):
+        return Check("tuning", True, "no kernels, see above")
+    if family.tuning is None:
+        return Check("tuning", True, "nothing to tune on this device")
+    own = tuning.owner_table(family.name)
+    shapes = len(tuning.owner_entries(family.name))
+    shipped = tuning.table(family.tuning).get("source", "none")
+    text = f"{own} ({shapes} shapes)" if shapes else f"no table of yours ({own})"
+    return Check("tuning", True, f"{text}; shipped: {shipped}")
+
+
 CHECKS: tuple[Callable[[], Check], ...] = (
     _versions,
     _platform,
@@ -210,6 +318,11 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     _device,
     _plugin,
     _switch,
+    _tuning,
+    _memory,
+    _power,
+    _override,
+    _threads,
 )
 
 

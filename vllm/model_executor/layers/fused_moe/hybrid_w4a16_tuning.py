@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The tuning tables: where prefill begins and how its GEMMs are cut up.
+"""The tuning tables: launch plans of decode, where prefill begins, tiles of prefill.
 
-One file per device in ``configs/hybrid_w4a16``::
+One file per device in ``configs/hybrid_w4a16``, and the owner's of the same form in
+``VLLM_CONFIG_ROOT/hybrid_w4a16``, which come first::
 
     source        what the numbers were measured on
     prefill_from  least number of tokens that prefill takes
@@ -10,17 +11,23 @@ One file per device in ``configs/hybrid_w4a16``::
     row_padding   bytes added to packed weight rows of a multiple of 1024 bytes
     rows          prefill tiles by shape: hidden, intermediate, rows_per_expert;
                   block_m, and [block_n, num_warps, num_stages] of gate_up and down
+    shapes        what was measured for one shape, see ``MoEShape``: compute_units and
+                  kernel_version, prefill_from, rows as above, and decode: by tokens
+                  the plans of gate_up and down, as the ops take them, or null
 
-``benchmarks/tune_prefill.py`` measures a table on the machine at hand.
+``vllm-hybrid-w4a16 tune`` writes the owner's table. The nearest shape counts. Where
+none is near, decode is left to the rule in the op library, and prefill begins where
+the device's numbers say (``prefill_from``).
 """
 
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
@@ -87,7 +94,7 @@ def table(name: str) -> dict[str, Any]:
         return json.loads(path.read_text())
     logger.warning(
         "HybridW4A16 MoE: no prefill tiles were measured for %s; using small ones. "
-        "benchmarks/tune_prefill.py measures them.",
+        "`vllm-hybrid-w4a16 tune` measures them.",
         name,
     )
     return _DEFAULT
@@ -132,6 +139,17 @@ def prefill_tiles(
         hidden, intermediate: sizes on this rank.
     """
 
+    rows = table(name)["rows"]
+    return _nearest_tiles(rows, pairs, num_experts, hidden, intermediate)
+
+
+def _nearest_tiles(
+    rows: list[dict[str, Any]],
+    pairs: int,
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+) -> PrefillTiles:
     def distance(row: dict[str, Any]) -> float:
         return (
             abs(math.log(row["rows_per_expert"] * num_experts / max(pairs, 1)))
@@ -139,6 +157,244 @@ def prefill_tiles(
             + abs(math.log(row["intermediate"] / intermediate))
         )
 
-    row = min(table(name)["rows"], key=distance)
+    row = min(rows, key=distance)
     block_m = row["block_m"]
     return PrefillTiles(Tile(block_m, *row["gate_up"]), Tile(block_m, *row["down"]))
+
+
+# Raise it when a kernel changes what a plan means or which one is fastest: entries of
+# another version are not used.
+KERNEL_VERSION = 1
+# Entries further from a shape than this say nothing of it. A factor of 1.5 in one
+# size is 0.4.
+_NEAR = 0.45
+
+Plan = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """What a table is looked up by: sizes of one rank's layer."""
+
+    experts: int
+    """On all ranks, over which the pairs of a batch spread."""
+    top_k: int
+    hidden: int
+    intermediate: int
+    """On this rank."""
+    group_size: int
+    dtype: str
+    """bf16 or fp16."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.experts} experts, top-{self.top_k}, {self.hidden} x "
+            f"{self.intermediate}, g{self.group_size}, {self.dtype}"
+        )
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What is used for one shape."""
+
+    arch: str
+    shape: MoEShape
+    prefill_from: int
+    """Least number of tokens that prefill takes."""
+    origin: str
+    """Where it is from: "owner", "shipped", or "rule" (with the device's tiles)."""
+    entry: dict[str, Any] | None = None
+    """The entry of a table, if there is one near."""
+    exact: bool = False
+    decode: dict[int, tuple[Plan | None, Plan | None]] = field(default_factory=dict)
+    """Plans of gate_up and down by number of tokens."""
+
+    def decode_plans(self, tokens: int) -> tuple[Plan | None, Plan | None]:
+        """Of the least measured number of tokens that is not below ``tokens``."""
+        for measured, plans in self.decode.items():
+            if measured >= tokens:
+                return plans
+        return None, None
+
+    def prefill_tiles(self, pairs: int) -> PrefillTiles:
+        """As the function of that name."""
+        shape = self.shape
+        sizes = (pairs, shape.experts, shape.hidden, shape.intermediate)
+        if self.entry is not None and self.entry.get("rows"):
+            return _cached_tiles(self.arch, shape, pairs)
+        return prefill_tiles(table_name(self.arch), *sizes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_tiles(arch: str, shape: MoEShape, pairs: int) -> PrefillTiles:
+    entry = next(tuned.entry for tuned in _used if _is(tuned, arch, shape))
+    assert entry is not None
+    sizes = (shape.experts, shape.hidden, shape.intermediate)
+    return _nearest_tiles(entry["rows"], pairs, *sizes)
+
+
+def _is(tuned: Tuned, arch: str, shape: MoEShape) -> bool:
+    return (tuned.arch, tuned.shape) == (arch, shape)
+
+
+# What was looked up in this process, in order.
+_used: list[Tuned] = []
+
+
+def lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
+    """What the tables say of a shape on a device, the owner's first.
+
+    Args:
+        arch: such as "gfx1151" or "sm_90".
+        compute_units: of the device; entries for another number are not used.
+    """
+    known = next((tuned for tuned in _used if _is(tuned, arch, shape)), None)
+    if known is None:
+        known = _lookup(arch, compute_units, shape)
+        _used.append(known)
+    return known
+
+
+def forget() -> None:
+    """Read the tables anew."""
+    _used.clear()
+    _cached_tiles.cache_clear()
+    table.cache_clear()
+    prefill_tiles.cache_clear()
+
+
+def _lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
+    shipped = table(table_name(arch)).get("shapes", [])
+    for origin, entries in (("owner", owner_entries(arch)), ("shipped", shipped)):
+        usable = [
+            entry
+            for entry in entries
+            if entry["compute_units"] == compute_units
+            and entry["kernel_version"] == KERNEL_VERSION
+        ]
+        nearest = min(usable, key=lambda e: distance(e, shape), default=None)
+        if nearest is not None and distance(nearest, shape) <= _NEAR:
+            decode = {
+                row["tokens"]: (_plan(row["gate_up"]), _plan(row["down"]))
+                for row in sorted(nearest["decode"], key=lambda row: row["tokens"])
+            }
+            exact = distance(nearest, shape) == 0
+            begin = nearest.get("prefill_from") or _rule(arch, shape)
+            return Tuned(arch, shape, begin, origin, nearest, exact, decode)
+    return Tuned(arch, shape, _rule(arch, shape), "rule")
+
+
+def _plan(values: list[int] | None) -> Plan | None:
+    return None if values is None else tuple(values)
+
+
+def _rule(arch: str, shape: MoEShape) -> int:
+    return prefill_from(table_name(arch), shape.experts, shape.top_k)
+
+
+def distance(entry: dict[str, Any], shape: MoEShape) -> float:
+    """How far an entry is from a shape; 0: the same."""
+    spread = entry["top_k"] * shape.experts / (entry["experts"] * shape.top_k)
+    sizes = (
+        spread,
+        entry["experts"] / shape.experts,
+        entry["hidden"] / shape.hidden,
+        entry["intermediate"] / shape.intermediate,
+        # a quarter of the groups is little less work
+        (entry["group_size"] / shape.group_size) ** 0.25,
+    )
+    far = sum(abs(math.log(ratio)) for ratio in sizes)
+    return far + 0.05 * (entry["dtype"] != shape.dtype)
+
+
+def owner_table(arch: str) -> Path:
+    """Where the owner's table for an architecture is, whether or not it exists."""
+    return Path(envs.VLLM_CONFIG_ROOT) / "hybrid_w4a16" / f"{arch}.json"
+
+
+def owner_entries(arch: str) -> list[dict[str, Any]]:
+    """``shapes`` of the owner's table; none, and a warning, where it is broken."""
+    path = owner_table(arch)
+    if not path.is_file():
+        return []
+    try:
+        entries = json.loads(path.read_text())["shapes"]
+        for entry in entries:
+            shape = MoEShape(**{name: entry[name] for name in _SHAPE_FIELDS})
+            distance(entry, shape)
+            entry["compute_units"], entry["kernel_version"]
+            for row in entry["decode"]:
+                row["tokens"], row["gate_up"], row["down"]
+            if entry.get("rows"):
+                _nearest_tiles(entry["rows"], 1, 1, 1, 1)
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        logger.warning(
+            "HybridW4A16 MoE: %s is not a tuning table (%s: %s) and is not used; "
+            "`vllm-hybrid-w4a16 tune` writes a new one",
+            path,
+            type(error).__name__,
+            error,
+        )
+        return []
+    return entries
+
+
+_SHAPE_FIELDS = ("experts", "top_k", "hidden", "intermediate", "group_size", "dtype")
+
+
+def write_owner_entry(arch: str, entry: dict[str, Any]) -> Path:
+    """Put an entry into the owner's table, in place of one with the same key.
+
+    The file is replaced as a whole. Returns its path.
+    """
+    key = ("compute_units", *_SHAPE_FIELDS)
+    kept = [
+        other
+        for other in owner_entries(arch)
+        if any(other[name] != entry[name] for name in key)
+    ]
+    path = owner_table(arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = ",\n".join(_entry_text(e) for e in [*kept, entry])
+    new = path.with_suffix(".new")
+    new.write_text(
+        f'{{\n "arch": {json.dumps(arch)},\n "shapes": [\n{entries}\n ]\n}}\n'
+    )
+    new.replace(path)
+    return path
+
+
+def _entry_text(entry: dict[str, Any]) -> str:
+    """JSON with a line per measured case."""
+    lines = []
+    for name, value in entry.items():
+        if name in ("decode", "rows"):
+            rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+            lines.append(f'   "{name}": [\n{rows}\n   ]')
+        else:
+            lines.append(f"   {json.dumps(name)}: {json.dumps(value)}")
+    return "  {\n" + ",\n".join(lines) + "\n  }"
+
+
+def shape_fields(shape: MoEShape) -> dict[str, Any]:
+    """A shape as an entry has it."""
+    return asdict(shape)
+
+
+def used_text() -> str | None:
+    """One line on what was looked up in this process; ``None``: nothing was."""
+    if not _used:
+        return None
+    files = []
+    for origin in ("owner", "shipped"):
+        hits = sum(tuned.origin == origin for tuned in _used)
+        if hits:
+            arch = _used[0].arch
+            path = owner_table(arch)
+            if origin == "shipped":
+                path = TABLES / f"{table_name(arch)}.json"
+            files.append(f"{hits} from {path}")
+    ruled = sum(tuned.origin == "rule" for tuned in _used)
+    if ruled:
+        files.append(f"{ruled} by rule, `vllm-hybrid-w4a16 tune` measures")
+    return f"tuning of {len(_used)} shapes: {'; '.join(files)}"

@@ -13,6 +13,7 @@ import torch
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
@@ -22,10 +23,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     DeviceFamily,
     device_family,
-)
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
-    prefill_from,
-    prefill_tiles,
+    load_kernels,
 )
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceNoOP,
@@ -56,14 +54,21 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         if not isinstance(family, DeviceFamily):
             raise ValueError(f"HybridW4A16MoEExperts: {family}")
         assert quant_config.block_shape is not None
+        load_kernels(family)
         self.cu_count = family.cu_count
         self.group_size = quant_config.block_shape[1]
-        self.tuning = family.tuning
-        self.prefill_from: int | None = None
-        if self.tuning is not None:
-            self.prefill_from = prefill_from(
-                self.tuning, moe_config.num_experts, moe_config.experts_per_token
+        self.tuned: tuning.Tuned | None = None
+        if family.tuning is not None:
+            shape = tuning.MoEShape(
+                moe_config.num_experts,
+                moe_config.experts_per_token,
+                moe_config.hidden_dim,
+                moe_config.intermediate_size_per_partition,
+                self.group_size,
+                "fp16" if moe_config.in_dtype == torch.float16 else "bf16",
             )
+            self.tuned = tuning.lookup(family.name, family.cu_count, shape)
+        self.prefill_from = None if self.tuned is None else self.tuned.prefill_from
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -93,7 +98,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         # other back ends hand tokens over in a form of their own (per expert, or still
         # to be dispatched)
         config = moe_parallel_config
-        return not config.use_passthrough_all2all and (
+        # vLLM 0.30 and 0.31 have no such back end, nor the property
+        passthrough = getattr(config, "use_passthrough_all2all", False)
+        return not passthrough and (
             config.use_ag_rs_all2all_kernels or not config.use_all2all_kernels
         )
 
@@ -185,6 +192,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
                 workspace2,
             )
             return
+        plans: tuple[tuning.Plan | None, tuning.Plan | None] = (None, None)
+        if self.tuned is not None:
+            plans = self.tuned.decode_plans(hidden_states.shape[0])
         ops.fused_moe_wvSplitK_int4_gate_up(
             hidden_states,
             w1,
@@ -197,6 +207,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             self.w1_zp,
             expert_map,
             *arguments,
+            plan=plans[0],
         )
         ops.fused_moe_wvSplitK_int4_down(
             workspace2,
@@ -209,6 +220,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             self.group_size,
             self.w2_zp,
             expert_map,
+            plan=plans[1],
         )
 
     def _prefill(
@@ -231,12 +243,10 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             moe_align_block_size,
         )
 
-        assert self.tuning is not None
+        assert self.tuned is not None
         sizes = *topk_ids.shape, w2.shape[1], w1.shape[1] // 2
-        tokens, top_k, hidden, intermediate = sizes
-        tiles = prefill_tiles(
-            self.tuning, tokens * top_k, global_num_experts, hidden, intermediate
-        )
+        tiles = self.tuned.prefill_tiles(topk_ids.numel())
+        # vLLM's op leaves out ids outside of the experts that it is told of
         blocks = moe_align_block_size(
             topk_ids,
             tiles.gate_up.block_m,

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""``report`` and ``tools/merge_reports.py``: what is written and what becomes of it."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tools import merge_reports
+from vllm.plugins.hybrid_w4a16 import cli, compare, report, selftest
+
+BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
+
+
+def sample(variant, number, tokens_per_s):
+    return compare.Sample(variant, number, 20.0, 1e3 / tokens_per_s, tokens_per_s, 30.0)
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """No servers and no kernels: their results are given."""
+    rates = {"stock": [20.0, 22.0], "hybrid": [40.0, 55.0]}
+
+    def measure(checkpoint, vocabulary, arguments, variant, number, log):
+        assert vocabulary > 1000 and arguments == ["--enforce-eager"]
+        log.write_text("a log\n")
+        rate = rates[variant][number]
+        if rate is None:
+            raise compare.CompareError("vllm serve ended with status 1: OSError: no")
+        return sample(variant, number, rate)
+
+    monkeypatch.setattr(compare, "_measure", measure)
+    monkeypatch.setattr(
+        selftest,
+        "selftest",
+        lambda *args: {"ok": True, "device": "cpu", "seconds": 1.0, "groups": []},
+    )
+    return rates
+
+
+def run(tmp_path, *arguments):
+    out = tmp_path / "machine"
+    words = ["report", str(BUNDLED), "--out", str(out), "--rounds", "2"]
+    status = cli.main([*words, "--serve-args=--enforce-eager", *arguments])
+    return status, out.with_name("machine.tar.gz")
+
+
+def test_a_report_of_everything(made_up, tmp_path, capsys):
+    status, archive = run(tmp_path)
+    out = capsys.readouterr().out
+    assert status == 0
+    found = merge_reports.read_report(archive)
+    assert found["results"]["compare"]["ratio"] == {
+        "median": 2.25,
+        "min": 2.0,
+        "max": 2.5,
+    }
+    assert found["steps"]["tune"] == "not run"
+    assert all(found["steps"][s].startswith("ok") for s in ("explain", "selftest"))
+    assert "| hybrid | 20.0 (20.0 to 20.0) |" in out
+    assert "47.5 (40.0 to 55.0)" in out and "hybrid / stock" in out
+    assert "tune: not run" in out
+    with tarfile.open(archive) as tar:
+        names = {member.name for member in tar}
+        owners = {(m.uid, m.uname) for m in tar}
+    assert {"machine/report.json", "machine/report.md"} <= names
+    assert "machine/serve-stock-1.log" in names and owners == {(0, "")}
+
+
+def test_a_server_that_does_not_start_is_part_of_the_report(made_up, tmp_path, capsys):
+    made_up["stock"][:] = [None, None]
+    status, archive = run(tmp_path, "--skip", "selftest")
+    assert status == 1
+    found = merge_reports.read_report(archive)
+    assert found["results"]["compare"]["failures"]["stock"].endswith("OSError: no")
+    assert found["results"]["compare"]["ratio"] is None
+    assert found["steps"]["selftest"] == "not run"
+    assert "| stock | vllm serve ended with status 1: OSError: no |" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_failing_step_leaves_the_others(made_up, monkeypatch, tmp_path):
+    def broken(*args):
+        raise RuntimeError("the device is gone\nmore")
+
+    monkeypatch.setattr(selftest, "selftest", broken)
+    status, archive = run(tmp_path)
+    found = merge_reports.read_report(archive)
+    assert status == 1
+    expected = "failed: RuntimeError: the device is gone"
+    assert found["steps"]["selftest"].startswith(expected)
+    assert found["results"]["compare"]["summary"]["hybrid"]
+
+
+def test_an_interrupted_report_is_written(made_up, monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selftest, "selftest", interrupted)
+    status, archive = run(tmp_path)
+    found = merge_reports.read_report(archive)
+    assert status == 130 and found["steps"]["compare"] == "not run: interrupted"
+    assert "explain" in found["results"]
+
+
+def test_merging_reports_keeps_one_row_for_each(made_up, tmp_path):
+    _, archive = run(tmp_path)
+    results = tmp_path / "results.md"
+    results.write_text(merge_reports.RESULTS.read_text())
+    words = [str(archive), "--results", str(results)]
+    assert merge_reports.main(words) == 0
+    once = results.read_text()
+    assert merge_reports.main(words) == 0
+    assert results.read_text() == once
+    row = next(line for line in once.splitlines() if "2.25 (2.00 to 2.50)" in line)
+    found = merge_reports.read_report(archive)
+    assert f"| {str(found['environment']['commit'])[:12]} |" in row
+    assert "| 21.0 (20.0 to 22.0) | 47.5 (40.0 to 55.0) |" in row
+    assert "passed" in row
+    assert row.count("|") == merge_reports.HEADER.count("|")
+
+
+def archive_of(path, content):
+    data = json.dumps(content).encode()
+    info = tarfile.TarInfo("x/report.json")
+    info.size = len(data)
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("content", [[], {}, {"form": 99}])
+def test_what_is_no_report_changes_nothing(content, tmp_path, capsys):
+    results = tmp_path / "results.md"
+    results.write_text(merge_reports.RESULTS.read_text())
+    archive = archive_of(tmp_path / "a.tar.gz", content)
+    assert merge_reports.main([str(archive), "--results", str(results)]) == 1
+    assert "expected 1" in capsys.readouterr().err
+    assert results.read_text() == merge_reports.RESULTS.read_text()
+
+
+def test_text_of_a_report_cannot_break_the_table(made_up, tmp_path):
+    _, archive = run(tmp_path)
+    found = merge_reports.read_report(archive)
+    found["checkpoint"] = "a|b\n<script>"
+    assert "| ab" in merge_reports.row(found)
+    assert merge_reports.row(found).count("\n") == 0
+
+
+def test_the_form_is_the_one_that_is_merged():
+    assert report.FORM == merge_reports.FORM

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""``selftest``: passes on sound kernels, and names a kernel that is broken."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.plugins.hybrid_w4a16 import cli, random_layers, selftest
+
+
+@pytest.fixture(autouse=True)
+def two_small_shapes(monkeypatch):
+    monkeypatch.setattr(selftest, "SIZES", selftest.SIZES[:1])
+    monkeypatch.setattr(selftest, "TOKENS", (1, 3, 9))
+    monkeypatch.setattr(selftest, "RUNS", 3)
+    monkeypatch.setattr(random_layers, "GROUP_SIZES", (64,))
+
+
+@pytest.fixture
+def one_isa(monkeypatch):
+    info = ops.build_info() | {"cpu": ops.build_info()["cpu"][:1]}
+    monkeypatch.setattr(ops, "build_info", lambda: info)
+
+
+def result(capsys, *arguments):
+    status = cli.main(["selftest", *arguments])
+    return status, capsys.readouterr().out
+
+
+def break_op(monkeypatch, name, spoil):
+    """Lets ``spoil(output)`` change what op ``name`` wrote."""
+    whole = f"fused_moe_wvSplitK_int4_{name}"
+    original = getattr(ops, whole)
+
+    def broken(a, w, scales, c, *rest):
+        original(a, w, scales, c, *rest)
+        spoil(c)
+
+    monkeypatch.setattr(ops, whole, broken)
+
+
+def test_sound_kernels_pass(capsys):
+    status, out = result(capsys, "--json")
+    report = json.loads(out)
+    assert status == 0 and report["ok"] and report["keep_serving"] is None
+    groups = {group["name"]: group for group in report["groups"]}
+    for op in ("gate_up", "down", "gemm"):
+        for isa in ops.build_info()["cpu"]:
+            group = groups[f"{op} {isa}"]
+            assert group["rounds"] == group["planned"] == 4
+            assert group["cases"] == 12 and group["repeated"] == 4
+            assert 0 < group["error"] < group["tolerance"]
+    assert {f"repacking {format.name}" for format in selftest.PACKINGS} <= set(groups)
+
+
+def test_the_best_instruction_set_is_back_in_force(capsys):
+    assert result(capsys)[0] == 0
+    select = torch.ops._rocm_C.hybrid_w4a16_cpu_isa
+    assert select(ops.build_info()["cpu"][0]) == select("")
+
+
+@pytest.mark.parametrize("op", ["gate_up", "down", "gemm"])
+def test_one_wrong_element_is_named(op, one_isa, monkeypatch, capsys):
+    def spoil(c):
+        if len(c) >= 3:
+            c[2, 5] += 1.0
+
+    break_op(monkeypatch, op, spoil)
+    status, out = result(capsys)
+    assert status == 1
+    failures = [line for line in out.splitlines() if line.startswith("FAILED")]
+    assert failures and all(f"moe_int4_{op}_" in line for line in failures)
+    assert all("first wrong element [2, 5]" in line for line in failures)
+    assert all("6 experts, top-2, 384 x 128, g64" in line for line in failures)
+    assert "VLLM_HYBRID_W4A16_MOE=0" in out.splitlines()[-1]
+    assert f"ok  {'down' if op != 'down' else 'gate_up'}" in out
+
+
+def test_small_errors_everywhere_are_found(one_isa, monkeypatch, capsys):
+    """One part in fifty: no element stands out."""
+    break_op(monkeypatch, "down", lambda c: c.mul_(1.02))
+    status, out = result(capsys)
+    assert status == 1 and "relative error of all 0.02" in out
+
+
+def test_unwritten_elements_are_found(one_isa, monkeypatch, capsys):
+    break_op(monkeypatch, "down", lambda c: c[-1, -1].fill_(float("nan")))
+    status, out = result(capsys)
+    assert status == 1 and "is nan" in out and "not written" in out
+
+
+def test_writing_past_the_end_is_found(one_isa, monkeypatch, capsys):
+    def spoil(c):
+        if c.storage_offset() == selftest.GUARD:
+            c.as_strided((1,), (1,), c.storage_offset() + c.numel() + 3).zero_()
+
+    break_op(monkeypatch, "gate_up", spoil)
+    status, out = result(capsys)
+    assert status == 1 and "wrote 4 elements behind the output" in out
+
+
+def test_bits_that_change_between_runs_are_found(one_isa, monkeypatch, capsys):
+    calls = iter(range(10**6))
+
+    def spoil(c):
+        c.view(torch.int16)[0, 0] ^= next(calls) % 2  # the last bit of the mantissa
+
+    break_op(monkeypatch, "gemm", spoil)
+    status, out = result(capsys)
+    assert status == 1 and "run 2 wrote other bits than the first" in out
+
+
+def test_a_broken_conversion_is_found(one_isa, monkeypatch, capsys):
+    sound = selftest.packing.AWQ
+
+    def wrong(words):
+        packed = sound.to_exllama(words)
+        packed[3, 1] ^= 1 << 7
+        return packed
+
+    format = dataclasses.replace(sound, to_exllama=wrong)
+    monkeypatch.setattr(selftest, "PACKINGS", (format,))
+    status, out = result(capsys)
+    assert status == 1
+    assert "repacking AWQ, weights, 64 x 128, g32: first wrong element [3, " in out
+
+
+def test_out_of_time_is_said(monkeypatch, capsys):
+    left = iter([1] * 12)
+    monkeypatch.setattr(selftest.Selftest, "seconds_left", lambda self: next(left, 0))
+    status, out = result(capsys)
+    assert status == 0
+    assert "(1 of 4 shapes, out of time)" in out and "not run, out of time" in out
+
+
+def test_nothing_ran_is_no_success(capsys):
+    status, out = result(capsys, "--seconds", "0")
+    assert status == 1 and "nothing ran" in out
+
+
+def test_without_kernels_it_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(devices, "device_family", lambda: "no library here")
+    status, out = result(capsys)
+    assert status == 1 and out.startswith("NO  no library here")

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""``tune``: what wins, what is written and looked up again; timings are made up."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from vllm import envs
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
+    MoEShape,
+    Tile,
+)
+from vllm.plugins.hybrid_w4a16 import cli, tune
+
+BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
+SHAPE = MoEShape(128, 8, 2048, 768, 128, "bf16")
+GPU = dataclasses.replace(devices.PLANNED["cuda"], name="sm_90", cu_count=132)
+
+
+@pytest.fixture(autouse=True)
+def own_config_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CONFIG_ROOT", str(tmp_path))
+    assert str(tmp_path) == envs.VLLM_CONFIG_ROOT
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
+def sampler(times, noise=0.002, seed=0):
+    """Samples of made-up candidates; ``times`` may be a function of the call count."""
+    rng = random.Random(seed)
+
+    def sample(candidate, count):
+        us = times[candidate] if isinstance(times, dict) else times(candidate)
+        return [us * rng.gauss(1, noise) for _ in range(count)]
+
+    return sample
+
+
+def test_the_fastest_candidate_wins():
+    winner, us, base = tune.choose(
+        None, [1, 2, 3], sampler({None: 10, 1: 9, 2: 7, 3: 8})
+    )
+    assert (
+        winner == 2 and us == pytest.approx(7, 0.01) and base == pytest.approx(10, 0.01)
+    )
+
+
+def test_a_gain_within_the_noise_does_not_count():
+    sample = sampler({None: 10, 1: 9.7}, noise=0.08)
+    assert tune.choose(None, [1], sample)[0] is None
+    assert tune.choose(None, [1], sampler({None: 10, 1: 9.95}))[0] is None
+    assert tune.choose(None, [1], sampler({None: 10, 1: 9.7}))[0] == 1
+
+
+def test_a_machine_that_slows_down_makes_no_winner():
+    """Later samples are slower: taking turns, in both orders, takes that away."""
+    calls = []
+
+    def times(candidate):
+        calls.append(candidate)
+        return 10 * (1 + len(calls) / 200)
+
+    sample = sampler(times)
+    assert tune.choose("now", list(range(20)), sample)[0] == "now"
+
+
+def test_no_candidate_is_no_error():
+    assert tune.choose(None, [], sampler({None: 3.0}))[0] is None
+
+
+class MadeUpBench:
+    """Plan (0, 4, ...) is best for few tokens, (2, ...) for many; prefill from 20."""
+
+    def __init__(self):
+        self.asked = []
+
+    def decode_candidates(self, op, tokens):
+        self.asked.append((op, tokens))
+        return [(0, 4, 0, 0), (2, 8, 16, 1)]
+
+    def sample_decode(self, op, tokens):
+        best = (0, 4, 0, 0) if tokens < 8 else (2, 8, 16, 1)
+        return sampler(lambda plan: tokens * (0.8 if plan == best else 1.0))
+
+    def tile_candidates(self, op, block_m, tokens):
+        return [Tile(block_m, 64, 4, 3), Tile(block_m, 128, 8, 2)]
+
+    def sample_tile(self, op, tokens):
+        best = Tile(64 if tokens > 500 else 16, 128, 8, 2)
+        return sampler(lambda tile: 50.0 if tile == best else 60.0)
+
+    def sample_whole(self, tokens, plans, tiles):
+        self.plans = plans
+        return sampler(lambda kind: 40.0 if kind == "prefill" else 2.0 * tokens)
+
+
+class Quiet:
+    def __init__(self):
+        self.said = []
+
+    def step(self, name):
+        pass
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def tuner(bench, save=lambda entry: None):
+    current = tuning.lookup("sm_90", 132, SHAPE)
+    return tune.Tuner(bench, current, 132, "made up", save, Quiet())
+
+
+def save(entry):
+    tuning.write_owner_entry("sm_90", entry)
+
+
+def test_what_is_measured_is_what_is_looked_up():
+    before = tuning.lookup("sm_90", 132, SHAPE)
+    assert before.origin == "rule" and before.decode_plans(1) == (None, None)
+    tuner(MadeUpBench(), save).run(decode=True, prefill=True)
+    tuning.forget()
+    tuned = tuning.lookup("sm_90", 132, SHAPE)
+    assert tuned.origin == "owner" and tuned.exact
+    few, many = (0, 4, 0, 0), (2, 8, 16, 1)
+    assert tuned.decode_plans(1) == (few, few)
+    assert tuned.decode_plans(5) == (few, few)  # as 6 tokens
+    assert tuned.decode_plans(7) == (many, many)  # as 8
+    assert tuned.decode_plans(33) == (None, None)  # more than were measured
+    assert tuned.prefill_from == 24  # 2 us * 20 is not faster than 40
+    assert tuned.prefill_tiles(64 * 8).gate_up == Tile(16, 128, 8, 2)
+    assert tuned.prefill_tiles(4096 * 8).down == Tile(64, 128, 8, 2)
+
+
+def test_an_interruption_keeps_what_is_done():
+    bench = MadeUpBench()
+    candidates = bench.decode_candidates
+
+    def interrupted(op, tokens):
+        if tokens == 4:
+            raise KeyboardInterrupt
+        return candidates(op, tokens)
+
+    bench.decode_candidates = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        tuner(bench, save).run(decode=True, prefill=True)
+    tuning.forget()
+    tuned = tuning.lookup("sm_90", 132, SHAPE)
+    assert tuned.origin == "owner" and list(tuned.decode) == [1, 2, 3]
+    assert tuned.prefill_from == tuning.prefill_from(
+        "sm_90", SHAPE.experts, SHAPE.top_k
+    )
+    assert tuned.prefill_tiles(512)  # the shipped table's
+
+
+def entry(shape=SHAPE, **other):
+    return {
+        **tuning.shape_fields(shape),
+        "compute_units": 132,
+        "kernel_version": tuning.KERNEL_VERSION,
+        "source": "made up",
+        "prefill_from": 40,
+        "decode": [{"tokens": 4, "gate_up": [0, 2, 0, 0], "down": None}],
+        "rows": [],
+    } | other
+
+
+def test_entries_of_other_devices_and_kernels_are_not_used():
+    for other in ({"compute_units": 78}, {"kernel_version": 0}):
+        tuning.write_owner_entry("sm_90", entry(**other))
+        tuning.forget()
+        assert tuning.lookup("sm_90", 132, SHAPE).origin == "rule"
+
+
+def test_the_nearest_shape_counts_and_far_ones_do_not():
+    near = dataclasses.replace(SHAPE, intermediate=896)
+    far = dataclasses.replace(SHAPE, hidden=4096, intermediate=14336)
+    tuning.write_owner_entry("sm_90", entry())
+    tuning.write_owner_entry("sm_90", entry(near, prefill_from=44))
+    tuning.forget()
+    for shape, begin in ((SHAPE, 40), (near, 44)):
+        assert tuning.lookup("sm_90", 132, shape).prefill_from == begin
+    between = tuning.lookup("sm_90", 132, dataclasses.replace(SHAPE, intermediate=1024))
+    assert between.prefill_from == 44 and not between.exact
+    assert tuning.lookup("sm_90", 132, far).origin == "rule"
+
+
+def test_measuring_again_replaces_the_entry():
+    tuning.write_owner_entry("sm_90", entry())
+    path = tuning.write_owner_entry("sm_90", entry(prefill_from=50))
+    assert [e["prefill_from"] for e in json.loads(path.read_text())["shapes"]] == [50]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"shapes": [{"experts": 3}]}', "[1]"])
+def test_a_broken_table_is_said_and_not_used(text, caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    path = tuning.owner_table("sm_90")
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert tuning.lookup("sm_90", 132, SHAPE).origin == "rule"
+    assert "is not a tuning table" in caplog.text and str(path) in caplog.text
+
+
+def test_the_rule_of_where_prefill_begins_has_no_cliff():
+    begins = [tuning.prefill_from("sm_90", experts, 8) for experts in range(8, 513)]
+    assert begins == sorted(begins)
+    # an expert more is as many tokens more as give one expert that many rows
+    assert all(b - a <= 2 for a, b in zip(begins, begins[1:], strict=False))
+    assert begins[0] < begins[-1]
+
+
+def test_one_line_says_which_table_is_used():
+    assert tuning.used_text() is None
+    tuning.write_owner_entry("sm_90", entry())
+    tuning.lookup("sm_90", 132, SHAPE)
+    tuning.lookup("sm_90", 132, dataclasses.replace(SHAPE, hidden=8192))
+    text = tuning.used_text()
+    assert text.startswith("tuning of 2 shapes: 1 from ") and "1 by rule" in text
+    assert str(tuning.owner_table("sm_90")) in text
+
+
+def command(capsys, *arguments):
+    status = cli.main(["tune", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_on_the_cpu_there_is_nothing_to_tune(capsys):
+    status, out, _ = command(capsys, "--shape", "128,8,2048,768,128")
+    assert status == 0 and "nothing to tune" in out
+
+
+def test_show_prints_tables_and_choice(monkeypatch, capsys):
+    monkeypatch.setattr(devices, "device_family", lambda: GPU)
+    tuning.write_owner_entry("sm_90", entry())
+    tuning.write_owner_entry("sm_90", entry(compute_units=78))
+    status, out, _ = command(capsys, "--show", "--shape", "128,8,2048,768,128")
+    assert status == 0
+    assert f"owner    {tuning.owner_table('sm_90')} (2 shapes)" in out
+    assert "not used" in out and "made up" in out
+    assert "from owner\n  prefill from 40 tokens on" in out
+    assert "up to 4 tokens: gate_up, down [0, 2, 0, 0], rule" in out
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        ("1,2,3", "five numbers"),
+        ("8,9,256,128,64", "top-9 of 8"),
+        ("8,2,256,128,48", "group size 48"),
+        ("8,2,250,128,64", "no multiples of 64"),
+    ],
+)
+def test_bad_shapes_are_explained(shape, why, capsys):
+    status, _, err = command(capsys, "--shape", shape)
+    assert status == 2 and why in err
+
+
+def test_shapes_come_from_a_checkpoint(monkeypatch, capsys):
+    monkeypatch.setattr(devices, "device_family", lambda: GPU)
+    status, out, _ = command(capsys, "--show", str(BUNDLED))
+    assert status == 0 and "experts, top-" in out
+
+
+def test_candidates_fit_what_the_ops_accept():
+    """Limits of csrc/rocm/plan.h and geometry.h."""
+    for matrix_units in (True, False):
+        for kernel, waves, slots, row_tiles in tune.gate_up_plans(matrix_units):
+            assert waves <= (16 if kernel == 2 else 8)
+            assert (slots > 0) == (row_tiles > 0) == (kernel == 2) and slots <= 16
+        for kernel, waves, k_slices, slots in tune.down_plans(matrix_units):
+            assert waves <= 16 and waves % k_slices == 0
+            assert (slots > 0) == (kernel == 2)
+    assert all(kernel < 2 for kernel, *_ in tune.gate_up_plans(False))
+
+
+def test_log_lines_are_back_after_an_error(capsys):
+    import logging
+
+    before = logging.root.manager.disable
+    assert command(capsys, "--shape", "1,2,3")[0] == 2
+    assert logging.root.manager.disable == before

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""What is to be known of the machine: memory of an APU, power, drivers, CPU threads.
+
+Everything is read from files below ``root``, which tests replace.
+"""
+
+import dataclasses
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path("/")
+GIB = 1 << 30
+# What the rest of the system keeps beside vLLM on shared memory: the larger of these.
+_RESERVE_BYTES, _RESERVE_SHARE = 6 * GIB, 0.08
+# Drivers and other programs' buffers in a carve-out.
+_CARVE_OUT_RESERVE = GIB
+
+
+@dataclass(frozen=True)
+class Memory:
+    """In bytes; ``None`` where it cannot be read."""
+
+    carve_out: int | None
+    """Memory that the firmware sets aside for the GPU."""
+    gtt: int | None
+    """Most of the system's memory that the GPU may use besides."""
+    hip_free: int
+    hip_total: int
+    available: int
+    """MemAvailable of Linux."""
+    system: int
+    """MemTotal."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether HIP's memory is more than the carve-out: it is the system's then."""
+        return self.carve_out is not None and self.hip_total > 1.05 * self.carve_out
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to give ``vllm serve``."""
+
+    argument: str
+    reason: str
+
+
+def read(path: str, root: Path = ROOT) -> str | None:
+    """A file's text without the line end; ``None`` if it is not there."""
+    try:
+        return (root / path).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def read_memory(hip_free: int, hip_total: int, root: Path = ROOT) -> Memory:
+    """Memory around an AMD GPU; ``hip_*``: what ``torch.cuda.mem_get_info`` says.
+
+    Of several cards that with the largest GTT or carve-out counts.
+    """
+    cards = sorted((root / "sys/class/drm").glob("card*/device/mem_info_vram_total"))
+    sizes = [
+        tuple(
+            int(read(f"mem_info_{kind}_total", card.parent) or 0)
+            for kind in ("vram", "gtt")
+        )
+        for card in cards
+    ]
+    carve_out, gtt = max(sizes, key=sum, default=(None, None))
+    return Memory(
+        carve_out,
+        gtt,
+        hip_free,
+        hip_total,
+        meminfo("MemAvailable", root),
+        meminfo("MemTotal", root),
+    )
+
+
+def meminfo(field: str, root: Path = ROOT) -> int:
+    """A line of /proc/meminfo in bytes, 0 if it is not there."""
+    for line in (read("proc/meminfo", root) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) << 10
+    return 0
+
+
+def advise(memory: Memory) -> Advice:
+    """How much of it vLLM should take.
+
+    vLLM takes its share of HIP's total and refuses to start if less is free. On an APU
+    HIP's memory is the system's, which is used by others too.
+    """
+    if memory.is_shared:
+        reserve = max(_RESERVE_BYTES, round(_RESERVE_SHARE * memory.system))
+        free = min(memory.hip_free, memory.available)
+        usable = free - reserve
+        reason = (
+            f"the GPU shares the system's memory: {gib(free)} are free, "
+            f"{gib(reserve)} of it stay for the system; more would swap"
+        )
+    else:
+        usable = memory.hip_free - _CARVE_OUT_RESERVE
+        reason = (
+            f"HIP has only the carve-out: {gib(memory.hip_free)} of "
+            f"{gib(memory.hip_total)} are free"
+        )
+        if memory.hip_total < 0.6 * (memory.system + memory.hip_total):
+            reason += (
+                "; a small carve-out (512 MB, in the firmware) and the kernel's "
+                "ttm.pages_limit give the GPU more"
+            )
+    share = int(100 * usable / memory.hip_total) / 100 if memory.hip_total else 0.0
+    if share < 0.05:
+        return Advice(
+            f"--kv-cache-memory-bytes {2 * GIB}",
+            f"{reason}; that is too little for a share: close other programs first",
+        )
+    return Advice(f"--gpu-memory-utilization {min(share, 0.95):.2f}", reason)
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def power_profile(root: Path = ROOT) -> str | None:
+    return read("sys/firmware/acpi/platform_profile", root)
+
+
+def power_limit_watts(root: Path = ROOT) -> float | None:
+    """Of the first GPU that has one."""
+    pattern = "sys/class/drm/card*/device/hwmon/hwmon*/power1_cap"
+    for file in sorted(root.glob(pattern)):
+        text = read(str(file.relative_to(root)), root)
+        if text and text.isdecimal():
+            return int(text) / 1e6
+    return None
+
+
+def versions(root: Path = ROOT) -> dict[str, str]:
+    """Kernel, driver and ROCm, as far as they can be read."""
+    found = {
+        "kernel": platform.release(),
+        "amdgpu": read("sys/module/amdgpu/version", root),
+        "rocm": read("opt/rocm/.info/version", root),
+        "nvidia": _nvidia(root),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def _nvidia(root: Path) -> str | None:
+    text = read("proc/driver/nvidia/version", root)
+    words = (text or "").split()
+    return next((w for w in words if w[:1].isdigit() and w.count(".") >= 1), None)
+
+
+def cpu_threads() -> tuple[int | None, str]:
+    """Threads of one vLLM worker on the CPU (``None``: unknown), and why so many."""
+    binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    allowed = len(os.sched_getaffinity(0))
+    if binding == "nobind":
+        return None, "VLLM_CPU_OMP_THREADS_BIND=nobind: OMP_NUM_THREADS decides"
+    if binding != "auto":
+        return _count(binding.split("|")[0]), f"VLLM_CPU_OMP_THREADS_BIND={binding}"
+    try:
+        from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
+
+        cpus = get_allowed_cpu_list()
+        node = min(cpu.numa_node for cpu in cpus)
+        cores = len({cpu.physical_core for cpu in cpus if cpu.numa_node == node})
+    except (ImportError, AttributeError, RuntimeError, ValueError, OSError):
+        cores = allowed
+    reserved = int(os.environ.get("VLLM_CPU_NUM_OF_RESERVED_CPU", "1"))
+    threads = max(1, cores - reserved)
+    return threads, (
+        f"vLLM reserves {reserved} of {cores} cores; "
+        f"VLLM_CPU_OMP_THREADS_BIND=0-{allowed - 1} uses all {allowed} processors"
+    )
+
+
+def _count(text: str) -> int | None:
+    """How many processors a list such as "0-3,8" names."""
+    total = 0
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            total += int(last or first) - int(first) + 1
+    except ValueError:
+        return None
+    return total
+
+
+def as_facts(memory: Memory | None, root: Path = ROOT) -> dict[str, object]:
+    """For reports."""
+    return {
+        "memory": None if memory is None else dataclasses.asdict(memory),
+        "system_memory": meminfo("MemTotal", root),
+        "power_profile": power_profile(root),
+        "power_limit_watts": power_limit_watts(root),
+        "versions": versions(root),
+        "cpu": _cpu_model(root),
+        "processors": len(os.sched_getaffinity(0)),
+    }
+
+
+def _cpu_model(root: Path) -> str | None:
+    for line in (read("proc/cpuinfo", root) or "").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return None
