@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,20 +108,13 @@ def times(head: Head, counts: list[int]) -> Iterator[dict[str, float]]:
     for count in counts:
         a = head.rows(count)
         c, p = buffers(head, count)
-        row = {
-            "rows": count,
-            "bf16": microseconds(
-                lambda a=a: torch.nn.functional.linear(a, head.weight)
-            ),
-        }
+        linear = torch.nn.functional.linear
+        row = {"rows": count, "bf16": microseconds(partial(linear, a, head.weight))}
         for name in NAMES:
-            row[name] = microseconds(lambda n=name, a=a, c=c: head.scan(n, a, c))
-        row["int4_rescored"] = microseconds(
-            lambda a=a, c=c, p=p: head.rescored(a, c, p)
-        )
-        row["all rescored"] = microseconds(
-            lambda a=a, c=c, p=p: head.rescored(a, c, p, 1e30), calls=4
-        )
+            row[name] = microseconds(partial(head.scan, name, a, c))
+        row["int4_rescored"] = microseconds(partial(head.rescored, a, c, p))
+        everything = partial(head.rescored, a, c, p, 1e30)
+        row["all rescored"] = microseconds(everything, calls=4)
         yield row
 
 
