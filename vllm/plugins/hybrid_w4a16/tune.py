@@ -16,6 +16,7 @@ Ctrl-C.
 import argparse
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import statistics
@@ -291,8 +292,8 @@ class GpuBench:
         out = self.output(op, tokens)
         try:
             self.launch(op, tokens, 0, plan, out)
-        except RuntimeError as error:
-            if ": plan:" in str(error):  # not for this shape or device
+        except RuntimeError as refusal:
+            if ": plan:" in str(refusal):  # not for this shape or device
                 return False
             raise
         error = reference.relative_error(out, self.expected(op, tokens))
@@ -479,7 +480,7 @@ class Tuner:
         current: tuning.Tuned,
         compute_units: int,
         source: str,
-        save: Callable[[dict[str, Any]], None],
+        save: Callable[[dict[str, Any]], object],
         progress: Any,
     ) -> None:
         self.bench, self.current = bench, current
@@ -512,7 +513,7 @@ class Tuner:
                 None,
                 list(self.bench.decode_candidates(op, tokens)),
                 self.bench.sample_decode(op, tokens),
-                lambda what, n=name: self.progress.step(n),
+                functools.partial(self._step, name),
             )
             row[op] = None if plan is None else list(plan)
             row[f"{op}_us"], row[f"{op}_rule_us"] = round(us, 2), round(rule_us, 2)
@@ -547,7 +548,7 @@ class Tuner:
                     mine,
                     candidates,
                     self.bench.sample_tile(op, tokens),
-                    lambda what, n=name: self.progress.step(n),
+                    functools.partial(self._step, name),
                 )
                 found.append((us, tile, base))
             if len(found) < 2:
@@ -606,7 +607,7 @@ class Tuner:
                 "decode",
                 ["prefill"],
                 sample,
-                lambda what, n=tokens: self.progress.step(f"crossover, {n} tokens"),
+                functools.partial(self._step, f"crossover, {tokens} tokens"),
             )
             self._done(tokens)
             if winner == "decode":
@@ -615,6 +616,9 @@ class Tuner:
         self.entry["prefill_from"] = begin or BEGIN_TOKENS[-1]
         self.save(self.entry)
         self.progress.say(f"  prefill from {self.entry['prefill_from']} tokens on")
+
+    def _step(self, name: str, what: str) -> None:
+        self.progress.step(f"{name}, {what}")
 
     def _done(self, tokens: int) -> None:
         drop = getattr(self.bench, "drop_graphs", None)
