@@ -22,9 +22,11 @@ after the other, before it requests its first weights.
 import dataclasses
 import functools
 import itertools
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import networkx
@@ -33,18 +35,10 @@ import yaml
 # VGPRs of a SIMD per wave32 lane, and the step in which a wave gets them: LLVM's AMDGPU
 # backend (feature 1_5xVGPRs: 1536 in steps of 24, else 1024 in steps of 16) and AMD's
 # RDNA3 and RDNA4 instruction set guides.
-_LARGE, _SMALL = (1536, 24), (1024, 16)
+ARCHS = Path(__file__).resolve().parents[1] / "csrc" / "rocm" / "amd_archs.json"
 VGPR_FILE = {
-    "gfx1100": _LARGE,
-    "gfx1101": _LARGE,
-    "gfx1102": _SMALL,
-    "gfx1103": _SMALL,
-    "gfx1150": _SMALL,
-    "gfx1151": _LARGE,
-    "gfx1152": _SMALL,
-    "gfx1153": _SMALL,
-    "gfx1200": _LARGE,
-    "gfx1201": _LARGE,
+    arch: (facts["vgprs"], facts["vgpr_step"])
+    for arch, facts in json.loads(ARCHS.read_text()).items()
 }
 MAX_WAVES_PER_SIMD = 16  # RDNA2 and later
 SIMDS_PER_CU = 2

@@ -32,6 +32,17 @@ std::string build_info() {
   return info;
 }
 
+std::string refusal(std::string arch) {
+#if defined(HYBRID_W4A16_CPU)
+  if (arch == "cpu") return "";
+#endif
+#if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
+  return moe_int4::gpu::refusal(arch);
+#else
+  return "hybrid_w4a16 holds no kernels for " + arch + "; it was built for the CPU";
+#endif
+}
+
 #if defined(HYBRID_W4A16_CPU)
 std::string cpu_isa(std::string isa) { return moe_int4::cpu::select_isa(isa); }
 
@@ -47,7 +58,7 @@ std::string cpu_kernels(int64_t group_size, torch::headeronly::ScalarType dtype)
     fail(std::string("dtype: expected Half or BFloat16, got ") +
          torch::headeronly::toString(dtype));
   }
-  return moe_int4::cpu::describe_kernels(
+  return moe_int4::cpu::kernels_by_rows(
       static_cast<int32_t>(group_size),
       dtype == ScalarType::Half ? moe_int4::DType::kHalf : moe_int4::DType::kBFloat16);
 }
@@ -70,19 +81,29 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "fused_moe_wvSplitK_int4_down(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
       "Tensor? zero_points=None, Tensor? expert_map=None, int[]? plan=None) -> ()");
+  m.def(
+      "wvSplitK_int_g(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, int cu_count, "
+      "int group_size, int bits, Tensor? zero_points=None) -> ()");
+  m.def(
+      "wvSplitK_int_g_rescore(Tensor a, Tensor w, Tensor errors, Tensor(c!) c, "
+      "Tensor(p!) partials, float window, float bound) -> ()");
   m.def("hybrid_w4a16_build_info() -> str");
+  // Whether the library has kernels for "cpu", "gfx1151", "sm_90": an empty string, or else a
+  // sentence that names what it was built for.
+  m.def("hybrid_w4a16_refusal(str arch) -> str");
 #if defined(HYBRID_W4A16_CPU)
   // For tests and benchmarks: puts an instruction set in force on the CPU ("": the best one) and
   // returns its name.
   m.def("hybrid_w4a16_cpu_isa(str isa) -> str");
-  // For logs: the kernels that run for experts with one row, few and many, under the instruction
-  // set in force.
+  // The kernels that run under the instruction set in force, a line each: its name and from how
+  // many rows of an expert on it runs.
   m.def("hybrid_w4a16_cpu_kernels(int group_size, ScalarType dtype) -> str");
 #endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
   m.impl("hybrid_w4a16_build_info", TORCH_BOX(&build_info));
+  m.impl("hybrid_w4a16_refusal", TORCH_BOX(&refusal));
 #if defined(HYBRID_W4A16_CPU)
   m.impl("hybrid_w4a16_cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("hybrid_w4a16_cpu_kernels", TORCH_BOX(&cpu_kernels));

@@ -2,6 +2,7 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 #include "isa.h"
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -96,31 +97,22 @@ std::string select_isa(const std::string& name) {
                            " or an empty string, got '" + name + "'");
 }
 
-std::string describe_kernels(int32_t group_size, DType dtype) {
+std::string kernels_by_rows(int32_t group_size, DType dtype) {
   const InstructionSet& set = instruction_set();
-  std::string text;
-  for (int64_t first = 1; first <= kAllRows;) {
-    const Kernel& kernel = kernel_for(set, static_cast<int32_t>(first), group_size, dtype);
-    // The kernel changes behind the last row of a rule only.
-    int64_t last = kAllRows;
-    for (const Rule& rule : set.rules) {
-      if (rule.kernel == nullptr || rule.max_rows < first || rule.max_rows >= last) continue;
-      if (&kernel_for(set, rule.max_rows + 1, group_size, dtype) != &kernel) last = rule.max_rows;
+  std::string lines;
+  const Kernel* previous = nullptr;
+  int64_t rows = 1;
+  for (const Rule& rule : set.rules) {  // the kernel can only change behind a rule's last row
+    if (!fits(rule, group_size, dtype) || rows > kAllRows) continue;
+    const Kernel& kernel = kernel_for(set, static_cast<int32_t>(rows), group_size, dtype);
+    if (&kernel != previous) {
+      if (previous != nullptr) lines += '\n';
+      lines += std::string(kernel.name) + ' ' + std::to_string(rows);
     }
-    if (!text.empty()) text += ", ";
-    text += kernel.name;
-    if (first == 1 && last == kAllRows) {
-      text += " for any number of rows";
-    } else if (last == kAllRows) {
-      text += " from " + std::to_string(first);
-    } else if (first == 1) {
-      text += last == 1 ? " for 1 row" : " for up to " + std::to_string(last) + " rows";
-    } else {
-      text += " for " + std::to_string(first) + " to " + std::to_string(last);
-    }
-    first = last + 1;
+    previous = &kernel;
+    rows = std::max(rows, int64_t{rule.max_rows} + 1);
   }
-  return text;
+  return lines;
 }
 
 }  // namespace moe_int4::cpu

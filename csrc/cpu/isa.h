@@ -32,8 +32,8 @@ std::string available_isas();
 // std::runtime_error when the name is unknown or the instruction set is not available.
 std::string select_isa(const std::string& name);
 
-// The kernels of the instruction set in force by the rows of an expert, for a log:
-// "avx512_vnni for 1 row, amx_int8 for 2 to 16, amx_bf16 from 17".
-std::string describe_kernels(int32_t group_size, DType dtype);
+// The kernels that run under the instruction set in force, a line each: the name, and from how many
+// rows of an expert on it runs. For example "avx512_vnni 1\namx_int8 2\namx_bf16 17".
+std::string kernels_by_rows(int32_t group_size, DType dtype);
 
 }  // namespace moe_int4::cpu

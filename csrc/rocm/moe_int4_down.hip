@@ -126,8 +126,10 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
       }
     }
   } else {
+    auto* const kept =
+        reinterpret_cast<float*>(lds + (gpu::wave() + 1) * wave_lds_bytes - kKeptBytes);
     for (int chunk = 0; first < last && chunk < top_k; chunk += Picked::kPlaces) {
-      const Picked picked(router, topk_weights, tw_stride_m, first_token, tokens, chunk);
+      const Picked picked(router, topk_weights, tw_stride_m, kept, first_token, tokens, chunk);
       const int places = top_k - chunk < Picked::kPlaces ? top_k - chunk : Picked::kPlaces;
       int token = 0, place = share;
       for (;; place += shares) {

@@ -81,7 +81,7 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
       multiply(tile, expert, rows, 0, row_of);
       if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
     } else {
-      const Picked picked(router, nullptr, 0, first_token, tokens,
+      const Picked picked(router, nullptr, 0, nullptr, first_token, tokens,
                           t / Picked::kPlaces * Picked::kPlaces);
       const int expert = picked.expert(token - first_token, t);
       if (expert < 0) return;

@@ -106,19 +106,21 @@ struct Picked {
   static constexpr int kLanesPerToken = gpu::kWaveSize / kMaxSlots;
   static constexpr int kHeld = 4;  // per lane
   static constexpr int kPlaces = kHeld * kLanesPerToken;
+  static_assert(kPlaces == kKeptPlaces);
 
   const Router& router;
   const float* router_weights;  // or null: 1
   int64_t weights_stride_m;
+  float* kept;  // [kMaxSlots][kPlaces] of the wave's LDS, or null: no weights
   int first_token, tokens, first_t;
   int experts[kHeld];  // -1: not here
-  float weights[kHeld];
 
   GPU_DEVICE Picked(const Router& router, const float* router_weights, int64_t weights_stride_m,
-                    int first_token, int tokens, int first_t)
+                    float* kept, int first_token, int tokens, int first_t)
       : router(router),
         router_weights(router_weights),
         weights_stride_m(weights_stride_m),
+        kept(kept),
         first_token(first_token),
         tokens(tokens),
         first_t(first_t) {
@@ -126,12 +128,18 @@ struct Picked {
     int t[kHeld];
     GPU_UNROLL
     for (int j = 0; j < kHeld; ++j) t[j] = place(j) < router.top_k ? place(j) : router.top_k - 1;
-    load_weights(own, t, weights);  // first: whoever waits for the ids has them
+    float weights[kHeld];
+    if (kept != nullptr) load_weights(own, t, weights);  // first: who has the ids has them
     router.local_experts(first_token + own, t, experts);
     GPU_UNROLL
     for (int j = 0; j < kHeld; ++j) {
       if (token() >= tokens || place(j) >= router.top_k) experts[j] = -1;
     }
+    if (kept == nullptr) return;
+    gpu::wave_barrier();  // what was kept before has been read
+    GPU_UNROLL
+    for (int j = 0; j < kHeld; ++j) kept[token() * kPlaces + place(j) - first_t] = weights[j];
+    gpu::wave_barrier();
   }
 
   static GPU_DEVICE int token() { return gpu::lane() / kLanesPerToken; }
@@ -139,9 +147,19 @@ struct Picked {
     return first_t + gpu::lane() % kLanesPerToken + j * kLanesPerToken;
   }
 
-  // Of the pair (first_token + token, t), one for all lanes; t is one of the places held.
-  GPU_DEVICE int expert(int token, int t) const { return held(experts, token, t); }
-  GPU_DEVICE float weight(int token, int t) const { return held(weights, token, t); }
+  // The expert of the pair (first_token + token, t), which is one for all lanes.
+  GPU_DEVICE int expert(int token, int t) const {
+    t -= first_t;
+    int value = experts[0];
+    GPU_UNROLL
+    for (int j = 1; j < kHeld; ++j) value = t / kLanesPerToken == j ? experts[j] : value;
+    return gpu::from_lane(value, token * kLanesPerToken + t % kLanesPerToken);
+  }
+
+  // The weight of a pair, any in each lane; t is one of the places held.
+  GPU_DEVICE float weight(int token, int t) const {
+    return kept == nullptr ? 1.0f : kept[token * kPlaces + t - first_t];
+  }
 
   // Where the lane's token picked `expert`, which all lanes of a token know.
   struct Found {
@@ -149,18 +167,19 @@ struct Picked {
     float weight;
   };
   GPU_DEVICE Found find(int expert) const {
-    Found found = {router.top_k, 0.0f};
+    int first = router.top_k;
     GPU_UNROLL
     for (int j = kHeld - 1; j >= 0; --j) {
-      if (experts[j] == expert) found = {place(j), weights[j]};
+      if (experts[j] == expert) first = place(j);
     }
+    Found found = {first, weight(token(), first < router.top_k ? first : first_t)};
     if (router.top_k > kPlaces && token() < tokens) {
       for (int t = gpu::lane() % kLanesPerToken; t < found.t; t += kLanesPerToken) {
         if (t >= first_t && t < first_t + kPlaces) continue;
         if (router.local_expert(router.id(first_token + token(), t)) != expert) continue;
         const int at[1] = {t};
-        float weight[1];
-        load_weights(token(), at, weight);
+        float weight[1] = {1.0f};
+        if (kept != nullptr) load_weights(token(), at, weight);
         found = {t, weight[0]};
       }
     }
@@ -180,15 +199,6 @@ struct Picked {
       const uint32_t bits = static_cast<const uint32_t*>(from)[have ? row + t[j] : 0];
       out[j] = have ? __builtin_bit_cast(float, bits) : 1.0f;
     }
-  }
-
-  template <typename T>
-  GPU_DEVICE T held(const T (&values)[kHeld], int token, int t) const {
-    t -= first_t;
-    T value = values[0];
-    GPU_UNROLL
-    for (int j = 1; j < kHeld; ++j) value = t / kLanesPerToken == j ? values[j] : value;
-    return gpu::from_lane(value, token * kLanesPerToken + t % kLanesPerToken);
   }
 
   static GPU_DEVICE Found earlier(const Found& a, const Found& b) { return b.t < a.t ? b : a; }

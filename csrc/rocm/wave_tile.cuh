@@ -81,17 +81,19 @@ struct WeightStack {
  private:
   template <bool ZP>
   GPU_DEVICE WeightRows::Set set(int first, int last) const {
-    first = first < last ? first : last;
-    const int row = lane_row() < last - first ? lane_row() : last - first;
+    // With zero points rows come in eights: where four are a row set, as on AMD, all of it exist.
+    constexpr bool kWhole = ZP && kRowGroups <= 4;
+    if (!kWhole && first > last) first = last;
+    const int row = kWhole || lane_row() < last - first ? lane_row() : last - first;
     WeightRows::Set out = {};
     out.q = q + first * q_stride_n;
     out.q_at = static_cast<uint32_t>(row) * static_cast<uint32_t>(q_stride_n) * 4;
     out.scales = scales + first * s_stride_n;
     out.s_at = static_cast<uint32_t>(row) * static_cast<uint32_t>(s_stride_n) * 2;
     if constexpr (ZP) {
-      const int n = first + row;
-      out.zeros = zeros + first / 8 * z_stride_n8;
-      out.z_at = static_cast<uint32_t>(n / 8 - first / 8) * static_cast<uint32_t>(z_stride_n8) * 4;
+      const auto n = static_cast<uint32_t>(first + row), word = static_cast<uint32_t>(first) / 8;
+      out.zeros = zeros + static_cast<int>(word) * z_stride_n8;
+      out.z_at = (kWhole ? 0 : n / 8 - word) * static_cast<uint32_t>(z_stride_n8) * 4;
       out.zero_shift = 4 * (n % 8);
     }
     return out;

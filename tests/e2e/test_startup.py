@@ -85,7 +85,7 @@ def test_server_does_not_come_up_on_a_broken_checkpoint(
         assert server.wait_exit(EXIT_TIMEOUT_S) != 0
         log = server.log_text()
     assert re.search(
-        r"ValueError: layer model\.layers\.2\.mlp\.experts\S*: w2_qzeros of expert 5 "
+        r"ValueError: model\.layers\.2\.mlp\.experts\.5\.down_proj\.qzeros "
         r"holds 0x77777767",
         log,
     )

@@ -981,9 +981,18 @@ def test_kernels_that_run_are_named(device, group_size, every_isa):
     many = {"avx512_vnni": "avx512"}  # its own kernel is for few rows
     few = {"amx_bf16": "avx512_vnni", "avx512_bf16": "avx512_vnni"}
     for isa in every_isa():
-        kernels = torch.ops._rocm_C.hybrid_w4a16_cpu_kernels(group_size, torch.half)
-        names = [part.split()[0] for part in kernels.split(", ")]
-        assert (names[0], names[-1]) == (few.get(isa, isa), many.get(isa, isa)), kernels
+        (first, rows), *_, (last, _) = ops.cpu_kernels(group_size, torch.half) * 2
+        assert (first, last) == (few.get(isa, isa), many.get(isa, isa))
+        assert rows == 1
+        if isa == "amx_bf16":
+            assert ops.cpu_kernels(group_size, torch.half) == [
+                ("avx512_vnni", 1),
+                ("amx_int8", 2),
+                ("amx_bf16", 17 if group_size == 128 else 9),
+            ]
+        elif isa == "avx512_bf16":
+            assert ops.cpu_kernels(group_size, torch.half)[1] == ("avx512_bf16", 65)
+            assert ops.cpu_kernels(group_size, torch.bfloat16)[1][1] == 13
 
 
 def test_kernels_of_what_no_kernel_takes(device):

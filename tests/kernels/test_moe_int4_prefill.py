@@ -248,6 +248,7 @@ def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
     experts = layer.quant_method.moe_kernel.fused_experts
     x = torch.randn(5, shape.hidden, dtype=torch.bfloat16)
     weights, ids = random_routing(5, shape)
+    ids[0, 0], ids[1, 1] = -1, shape.experts  # outside: skipped on both paths
     calls: list[int] = []
     decoded = run_layer(layer, x, weights, ids)
     assert not calls

@@ -29,12 +29,13 @@ PROGRAM = r"""
 
 using namespace moe_int4;
 
-extern "C" GPU_KERNEL(32) void list_all(const int32_t* ids, const float* weights,
-                                        int tokens, int top_k, int* lists,
-                                        int* counts) {
+extern "C" GPU_KERNEL(32) void list_all(
+    const int32_t* ids, const float* weights, int tokens, int top_k, int* lists,
+    int* counts) {
   const Router router{ids, false, top_k, nullptr, 0, 1 << 30, top_k};
   const int token = gpu::block_x() / top_k, t = gpu::block_x() % top_k;
-  const Picked picked(router, weights, top_k, 0, tokens,
+  auto* const kept = reinterpret_cast<float*>(gpu::dynamic_lds());
+  const Picked picked(router, weights, top_k, kept, 0, tokens,
                       t / Picked::kPlaces * Picked::kPlaces);
   const int count = list_slots(picked, token, t, picked.expert(token, t),
                                [&](int slot, int of_token, int of_t, float weight) {
@@ -54,7 +55,7 @@ int main(int argc, char** argv) {
   for (int order = 0; order < gpu::kOrders; ++order) {
     gpu::set_order(order);
     std::vector<int> lists(pairs * kMaxSlots, -1), counts(pairs, -1);
-    gpu::launch(list_all, {pairs, 1, 1, 32, 0, false}, nullptr, ids.data(),
+    gpu::launch(list_all, {pairs, 1, 1, 32, kKeptBytes, false}, nullptr, ids.data(),
                 weights.data(), tokens, top_k, lists.data(), counts.data());
     for (int pair = 0; pair < pairs; ++pair) {
       for (int i = 0; i < counts[pair]; ++i) {

@@ -7,6 +7,9 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
+import posixpath
+import re
 
 import pytest
 
@@ -142,18 +145,17 @@ environment_variables: dict[str, Callable] = {
 """
 
 
-def test_switch_gets_its_type_and_its_entry():
+def test_switch_gets_its_type_and_its_entry(monkeypatch):
     edited = fork_edits.register_switch(fork_edits.declare_switch(ENVS))
     differences = difflib.ndiff(ENVS.splitlines(), edited.splitlines())
     assert not [line for line in differences if line.startswith("- ")]
-    made = []
-    namespace = {
-        "Callable": object,
-        "env_with_choices": lambda *args: made.append(args) or args,
-    }
+    namespace: dict = {"Callable": object, "os": os}
     exec(edited, namespace)
-    assert made == [(switch.NAME, switch.CHOICES[0], switch.CHOICES)]
     assert list(namespace["environment_variables"]) == ["VLLM_OTHER", switch.NAME]
+    value = namespace["environment_variables"][switch.NAME]
+    for text, expected in (("", "auto"), ("1", "1")):
+        monkeypatch.setenv(switch.NAME, text)
+        assert value() == expected
     assert max(map(len, edited.splitlines())) <= fork_edits.LINE_LENGTH
     assert fork_edits.declare_switch(edited) == edited
     assert fork_edits.register_switch(edited) == edited
@@ -235,6 +237,17 @@ def test_the_fork_carries_the_layers_and_not_the_delivery():
         f"{layers}/fused_moe/configs/hybrid_w4a16/rdna.json",
         f"{layers}/quantization/inc_moe.py",
     } <= files.keys()
+
+
+def test_every_include_of_ours_is_in_the_fork():
+    files = fork_files.files_to_add(fork_files.project_folder())
+    sources = {path: text for path, text in files.items() if path.startswith("csrc/")}
+    assert len(sources) > 20
+    for path, text in sources.items():
+        for header in re.findall(r'^#include "([^"]+)"', text, re.M):
+            folders = (posixpath.dirname(path), "csrc/hybrid_w4a16")
+            found = [posixpath.normpath(f"{folder}/{header}") for folder in folders]
+            assert sources.keys() & set(found), f"{path} includes {header}"
 
 
 def test_a_missing_import_is_found(tmp_path):

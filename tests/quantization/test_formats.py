@@ -10,6 +10,8 @@ import dataclasses
 import pytest
 import torch
 
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning
 from vllm.model_executor.layers.quantization import hybrid_w4a16_method as base
 from vllm.model_executor.layers.quantization.hybrid_w4a16_awq import (
@@ -204,6 +206,37 @@ def test_weights_are_reloaded_into_the_same_tensors(
     assert config.w1_zp is getattr(layer, f"w13_{packing.zeros}", None)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="an opaque op hides the layer on GPUs")
+@every_format
+def test_compiled_code_sees_reloaded_weights(format, symmetric):
+    """As vLLM compiles: without guards, so that what was traced stays."""
+    layer = empty_layer(format, symmetric)
+    model = torch.nn.ModuleDict({"experts": layer})
+    record_metadata_for_reloading(model)
+    Checkpoint(Shape(), symmetric, format=format).load_into(layer)
+    x, weights, ids = inputs(3, Shape(), torch.bfloat16)
+    torch.compiler.reset()  # without guards code for the previous case would do
+    skip_guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+
+    @torch.compile(backend="eager", fullgraph=True, options=skip_guards)
+    def compiled(x, weights, ids):
+        return layer.quant_method.apply(layer, x, weights, ids, None, None)
+
+    with set_forward_context(None, VllmConfig()):
+        compiled(x, weights, ids)
+    checkpoint = Checkpoint(Shape(), symmetric, seed=1, format=format)
+    initialize_layerwise_reload(model)
+    list(layer.load_weights(checkpoint.tensors()))
+    finalize_layerwise_reload(model, None)
+    with set_forward_context(None, VllmConfig()):
+        y = compiled(x, weights, ids)
+    assert relative_error(y, checkpoint.forward(x, weights, ids)) < 8e-3
+    # nothing but the layer's own tensors is kept
+    packing = layer.quant_method.packing
+    scales = getattr(layer, f"w13_{packing.scales}")
+    assert layer.quant_method.moe_quant_config.w1_scale is scales
+
+
 @every_format
 def test_loading_over_converted_weights_is_refused(format, symmetric):
     layer = empty_layer(format, symmetric)
@@ -231,7 +264,7 @@ def test_symmetric_is_verified(format, nibble):
     signed = word - (1 << 32 if word >= 1 << 31 else 0)
     layer.w2_qzeros.data[3, 1, 2] = signed
     message = (
-        rf"{LAYER_NAME}: w2_qzeros of expert 3 holds 0x{word:08x} at \[1, 2\], "
+        rf"{LAYER_NAME}.3.down_proj.qzeros holds 0x{word:08x}, "
         rf"expected 0x{SENTINELS[format]:08x}"
     )
     with pytest.raises(ValueError, match=message):
@@ -268,7 +301,7 @@ def test_scales_that_the_activation_dtype_cannot_hold(format):
     broken[1, 1] = 1e6
     tensors[f"6.down_proj.{scales}"] = broken
     list(layer.load_weights(tensors.items()))
-    message = f"{LAYER_NAME}: w2_{scales} of expert 6 holds inf in torch.float16"
+    message = f"{LAYER_NAME}.6.down_proj.{scales} holds inf in torch.float16"
     with pytest.raises(ValueError, match=message):
         layer.quant_method.process_weights_after_loading(layer)
 

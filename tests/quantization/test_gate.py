@@ -5,10 +5,13 @@
 import dataclasses
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
@@ -100,6 +103,8 @@ DECLINED = {
         "all-to-all backend passthrough, supported: allgather_reducescatter",
     ),
 }
+if not hasattr(FusedMoEParallelConfig, "use_passthrough_all2all"):
+    del DECLINED["experts dispatch"]  # vLLM 0.30 and 0.31 have no such backend
 
 
 def decline_kwargs(case):
@@ -133,7 +138,9 @@ def test_declined_layer_goes_vllms_own_way_and_the_log_says_why(
             make_layer(Shape(), config, **moe)
     lines = [r.getMessage() for r in caplog.records if "HybridW4A16" in r.getMessage()]
     assert len(lines) == 1, "one line per reason"
-    assert lines[0].startswith(f"HybridW4A16 MoE: layer {LAYER_NAME} goes vLLM's own")
+    assert lines[0].startswith(
+        f"HybridW4A16 MoE: layer {LAYER_NAME} falls back to vLLM's MoE path: "
+    )
     assert re.search(reason, lines[0])
 
 
@@ -156,7 +163,7 @@ def test_supported_layer_is_accepted(value, monkeypatch, caplog):
     monkeypatch.setenv(switch.NAME, value)
     layer = make_layer(Shape(), inc_config())
     assert type(layer.quant_method) is INCHybridW4A16MoEMethod
-    assert "goes vLLM's own way" not in caplog.text
+    assert "falls back" not in caplog.text
 
 
 @by_default
@@ -186,7 +193,9 @@ def test_data_parallel_where_tokens_can_be_gathered(ep, monkeypatch):
     assert type(layer.quant_method) is INCHybridW4A16MoEMethod
 
 
-def test_ranks_of_data_parallelism_cut_experts_too():
+def test_ranks_of_data_parallelism_cut_experts_too(monkeypatch):
+    monkeypatch.setenv(switch.NAME, "1")
+    monkeypatch.setattr(oracle, "can_gather_tokens", lambda: True)
     parallel = dataclasses.replace(data_parallel(ep=False), tp_size=4)
     message = "tensor times data parallel size 4 cuts .*sizes that work: 1, 2; or"
     with pytest.raises(ValueError, match=message):
@@ -209,6 +218,85 @@ def test_16_bit_experts_of_a_mixed_recipe_are_not_our_business(caplog):
     assert "HybridW4A16" not in caplog.text
 
 
+@pytest.fixture
+def built_by_vllm(monkeypatch):
+    """Pretend that vLLM builds layers of a model with ``depth`` decoder layers."""
+
+    def build(depth: int) -> None:
+        model = SimpleNamespace(get_layers_start_end_indices=lambda _: (0, depth))
+        config = SimpleNamespace(model_config=model, parallel_config=None)
+        monkeypatch.setattr(oracle, "get_current_vllm_config_or_none", lambda: config)
+
+    return build
+
+
+def summaries(caplog) -> list[str]:
+    lines = [record.getMessage() for record in caplog.records]
+    return [
+        line for line in lines if re.match(r"HybridW4A16 MoE: \d+/\d+ layers", line)
+    ]
+
+
+def test_summary_of_a_model_that_is_declined_altogether(
+    built_by_vllm, stock_path, caplog
+):
+    built_by_vllm(depth=3)
+    for index in range(3):
+        with caplog.at_level(logging.INFO), pytest.raises(Declined):
+            name = f"model.layers.{index}.mlp.experts"
+            make_layer(Shape(), inc_config(bits=8), name=name)
+    assert summaries(caplog) == ["HybridW4A16 MoE: 0/3 layers, 3 declined"]
+
+
+def test_draft_model_beside_a_declined_target_has_its_own_summary(
+    built_by_vllm, stock_path, caplog
+):
+    built_by_vllm(depth=9)  # its last layer has no experts
+    for index in range(2):
+        with pytest.raises(Declined):
+            name = f"model.layers.{index}.mlp.experts"
+            make_layer(Shape(), inc_config(bits=8), name=name)
+    built_by_vllm(depth=1)
+    with caplog.at_level(logging.INFO):
+        draft = make_layer(Shape(), inc_config(), name="mtp.layers.0.mlp.experts")
+        Checkpoint(Shape()).load_into(draft)
+    target, own = summaries(caplog)
+    assert target == "HybridW4A16 MoE: 0/2 layers, 2 declined"
+    assert own.startswith("HybridW4A16 MoE: 1/1 layers (decode: ")
+
+
+@pytest.mark.parametrize("attributes", [(), ("in_dtype", "activation")])
+def test_stand_in_layer_is_declined_not_an_error(attributes, monkeypatch):
+    """As vLLM's own tests have them: ``__new__`` and a ``moe_config`` of nothing."""
+    monkeypatch.setenv(switch.NAME, "1")
+    layer = object.__new__(RoutedExperts)
+    object.__setattr__(layer, "moe_config", SimpleNamespace())
+    for name in attributes:
+        setattr(layer.moe_config, name, None)
+    assert not oracle.consider(layer, LAYER_NAME)
+    assert "moe_config has no " in oracle.declined_because(LAYER_NAME)
+
+
+class Untouchable:
+    """Fails when anything is read of it but what the device is planned for."""
+
+    def __getattr__(self, name):
+        if name == oracle._PLANNED:
+            return devices.PLANNED["cuda"]
+        raise AssertionError(f"{name} was read")
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size"), [(8, 64), (4, 16), (4, 64), (None, None)]
+)
+def test_nothing_is_read_of_the_layer_before_the_cheap_checks(
+    bits, group_size, monkeypatch
+):
+    monkeypatch.setenv(switch.NAME, "auto")
+    reason = oracle.incompatibility_reason(Untouchable(), bits, group_size)
+    assert reason and "was read" not in reason
+
+
 def test_summary_once_the_last_layer_is_ready(stock_path, caplog):
     names = [f"model.layers.{i}.mlp.experts" for i in range(3)]
     layers = [make_layer(Shape(), inc_config(), name=name) for name in names[:2]]
@@ -218,10 +306,9 @@ def test_summary_once_the_last_layer_is_ready(stock_path, caplog):
         Checkpoint(Shape()).load_into(layers[0])
         assert "declined" not in caplog.text
         Checkpoint(Shape()).load_into(layers[1])
-    summaries = [r.getMessage() for r in caplog.records if "layers (" in r.getMessage()]
-    assert len(summaries) == 1
-    assert summaries[0].startswith("HybridW4A16 MoE: 2/3 layers (decode: ")
-    assert summaries[0].endswith(", 1 declined")
+    (line,) = summaries(caplog)
+    assert line.startswith("HybridW4A16 MoE: 2/3 layers (decode: ")
+    assert line.endswith(", 1 declined")
 
 
 def test_each_model_of_a_process_has_its_own_summary(caplog):
@@ -230,9 +317,9 @@ def test_each_model_of_a_process_has_its_own_summary(caplog):
             layer = make_layer(Shape(), inc_config(), name=name)
             Checkpoint(Shape()).load_into(layer)
             layer.quant_method.process_weights_after_loading(layer)  # loaded anew
-    summaries = [r.getMessage() for r in caplog.records if "layers (" in r.getMessage()]
-    assert len(summaries) == 4
-    assert all(": 1/1 layers (" in summary for summary in summaries)
+    lines = summaries(caplog)
+    assert len(lines) == 4
+    assert all(": 1/1 layers (" in line for line in lines)
 
 
 def test_declined_layer_can_be_asked_for_its_reason(stock_path):

@@ -197,16 +197,25 @@ def test_processing_again_changes_nothing():
 
 
 @pytest.mark.parametrize("ep", [(1, 0), (2, 1)], ids=["one rank", "rank 1 of 2"])
-@pytest.mark.parametrize("name", ["w13_qzeros", "w2_qzeros"])
-def test_symmetric_checkpoint_with_another_zero_point_is_refused(name, ep):
+@pytest.mark.parametrize(
+    ("name", "column", "projection"),
+    [
+        ("w13_qzeros", 15, "gate_proj"),
+        ("w13_qzeros", 16, "up_proj"),
+        ("w2_qzeros", 2, "down_proj"),
+    ],
+)
+def test_symmetric_checkpoint_with_another_zero_point_is_refused(
+    name, column, projection, ep
+):
     shape = Shape()
     layer = make_layer(shape, inc_config(), ep=ep)
     list(layer.load_weights(Checkpoint(shape).tensors()))
-    getattr(layer, name).data[3, 1, 2] = 0x77787777
+    getattr(layer, name).data[3, 1, column] = 0x77787777
     before = {n: p.clone() for n, p in layer.named_parameters()}
     expert = 3 + ep[1] * shape.experts // 2
     message = (
-        rf"layer {LAYER_NAME}: {name} of expert {expert} holds 0x77787777 at \[1, 2\], "
+        rf"{LAYER_NAME}.{expert}.{projection}.qzeros holds 0x77787777, "
         r"expected 0x77777777"
     )
     with pytest.raises(ValueError, match=message):
@@ -221,7 +230,7 @@ def test_zero_points_that_were_never_loaded_are_noticed():
     layer = make_layer(Shape(), inc_config())
     tensors = Checkpoint(Shape()).tensors()
     list(layer.load_weights((n, t) for n, t in tensors if n != "5.down_proj.qzeros"))
-    with pytest.raises(ValueError, match="down_proj.qzeros of expert 5 is not in"):
+    with pytest.raises(ValueError, match=f"{LAYER_NAME}.5.down_proj.qzeros is not in"):
         layer.quant_method.process_weights_after_loading(layer)
 
 

@@ -56,7 +56,7 @@ class Mutation:
         getattr(self, self.kind)()
 
     def pick(self, suffix: str | None = None) -> tuple[str, str]:
-        """A tensor's name and, as errors have it, ``projection.suffix of expert e``."""
+        """A tensor's name and, as errors have it, behind the layer's."""
         names = [
             name
             for name in self.tensors
@@ -64,8 +64,7 @@ class Mutation:
             and (suffix is None or name.endswith("." + suffix))
         ]
         name = names[self.rng.integers(len(names))]
-        expert, projection, found = name.split(".")
-        return name, f"{projection}.{found} of expert {expert}"
+        return name, f"{LAYER_NAME}.{name}"
 
     def mutate_shape_smaller(self) -> None:
         name, text = self.pick()
@@ -120,29 +119,36 @@ class Mutation:
         self.tensors[name] = self.tensors[name].float()
 
     def mutate_scale_not_a_number(self) -> None:
-        name, _ = self.pick(self.reference.format.scales)
+        name, text = self.pick(self.reference.format.scales)
         tensor = self.tensors[name].clone()
         bad = [float("nan"), float("inf"), float("-inf")][self.rng.integers(3)]
         tensor.view(-1)[self.rng.integers(tensor.numel())] = bad
         self.tensors[name] = tensor
-        expert, projection, _ = name.split(".")
-        weight = "w2" if projection == "down_proj" else "w13"
-        scales = self.reference.format.scales
-        self.named = [f"{weight}_{scales} of expert {expert} holds", "finite"]
+        self.named = [f"{text} holds", "finite"]
+
+    def mutate_scales_of_zeros(self) -> None:
+        name, text = self.pick(self.reference.format.scales)
+        self.tensors[name] = torch.zeros_like(self.tensors[name])
+        self.named = [f"{text} holds nothing but zeros"]
+
+    def mutate_expert_too_many(self) -> None:
+        name, _ = self.pick()
+        other = f"{SHAPE.experts}.{name.partition('.')[2]}"
+        self.tensors[other] = self.tensors[name]
+        self.named = [f"{LAYER_NAME}.{other} is in the checkpoint", "has 4 experts"]
 
     def mutate_word_of_zeros(self) -> None:
         zeros = self.reference.format.zeros
         if not any(name.endswith(zeros) for name in self.tensors):
             return self.mutate_missing()
-        name, _ = self.pick(zeros)
+        name, text = self.pick(zeros)
         expert, projection, _ = name.split(".")
         array = self.tensors[name].numpy().copy()
         where = self.rng.integers(array.size)
         array.flat[where] ^= np.int32(1) << np.int32(self.rng.integers(31))
         self.tensors[name] = torch.from_numpy(array)
         if self.symmetric:
-            weight = "w2" if projection == "down_proj" else "w13"
-            self.named = [f"{weight}_{zeros} of expert {expert} holds 0x", "expected"]
+            self.named = [f"{text} holds 0x", "expected"]
         else:  # another number, no less valid
             self.reference.experts[int(expert)][projection][zeros] = array
         return None
@@ -166,14 +172,14 @@ class Mutation:
         prefix = f"{expert}.{projection}."
         for name in [name for name in self.tensors if name.startswith(prefix)]:
             del self.tensors[name]
-        self.named = [f" of expert {expert}", projection, "is not in the checkpoint"]
+        self.named = [f".{expert}.{projection}.", "is not in the checkpoint"]
 
     def mutate_missing_expert(self) -> None:
         expert = self.rng.integers(SHAPE.experts)
         for name in [name for name in self.tensors if name.startswith(f"{expert}.")]:
             del self.tensors[name]
         self.named = [
-            f" of expert {expert} ",
+            f"{LAYER_NAME}.{expert}.",
             "and 8 more" if self.has_zeros else "more",
         ]
 
@@ -183,7 +189,7 @@ class Mutation:
 
     def mutate_everything_missing(self) -> None:
         self.tensors = {}
-        self.named = ["of expert 0", "is not in the checkpoint"]
+        self.named = [f"{LAYER_NAME}.0.", "is not in the checkpoint"]
 
     def mutate_renamed(self) -> None:
         name, text = self.pick()
@@ -196,7 +202,7 @@ class Mutation:
         bias = torch.zeros(128)
         bias[self.rng.integers(128)] = 1
         self.tensors[f"{expert}.{projection}.bias"] = bias
-        self.named = [f"{projection}.bias of expert {expert} is not zero"]
+        self.named = [f".{expert}.{projection}.bias is not zero"]
 
     def mutate_bias_of_zeros(self) -> None:
         for expert in range(SHAPE.experts):

@@ -5,6 +5,8 @@
 import pytest
 import torch
 
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
@@ -12,6 +14,16 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization import (
+    hybrid_w4a16_awq as awq,
+)
+from vllm.model_executor.layers.quantization import (
+    hybrid_w4a16_compressed_tensors as compressed_tensors,
+)
+from vllm.model_executor.layers.quantization import (
+    hybrid_w4a16_gptq as gptq,
+)
+from vllm.model_executor.layers.quantization import inc_moe
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQMoEMethod
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQMoEMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16 import (  # noqa: E501
@@ -27,6 +39,7 @@ from ..support.moe_layers import (
     LAYER_NAME,
     Shape,
     fresh_gate_records,
+    is_opt_in,
     make_layer,
     quant_config,
 )
@@ -39,6 +52,39 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 @pytest.fixture(autouse=True)
 def fresh_gate(monkeypatch):
     fresh_gate_records(monkeypatch)
+
+
+class Declined(Exception):
+    """Raised in place of what vLLM's own path would do with the layer."""
+
+
+@pytest.fixture
+def left_to_vllm(monkeypatch):
+    """Whether a layer of a config is left to vLLM, whose own methods are stubs."""
+
+    def stock(*args, **kwargs):
+        raise Declined
+
+    for method in (
+        AutoGPTQMoEMethod,
+        AutoAWQMoEMethod,
+        CompressedTensorsWNA16MoEMethod,
+    ):
+        monkeypatch.setattr(method, "__init__", stock)
+    platform = type("Platform", (), {"__getattr__": stock})
+    monkeypatch.setattr(inc_wna16_scheme, "current_platform", platform())
+
+    def ask(config, **kwargs) -> bool:
+        try:
+            method = method_of(config, **kwargs)
+        except Exception as error:  # noqa: BLE001 vLLM's, which has no kernel for it
+            return switch.NAME not in str(error)
+        return not isinstance(method, HybridW4A16MoEMethod)
+
+    return ask
+
+
+by_default = pytest.mark.skipif(is_opt_in(), reason="opt-in on this device")
 
 
 def every_expert(recipe, projections=PROJECTIONS, experts=8):
@@ -111,7 +157,8 @@ def test_autoround_overrides_that_stay_int4_are_honoured(format):
     "key",
     ["gate_proj", "5.up_proj", "experts.5.up_proj", "layers.3.mlp.experts.5.up_proj"],
 )
-def test_autoround_names_that_end_like_an_expert(key):
+def test_autoround_names_that_end_like_an_expert(key, monkeypatch):
+    monkeypatch.setenv(switch.NAME, "1")
     config = quant_config("auto_round:auto_gptq", extra_config={key: BITS_8})
     with pytest.raises(ValueError, match="have to be quantized alike"):
         method_of(config)
@@ -154,14 +201,26 @@ MIXED = {
 
 
 @pytest.mark.parametrize("format", MIXED)
-def test_experts_of_a_layer_that_differ_are_an_error_that_names_two(format):
+def test_experts_of_a_layer_that_differ_are_an_error_if_asked_for(format, monkeypatch):
+    monkeypatch.setenv(switch.NAME, "1")
     config = quant_config(format, **MIXED[format])
     message = (
-        rf"layer {LAYER_NAME}: the experts of a layer have to be quantized alike, but "
+        rf"MoE layer {LAYER_NAME}: the experts of a layer have to be quantized alike, "
+        "but "
         rf"{LAYER_NAME}.0.gate_proj is .* and {LAYER_NAME}.5.down_proj is "
     )
     with pytest.raises(ValueError, match=message):
         method_of(config)
+
+
+@by_default
+@pytest.mark.parametrize("format", MIXED)
+def test_experts_of_a_layer_that_differ_are_left_to_vllm_by_default(
+    format, left_to_vllm
+):
+    assert left_to_vllm(quant_config(format, **MIXED[format]))
+    reason = oracle.declined_because(LAYER_NAME)
+    assert "have to be quantized alike" in reason
 
 
 SKIPPED = {
@@ -193,6 +252,21 @@ def test_16_bit_experts_of_the_other_formats(format, overrides, caplog):
     assert "HybridW4A16" not in caplog.text
 
 
+@pytest.mark.parametrize("format", MIXED)
+def test_recipes_are_not_looked_up_on_an_opt_in_device(
+    format, left_to_vllm, monkeypatch
+):
+    """Under auto nothing changes there, not even what vLLM overlooks."""
+    monkeypatch.setenv(switch.NAME, "auto")
+    monkeypatch.setattr(devices, "device_family", lambda: devices.PLANNED["cuda"])
+    for module in (inc_moe, gptq, awq, compressed_tensors):
+        monkeypatch.delattr(module, "uniform_recipe")
+    for overrides in (MIXED[format], *SKIPPED.get(format, ())):
+        assert left_to_vllm(quant_config(format, **overrides))
+        reason = oracle.declined_because(LAYER_NAME)
+        assert reason is None or reason == f"on cuda it is opt-in, set {switch.NAME}=1"
+
+
 @pytest.mark.parametrize(
     "pattern", [r"+:.*mlp\.experts.*", r".*\.experts\.\d+\..*_proj", ".*_proj"]
 )
@@ -212,10 +286,6 @@ def test_gptq_8_bit_experts_go_vllms_own_way(pattern, caplog, monkeypatch):
         method_of(config)
     assert seen == [8]
     assert "8-bit weights, supported: 4" in caplog.text
-
-
-class Declined(Exception):
-    """Raised in place of what vLLM's own path would do with the layer."""
 
 
 REASONS = {
@@ -347,9 +417,10 @@ def test_other_layers_fall_through(format):
         (768, 8, "96", "1, 2, 3, 4, 6, 12"),
     ],
 )
-def test_tensor_parallel_size_that_cuts_groups_is_an_error(
-    format, intermediate, ranks, per_rank, fits
+def test_tensor_parallel_size_that_cuts_groups_is_an_error_if_asked_for(
+    format, intermediate, ranks, per_rank, fits, monkeypatch
 ):
+    monkeypatch.setenv(switch.NAME, "1")
     message = (
         f"MoE layer {LAYER_NAME}: tensor parallel size {ranks} cuts the experts' "
         f"intermediate size {intermediate} into {per_rank} per rank, not a multiple of "
@@ -362,3 +433,13 @@ def test_tensor_parallel_size_that_cuts_groups_is_an_error(
     works = int(fits.split(", ")[1])
     method = make_layer(shape, quant_config(format), tp=(works, 0)).quant_method
     assert isinstance(method, HybridW4A16MoEMethod)
+
+
+@by_default
+@pytest.mark.parametrize(
+    "format", ["auto_round:auto_gptq", "gptq", "awq", "compressed-tensors"]
+)
+def test_tensor_parallel_size_that_cuts_groups_is_left_to_vllm(format, left_to_vllm):
+    config = quant_config(format)
+    assert left_to_vllm(config, intermediate_size=384, tp=(4, 0))
+    assert "tensor parallel size 4 cuts" in oracle.declined_because(LAYER_NAME)

@@ -246,10 +246,8 @@ def peak_of_processing(layer: RoutedExperts) -> int:
 def fresh_gate_records(monkeypatch) -> None:
     """For one test: empty gate records, the tests' default switch, and log lines that
     caplog sees."""
-    for record in ("_accepted", "_reasons_logged"):
-        monkeypatch.setattr(oracle, record, set())
-    for record in ("_ready", "_declined"):
-        monkeypatch.setattr(oracle, record, {})
+    monkeypatch.setattr(oracle, "_model", oracle._Model())
+    monkeypatch.setattr(oracle, "_reasons_logged", set())
     monkeypatch.delenv(switch.NAME, raising=False)
     if is_opt_in():
         monkeypatch.setenv(switch.NAME, "1")

@@ -17,7 +17,8 @@ import libcst as cst
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
-from vllm.plugins.hybrid_w4a16.hooks import Hook
+
+from .hooks import Hook
 
 LINE_LENGTH = 88
 
@@ -99,10 +100,11 @@ def register_switch(source: str) -> str:
     table = _assigned(module.body, "environment_variables", "the module")
     if not isinstance(table, cst.Dict) or not table.elements:
         raise Conflict("environment_variables is not a dictionary with entries")
-    choices = ", ".join(f'"{choice}"' for choice in switch.CHOICES)
-    arguments = f'"{switch.NAME}", "{switch.CHOICES[0]}", [{choices}]'
     comment = "\n".join(f"    {line}" for line in SWITCH_COMMENT)
-    entry = f'    "{switch.NAME}": env_with_choices(\n        {arguments}\n    ),'
+    entry = (
+        f'    "{switch.NAME}": lambda: (\n'
+        f'        os.getenv("{switch.NAME}") or "{switch.CHOICES[0]}"\n    ),'
+    )
     sample = cst.ensure_type(
         cst.parse_expression(f"{{\n{comment}\n{entry}\n}}"), cst.Dict
     )

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Which device runs the int4 MoE ops, and with which kernels.
 
-The only place in the Python code that asks for the platform. A GPU architecture is
-supported when the op library holds code for it.
+The only place in the Python code that asks for the platform. Which GPUs the op library
+runs on is the library's own answer (``hybrid_w4a16_ops.refusal``).
 """
 
 from dataclasses import dataclass
@@ -51,31 +51,37 @@ def device_family() -> DeviceFamily | str:
     error = ops.load_error()
     if error is not None:
         return error
-    built = ops.build_info()
     if current_platform.is_cpu():
-        # the CPU ops group tokens by expert and pick the kernel per expert
-        kernels = f"C++ {built['cpu'][0]}"
-        return DeviceFamily("cpu", kernels, kernels, opt_in=False, cu_count=1)
+        reason = ops.refusal("cpu")
+        if reason is not None:
+            return reason
+        # The ops pick a kernel for each expert by its rows. Group size and dtype move
+        # the limits between kernels, but bring in no others.
+        *few, many = (name for name, _ in ops.cpu_kernels(128, torch.bfloat16))
+        decode, prefill = f"C++ {', '.join(few) or many}", f"C++ {many}"
+        return DeviceFamily("cpu", decode, prefill, opt_in=False, cu_count=1)
     if current_platform.is_rocm():
         arch = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
-        return _gpu_family(arch, built.get("hip", ()), _HIP_KERNELS, opt_in=False)
+        return _gpu_family(arch, _HIP_KERNELS, opt_in=False)
     if current_platform.is_cuda():
         major, minor = torch.cuda.get_device_capability()
         arch = f"sm_{major}{minor}"
-        return _gpu_family(arch, built.get("cuda", ()), _CUDA_KERNELS, opt_in=True)
+        return _gpu_family(arch, _CUDA_KERNELS, opt_in=True)
     return f"platform {current_platform.device_name!r} has no int4 MoE kernels"
 
 
-def _gpu_family(
-    arch: str, built: tuple[str, ...], kernels: str, opt_in: bool
-) -> DeviceFamily | str:
-    if arch not in built:
-        return (
-            f"the op library holds no code for {arch} "
-            f"(it was built for: {', '.join(built) or 'no GPU of this vendor'})"
-        )
+def _gpu_family(arch: str, kernels: str, opt_in: bool) -> DeviceFamily | str:
+    reason = ops.refusal(arch)
+    if reason is not None:
+        return reason
     cu_count = torch.cuda.get_device_properties().multi_processor_count
     if current_platform.is_rocm():
         # torch counts workgroup processors on RDNA: two compute units each
         cu_count *= 2
     return DeviceFamily(arch, kernels, "Triton", opt_in, cu_count, table_name(arch))
+
+
+def load_kernels(family: DeviceFamily) -> None:
+    """Make the kernels ready on the current device, which is of ``family``."""
+    if family.tuning is not None:  # a GPU
+        ops.load_device(torch.cuda.current_device(), family.name)

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
         HybridW4A16MoEExperts,
     )
-    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
-        Int4MoEMethod,
-    )
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import Int4MoEMethod
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 
 logger = init_logger(__name__)
@@ -84,8 +82,9 @@ def keep(method: "Int4MoEMethod", layer: "RoutedExperts") -> Kept | None:
     kept = Kept(signature, expert, {}, {})
     for name in ("w13", "w2"):
         words = getattr(layer, f"{name}_{packing.qweight}").data[expert]
-        scales = getattr(layer, f"{name}_{packing.scales}").data[expert]
-        scales = reference.stored_scales(packing, scales)
+        scales = reference.stored_scales(
+            packing, getattr(layer, f"{name}_{packing.scales}").data[expert]
+        )
         zeros = None
         if not method.symmetric:
             zeros = getattr(layer, f"{name}_{packing.zeros}").data[expert]
@@ -489,7 +488,7 @@ class _KernelCheck:
 
     def _down_problem(self, runs: list[_Run]) -> str | None:
         """Of each run by what its own gate_up wrote."""
-        mixed: dict[int, list[torch.Tensor]] = {e: [] for e in self.experts}
+        mixed: dict[int, list[torch.Tensor]] = {expert: [] for expert in self.experts}
         for run in runs:
             slots = run.middle.view(run.tokens, self.top_k, self.inter).float()
             for expert in self.experts:

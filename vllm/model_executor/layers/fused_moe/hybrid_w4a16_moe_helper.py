@@ -12,7 +12,7 @@ where the tuning table asks for it). On the way it needs one expert's weights on
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,15 +21,12 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_guard
 from vllm.model_executor.layers.fused_moe.all2all_utils import (
     maybe_make_prepare_finalize,
 )
-from vllm.model_executor.layers.fused_moe.config import (
-    FusedMoEConfig,
-    FusedMoEQuantConfig,
-)
 from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
     HybridW4A16MoEExperts,
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     CheckpointPacking,
+    Int4MoEMethod,
     transposed_copy,
 )
 from vllm.model_executor.utils import replace_parameter
@@ -38,20 +35,6 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 _PACKED = "hybrid_w4a16_packed"
-
-
-class Int4MoEMethod(Protocol):
-    """What the set-up needs to know of a layer's method."""
-
-    packing: CheckpointPacking
-    """How the checkpoint stores the experts."""
-    symmetric: bool
-    """Whether every zero point is 8."""
-    moe: FusedMoEConfig
-
-    def get_fused_moe_quant_config(
-        self, layer: "RoutedExperts"
-    ) -> FusedMoEQuantConfig | None: ...
 
 
 def setup_hybrid_w4a16_moe(
@@ -66,17 +49,19 @@ def setup_hybrid_w4a16_moe(
     where the parameter was made with room for it (``empty_experts``). Weights that are
     in that form already are left alone, so that a second call changes nothing.
 
-    Raises ``ValueError`` when a checkpoint that calls itself symmetric stores a zero
-    point other than 8, or a scale is not finite in the activation dtype, naming layer,
-    expert and value; the layer is then unchanged. ``RuntimeError`` when the result of
-    the conversion or of the kernels is wrong (``hybrid_w4a16_guard``).
+    Raises ``ValueError`` naming the checkpoint's tensor and the value where a
+    checkpoint that calls itself symmetric stores a zero point other than 8, a scale is
+    not finite in the activation dtype, or all scales of a projection are zero. The
+    layer is then unchanged.
+    ``RuntimeError`` when the result of the conversion or of the kernels is wrong
+    (``hybrid_w4a16_guard``).
     """
     packing = method.packing
     names = ("w13", "w2")
     kept = None
     if not is_packed(getattr(layer, f"w13_{packing.qweight}")):
         for name in names:
-            _verify_finite(layer, f"{name}_{packing.scales}")
+            _verify_scales(layer, f"{name}_{packing.scales}", packing)
             if method.symmetric and packing.symmetric_zeros:
                 _verify_symmetric(layer, f"{name}_{packing.zeros}", packing)
         kept = hybrid_w4a16_guard.keep(method, layer)
@@ -132,16 +117,28 @@ def _padded_view(stored: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return stored.as_strided(shape, stride)
 
 
-def _verify_finite(layer: "RoutedExperts", name: str) -> None:
-    """Check that every scale is a number that the activation dtype can hold."""
+def _verify_scales(
+    layer: "RoutedExperts", name: str, packing: CheckpointPacking
+) -> None:
+    """Check that every scale of parameter ``name`` is a number that the activation
+    dtype can hold, and that no projection of an expert has nothing but zeros."""
     for expert, scales in enumerate(getattr(layer, name).data):
-        if not bool(scales.isfinite().all()):
-            value = scales[~scales.isfinite()][0].item()
+        by_row = scales.t() if packing.k_first else scales
+        bad = (~by_row.isfinite()).nonzero()
+        if len(bad):
+            row, group = bad[0].tolist()
             raise ValueError(
-                f"layer {layer.layer_name}: {name} of expert "
-                f"{global_expert(layer, expert)} holds {value} in {scales.dtype}, "
-                f"expected finite scales"
+                f"{_tensor_at(layer, name, packing, expert, row)} holds "
+                f"{by_row[row, group].item()} in {scales.dtype}, expected finite scales"
             )
+        rows = len(by_row) // len(layer_projections(layer, name))
+        for first, part in enumerate(by_row.split(rows)):
+            if not bool(part.any()):
+                tensor = _tensor_at(layer, name, packing, expert, first * rows)
+                raise ValueError(
+                    f"{tensor} holds nothing but zeros, expected scales: is the file "
+                    "complete?"
+                )
 
 
 def _verify_symmetric(
@@ -154,12 +151,46 @@ def _verify_symmetric(
         return
     expert, *where = (stored != sentinel).nonzero()[0].tolist()
     word = stored[expert, where[0], where[1]].item() & 0xFFFFFFFF
+    row = 8 * where[1 if packing.k_first else 0]
     raise ValueError(
-        f"layer {layer.layer_name}: {name} of expert {global_expert(layer, expert)} "
-        f"holds 0x{word:08x} at {where}, expected 0x{sentinel & 0xFFFFFFFF:08x} (zero "
-        f"point 8 everywhere in {packing.name}): the checkpoint calls itself symmetric "
-        f"but is not"
+        f"{_tensor_at(layer, name, packing, expert, row)} holds 0x{word:08x}, expected "
+        f"0x{sentinel & 0xFFFFFFFF:08x} (zero point 8 everywhere in {packing.name}): "
+        f"the checkpoint calls itself symmetric but is not"
     )
+
+
+def layer_projections(layer: "RoutedExperts", parameter: str) -> list[str]:
+    """The checkpoint's names of what a ``w13_`` or ``w2_`` parameter holds."""
+    if parameter.startswith("w2"):
+        return [layer.ckpt_down_proj_name]
+    names = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name]
+    return [name for name in names if name]
+
+
+def tensor_name(
+    layer: "RoutedExperts", expert: int, projection: str, suffix: str
+) -> str:
+    """How errors call a tensor: by its name in the checkpoint, as vLLM knows it.
+
+    ``expert``: its number in the checkpoint.
+    """
+    return f"{layer.layer_name}.{expert}.{projection}.{suffix}"
+
+
+def _tensor_at(
+    layer: "RoutedExperts",
+    parameter: str,
+    packing: CheckpointPacking,
+    local_expert: int,
+    row: int,
+) -> str:
+    """The checkpoint's tensor that output row ``row`` of a parameter comes from."""
+    projections = layer_projections(layer, parameter)
+    suffix = parameter.partition("_")[2]
+    rows = getattr(layer, f"{parameter.partition('_')[0]}_{packing.scales}").shape
+    part = row * len(projections) // rows[2 if packing.k_first else 1]
+    expert = global_expert(layer, local_expert)
+    return tensor_name(layer, expert, projections[part], suffix)
 
 
 def global_expert(layer: "RoutedExperts", local_expert: int) -> int:

@@ -14,6 +14,7 @@ device; row strides are honoured everywhere. An argument that does not fit raise
 
 import functools
 import os
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,12 +24,12 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
 _LIBRARY = "_hybrid_w4a16_C.so"
-_OPS = (
+_KERNELS = (
     "fused_moe_wvSplitK_int4_gemm",
     "fused_moe_wvSplitK_int4_gate_up",
     "fused_moe_wvSplitK_int4_down",
-    "hybrid_w4a16_build_info",
 )
+_OPS = (*_KERNELS, "hybrid_w4a16_build_info", "hybrid_w4a16_refusal")
 
 
 class OpActivation(NamedTuple):
@@ -75,15 +76,36 @@ def load_error() -> str | None:
                 "vLLM's own libraries hold no int4 MoE ops and the op library "
                 f"{path} does not exist"
             )
+        fault = _file_fault(path)
+        if fault is not None:
+            return f"the op library {path} {fault}: install it again"
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            return f"the op library {path} does not load: {error}"
+            # torch's own message names the file alone; the cause is the linker's
+            return f"the op library {path} does not load: {error.__cause__ or error}"
         if not _ops_registered():
             return f"the op library {path} is of another version: it lacks ops"
-    for op in _OPS[:-1]:
+    for op in _KERNELS:
         torch.library.register_fake(f"_rocm_C::{op}", _no_output)
     return None
+
+
+def _file_fault(path: str) -> str | None:
+    """How a library's file is not whole, ``None`` if it is.
+
+    Loading one that is cut short ends the process (SIGBUS). Linkers write the table of
+    sections last, and the ELF header says where it ends.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF"):
+        return "is no ELF library"
+    (table,) = struct.unpack_from("<Q", header, 40)
+    entry_size, entries = struct.unpack_from("<HH", header, 58)
+    expected = table + entry_size * entries
+    return f"is cut short: {size} of {expected} bytes" if size < expected else None
 
 
 def _no_output(*args: object, **kwargs: object) -> None:
@@ -104,6 +126,39 @@ def build_info() -> dict[str, tuple[str, ...]]:
         raise RuntimeError(error)
     lines = torch.ops._rocm_C.hybrid_w4a16_build_info().splitlines()
     return {kind: tuple(rest) for kind, *rest in (line.split() for line in lines)}
+
+
+def refusal(arch: str) -> str | None:
+    """Why the loaded op library does not run on ``arch``, ``None`` where it does.
+
+    ``arch`` is "cpu" or what a GPU is called, such as "gfx1151" or "sm_90". The reason
+    names what the library was built for. Raises ``RuntimeError`` when the library is
+    not loaded.
+    """
+    error = load_error()
+    if error is not None:
+        raise RuntimeError(error)
+    return torch.ops._rocm_C.hybrid_w4a16_refusal(arch) or None
+
+
+def cpu_kernels(group_size: int, dtype: torch.dtype) -> list[tuple[str, int]]:
+    """The kernels that the CPU ops run, each with its smallest number of rows.
+
+    Rows are those of one expert in a call: ``[("avx512_vnni", 1),
+    ("avx512_bf16", 13)]`` gives experts with up to 12 rows to the first.
+    ``group_size`` is 32, 64 or 128, ``dtype`` fp16 or bf16; ``RuntimeError`` otherwise.
+    """
+    lines = torch.ops._rocm_C.hybrid_w4a16_cpu_kernels(group_size, dtype).splitlines()
+    return [(name, int(rows)) for name, rows in (line.split() for line in lines)]
+
+
+def load_device(device: int, arch: str) -> None:
+    """Make the kernels ready on a GPU; once per device is enough.
+
+    Not while a graph is captured. Raises ``RuntimeError`` where ``refusal`` has a
+    reason.
+    """
+    torch.ops._rocm_C.hybrid_w4a16_load_device(device, arch)
 
 
 def fused_moe_wvSplitK_int4_gemm(

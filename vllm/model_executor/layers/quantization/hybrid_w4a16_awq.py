@@ -24,6 +24,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
 )
 from vllm.model_executor.layers.quantization.hybrid_w4a16_recipes import (
+    RecipeConflict,
     uniform_recipe,
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
@@ -44,10 +45,12 @@ def awq_moe_method(
 
     Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where
     ``modules_to_not_convert`` names the layer's experts, which vLLM overlooks, vLLM's
-    method for 16-bit experts. Raises ``ValueError`` where it names some experts of the
-    layer only, and where declining is not allowed (``VLLM_HYBRID_W4A16_MOE=require``).
+    method for 16-bit experts. Raises ``ValueError`` as ``oracle.decline`` does, also
+    where it names some experts of the layer only.
     """
     if not isinstance(layer, RoutedExperts):
+        return None
+    if not oracle.consider(layer, prefix):
         return None
 
     def bits_of(name: str) -> int:
@@ -56,7 +59,11 @@ def awq_moe_method(
         )
         return 16 if skipped else config.weight_bits
 
-    bits = uniform_recipe(layer, prefix, bits_of)
+    try:
+        bits = uniform_recipe(layer, prefix, bits_of)
+    except RecipeConflict as conflict:
+        oracle.decline(prefix, oracle.Misfit(conflict))
+        return None
     if bits == 16:
         return UnquantizedFusedMoEMethod(layer.moe_config)
     version = str(config.full_config.get("version", "gemm")).lower()

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
 )
 from vllm.model_executor.layers.quantization.hybrid_w4a16_recipes import (
+    RecipeConflict,
     expert_linears,
     uniform_recipe,
 )
@@ -41,15 +42,22 @@ def compressed_tensors_moe_method(
     """Hook of ``CompressedTensorsMoEMethod.get_moe_method``, called with its arguments.
 
     Returns the hybrid method, or ``None`` to leave the layer to vLLM. Raises
-    ``ValueError`` where the experts of the layer are quantized differently, and where
-    declining is not allowed (``VLLM_HYBRID_W4A16_MOE=require``).
+    ``ValueError`` as ``oracle.decline`` does, also where the experts of the layer are
+    quantized differently.
     """
-    scheme = _expert_scheme(quant_config, layer, layer_name)
-    if scheme is None or scheme.get("weights") is None:
+    quant_config._add_fused_moe_to_target_scheme_map()
+    first = next(expert_linears(layer, layer_name))
+    if not _is_integer(quant_config.get_scheme_dict(layer, first)):
+        return None  # 16 bits, or another kind of quantization altogether
+    if not oracle.consider(layer, layer_name):
         return None
+    try:
+        scheme = _expert_scheme(quant_config, layer, layer_name)
+    except RecipeConflict as conflict:
+        oracle.decline(layer_name, oracle.Misfit(conflict))
+        return None
+    assert scheme is not None
     weights = scheme["weights"]
-    if weights.type != "int" or scheme.get("input_activations") is not None:
-        return None  # another kind of quantization altogether
     unsupported = None
     if scheme.get("format") != PACK_FORMAT:
         unsupported = f"format is {scheme.get('format')!r}, supported: {PACK_FORMAT!r}"
@@ -68,13 +76,20 @@ def compressed_tensors_moe_method(
     )
 
 
+def _is_integer(scheme: dict[str, Any] | None) -> bool:
+    """Whether weights are integers and activations are not quantized."""
+    weights = scheme.get("weights") if scheme else None
+    if scheme is None or weights is None:
+        return False
+    return weights.type == "int" and scheme.get("input_activations") is None
+
+
 def _expert_scheme(
     quant_config: "compressed_tensors.CompressedTensorsConfig",
     layer: "RoutedExperts",
     layer_name: str,
 ) -> dict[str, Any] | None:
     """The scheme that the layer's experts share; ``None``: they are not quantized."""
-    quant_config._add_fused_moe_to_target_scheme_map()
 
     def scheme_of(name: str) -> dict[str, Any] | None:
         return quant_config.get_scheme_dict(layer, name)

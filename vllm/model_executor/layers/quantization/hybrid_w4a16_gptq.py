@@ -28,6 +28,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
 )
 from vllm.model_executor.layers.quantization.hybrid_w4a16_recipes import (
+    RecipeConflict,
     expert_linears,
     uniform_recipe,
 )
@@ -55,11 +56,13 @@ def gptq_moe_method(
 
     Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where ``dynamic``
     or ``modules_in_block_to_quantize`` speak of the layer's experts, which vLLM
-    overlooks, vLLM's method for what they say. Raises ``ValueError`` where they say
-    different things of experts of the layer, and where declining is not allowed
-    (``VLLM_HYBRID_W4A16_MOE=require``).
+    overlooks, vLLM's method for what they say. Raises ``ValueError`` as
+    ``oracle.decline`` does, also where they say different things of experts of the
+    layer.
     """
     if not isinstance(layer, RoutedExperts):
+        return None
+    if not oracle.consider(layer, prefix):
         return None
 
     def recipe_of(name: str) -> dict | None:
@@ -76,7 +79,11 @@ def gptq_moe_method(
 
     own = recipe_of(prefix)
     by_layer = get_dynamic_override(config, prefix) is not None
-    recipe = own if by_layer else uniform_recipe(layer, prefix, recipe_of)
+    try:
+        recipe = own if by_layer else uniform_recipe(layer, prefix, recipe_of)
+    except RecipeConflict as conflict:
+        oracle.decline(prefix, oracle.Misfit(conflict))
+        return None
     if recipe is None or not is_layer_gptq_quantized(
         next(expert_linears(layer, prefix)), config.modules_in_block_to_quantize
     ):

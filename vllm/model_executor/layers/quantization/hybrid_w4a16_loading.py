@@ -7,7 +7,7 @@ its place, converts any dtype, and does not notice a tensor that never came.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
     global_expert,
     is_packed,
+    tensor_name,
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import CheckpointPacking
 
@@ -72,6 +73,9 @@ class ExpertTensorLoader:
             if not with_zeros:
                 del shapes[packing.zeros]
             self._shapes[shard] = shapes
+        self._num_fused_shared_experts = (
+            layer.expert_map_manager.num_fused_shared_experts
+        )
         self._loaded: set[tuple[str, str, int]] = set()
 
     def load(
@@ -121,6 +125,30 @@ class ExpertTensorLoader:
                 self._loaded.add(key)
         return success if return_success else None
 
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterable[str]:
+        """``RoutedExperts.load_weights``, which passes over experts it does not know.
+
+        Raises ``ValueError`` naming a tensor of an expert that the config has not.
+        """
+        layer = self._layer()
+        assert layer is not None
+        return type(layer).load_weights(layer, self._of_known_experts(layer, weights))
+
+    def _of_known_experts(
+        self, layer: "RoutedExperts", weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        known = layer.moe_config.num_logical_experts + self._num_fused_shared_experts
+        for name, tensor in weights:
+            expert = name.partition(".")[0]
+            if expert.isdigit() and int(expert) >= known:
+                raise ValueError(
+                    f"{layer.layer_name}.{name} is in the checkpoint, but the config "
+                    f"has {known} experts"
+                )
+            yield name, tensor
+
     def check_complete(self, layer: "RoutedExperts") -> None:
         """Raise ``ValueError`` unless every tensor of the layer's experts was loaded.
 
@@ -144,7 +172,7 @@ class ExpertTensorLoader:
         layer = self._layer()
         assert layer is not None
         projection = self._projections.get(shard_id, shard_id)
-        return f"layer {layer.layer_name}: {projection}.{suffix} of expert {expert_id}"
+        return tensor_name(layer, expert_id, projection, suffix)
 
     def _check(
         self, tensor: str, loaded: torch.Tensor, suffix: str, shape: tuple[int, ...]

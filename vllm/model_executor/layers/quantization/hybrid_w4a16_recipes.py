@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 Recipe = TypeVar("Recipe")
 
 
+class RecipeConflict(ValueError):
+    """Experts of one layer are to be quantized differently; the message names two."""
+
+
 def expert_linears(layer: "RoutedExperts", prefix: str) -> Iterator[str]:
     """Names of the linears of all experts, as checkpoints and their configs have them.
 
@@ -32,10 +36,10 @@ def uniform_recipe(
     """What ``recipe_of`` says of every linear of the layer's experts.
 
     vLLM looks up a quantization config by the layer's name alone; recipes with an entry
-    per expert, or a pattern that only an expert's name matches, go by here.
+    per expert, or a pattern that only an expert's name matches, are seen here.
 
-    Raises ``ValueError`` naming two linears of which it says different things: experts
-    of one layer are one tensor in vLLM.
+    Raises ``RecipeConflict`` naming two linears of which it says different things:
+    experts of one layer are one tensor in vLLM.
     """
     names = expert_linears(layer, prefix)
     first = next(names)
@@ -43,8 +47,8 @@ def uniform_recipe(
     for name in names:
         other = recipe_of(name)
         if other != recipe:
-            raise ValueError(
-                f"layer {prefix}: the experts of a layer have to be quantized alike, "
-                f"but {first} is {recipe} and {name} is {other}"
+            raise RecipeConflict(
+                "the experts of a layer have to be quantized alike, but "
+                f"{first} is {recipe} and {name} is {other}"
             )
     return recipe

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
 )
 from vllm.model_executor.layers.quantization.hybrid_w4a16_recipes import (
+    RecipeConflict,
     uniform_recipe,
 )
 from vllm.model_executor.layers.quantization.inc.config_parser import INCConfigParser
@@ -57,12 +58,17 @@ def inc_moe_method(
 
     Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where
     ``extra_config`` names the layer's experts, which vLLM overlooks, vLLM's method for
-    what it says of them. Raises ``ValueError`` where it says different things of
-    experts of the layer, and where declining is not allowed
-    (``VLLM_HYBRID_W4A16_MOE=require``).
+    what it says of them. Raises ``ValueError`` as ``oracle.decline`` does, also where
+    it says different things of experts of the layer.
     """
+    if not oracle.consider(layer, prefix):
+        return None
     if config.extra_config:
-        recipe = _expert_recipe(config, layer, prefix, layer_config)
+        try:
+            recipe = _expert_recipe(config, layer, prefix, layer_config)
+        except RecipeConflict as conflict:
+            oracle.decline(prefix, oracle.Misfit(conflict))
+            return None
         if not recipe.quantized:
             return UnquantizedFusedMoEMethod(layer.moe_config)
         if recipe != layer_config:

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     DeviceFamily,
     device_family,
+    load_kernels,
 )
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceNoOP,
@@ -53,6 +54,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         if not isinstance(family, DeviceFamily):
             raise ValueError(f"HybridW4A16MoEExperts: {family}")
         assert quant_config.block_shape is not None
+        load_kernels(family)
         self.cu_count = family.cu_count
         self.group_size = quant_config.block_shape[1]
         self.tuned: tuning.Tuned | None = None
@@ -96,7 +98,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         # other back ends hand tokens over in a form of their own (per expert, or still
         # to be dispatched)
         config = moe_parallel_config
-        return not config.use_passthrough_all2all and (
+        # vLLM 0.30 and 0.31 have no such back end, nor the property
+        passthrough = getattr(config, "use_passthrough_all2all", False)
+        return not passthrough and (
             config.use_ag_rs_all2all_kernels or not config.use_all2all_kernels
         )
 
@@ -242,6 +246,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         assert self.tuned is not None
         sizes = *topk_ids.shape, w2.shape[1], w1.shape[1] // 2
         tiles = self.tuned.prefill_tiles(topk_ids.numel())
+        # vLLM's op leaves out ids outside of the experts that it is told of
         blocks = moe_align_block_size(
             topk_ids,
             tiles.gate_up.block_m,

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Which MoE layers go hybrid, and the log of it.
+"""The decision which MoE layers go hybrid, and the log of it.
 
-Every hook asks ``accept``. A layer that is declined goes vLLM's own way, with one log
-line per distinct reason; once a model's last accepted layer is ready, one line sums up.
+Every hook asks ``consider`` before it looks at a layer's recipe and ``accept`` after. A
+layer that is declined falls back to vLLM's MoE path, with one log line per distinct
+reason; one line sums up each model.
 """
 
-from typing import TYPE_CHECKING
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
@@ -25,12 +29,51 @@ logger = init_logger(__name__)
 GROUP_SIZES = (32, 64, 128)
 # Attribute of a layer that is only planned, on whatever machine is at hand.
 _PLANNED = "hybrid_w4a16_planned_for"
+# What the decision reads of a layer's ``moe_config``.
+_CONFIG_FIELDS = (
+    "activation",
+    "has_bias",
+    "hidden_dim",
+    "in_dtype",
+    "intermediate_size",
+    "intermediate_size_per_partition",
+    "is_lora_enabled",
+    "moe_backend",
+    "moe_parallel_config",
+)
+
+
+class Misfit(str):
+    """A reason that lies in the checkpoint or the deployment, not in what the path
+    supports: an error where the path was asked for (1, require)."""
+
+
+@dataclass
+class _Model:
+    """What became of the layers of one model."""
+
+    config: object = None
+    """vLLM's ``ModelConfig``, which tells a draft model from its target."""
+    accepted: set[str] = field(default_factory=set)
+    ready: dict[str, int] = field(default_factory=dict)
+    """Bytes of padding by layer."""
+    declined: dict[str, str] = field(default_factory=dict)
+    """Reason by layer."""
+
 
 # The model under construction; a process may load several, one after the other.
-_accepted: set[str] = set()
-_ready: dict[str, int] = {}
-_declined: dict[str, str] = {}
+_model = _Model()
 _reasons_logged: set[str] = set()
+
+
+def consider(layer: "RoutedExperts", prefix: str) -> bool:
+    """Whether the routed experts of ``prefix`` may go hybrid, whatever their recipe.
+
+    Records and logs a decline. Raises ``ValueError`` with the reason where declining is
+    not allowed (``VLLM_HYBRID_W4A16_MOE=require``).
+    """
+    reason = incompatibility_reason(layer)
+    return reason is None or decline(prefix, reason)
 
 
 def accept(
@@ -43,25 +86,34 @@ def accept(
     """Whether the routed experts of ``prefix`` go hybrid.
 
     Args:
-        layer: the layer under construction; its ``moe_config`` is complete.
+        layer: the layer under construction.
         prefix: the layer's name.
         bits, group_size: of the layer's weights.
         unsupported: what the format's own hook found to be in the way, if anything.
 
-    Raises ``ValueError`` with the reason where a decline is not allowed
-    (``VLLM_HYBRID_W4A16_MOE=require``), and where only the tensor parallel size is in
-    the way.
+    Raises ``ValueError`` as ``decline`` does.
     """
     reason = unsupported or incompatibility_reason(layer, bits, group_size)
-    if reason is None:
-        _declined.pop(prefix, None)
-        _accepted.add(prefix)
-        return True
-    _accepted.discard(prefix)
-    _declined[prefix] = reason
-    if isinstance(reason, TensorParallelMisfit):
+    if reason is not None:
+        return decline(prefix, reason)
+    model = _under_construction()
+    model.declined.pop(prefix, None)
+    model.accepted.add(prefix)
+    return True
+
+
+def decline(prefix: str, reason: str) -> bool:
+    """Leave layer ``prefix`` to vLLM; returns ``False``.
+
+    Raises ``ValueError`` with the reason under ``VLLM_HYBRID_W4A16_MOE=require``, and
+    for a ``Misfit`` under 1 too.
+    """
+    model = _under_construction()
+    model.accepted.discard(prefix)
+    model.declined[prefix] = reason
+    if isinstance(reason, Misfit) and switch.value() in ("1", "require"):
         raise ValueError(
-            f"MoE layer {prefix}: {reason}, or {switch.NAME}=0 for vLLM's own way"
+            f"MoE layer {prefix}: {reason}, or {switch.NAME}=0 for vLLM's own MoE path"
         )
     if switch.value() == "require":
         raise ValueError(
@@ -70,23 +122,32 @@ def accept(
     if reason not in _reasons_logged:
         _reasons_logged.add(reason)
         logger.warning(
-            "HybridW4A16 MoE: layer %s goes vLLM's own way: %s (said once per reason)",
+            "HybridW4A16 MoE: layer %s falls back to vLLM's MoE path: %s "
+            "(logged once per reason)",
             prefix,
             reason,
         )
+    if not model.accepted and _is_last_layer(prefix):
+        _sum_up()
     return False
 
 
 def incompatibility_reason(
-    layer: "RoutedExperts", bits: int, group_size: int | tuple[int, int]
+    layer: "RoutedExperts",
+    bits: int | None = None,
+    group_size: int | tuple[int, int] | None = None,
 ) -> str | None:
-    """Why the layer cannot go hybrid, or ``None``."""
-    # first what needs neither the device nor a complete layer
-    if bits != 4:
+    """Why the layer cannot go hybrid, or ``None``.
+
+    Cheap checks come first: nothing is read of the layer before the recipe, the device
+    and the switch have passed. ``bits`` and ``group_size`` ``None``: the recipe is not
+    known yet, only the rest is checked.
+    """
+    if bits is not None and bits != 4:
         return f"{bits}-bit weights, supported: 4"
-    if group_size not in GROUP_SIZES:
+    if group_size is not None and group_size not in GROUP_SIZES:
         return f"group size {group_size}, supported: {GROUP_SIZES}"
-    # local imports: they need a platform, which plugins must not settle
+    # local imports: these modules load the MoE layers
     from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
         HybridW4A16MoEExperts,
     )
@@ -95,24 +156,27 @@ def incompatibility_reason(
         device_family,
     )
 
-    config = layer.moe_config
     family = getattr(layer, _PLANNED, None) or device_family()
     if not isinstance(family, DeviceFamily):
         return family
-    if switch.value() == "auto":
-        if family.opt_in:
-            return f"on {family.name} it is opt-in, set {switch.NAME}=1"
-        if config.moe_backend != "auto":
-            return f"--moe-backend {config.moe_backend} was asked for"
-    misfit = tensor_parallel_misfit(config, group_size)
-    if misfit is not None:
-        return misfit
-    for name, size in (
-        ("hidden size", config.hidden_dim),
-        ("intermediate size per partition", config.intermediate_size_per_partition),
-    ):
-        if size % group_size:
-            return f"{name} {size} is not a multiple of the group size {group_size}"
+    if switch.value() == "auto" and family.opt_in:
+        return f"on {family.name} it is opt-in, set {switch.NAME}=1"
+    config: Any = getattr(layer, "moe_config", None)
+    missing = [name for name in _CONFIG_FIELDS if not hasattr(config, name)]
+    if missing:
+        return f"the layer's moe_config has no {', '.join(missing)}"
+    if switch.value() == "auto" and config.moe_backend != "auto":
+        return f"--moe-backend {config.moe_backend} was asked for"
+    if isinstance(group_size, int):
+        misfit = tensor_parallel_misfit(config, group_size)
+        if misfit is not None:
+            return misfit
+        for name, size in (
+            ("hidden size", config.hidden_dim),
+            ("intermediate size per partition", config.intermediate_size_per_partition),
+        ):
+            if size % group_size:
+                return f"{name} {size} is not a multiple of the group size {group_size}"
     if config.in_dtype not in (torch.float16, torch.bfloat16):
         return f"activations in {config.in_dtype}, supported: fp16 and bf16"
     if not HybridW4A16MoEExperts._supports_activation(config.activation):
@@ -163,17 +227,11 @@ def can_gather_tokens() -> bool:
     )
 
 
-class TensorParallelMisfit(str):
-    """A reason that another tensor parallel size would take away."""
-
-
-def tensor_parallel_misfit(
-    config: "FusedMoEConfig", group_size: int | tuple[int, int]
-) -> TensorParallelMisfit | None:
+def tensor_parallel_misfit(config: "FusedMoEConfig", group_size: int) -> Misfit | None:
     """What to say where ranks get parts of a group, but another number would not."""
     parallel = config.moe_parallel_config
     size, ranks = config.intermediate_size, parallel.tp_size
-    if ranks == 1 or not isinstance(group_size, int) or group_size < 1:
+    if ranks == 1:
         return None
     groups = size // group_size
     if size % group_size or groups % ranks == 0:
@@ -181,7 +239,7 @@ def tensor_parallel_misfit(
     fits = [str(n) for n in range(1, groups + 1) if groups % n == 0]
     # without expert parallelism vLLM cuts experts over the ranks of both
     kind = "tensor times data parallel" if parallel.dp_size > 1 else "tensor parallel"
-    return TensorParallelMisfit(
+    return Misfit(
         f"{kind} size {ranks} cuts the experts' intermediate size {size} into "
         f"{size / ranks:g} per rank, not a multiple of the group size {group_size}; "
         f"sizes that work: {', '.join(fits)}; or --enable-expert-parallel"
@@ -190,19 +248,18 @@ def tensor_parallel_misfit(
 
 def declined_because(prefix: str) -> str | None:
     """Why layer ``prefix`` was declined, ``None`` if it was not."""
-    return _declined.get(prefix)
+    return _model.declined.get(prefix)
 
 
 def new_model() -> None:
-    """Forget the layers of the model before."""
-    _accepted.clear()
-    _ready.clear()
-    _declined.clear()
+    """Forget the layers of the previous model."""
+    global _model
+    _model = _Model(_model.config)
 
 
 def begins_model(prefix: str) -> bool:
     """Whether layer ``prefix`` is the first one of its model that becomes ready."""
-    return prefix in _accepted and not _ready
+    return prefix in _model.accepted and not _model.ready
 
 
 def report_ready(prefix: str, padding_bytes: int) -> None:
@@ -210,32 +267,60 @@ def report_ready(prefix: str, padding_bytes: int) -> None:
 
     padding_bytes: what its weights take beyond the checkpoint's.
     """
+    if prefix not in _model.accepted:  # summed up already; its weights were reloaded
+        return
+    _model.ready[prefix] = padding_bytes
+    if _model.accepted <= _model.ready.keys():
+        _sum_up()
+
+
+def _under_construction() -> _Model:
+    """The record of the model that vLLM is building now."""
+    global _model
+    vllm_config = get_current_vllm_config_or_none()
+    config = getattr(vllm_config, "model_config", None)
+    if config is not _model.config:
+        if _model.declined and not _model.accepted:
+            _sum_up()
+        _model = _Model(config)
+    return _model
+
+
+def _is_last_layer(prefix: str) -> bool:
+    """Whether ``prefix`` is in the last decoder layer that this rank builds."""
+    vllm_config = get_current_vllm_config_or_none()
+    config = getattr(vllm_config, "model_config", None)
+    index = re.search(r"\blayers\.(\d+)\.", prefix)
+    if config is None or index is None:
+        return False
+    _, end = config.get_layers_start_end_indices(vllm_config.parallel_config)
+    return int(index[1]) == end - 1
+
+
+def _sum_up() -> None:
+    """Log one line about the model, and forget its layers."""
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
         DeviceFamily,
         device_family,
     )
 
-    if prefix not in _accepted:  # summed up already; its weights were loaded anew
-        return
-    _ready[prefix] = padding_bytes
-    if not _accepted <= _ready.keys():
-        return
-    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
-
+    accepted, declined = len(_model.accepted), len(_model.declined)
     family = device_family()
-    assert isinstance(family, DeviceFamily)
+    kernels = ""
+    if accepted and isinstance(family, DeviceFamily):
+        kernels = f" (decode: {family.decode}, prefill: {family.prefill})"
     logger.info(
-        "HybridW4A16 MoE: %d/%d layers (decode: %s, prefill: %s), %d declined",
-        len(_accepted),
-        len(_accepted) + len(_declined),
-        family.decode,
-        family.prefill,
-        len(_declined),
+        "HybridW4A16 MoE: %d/%d layers%s, %d declined",
+        accepted,
+        accepted + declined,
+        kernels,
+        declined,
     )
     tuned = tuning.used_text()
     if tuned is not None:
         logger.info("HybridW4A16 MoE: %s", tuned)
-    padding = sum(_ready.values())
+    padding = sum(_model.ready.values())
     if padding:
         logger.info("HybridW4A16 MoE: %.1f MiB of padded rows", padding / 2**20)
     new_model()

@@ -7,10 +7,12 @@ auto        default: on for ROCm gfx11/gfx12 and CPU, unless ``--moe-backend`` n
 1           on, also on CUDA, and against ``--moe-backend``
 0           off: vLLM as if the package were not installed
 require     like 1, and an int4 MoE layer that is declined is an error
+(empty)     like auto
 =========== ==========================================================================
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -30,9 +32,7 @@ def register() -> None:
     ``--fail-on-environ-validation``, and makes the known ones part of the key of its
     compile cache.
     """
-    envs.environment_variables.setdefault(
-        NAME, envs.env_with_choices(NAME, "auto", CHOICES)
-    )
+    envs.environment_variables.setdefault(NAME, lambda: os.getenv(NAME) or CHOICES[0])
 
 
 def unless_off(handler: Callable[P, T]) -> Callable[P, T | None]:
@@ -50,4 +50,8 @@ def unless_off(handler: Callable[P, T]) -> Callable[P, T | None]:
 
 def value() -> str:
     """The switch's value; ``ValueError`` naming the choices for any other."""
-    return getattr(envs, NAME)
+    found = getattr(envs, NAME)
+    if found not in CHOICES:
+        choices = ", ".join(CHOICES)
+        raise ValueError(f"invalid value {found!r} for {NAME}, expected: {choices}")
+    return found
