@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlparse
 
 DISTRIBUTION = "vllm-hybrid-w4a16"
 SKIP_VLLM_CHECK = "HYBRID_W4A16_SKIP_VLLM_CHECK"
-SUPPORTED_VLLM = ((0, 32), (0, 33))
+SUPPORTED_VLLM = ((0, 30), (0, 31), (0, 32), (0, 33))
 # First release whose stable ABI has all that csrc/ uses (TORCH_TARGET_VERSION).
 MINIMUM_TORCH = (2, 11)
 
@@ -144,7 +144,8 @@ def find_vllm(path: list[Path]) -> Package | None:
     vllm = find_package("vllm", "_version.py", path)
     if os.environ.get(SKIP_VLLM_CHECK) == "1":
         return vllm
-    supported = " and ".join(".".join(map(str, v)) + ".x" for v in SUPPORTED_VLLM)
+    *others, newest = (".".join(map(str, v)) + ".x" for v in SUPPORTED_VLLM)
+    supported = f"{', '.join(others)} and {newest}"
     advice = (
         f"Supported: vLLM {supported}. Install one of them first (a wheel, a source or "
         "an editable install, for ROCm, CUDA or the CPU). To build a wheel for another "
@@ -226,7 +227,7 @@ def _asked_for() -> tuple[str, str]:
     kind = os.environ.get("HYBRID_W4A16_GPU", "")
     archs = os.environ.get("HYBRID_W4A16_GPU_ARCHS", "")
     kinds = {"sm" if arch.startswith("sm_") else arch[:3] for arch in archs.split()}
-    by_archs = {"gfx": "hip", "sm": "cuda"}.get(*kinds, "") if len(kinds) == 1 else ""
+    by_archs = {"gfx": "hip", "sm": "cuda"}.get("/".join(kinds), "")
     if kind not in ("", "none", "hip", "cuda"):
         raise TargetError(f"HYBRID_W4A16_GPU={kind}: expected none, hip or cuda.")
     if kind != "none" and archs and by_archs != (kind or by_archs or "?"):

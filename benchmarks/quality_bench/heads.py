@@ -32,8 +32,8 @@ def compare_heads(
     given = torch.tensor([token for tokens in sequences for token in tokens[1:]])
     settings = {name: _Head(name, weight) for name in names}
     figures = {name: _Figures() for name in names}
-    for begin in range(0, len(hidden), 16):
-        part = slice(begin, begin + 16)
+    for begin in range(0, len(hidden), 512):
+        part = slice(begin, begin + 512)
         reference = None
         for name, head in settings.items():
             logits, rescored = head(hidden[part])
@@ -123,17 +123,32 @@ class _Head:
             return torch.nn.functional.linear(rows, self.weight), []
         packed, scales, errors = self.quantized
         logits = rows.new_empty(len(rows), len(packed))
-        scheme = self.scheme
-        self.ops.wvSplitK_int_g(
-            rows, packed, scales, logits, 1, scheme.group_size, scheme.bits
-        )
+        scheme, most = self.scheme, self.ops.MAX_ROWS
+        parts = [slice(i, i + most) for i in range(0, len(rows), most)]
+        for part in parts:
+            self.ops.wvSplitK_int_g(
+                rows[part],
+                packed,
+                scales,
+                logits[part],
+                1,
+                scheme.group_size,
+                scheme.bits,
+            )
         if not scheme.rescored:
             return logits, []
         asked = self.ops.rescored_rows(rows, errors, logits, WINDOW, BOUND)
-        partials = torch.empty(len(rows), 2 * self.ops.PARTS)
-        self.ops.wvSplitK_int_g_rescore(
-            rows, self.weight, errors, logits, partials, WINDOW, BOUND
-        )
+        partials = torch.empty(most, 2 * self.ops.PARTS)
+        for part in parts:
+            self.ops.wvSplitK_int_g_rescore(
+                rows[part],
+                self.weight,
+                errors,
+                logits[part],
+                partials[: len(rows[part])],
+                WINDOW,
+                BOUND,
+            )
         return logits, asked.sum(1).tolist()
 
 

@@ -207,12 +207,14 @@ class Maker:
             kernel = EIGHTS
         if kernel is None:
             return ""
-        waves = self.pick(1, 2, 3, 4, 6)
+        waves = self.pick(1, 2, 3, 4)
         if kernel not in (GROUPED, WIDE):
             slots = row_tiles = 0
         else:
-            few, many = (1, 3, 8), (9, 16)  # up to 8 and more: kernels of their own
+            few, many = (3, 8), (9, 16)  # up to 8 and more: kernels of their own
             slots = self.pick(*(few if size % 2 or self.op == "down" else many))
+            if size <= 2:
+                slots = self.pick(1, slots)
             row_tiles = self.pick(1, 2, 3)
         slices = self.pick(*(s for s in (1, 2, 4) if waves % s == 0))
         tail = (slots, row_tiles) if self.op == "gate_up" else (slices, slots)
@@ -317,13 +319,20 @@ class Maker:
                 # Some kernels for one row ask for it.
                 self.aligned = size == 1 or self.pick(True, False)
                 yield getattr(self, self.op)(size, n, k)
-        if not self.mma or self.op == "gemm":
+        if self.op == "gemm":
+            return
+        for size, kernel in ((2, PAIRS), (7, EIGHTS)):
+            self.aligned = True
+            n = step * int(self.rng.integers(1, 48 // step + 1))
+            k = self.pick(1, 3, 5) * self.group
+            yield getattr(self, self.op)(size, n, k, kernel)
+        if not self.mma:
             return
         self.aligned = True
         # Up to all tokens of a block on one expert, and a second block of tokens.
         for size in (1, 2, 3, 5, 8, 9, 17, 24, 70):
             n = step * int(self.rng.integers(1, 48 // step + 1))
-            k = self.pick(1, 2, 3, 5) * self.group if size > 9 else 1024 + self.group
+            k = self.pick(1, 2, 3, 5) * self.group if size > 2 else 1024 + self.group
             yield getattr(self, self.op)(size, n, k, GROUPED)
             if self.op == "down":
                 yield self.down(size, n, k, WIDE)
@@ -450,6 +459,34 @@ def test_down_takes_fewer_waves_where_there_is_less_lds(programs):
     assert outcome.returncode == 0, outcome.stderr[:4000]
     for case, reply in zip(outcome.cases, outcome.replies, strict=True):
         case.check(reply["c"])
+
+
+@pytest.mark.parametrize(
+    ("op", "mma", "plan", "message"),
+    [
+        ("gate_up", True, (2, 4, 8), "length: expected 4 integers, got 3"),
+        ("gate_up", True, (3, 4, 8, 1), "kernel (value 0): expected 0 to 2, got 3"),
+        ("gate_up", True, (2, 17, 8, 1), "waves (value 1): expected 1 to 16, got 17"),
+        ("gate_up", True, (2, 4, 17, 1), "slots (value 2): expected 1 to 16, got 17"),
+        ("gate_up", True, (0, 4, 8, 0), "slots (value 2): expected 0 to 0, got 8"),
+        ("gate_up", False, (2, 4, 8, 1), "expected 0 or 1 on a device without matrix"),
+        ("down", True, (3, 6, 4, 8), "a power of two that divides waves 6, got 4"),
+        ("down", True, (2, 4, 1, 9), "slots (value 3): expected 1 to 8, got 9"),
+        ("down", True, (3, 16, 1, 8), "bytes of shared memory that it takes"),
+        ("down", False, (3, 6, 1, 8), "expected 0 or 1 on a device without matrix"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(programs, op, mma, plan, message):
+    maker = Maker(mma, op, BF16, 128, False)
+    maker.aligned = True
+    fields = getattr(maker, op)(64, 32, 256, PAIRS).fields
+    fields["plan"] = np.array(plan, dtype=np.int64).tobytes()
+    run = subprocess.run(
+        [programs[mma]], input=record(fields), capture_output=True, check=False
+    )
+    text = run.stderr.decode(errors="replace")
+    assert run.returncode != 0 and not run.stdout
+    assert f"fused_moe_wvSplitK_int4_{op}: plan: " in text and message in text
 
 
 @pytest.mark.parametrize("mma", [False, True])

@@ -318,6 +318,25 @@ def test_bundled_checkpoint_reads_its_embedding_as_lm_head(capsys):
     assert report["file_bytes"] == (BUNDLED / "model.safetensors").stat().st_size
 
 
+def test_lm_head_options(capsys):
+    """By hand: 3072 x 256 weights, tied to the embedding."""
+    report = explain(str(BUNDLED), bandwidth=100)
+    weights = 3072 * 256
+    options = {option["name"]: option for option in report["heads"]}
+    assert options["16-bit"] == {
+        "name": "16-bit",
+        "token_bytes": weights * 2,
+        "memory_bytes": 0,
+    }
+    assert options["int8_g32"]["token_bytes"] == weights * (1 + 2 / 32)
+    assert options["int4_rescored"]["token_bytes"] == weights * (0.5 + 2 / 128)
+    assert options["int4_rescored"]["memory_bytes"] == weights * (0.5 + 2 / 128)
+    assert cli.main(["explain", str(BUNDLED), "--device=gfx1151"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("lm_head as"))
+    assert [line.split()[0] for line in lines[at + 1 : at + 6]] == list(options)
+
+
 def test_16_bit_experts(tiny):
     experts = "model.language_model.layers.3.mlp.experts"
     write_sparse(

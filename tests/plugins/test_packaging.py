@@ -474,16 +474,19 @@ def failing_install(env: Env, source: Path) -> str:
 
 def test_message_when_vllm_is_missing(make_env, source):
     message = failing_install(make_env(), source)
-    assert "vLLM is not installed. Supported: vLLM 0.32.x and 0.33.x." in message
+    assert (
+        "vLLM is not installed. Supported: vLLM 0.30.x, 0.31.x, 0.32.x and 0.33.x."
+        in message
+    )
     assert "HYBRID_W4A16_SKIP_VLLM_CHECK=1" in message
 
 
 def test_message_when_vllm_is_unsupported(make_env, source):
     env = make_env()
-    add_vllm(env, "0.31.2")
+    add_vllm(env, "0.29.2")
     message = failing_install(env, source)
-    assert f"vLLM 0.31.2 ({env.site / 'vllm'}) is not supported." in message
-    assert "Supported: vLLM 0.32.x and 0.33.x." in message
+    assert f"vLLM 0.29.2 ({env.site / 'vllm'}) is not supported." in message
+    assert "Supported: vLLM 0.30.x, 0.31.x, 0.32.x and 0.33.x." in message
 
 
 @pytest.mark.parametrize(

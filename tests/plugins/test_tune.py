@@ -280,3 +280,11 @@ def test_candidates_fit_what_the_ops_accept():
             assert waves <= 16 and waves % k_slices == 0
             assert (slots > 0) == (kernel == 2)
     assert all(kernel < 2 for kernel, *_ in tune.gate_up_plans(False))
+
+
+def test_log_lines_are_back_after_an_error(capsys):
+    import logging
+
+    before = logging.root.manager.disable
+    assert command(capsys, "--shape", "1,2,3")[0] == 2
+    assert logging.root.manager.disable == before

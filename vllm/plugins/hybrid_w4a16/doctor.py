@@ -134,7 +134,7 @@ def _vllm_fits() -> Check:
             "hooks",
             False,
             f"vLLM {vllm.__version__}: {'; '.join(misfits)}",
-            "install vLLM 0.32 or 0.33, or a release of this package for the vLLM here",
+            "install vLLM 0.30 to 0.33, or a release of this package for the vLLM here",
         )
     found = f"{len(hooks.HOOKS)} fit vLLM {vllm.__version__}"
     numbers = vllm.__version__.split(".")[:2]

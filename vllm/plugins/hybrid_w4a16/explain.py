@@ -134,6 +134,10 @@ def _report(
         "declined_layers": sum(not (layer.hybrid or layer.error) for layer in layers),
         "refused_layers": sum(layer.error for layer in layers),
         "parts": [dataclasses.asdict(part) for part in parts],
+        "heads": [
+            dataclasses.asdict(option)
+            for option in explain_bytes.head_options(checkpoint, parts)
+        ],
         "token_bytes": total,
         "bandwidth_gbps": bandwidth,
         "bandwidth_source": source if bandwidth else None,
@@ -190,6 +194,7 @@ def as_text(report: dict[str, Any]) -> str:
         *_part_table(report),
         "",
         *_conclusion(report),
+        *_head_table(report),
     ]
     return "\n".join(lines)
 
@@ -257,6 +262,23 @@ def _conclusion(report: dict[str, Any]) -> list[str]:
         "            An upper bound from bytes alone; launches, arithmetic and kernels",
         "            below the bandwidth come on top.",
     ]
+
+
+def _head_table(report: dict[str, Any]) -> list[str]:
+    """The model with its lm_head kept in other ways, a line each."""
+    if not report["heads"]:
+        return []
+    bandwidth, first = report["bandwidth_gbps"], report["heads"][0]["token_bytes"]
+    rows: list[tuple[str, ...]] = [
+        ("lm_head as", "per token", "model per token", "tokens/s", "memory")
+    ]
+    for option in report["heads"]:
+        total = report["token_bytes"] - first + option["token_bytes"]
+        rate = f"{bandwidth * 1e9 / total:.1f}" if bandwidth else "-"
+        cells = [option["token_bytes"], total, option["memory_bytes"]]
+        read, whole, memory = (_size(cell) if cell else "-" for cell in cells)
+        rows.append((option["name"], read, whole, rate, memory))
+    return ["", *_aligned(rows, "<>>>>")]
 
 
 def _aligned(rows: list[tuple[str, ...]], alignment: str) -> list[str]:

@@ -105,6 +105,43 @@ def parts(
     return [part for part in result if part.stored_bytes or part.token_bytes]
 
 
+@dataclass(frozen=True)
+class HeadOption:
+    """The lm_head kept in one way, per GPU."""
+
+    name: str
+    """``16-bit``, or what ``quantization_config`` calls it."""
+    token_bytes: float
+    """Of the head. What is rescored comes on top: tens of rows, of some kB each."""
+    memory_bytes: float
+    """Of the head, beside a tied embedding."""
+
+
+def head_options(checkpoint: Checkpoint, found: list[Part]) -> list[HeadOption]:
+    """What the lm_head can be kept in; empty where the checkpoint quantizes it.
+
+    Args:
+        found: of ``parts``.
+    """
+    from vllm.model_executor.layers.quantization.hybrid_w4a16_head_schemes import (
+        SCHEMES,
+    )
+
+    depth = checkpoint.value("num_hidden_layers", "n_layer", "num_layers")
+    stored = [t for t in checkpoint.tensors if _part(t.name, depth) == _LM_HEAD]
+    head = next((part.token_bytes for part in found if part.name == _LM_HEAD), 0.0)
+    if not head or any(suffix(tensor.name) != "weight" for tensor in stored):
+        return []
+    weights = head / _HALF
+    kept = head if stored else 0.0  # a tied embedding stays as it is
+    options = [HeadOption("16-bit", head, kept)]
+    for name, scheme in SCHEMES.items():
+        read = weights * scheme.bytes_per_weight()
+        memory = read + (kept if scheme.rescored else 0.0)
+        options.append(HeadOption(name, read, memory))
+    return options
+
+
 def _part(name: str, depth: int) -> str:
     found = _LAYER.search(name)
     part = next(part for part, pattern in _PARTS if re.search(pattern, name))

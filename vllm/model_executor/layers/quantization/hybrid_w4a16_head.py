@@ -55,6 +55,9 @@ BOUND = 7.0
 WINDOW = 8.0
 """Logits this close to the largest are computed in 16 bits."""
 
+_TIED_METHOD = "_hybrid_w4a16_tied_head_method"
+"""Attribute of an embedding that a quantized head is tied to."""
+
 
 @switch.unless_off
 def lm_head_config_method(
@@ -73,11 +76,15 @@ def lm_head_config_method(
 @switch.unless_off
 def lm_head_built(self: VocabParallelEmbedding) -> None:
     """Hook of ``VocabParallelEmbedding.update_param_tp_status``, the last step of the
-    constructor: gives a head that was asked for its quantization method.
+    constructor and of loading weights anew: gives a head that was asked for its
+    quantization method.
 
     Raises ``ValueError`` naming the head where it cannot have it.
     """
     if not isinstance(self, ParallelLMHead):
+        tied = getattr(self, _TIED_METHOD, None)
+        if tied is not None:  # what vLLM loads anew does not reach the head
+            tied.is_stale = True
         return
     if isinstance(self.quant_method, HybridW4A16HeadMethod):
         return  # its weights were loaded anew
@@ -163,9 +170,10 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         self.scheme = SCHEMES[name]
         self.name, self.prefix = name, prefix
         self.is_tied = False
+        self.is_stale = False
+        """The tied embedding was loaded anew since the head was quantized."""
         self._unquantized = UnquantizedEmbeddingMethod()
         self._cu_count = 1
-        self._version = -1  # of the tied weight when it was quantized
 
     def create_weights(self, layer: torch.nn.Module, *args, **kwargs) -> None:
         self._unquantized.create_weights(layer, *args, **kwargs)
@@ -175,12 +183,14 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
     ) -> torch.nn.Module:
         """The embedding keeps its weights; the head quantizes a copy of them."""
         self.is_tied = True
+        setattr(embed_tokens, _TIED_METHOD, self)
         return self._unquantized.tie_weights(layer, embed_tokens)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Quantize. ``ValueError`` naming the tensor where a weight is not finite."""
         family = device.device_family()
         assert isinstance(family, device.DeviceFamily), family
+        device.load_kernels(family)
         self._cu_count = family.cu_count
         for key, value in self._quantized(layer).items():
             layer.register_parameter(
@@ -203,8 +213,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         packed, scales, errors = ops.quantize(
             weight, self.scheme.bits, self.scheme.group_size
         )
-        if self.is_tied:
-            self._version = layer.weight._version
+        self.is_stale = False
         quantized = {"qweight": packed, "weight_scale": scales}
         if self.scheme.rescored:
             indices = layer.shard_indices
@@ -239,8 +248,9 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         """Logits [..., N] of hidden states [..., K], in their dtype."""
         if bias is not None:
             raise ValueError(f"{self.prefix}: a head with a bias is not supported")
-        if self.is_tied and layer.weight._version != self._version:
-            self._quantize_again(layer)
+        if self.is_stale:
+            for key, value in self._quantized(layer).items():
+                getattr(layer, key).data.copy_(value)
         rows = x.reshape(-1, x.shape[-1])
         if self.scheme.rescored and len(rows) > ops.MAX_ROWS:
             return self._unquantized.apply(layer, x)
@@ -267,8 +277,3 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
             ops.wvSplitK_int_g_rescore(
                 rows, layer.weight, layer.weight_error, logits, partials, WINDOW, BOUND
             )
-
-    def _quantize_again(self, layer: Any) -> None:
-        """After the tied embedding was loaded anew, which does not reach the head."""
-        for key, value in self._quantized(layer).items():
-            getattr(layer, key).data.copy_(value)
