@@ -129,9 +129,7 @@ def stock_path(monkeypatch):
 
 
 @pytest.mark.parametrize("case", DECLINED)
-def test_declined_layer_goes_vllms_own_way_and_the_log_says_why(
-    case, stock_path, caplog
-):
+def test_declined_layer_falls_back_and_the_log_says_why(case, stock_path, caplog):
     config, moe, reason = decline_kwargs(case)
     for _ in range(2):
         with caplog.at_level(logging.INFO), pytest.raises(Declined):

@@ -120,7 +120,7 @@ def test_autoround_16_bit_experts_stay_16_bit(format, spelling, caplog):
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_autoround_8_bit_experts_go_vllms_own_way(spelling, monkeypatch, caplog):
+def test_autoround_8_bit_experts_fall_back_to_vllm(spelling, monkeypatch, caplog):
     reached = []
     if not hasattr(inc_wna16_scheme, "_resolve_gptq_moe"):
         pytest.skip("this vLLM chooses its own method elsewhere")
@@ -270,7 +270,7 @@ def test_recipes_are_not_looked_up_on_an_opt_in_device(
 @pytest.mark.parametrize(
     "pattern", [r"+:.*mlp\.experts.*", r".*\.experts\.\d+\..*_proj", ".*_proj"]
 )
-def test_gptq_8_bit_experts_go_vllms_own_way(pattern, caplog, monkeypatch):
+def test_gptq_8_bit_experts_fall_back_to_vllm(pattern, caplog, monkeypatch):
     seen = []
 
     class Stock(AutoGPTQMoEMethod):

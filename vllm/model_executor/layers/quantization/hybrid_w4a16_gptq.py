@@ -55,7 +55,7 @@ def gptq_moe_method(
     """Hook of ``AutoGPTQConfig.get_quant_method``, called with its arguments.
 
     Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where ``dynamic``
-    or ``modules_in_block_to_quantize`` speak of the layer's experts, which vLLM
+    or ``modules_in_block_to_quantize`` name the layer's experts, which vLLM
     overlooks, vLLM's method for what they say. Raises ``ValueError`` as
     ``oracle.decline`` does, also where they say different things of experts of the
     layer.
