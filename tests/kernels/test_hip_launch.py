@@ -30,6 +30,8 @@ from tests.kernels.test_moe_int4_on_host import (
     read_records,
     record,
 )
+from tests.kernels.test_wvSplitK_int_g_on_host import BITS_AND_ZEROS
+from tests.kernels.test_wvSplitK_int_g_on_host import Maker as DenseMaker
 
 pytestmark = [
     pytest.mark.slow,
@@ -177,7 +179,7 @@ def failure(program, *records, devices="gfx1151"):
 
 
 def gemm_case():
-    return next(iter(Maker("gemm", HALF, 128, False).cases()))
+    return next(iter(Maker(False, "gemm", HALF, 128, False).cases()))
 
 
 OPS = ("gemm", "gate_up", "down")
@@ -188,21 +190,36 @@ def launched(tmp_path_factory):
     return tmp_path_factory.mktemp("launched") / "kernels"
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [HALF, BF16])
-def test_results_are_right(program, launched, op, dtype):
-    cases = []
-    for group in (32, 64, 128):
-        for zero_points in (False, True):
-            every_size = list(Maker(op, dtype, group, zero_points).cases())
-            # one row, some, and most of them: test_moe_int4_on_host.py has all
-            cases += [every_size[0], every_size[len(every_size) // 2], every_size[-1]]
+def check_results(program, launched, cases):
+    """Runs the cases on one gfx1151; notes in `launched` which kernels that started."""
     records = [prepare(0, "gfx1151"), *(record(case.fields) for case in cases)]
     result = answer(program, *records, HIP_STAND_IN_LOG=str(launched))
     assert result.returncode == 0, result.stderr.decode(errors="replace")[:4000]
     replies = list(read_records(result.stdout))[1:]
     for case, reply in zip(cases, replies, strict=True):
         case.check(reply["c"])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+def test_results_are_right(program, launched, op, dtype):
+    cases = []
+    for group in (32, 64, 128):
+        for zero_points in (False, True):
+            every = list(Maker(False, op, dtype, group, zero_points).cases())
+            # The last two ask for a kernel each. test_moe_int4_on_host.py has all cases.
+            cases += [every[0], every[len(every) // 2], *every[-2:]]
+    check_results(program, launched, cases)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+def test_results_of_the_dense_op_are_right(program, launched, dtype):
+    cases = []
+    for bits, zero_points in BITS_AND_ZEROS:
+        for group in (32, 64, 128):
+            every = list(DenseMaker(dtype, bits, group, zero_points).cases())
+            cases += [every[0], every[len(every) // 2], every[-1]]
+    check_results(program, launched, cases)
 
 
 def test_every_moe_kernel_was_started(library, launched):
@@ -303,7 +320,7 @@ PLANTED = {
 def test_finds_a_planted_fault_in_the_launcher(launcher, fault):
     name, pattern, replacement, expected = PLANTED[fault]
     program = launcher.link(launcher.changed(name, pattern, replacement))
-    cases = list(Maker("gemm", HALF, 128, False).cases())
+    cases = list(Maker(False, "gemm", HALF, 128, False).cases())
     records = [prepare(0, "gfx1151"), *(record(case.fields) for case in cases)]
     result = answer(program, *records)
     said = result.stderr.decode(errors="replace")
