@@ -153,3 +153,8 @@ def test_text_of_a_report_cannot_break_the_table(made_up, tmp_path):
 
 def test_the_form_is_the_one_that_is_merged():
     assert report.FORM == merge_reports.FORM
+
+
+def test_the_commit_is_that_of_the_installed_version(monkeypatch):
+    monkeypatch.setattr(report, "_version", lambda name: "0.2.0+g0123abc.d20260101")
+    assert report.commit() == "0123abc"

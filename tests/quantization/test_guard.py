@@ -184,7 +184,7 @@ def test_only_the_first_layer_of_its_form_in_a_model_is_checked(monkeypatch):
             Checkpoint(SHAPE).load_into(layer)
 
     two_layers()
-    assert len(checks) == 1 and not oracle._accepted
+    assert len(checks) == 1 and not oracle._model.accepted
     two_layers()  # another model
     assert len(checks) == 2
 

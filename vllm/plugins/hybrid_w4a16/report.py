@@ -17,6 +17,7 @@ import importlib.metadata
 import io
 import json
 import shlex
+import subprocess
 import sys
 import tarfile
 import time
@@ -189,21 +190,14 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the wheel (a file that its build writes) or of the checkout; ``None``."""
-    import subprocess
-
+    """Of the installed version, or of the checkout; ``None``: unknown."""
+    _, _, named = (_version(doctor.DISTRIBUTION) or "").partition("+g")
+    if named:
+        return named.partition(".")[0]
     folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
-        return (folder / "commit.txt").read_text().strip()
-    except OSError:
-        pass
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()

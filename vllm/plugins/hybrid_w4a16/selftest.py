@@ -54,7 +54,7 @@ ACTIVATIONS: tuple[tuple[str, float, float, float | None], ...] = (
 # that the device has no kernel for are refused by the op.
 PLANS: dict[str, tuple[tuple[int, ...], ...]] = {
     "gate_up": ((0, 4, 0, 0), (1, 4, 0, 0), (2, 4, 8, 1), (2, 4, 16, 2)),
-    "down": ((0, 4, 2, 0), (1, 4, 2, 0), (2, 4, 2, 8), (2, 4, 2, 16)),
+    "down": ((0, 4, 2, 0), (1, 4, 2, 0), (2, 4, 2, 4), (2, 4, 2, 8)),
     "gemm": (),
 }
 PACKINGS = (packing.GPTQ_V1, packing.GPTQ_V2, packing.AWQ, packing.PACK_QUANTIZED)

@@ -67,7 +67,7 @@ def gate_up_plans(matrix_units: bool) -> Iterator[Plan]:
             yield kernel, waves, 0, 0
     if matrix_units:
         for waves, slots, row_tiles in itertools.product(
-            (2, 4, 8, 16), (8, 16), (1, 2, 4)
+            (2, 4, 8, 16), (8, 16), (1, 2, 4, 8, 16)
         ):
             yield 2, waves, slots, row_tiles
 
@@ -81,7 +81,7 @@ def down_plans(matrix_units: bool) -> Iterator[Plan]:
                     yield kernel, waves, k_slices, 0
     if matrix_units:
         for waves, k_slices, slots in itertools.product(
-            (2, 4, 8, 16), (1, 2, 4, 8), (8, 16)
+            (2, 4, 8, 16), (1, 2, 4, 8), (4, 8)
         ):
             if k_slices <= waves:
                 yield 2, waves, k_slices, slots
