@@ -57,8 +57,9 @@ isa: venv  ## compile the GPU kernels for AMD, report registers and loads
 	@$(RUN) benchmarks/isa_report.py $(ARGS)
 	@$(RUN) benchmarks/prefill_report.py
 
-wheel: venv  ## build the wheel into dist
-	@$(RUN) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+wheel: venv  ## build the wheel for every AMD GPU and the CPU into dist
+	@HYBRID_W4A16_GPU=hip HYBRID_W4A16_SKIP_VLLM_CHECK=1 \
+	    $(RUN) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 fork: check-vllm-src venv  ## commit the patch to VLLM_SRC=DIR (ARGS="--patch F", ...)
 	@$(VENV)/bin/vllm-hybrid-w4a16 fork --vllm-src "$(VLLM_SRC)" $(ARGS)

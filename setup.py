@@ -9,25 +9,25 @@ holds only a .pth file that names this checkout; the op library is put into it.
 Environment variables:
     HYBRID_W4A16_SKIP_VLLM_CHECK=1   build without a supported vLLM at hand
     HYBRID_W4A16_PREBUILT=FILE       use this op library instead of building one
-    HYBRID_W4A16_GPU=none            build no GPU kernels although they could be built
+    HYBRID_W4A16_GPU=hip|cuda|none   GPU kernels to build; default: torch's kind
     HYBRID_W4A16_GPU_ARCHS=...       GPU architectures, such as "gfx1151" or "sm_90"
+    HYBRID_W4A16_CLANG=FILE          the clang++ that compiles for AMD GPUs
     MAX_JOBS=N                       parallel compile jobs (default: all processors)
 """
 
-import base64
-import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-import zipfile
+import tempfile
 from pathlib import Path
 
 from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+from wheel.wheelfile import WheelFile
 
 CHECKOUT = Path(__file__).resolve().parent
 sys.path.insert(0, str(CHECKOUT / "tools"))
@@ -36,6 +36,7 @@ import overlay_target as target  # noqa: E402
 
 BOOTSTRAP = "vllm_hybrid_w4a16"
 LIBRARY = "_hybrid_w4a16_C.so"
+RELEASE = "0.1.0"
 
 
 def our_modules() -> list[str]:
@@ -54,6 +55,7 @@ def build_library(destination: Path) -> None:
     try:
         vllm = target.find_vllm(path)
         torch = target.find_torch(path)
+        gpu = target.plan_gpu(torch)
         if vllm is not None:
             target.refuse_overwriting(vllm, [*our_modules(), LIBRARY], path)
     except target.TargetError as error:
@@ -67,7 +69,7 @@ def build_library(destination: Path) -> None:
         print_report([*report, f"op library   not built: copied from {prebuilt}"])
         library = Path(prebuilt)
     else:
-        library = run_cmake(torch, report)
+        library = run_cmake(torch, gpu, report)
     # Replaced as a whole: a running process may have the old file mapped.
     new = destination.with_suffix(".new")
     new.parent.mkdir(parents=True, exist_ok=True)
@@ -80,14 +82,13 @@ def print_report(lines: list[str]) -> None:
     print("\n".join([title, *lines, "-" * len(title)]), flush=True)
 
 
-def run_cmake(torch: target.Package, report: list[str]) -> Path:
+def run_cmake(torch: target.Package, gpu: target.GpuPlan, report: list[str]) -> Path:
     """Configure, complete and print the report, compile; returns the library."""
     tools = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
     cmake = shutil.which("cmake", path=os.pathsep.join(tools))
     ninja = shutil.which("ninja", path=os.pathsep.join(tools))
     if cmake is None:
         sys.exit("\nerror: cmake >= 3.25 not found: install it (pip install cmake)\n")
-    gpu = target.plan_gpu(torch, (CHECKOUT / "csrc/rocm/CMakeLists.txt").exists())
     build = CHECKOUT / "build" / f"overlay-gpu-{gpu.kind}"
     cache = build / "CMakeCache.txt"
     archs = os.environ.get("HYBRID_W4A16_GPU_ARCHS", "").replace(" ", ";")
@@ -100,18 +101,20 @@ def run_cmake(torch: target.Package, report: list[str]) -> Path:
     configure += [
         f"-DTORCH_DIR={torch.folder}",
         f"-DHYBRID_W4A16_GPU={gpu.kind}",
-        f"-DHYBRID_W4A16_GPU_COMPILER={gpu.compiler}",
+        f"-DHYBRID_W4A16_NVCC={gpu.nvcc}",
+        f"-DHYBRID_W4A16_CLANG={os.environ.get('HYBRID_W4A16_CLANG', '')}",
+        f"-DPython3_EXECUTABLE={sys.executable}",
         f"-DHYBRID_W4A16_GPU_ARCHS={archs}" if archs else "-UHYBRID_W4A16_GPU_ARCHS",
     ]
     run_or_exit(configure)
-    report += [
-        "CPU kernels  built",
-        f"HIP kernels  {gpu.hip}",
-        f"CUDA kernels {gpu.cuda}",
-    ]
-    chosen = re.search(r"^HYBRID_W4A16_GPU_ARCHS:\w+=(.*)$", cache.read_text(), re.M)
-    if chosen:
-        report += [f"GPU targets  {chosen[1].replace(';', ' ')}"]
+    cached = dict(re.findall(r"^(\w+):\w+=(.*)$", cache.read_text(), re.M))
+    report += ["CPU kernels  built", f"GPU kernels  {gpu.reason}"]
+    if gpu.kind != "none":
+        report += [
+            f"GPU targets  {cached['HYBRID_W4A16_CHOSEN_ARCHS'].replace(';', ' ')}"
+        ]
+    if gpu.kind == "hip":
+        report += [f"GPU compiler {cached['HYBRID_W4A16_FOUND_CLANG']}"]
     print_report(report)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     run_or_exit([cmake, "--build", str(build), "--parallel", jobs])
@@ -181,13 +184,13 @@ class EditableOverlay(Command):
         tag = "-".join(wheel.get_tag())
         metadata = Path(self.dist_info_dir)
         wheel.write_wheelfile(str(metadata))
-        contents = {f"{BOOTSTRAP}.pth": self._pth().encode()}
-        for file in sorted(metadata.rglob("*")):
-            if file.is_file() and file.name != "RECORD":
-                name = f"{metadata.name}/{file.relative_to(metadata)}"
-                contents[name] = file.read_bytes()
         stem = metadata.name.removesuffix(".dist-info")
-        write_wheel(Path(self.dist_dir, f"{stem}-0.editable-{tag}.whl"), contents)
+        path = Path(self.dist_dir, f"{stem}-0.editable-{tag}.whl")
+        with tempfile.TemporaryDirectory() as folder, WheelFile(path, "w") as archive:
+            shutil.copytree(metadata, Path(folder, metadata.name))
+            Path(folder, metadata.name, "RECORD").unlink(missing_ok=True)
+            Path(folder, f"{BOOTSTRAP}.pth").write_text(self._pth())
+            archive.write_files(folder)
 
     @staticmethod
     def _pth() -> str:
@@ -200,20 +203,6 @@ class EditableOverlay(Command):
         )
 
 
-def write_wheel(path: Path, contents: dict[str, bytes]) -> None:
-    """Write a wheel of ``contents`` (name to bytes) with its RECORD."""
-    dist_info = next(name.split("/")[0] for name in contents if ".dist-info/" in name)
-    record = []
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
-        for name, data in contents.items():
-            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest())
-            digest_text = digest.rstrip(b"=").decode()
-            record.append(f"{name},sha256={digest_text},{len(data)}\n")
-            wheel.writestr(name, data)
-        record_name = f"{dist_info}/RECORD"
-        wheel.writestr(record_name, "".join([*record, f"{record_name},,\n"]))
-
-
 class OverlayDistribution(Distribution):
     """Has a compiled part, which is no Python extension: a platform wheel."""
 
@@ -221,7 +210,16 @@ class OverlayDistribution(Distribution):
         return True
 
 
+# The commit tells two builds of a release apart. Where there is none (an sdist, a copy)
+# the version is what PKG-INFO says, or the release alone.
+VERSION = {
+    "version_scheme": lambda version: RELEASE,
+    "local_scheme": "node-and-date",
+    "fallback_version": RELEASE,
+}
+
 setup(
+    use_scm_version=VERSION,
     py_modules=[BOOTSTRAP],
     distclass=OverlayDistribution,
     cmdclass={

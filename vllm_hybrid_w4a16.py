@@ -82,9 +82,15 @@ def register() -> None:
 
 def main() -> int:
     """The command ``vllm-hybrid-w4a16``; returns its exit status."""
+    import importlib
+    import types
+
     # vLLM logs to standard output, where the command's own output goes
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     extend_vllm_path()
-    from vllm.plugins.hybrid_w4a16 import cli
-
-    return cli.main()
+    # Under a name of their own: as part of vllm.plugins they would import vLLM and
+    # torch, seconds before --help or a bad path is answered.
+    commands = types.ModuleType(f"{__name__}_commands")
+    commands.__path__ = [os.path.join(_ROOT, "plugins", "hybrid_w4a16")]
+    sys.modules[commands.__name__] = commands
+    return importlib.import_module(f"{commands.__name__}.cli").main()

@@ -35,10 +35,10 @@ import yaml
 # VGPRs of a SIMD per wave32 lane, and the step in which a wave gets them: LLVM's AMDGPU
 # backend (feature 1_5xVGPRs: 1536 in steps of 24, else 1024 in steps of 16) and AMD's
 # RDNA3 and RDNA4 instruction set guides.
-_ARCHS = Path(__file__).resolve().parents[1] / "csrc" / "rocm" / "amd_archs.json"
+ARCHS = Path(__file__).resolve().parents[1] / "csrc" / "rocm" / "amd_archs.json"
 VGPR_FILE = {
-    arch: (numbers["vgprs"], numbers["vgpr_step"])
-    for arch, numbers in json.loads(_ARCHS.read_text()).items()
+    arch: (facts["vgprs"], facts["vgpr_step"])
+    for arch, facts in json.loads(ARCHS.read_text()).items()
 }
 MAX_WAVES_PER_SIMD = 16  # RDNA2 and later
 SIMDS_PER_CU = 2

@@ -5,7 +5,8 @@
 
 Compares an int4 checkpoint served by vLLM on the hybrid path with the same checkpoint
 dequantized (transformers, float32), which tells errors of the kernels, and with the
-16-bit model that it was quantized from, which tells what int4 costs.
+16-bit model that it was quantized from, which tells what int4 costs. With ``--heads``
+it compares settings of the lm_head with the first one given instead.
 Exit status: 0; 1 when a model cannot be run; 2 for a bad argument.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 from moe_bench.machine import describe
 from quality_bench.dequantize import dequantize_checkpoint
 from quality_bench.engines import Score, transformers_scores, vllm_scores
+from quality_bench.heads import as_lines, compare_heads
 
 HYBRID, DEQUANTIZED, SIXTEEN_BIT = "hybrid", "dequantized", "16-bit"
 
@@ -33,7 +35,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("checkpoint", type=Path, help="int4 checkpoint folder")
-    add("text", type=Path, help="UTF-8 text file")
+    add("text", type=Path, help="UTF-8 text file, or a folder of .py files")
+    add(
+        "--heads",
+        nargs="+",
+        metavar="NAME",
+        help="compare lm_head settings with the first one: 16-bit, int8_g32, "
+        "int4_g32, int4_g128, int4_rescored",
+    )
     add("--model-16bit", type=Path, help="folder of the model before quantization")
     add("--window", type=int, default=512, help="tokens per window (default 512)")
     add("--windows", type=int, default=16, help="windows of the text (default 16)")
@@ -45,8 +54,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     for folder in (options.checkpoint, options.model_16bit):
         if folder is not None and not (folder / "config.json").is_file():
             parser.error(f"{folder} holds no config.json")
-    if not options.text.is_file():
-        parser.error(f"there is no text file {options.text}")
+    if not options.text.exists():
+        parser.error(f"there is no text file or folder {options.text}")
     if not 2 <= options.prompt < options.window or options.tokens < 1:
         parser.error("2 <= --prompt < --window and --tokens >= 1, please")
     options.command = shlex.join(["quality.py", *arguments])
@@ -65,14 +74,18 @@ def windows_of(options: argparse.Namespace) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
-    text = options.text.read_text(encoding="utf-8")
-    tokens = tokenizer.encode(text, verbose=False)
-    size = options.window
-    found = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
+    files = [options.text]
+    if options.text.is_dir():
+        files = sorted(options.text.glob("*.py"))
+    size, found = options.window, []
+    most = -(-options.windows // max(1, len(files)))  # of one file
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        tokens = tokenizer.encode(text, verbose=False)
+        starts = range(0, len(tokens) - size + 1, size)
+        found += [tokens[i : i + size] for i in starts[:most]]
     if not found:
-        raise ValueError(
-            f"{options.text} has {len(tokens)} tokens, less than a window of {size}"
-        )
+        raise ValueError(f"{options.text} has fewer tokens than a window of {size}")
     return found[: options.windows]
 
 
@@ -147,6 +160,14 @@ def as_text(result: dict[str, Any]) -> str:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All models, one after the other. Raises ``ValueError``."""
     windows = windows_of(options)
+    if options.heads:
+        return in_process(
+            compare_heads,
+            str(options.checkpoint),
+            windows,
+            options.heads,
+            options.dtype,
+        )
     prompts = [window[: options.prompt] for window in windows]
     print(f"{HYBRID}: vLLM, {options.dtype}", flush=True)
     served = in_process(
@@ -183,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(as_text(result))
+    print("\n".join(as_lines(result)) if options.heads else as_text(result))
     if options.json:
         facts = in_process(describe, "cpu", 0)
         document = {"command": options.command, "machine": facts, **result}

@@ -54,6 +54,9 @@ struct Weights {
   int64_t z_stride_e, z_stride_n8;
   int32_t num_experts;  // E: experts that live here
   int32_t n, k, group_size;
+  // Of a weight. 8: bytes in order of k with zero point 128, q counts them in words of four
+  // (wvSplitK_int_g only); zeros is null.
+  int32_t bits = 4;
 };
 
 // Router output. The local expert of (token m, slot t) is
@@ -126,5 +129,37 @@ struct DownArgs {
   int32_t cu_count;
   Plan plan;
 };
+
+// wvSplitK_int_g: c = a w^T for one matrix of weights (num_experts is 1).
+struct DenseArgs {
+  DType dtype;
+  const void* a;  // [M, K]
+  int64_t a_stride_m;
+  int32_t m;
+  Weights w;
+  void* c;  // [M, N]
+  int64_t c_stride_m;
+  int32_t cu_count;
+};
+
+// wvSplitK_int_g_rescore: c[m, n] = rows of w applied to a again, where the bounds ask for it.
+struct RescoreArgs {
+  DType dtype;
+  const void* a;  // [M, K]
+  int64_t a_stride_m;
+  int32_t m;
+  const void* w;  // [N, K], DType
+  int64_t w_stride_n;
+  const float* errors;  // [N]
+  int32_t n, k;
+  void* c;  // [M, N]
+  int64_t c_stride_m;
+  float* partials;  // [M, kRescoreParts, 2]: largest product and largest lower bound of a part
+  int64_t p_stride_m;
+  float window, bound;
+};
+
+// Parts of the vocabulary whose largest values are found on their own.
+constexpr int32_t kRescoreParts = 256;
 
 }  // namespace moe_int4

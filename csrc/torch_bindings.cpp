@@ -81,6 +81,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "fused_moe_wvSplitK_int4_down(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
       "Tensor? zero_points=None, Tensor? expert_map=None, int[]? plan=None) -> ()");
+  m.def(
+      "wvSplitK_int_g(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, int cu_count, "
+      "int group_size, int bits, Tensor? zero_points=None) -> ()");
+  m.def(
+      "wvSplitK_int_g_rescore(Tensor a, Tensor w, Tensor errors, Tensor(c!) c, "
+      "Tensor(p!) partials, float window, float bound) -> ()");
   m.def("hybrid_w4a16_build_info() -> str");
   // Whether the library has kernels for "cpu", "gfx1151", "sm_90": an empty string, or else a
   // sentence that names what it was built for.

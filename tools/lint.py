@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Check style and types: ruff, ruff format, clang-format, mypy.
+"""Check style, types and layers: ruff, clang-format, mypy, tools/check_imports.py.
 
 python tools/lint.py          report what is wrong, exit status 1 if anything is
 python tools/lint.py --fix    rewrite what can be rewritten, then check
@@ -42,6 +42,10 @@ def main() -> int:
         run = subprocess.run([scripts / tool, *arguments], cwd=CHECKOUT, check=False)
         if run.returncode != 0:
             failed.append(tool)
+    print("== tools/check_imports.py", flush=True)
+    check = [sys.executable, str(CHECKOUT / "tools/check_imports.py")]
+    if subprocess.run(check, cwd=CHECKOUT, check=False).returncode != 0:
+        failed.append("check_imports")
     if failed:
         print(f"FAILED: {', '.join(failed)} (make format rewrites what it can)")
     return 1 if failed else 0

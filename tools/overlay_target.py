@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlparse
 
 DISTRIBUTION = "vllm-hybrid-w4a16"
 SKIP_VLLM_CHECK = "HYBRID_W4A16_SKIP_VLLM_CHECK"
-SUPPORTED_VLLM = ((0, 32), (0, 33))
+SUPPORTED_VLLM = ((0, 30), (0, 31), (0, 32), (0, 33))
 # First release whose stable ABI has all that csrc/ uses (TORCH_TARGET_VERSION).
 MINIMUM_TORCH = (2, 11)
 
@@ -54,12 +54,11 @@ class Package:
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """Which GPU kernels get built, and the lines for the build log that say why."""
+    """Which GPU kernels get built, and the line for the build log that says why."""
 
     kind: str  # "hip", "cuda" or "none"
-    compiler: str
-    hip: str
-    cuda: str
+    reason: str
+    nvcc: str = ""
 
 
 def search_path() -> list[Path]:
@@ -145,7 +144,8 @@ def find_vllm(path: list[Path]) -> Package | None:
     vllm = find_package("vllm", "_version.py", path)
     if os.environ.get(SKIP_VLLM_CHECK) == "1":
         return vllm
-    supported = " and ".join(".".join(map(str, v)) + ".x" for v in SUPPORTED_VLLM)
+    *others, newest = (".".join(map(str, v)) + ".x" for v in SUPPORTED_VLLM)
+    supported = f"{', '.join(others)} and {newest}"
     advice = (
         f"Supported: vLLM {supported}. Install one of them first (a wheel, a source or "
         "an editable install, for ROCm, CUDA or the CPU). To build a wheel for another "
@@ -184,36 +184,61 @@ def refuse_overwriting(vllm: Package, files: list[str], path: list[Path]) -> Non
         )
 
 
-def plan_gpu(torch: Package, has_gpu_sources: bool) -> GpuPlan:
-    """Decide which GPU kernels to build: those of torch's own kind of GPU."""
+def plan_gpu(torch: Package) -> GpuPlan:
+    """Decide which GPU kernels to build: what was asked for, else torch's kind of GPU.
+
+    HYBRID_W4A16_GPU asks for a kind (hip, cuda or none), HYBRID_W4A16_GPU_ARCHS for
+    architectures of one. The compiler for AMD GPUs is looked for later, by
+    csrc/rocm/amd_device_code.cmake, which stops the build where there is none.
+
+    Raises ``TargetError`` where nothing can be built that was asked for.
+    """
     version_file = torch.folder / "version.py"
-    torch_hip = _assigned_string("hip", version_file)
     torch_cuda = _assigned_string("cuda", version_file)
-    no_hip = f"not built: torch {torch.version} is not a ROCm build"
-    no_cuda = f"not built: torch {torch.version} is not a CUDA build"
-    if os.environ.get("HYBRID_W4A16_GPU") == "none":
-        unwanted = "not built: HYBRID_W4A16_GPU=none"
-        return GpuPlan("none", "", unwanted, unwanted)
-    if not has_gpu_sources:
-        no_sources = "not built: this source tree has no csrc/rocm/CMakeLists.txt"
-        return GpuPlan("none", "", no_sources, no_sources)
-    if torch_hip:
-        compiler, reason = _hip_compiler()
-        return GpuPlan("hip" if compiler else "none", compiler, reason, no_cuda)
-    if torch_cuda:
-        compiler, reason = _cuda_compiler(torch_cuda)
-        return GpuPlan("cuda" if compiler else "none", compiler, no_hip, reason)
-    return GpuPlan("none", "", no_hip, no_cuda)
+    asked, why = _asked_for()
+    if asked == "none":
+        return GpuPlan("none", f"not built: {why}")
+    if asked == "hip":
+        return GpuPlan("hip", why)
+    if not asked and _assigned_string("hip", version_file):
+        return GpuPlan("hip", f"torch {torch.version} is a ROCm build")
+    if not torch_cuda:
+        if asked:
+            raise TargetError(
+                f"{why} asks for CUDA kernels, which are linked with a CUDA build of "
+                f"torch; torch {torch.version} ({torch.folder}) is none."
+            )
+        reason = (
+            f"not built: torch {torch.version} is a CPU build (HYBRID_W4A16_GPU=hip "
+            "builds those for AMD GPUs)"
+        )
+        return GpuPlan("none", reason)
+    nvcc, reason = _cuda_compiler(torch_cuda)
+    if not nvcc and asked:
+        raise TargetError(
+            f"{why} asks for CUDA kernels: {reason}. Install the CUDA toolkit of "
+            "that release, or set HYBRID_W4A16_GPU=none."
+        )
+    return GpuPlan("cuda" if nvcc else "none", reason, nvcc)
 
 
-def _hip_compiler() -> tuple[str, str]:
-    """Path of the HIP compiler, empty if there is none; line for the build log."""
-    homes = [os.environ.get("ROCM_PATH", ""), os.environ.get("HIP_PATH", "")]
-    tool = _find_tool("amdclang++", homes, "/opt/rocm")
-    tool = tool or _find_tool("hipcc", homes, "/opt/rocm")
-    if not tool:
-        return "", "NOT BUILT: found neither amdclang++ nor hipcc (set ROCM_PATH)"
-    return tool, f"built with {tool}"
+def _asked_for() -> tuple[str, str]:
+    """The kind of GPU kernels that the environment asks for, and by which variable."""
+    kind = os.environ.get("HYBRID_W4A16_GPU", "")
+    archs = os.environ.get("HYBRID_W4A16_GPU_ARCHS", "")
+    kinds = {"sm" if arch.startswith("sm_") else arch[:3] for arch in archs.split()}
+    by_archs = {"gfx": "hip", "sm": "cuda"}.get("/".join(kinds), "")
+    if kind not in ("", "none", "hip", "cuda"):
+        raise TargetError(f"HYBRID_W4A16_GPU={kind}: expected none, hip or cuda.")
+    if kind != "none" and archs and by_archs != (kind or by_archs or "?"):
+        raise TargetError(
+            f"HYBRID_W4A16_GPU_ARCHS={archs}: expected architectures of "
+            f"{kind or 'one kind'}, such as "
+            f"{'sm_90' if kind == 'cuda' else 'gfx1151 gfx1201'}."
+        )
+    if kind:
+        return kind, f"HYBRID_W4A16_GPU={kind}"
+    return by_archs, f"HYBRID_W4A16_GPU_ARCHS={archs}"
 
 
 def _cuda_compiler(torch_cuda: str) -> tuple[str, str]:
@@ -228,7 +253,7 @@ def _cuda_compiler(torch_cuda: str) -> tuple[str, str]:
     if not match or match[1] != major:
         found = match[0] if match else "of unknown version"
         return "", f"NOT BUILT: torch needs nvcc release {major}, {tool} is {found}"
-    return tool, f"built with {tool} ({match[0]})"
+    return tool, f"by {tool} ({match[0]})"
 
 
 def _find_tool(name: str, homes: list[str], default_home: str) -> str | None:

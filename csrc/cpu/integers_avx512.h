@@ -37,11 +37,14 @@ inline Quantized quantize(const float* values, int32_t count, int16_t* to) {
   return {largest / kLargest, high, total - 256 * high};
 }
 
-// Splits 128 integers into bytes in the order of the weights in 16 words: bits 0..3 of a word's
-// bytes are the weights v0 v4 v1 v5 (half 0), bits 4..7 v2 v6 v3 v7 (half 1). [half][word].
+// Splits 128 integers into bytes in the order of 16 runs of 8 weights. Of 4 bits a run is a word:
+// bits 0..3 of its bytes are the weights v0 v4 v1 v5 (half 0), bits 4..7 v2 v6 v3 v7 (half 1). Of 8
+// bits half 0 is v0 v1 v2 v3, half 1 v4 v5 v6 v7. [half][run].
+template <int32_t Bits = 4>
 inline void split(const int16_t* integers, __m512i (&high)[2], __m512i (&low)[2]) {
-  const __m512i order =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14));
+  const __m512i order = _mm512_broadcast_i32x4(
+      Bits == 4 ? _mm_setr_epi8(1, 9, 3, 11, 5, 13, 7, 15, 0, 8, 2, 10, 4, 12, 6, 14)
+                : _mm_setr_epi8(1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14));
   const __m512i half = _mm512_set1_epi16(0x80);
   __m512i v[4];
   for (int32_t i = 0; i < 4; ++i) {

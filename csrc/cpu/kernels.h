@@ -33,6 +33,7 @@ struct Source {
   DType dtype;
   const uint16_t* a[kPreparedTogether];
   int32_t begin, count, m, k, group_size;
+  int32_t bits;  // of the weights: an order of activations goes with it
 };
 
 // out[r][j] = sum over k of dequantized w[first + j][k] * row r, for r < m, j < columns.
@@ -46,7 +47,7 @@ struct Tile {
   int64_t z_stride;
   const uint32_t* next;     // the packed row that the thread will read after this tile
   const void* next_scales;  // and its scales
-  int32_t first, columns, k, group_size;
+  int32_t first, columns, k, group_size, bits;
   PreparedRows a;
   int32_t m;
   float* out;
@@ -64,10 +65,17 @@ struct Kernel {
 };
 
 // What follows a product.
+constexpr int32_t kDotBlock = 256;
 struct Epilogue {
   // c[i] = act(min(gate[i], limit)) * (clamp(up[i], -limit, limit) + beta), i < n.
   void (*activate)(const GateUpArgs& args, const float* gate, const float* up, int32_t n, void* c);
   void (*store)(DType dtype, const float* y, int32_t n, void* c);
+  // to[i] = from[i], i < n.
+  void (*load)(DType dtype, const void* from, int32_t n, float* to);
+  // out[r] = sum over k of w[k] * a[r][k], in an order that depends on k alone; a is padded with
+  // zeros to kDotBlock.
+  void (*dot)(DType dtype, const uint16_t* w, const float* const* a, int32_t rows, int32_t k,
+              float* out);
 };
 
 extern const Kernel kPortable;

@@ -10,6 +10,6 @@ namespace moe_int4::cpu {
 
 const Kernel kAvx2 = {"avx2", row_bytes, as_many_rows, scratch_bytes, prepare, multiply};
 
-const Epilogue kAvx2Epilogue = {activate, store};
+const Epilogue kAvx2Epilogue = {activate, store, load, dot};
 
 }  // namespace moe_int4::cpu

@@ -10,6 +10,6 @@ namespace moe_int4::cpu {
 
 const Kernel kAvx512 = {"avx512", row_bytes, as_many_rows, scratch_bytes, prepare, multiply};
 
-const Epilogue kAvx512Epilogue = {activate, store};
+const Epilogue kAvx512Epilogue = {activate, store, load, dot};
 
 }  // namespace moe_int4::cpu

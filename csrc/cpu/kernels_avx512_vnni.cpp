@@ -8,8 +8,9 @@
 // to four activation rows. A prepared activation row in memory, padded with zeros:
 //     [chunk of 128][high, low][half][word][4 bytes], each chunk followed by
 //                   [word] float: -8 * the sum of the word's integers; it makes up for weights that
-//                   are 0..15 instead of -8..7
+//                   are 0..15 instead of -8..7 (8 bits: -128, 0..255)
 //     [group] float: the step of the group's integers, repeated to the end of the padding
+// Weights of 8 bits take the same way: a run of 8 of them counts as a word.
 //
 // The weight rows of a tile are read as four streams that lie far apart, one row from each at a
 // time: rows side by side in one page defeat the hardware prefetcher (2 threads, GB/s, four rows
@@ -50,17 +51,20 @@ int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
   return 4 * kTogether * product_floats(k / group_size);
 }
 
-// -8 * the sum of each word's activations, from the bytes of their chunk.
+// -8 or -128 * the sum of each word's activations, from the bytes of their chunk.
+template <int32_t Bits>
 void store_offsets(const char* bytes, float* to) {
+  constexpr float kMinusZero = Bits == 8 ? -128 : -8;
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, _mm512_load_si512(bytes));
   sum = _mm512_dpbusd_epi32(sum, ones, _mm512_load_si512(bytes + 64));
   sum = _mm512_slli_epi32(sum, 8);
   sum = _mm512_dpbusd_epi32(sum, ones, _mm512_load_si512(bytes + 128));
   sum = _mm512_dpbusd_epi32(sum, ones, _mm512_load_si512(bytes + 192));
-  _mm512_store_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(-8)));
+  _mm512_store_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(kMinusZero)));
 }
 
+template <int32_t Bits>
 void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums) {
   const int32_t k = source.k, groups = k / source.group_size;
   auto* steps = reinterpret_cast<float*>(row + integer_bytes(k));
@@ -77,12 +81,12 @@ void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums
       sums[group] = static_cast<float>(256 * of_group.high + of_group.low);
     }
     __m512i high[2], low[2];
-    split(integers, high, low);
+    split<Bits>(integers, high, low);
     _mm512_store_si512(row, high[0]);
     _mm512_store_si512(row + 64, high[1]);
     _mm512_store_si512(row + 128, low[0]);
     _mm512_store_si512(row + 192, low[1]);
-    store_offsets(row, reinterpret_cast<float*>(row + kIntegerBytes));
+    store_offsets<Bits>(row, reinterpret_cast<float*>(row + kIntegerBytes));
   }
   for (int64_t g = groups; g < padded_groups(k, source.group_size); ++g) {
     steps[g] = steps[g - groups];
@@ -91,8 +95,10 @@ void prepare_row(const Source& source, const uint16_t* a, char* row, float* sums
 
 void prepare(const Source& source, const PreparedRows& rows) {
   for (int32_t i = 0; i < source.count; ++i) {
-    prepare_row(source, source.a[i], rows.data + (source.begin + i) * rows.stride,
-                rows.sums + (source.begin + i) * rows.sums_stride);
+    char* row = rows.data + (source.begin + i) * rows.stride;
+    float* sums = rows.sums + (source.begin + i) * rows.sums_stride;
+    source.bits == 8 ? prepare_row<8>(source, source.a[i], row, sums)
+                     : prepare_row<4>(source, source.a[i], row, sums);
   }
 }
 
@@ -195,20 +201,40 @@ inline __m512 spread(const float* products, __mmask16 mask) {
   return _mm512_maskz_permutexvar_ps(mask, group_of_lane, _mm512_loadu_ps(products));
 }
 
+// The halves of a chunk of weights, as split() orders activations; zeros past the mask.
+template <int32_t Bits>
+inline __attribute__((always_inline)) void load_halves(const uint32_t* q, __mmask16 mask,
+                                                       __m512i& half0, __m512i& half1) {
+  if constexpr (Bits == 4) {
+    const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
+    const __m512i words = _mm512_maskz_loadu_epi32(mask, q);
+    half0 = _mm512_and_si512(words, nibbles);
+    half1 = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibbles);
+  } else {
+    const int32_t count = 2 * __builtin_popcount(mask);
+    const __m512i a = _mm512_maskz_loadu_epi32(first_lanes(count), q);
+    const __m512i b = _mm512_maskz_loadu_epi32(first_lanes(count - 16), q + 16);
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    half0 = _mm512_permutex2var_epi32(a, even, b);
+    half1 = _mm512_permutex2var_epi32(a, _mm512_or_si512(even, _mm512_set1_epi32(1)), b);
+  }
+}
+
 // Adds the chunk that begins at `word` of the rows.
-template <int32_t G, int32_t T, int32_t R>
+template <int32_t G, int32_t Bits, int32_t T, int32_t R>
 inline __attribute__((always_inline)) void add_chunk(Rows<T, R>& rows, int64_t word,
                                                      __mmask16 mask) {
-  const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
-  const int64_t chunk = word / kChunkWords;
+  const int64_t chunk = word / kChunkWords, at = word * (Bits / 4);
   __m512i half0[R], half1[R];
 #pragma GCC unroll 4
   for (int32_t r = 0; r < R; ++r) {
-    _mm_prefetch(rows.ahead[r] + word, _MM_HINT_T1);
-    _mm_prefetch(rows.q[r] + word + kBytesNear / 4, _MM_HINT_T0);
-    const __m512i words = _mm512_maskz_loadu_epi32(mask, rows.q[r] + word);
-    half0[r] = _mm512_and_si512(words, nibbles);
-    half1[r] = _mm512_and_si512(_mm512_srli_epi32(words, 4), nibbles);
+#pragma GCC unroll 2
+    for (int32_t line = 0; line < Bits / 4; ++line) {
+      _mm_prefetch(rows.ahead[r] + at + 16 * line, _MM_HINT_T1);
+      _mm_prefetch(rows.q[r] + at + 16 * line + kBytesNear / 4, _MM_HINT_T0);
+    }
+    load_halves<Bits>(rows.q[r] + at, mask, half0[r], half1[r]);
   }
 #pragma GCC unroll 4
   for (int32_t i = 0; i < T; ++i) {
@@ -229,7 +255,7 @@ inline __attribute__((always_inline)) void add_chunk(Rows<T, R>& rows, int64_t w
 }
 
 // R streams times T activation rows from r0 on. G groups in a chunk.
-template <int32_t G, int32_t T, int32_t R>
+template <int32_t G, int32_t Bits, int32_t T, int32_t R>
 void multiply_streams(const Tile& t, const Sizes& sizes, const Streams& streams, int32_t r0) {
   Rows<T, R> rows;
 #pragma GCC unroll 4
@@ -259,9 +285,9 @@ void multiply_streams(const Tile& t, const Sizes& sizes, const Streams& streams,
     }
     int32_t word = 0;
     for (; word + kChunkWords <= sizes.words; word += kChunkWords) {
-      add_chunk<G, T, R>(rows, word, 0xffff);
+      add_chunk<G, Bits, T, R>(rows, word, 0xffff);
     }
-    if (word < sizes.words) add_chunk<G, T, R>(rows, word, first_lanes(sizes.words - word));
+    if (word < sizes.words) add_chunk<G, Bits, T, R>(rows, word, first_lanes(sizes.words - word));
 #pragma GCC unroll 4
     for (int32_t i = 0; i < T; ++i) {
       float* out = t.out + (r0 + i) * t.out_stride - t.first;
@@ -286,33 +312,37 @@ void multiply_streams(const Tile& t, const Sizes& sizes, const Streams& streams,
 }
 
 // All weight rows of the tile times T activation rows.
-template <int32_t G, int32_t T>
+template <int32_t G, int32_t Bits, int32_t T>
 void multiply_together(const Tile& t, const Sizes& sizes, int32_t r0) {
   const int32_t apart = t.columns / kWeightRows, rest = t.columns % kWeightRows;
-  if (apart > 0) multiply_streams<G, T, kWeightRows>(t, sizes, {t.first, apart}, r0);
-  if (rest > 0) multiply_streams<G, T, 1>(t, sizes, {t.first + apart * kWeightRows, rest}, r0);
+  if (apart > 0) multiply_streams<G, Bits, T, kWeightRows>(t, sizes, {t.first, apart}, r0);
+  if (rest > 0)
+    multiply_streams<G, Bits, T, 1>(t, sizes, {t.first + apart * kWeightRows, rest}, r0);
 }
 
-template <int32_t G>
+template <int32_t G, int32_t Bits>
 void multiply_few(const Tile& t) {
   const Sizes sizes(t);
   int32_t r = 0;
-  for (; t.m - r >= kTogether; r += kTogether) multiply_together<G, 4>(t, sizes, r);
-  if (t.m - r == 3) multiply_together<G, 3>(t, sizes, r);
-  if (t.m - r == 2) multiply_together<G, 2>(t, sizes, r);
-  if (t.m - r == 1) multiply_together<G, 1>(t, sizes, r);
+  for (; t.m - r >= kTogether; r += kTogether) multiply_together<G, Bits, 4>(t, sizes, r);
+  if (t.m - r == 3) multiply_together<G, Bits, 3>(t, sizes, r);
+  if (t.m - r == 2) multiply_together<G, Bits, 2>(t, sizes, r);
+  if (t.m - r == 1) multiply_together<G, Bits, 1>(t, sizes, r);
 }
 
-void multiply(const Tile& t) {
+template <int32_t Bits>
+void multiply_groups(const Tile& t) {
   switch (t.group_size) {
     case 32:
-      return multiply_few<4>(t);
+      return multiply_few<4, Bits>(t);
     case 64:
-      return multiply_few<2>(t);
+      return multiply_few<2, Bits>(t);
     default:
-      return multiply_few<1>(t);
+      return multiply_few<1, Bits>(t);
   }
 }
+
+void multiply(const Tile& t) { t.bits == 8 ? multiply_groups<8>(t) : multiply_groups<4>(t); }
 
 }  // namespace
 

@@ -108,7 +108,8 @@ inline void load_scales(const Tile& t, int32_t n, float* scales) {
 inline void load_zeros(const Tile& t, int32_t n, float* zeros) {
   const int32_t groups = groups_of(t);
   if (t.zeros == nullptr) {
-    for (int32_t g = 0; g < groups; ++g) zeros[g] = 8.0f;
+    const float middle = t.bits == 8 ? 128.0f : 8.0f;
+    for (int32_t g = 0; g < groups; ++g) zeros[g] = middle;
     return;
   }
   const uint32_t* words = t.zeros + (n / 8) * t.z_stride;

@@ -6,7 +6,9 @@
 //
 // A vector of words holds a nibble position p of LANES words at once. (word & (15 << 4p)) is
 // q * 16^p, exact as a float, so activations are stored divided by 16^p and no shift is needed:
-// chunk of LANES words: [p 0..7][lane] = a[8 * (word of lane) + value at nibble p] / 16^p.
+// chunk of LANES words: [p 0..7][lane] = a[8 * (word of lane) + value at nibble p] / 16^p. Weights
+// of 8 bits take the same way: a run of 8 of them counts as a word, of which a second vector holds
+// the upper half.
 //
 // Few rows: each packed row is multiplied as it is for up to four activation rows; zero points are
 // subtracted by way of the activations' sums. Many rows: four weight rows are dequantized to fp32,
@@ -29,8 +31,19 @@ typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
-constexpr int32_t kValueAtNibble[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // ExLlama order
-constexpr float kNibbleWeight[8] = {1.0f, 0x1p4f, 0x1p8f, 0x1p12f, 0x1p16f, 0x1p20f, 0x1p24f, 1.0f};
+// Of a weight's place in a word: which of the word's weights it is, and the factor that masking
+// without a shift leaves on it.
+template <int32_t Bits>
+struct Places {
+  static constexpr int32_t kValue[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // ExLlama order
+  static constexpr float kFactor[8] = {1.0f,    0x1p4f,  0x1p8f,  0x1p12f,
+                                       0x1p16f, 0x1p20f, 0x1p24f, 1.0f};
+};
+template <>
+struct Places<8> {
+  static constexpr int32_t kValue[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  static constexpr float kFactor[8] = {1.0f, 0x1p8f, 0x1p16f, 1.0f, 1.0f, 0x1p8f, 0x1p16f, 1.0f};
+};
 
 template <typename Vector, typename T>
 inline Vector load(const T* from) {
@@ -45,25 +58,43 @@ inline float sum(Floats v) {
   return total;
 }
 
-// Nibble p of every word times kNibbleWeight[p].
-template <int32_t P>
-inline Floats nibble(Words w) {
-  // The top nibble would be negative as a signed integer: shift that one down.
-  const Words masked = P == 7 ? w >> 28 : w & (15u << (4 * (P % 7)));
+// A word of each lane, of 4 or 8 bytes.
+template <int32_t Bits>
+struct Chunk {
+  Words part[Bits / 4];
+};
+
+// Weight at place p of every word times Places::kFactor[p].
+template <int32_t P, int32_t Bits>
+inline Floats weight_at(const Chunk<Bits>& chunk) {
+  constexpr int32_t kShift = P * Bits % 32;
+  const Words w = chunk.part[P * Bits / 32];
+  // The topmost would be negative as a signed integer: shift that one down.
+  const Words masked =
+      kShift + Bits == 32 ? w >> kShift : w & (((1u << Bits) - 1) << (kShift % (32 - Bits)));
   return __builtin_convertvector(reinterpret_cast<Ints>(masked), Floats);
 }
 
 // The chunk of words from `from`, of which `count` exist.
-inline Words load_words(const uint32_t* from, int32_t count) {
-  if (count >= kLanes) return load<Words>(from);
-  uint32_t words[kLanes] = {};
-  for (int32_t i = 0; i < count; ++i) words[i] = from[i];
-  return load<Words>(words);
+template <int32_t Bits>
+inline Chunk<Bits> load_words(const uint32_t* from, int32_t count) {
+  constexpr int32_t kParts = Bits / 4;
+  if (kParts == 1 && count >= kLanes) return {{load<Words>(from)}};
+  uint32_t words[kParts][kLanes] = {};
+  const int32_t real = count < kLanes ? count : kLanes;
+  for (int32_t i = 0; i < real; ++i) {
+    for (int32_t j = 0; j < kParts; ++j) words[j][i] = from[kParts * i + j];
+  }
+  Chunk<Bits> chunk;
+  for (int32_t j = 0; j < kParts; ++j) chunk.part[j] = load<Words>(words[j]);
+  return chunk;
 }
 
 int64_t row_bytes(DType, int32_t k) { return round_up<int64_t>(k, kChunk) * 4; }
 
-void prepare(const Source& source, const PreparedRows& rows) {
+template <int32_t Bits>
+void prepare_rows(const Source& source, const PreparedRows& rows) {
+  using P = Places<Bits>;
   const int32_t k = source.k, groups = k / source.group_size;
   for (int32_t r = 0; r < source.count; ++r) {
     auto* to = reinterpret_cast<float*>(rows.data + (source.begin + r) * rows.stride);
@@ -75,12 +106,16 @@ void prepare(const Source& source, const PreparedRows& rows) {
       to_float(source.dtype, source.a[r] + begin, count, values);
       for (int32_t p = 0; p < 8; ++p) {
         for (int32_t lane = 0; lane < kLanes; ++lane) {
-          to[p * kLanes + lane] = values[8 * lane + kValueAtNibble[p]] * (1.0f / kNibbleWeight[p]);
+          to[p * kLanes + lane] = values[8 * lane + P::kValue[p]] * (1.0f / P::kFactor[p]);
         }
       }
       add_sums(values, begin, count, source.group_size, sums);
     }
   }
+}
+
+void prepare(const Source& source, const PreparedRows& rows) {
+  source.bits == 8 ? prepare_rows<8>(source, rows) : prepare_rows<4>(source, rows);
 }
 
 // Scratch of a call: scales and zero points of the current weight row, by group and by word; for
@@ -119,15 +154,16 @@ inline void load_row(const Tile& t, int32_t n, const Scratch& scratch) {
   expand(t, scratch.scales, scratch.word_scales);
 }
 
-template <int32_t P, int32_t T>
-inline void accumulate(Words w, const float* const (&a)[T], int32_t offset, Floats (&acc)[T]) {
-  const Floats b = nibble<P>(w);
+template <int32_t P, int32_t T, int32_t Bits>
+inline void accumulate(const Chunk<Bits>& w, const float* const (&a)[T], int32_t offset,
+                       Floats (&acc)[T]) {
+  const Floats b = weight_at<P>(w);
   for (int32_t t = 0; t < T; ++t) acc[t] += b * load<Floats>(a[t] + offset + P * kLanes);
-  if constexpr (P < 7) accumulate<P + 1, T>(w, a, offset, acc);
+  if constexpr (P < 7) accumulate<P + 1, T, Bits>(w, a, offset, acc);
 }
 
 // One weight row times T activation rows.
-template <int32_t T>
+template <int32_t Bits, int32_t T>
 void multiply_row(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch) {
   const uint32_t* q = t.q + n * t.q_stride;
   const float* a[T];
@@ -142,15 +178,16 @@ void multiply_row(const Tile& t, int32_t n, int32_t r0, const Scratch& scratch) 
   }
   const char* ahead = row_ahead(t, n + kRowsAhead);
   for (int32_t word = 0; word < t.k / 8; word += kLanes) {
-    if (r0 == 0) __builtin_prefetch(ahead + 4 * word);
+    if (r0 == 0) __builtin_prefetch(ahead + Bits * word);
     Floats acc[T] = {};
-    accumulate<0, T>(load_words(q + word, t.k / 8 - word), a, 8 * word, acc);
+    accumulate<0, T, Bits>(load_words<Bits>(q + Bits / 4 * word, t.k / 8 - word), a, 8 * word, acc);
     const Floats scale = load<Floats>(scratch.word_scales + word);
     for (int32_t i = 0; i < T; ++i) total[i] += acc[i] * scale;
   }
   for (int32_t i = 0; i < T; ++i) t.out[(r0 + i) * t.out_stride + n - t.first] = sum(total[i]);
 }
 
+template <int32_t Bits>
 void multiply_few(const Tile& t, const Scratch& scratch) {
   const int32_t groups = groups_of(t);
   for (int32_t n = t.first; n < t.first + t.columns; ++n) {
@@ -158,30 +195,31 @@ void multiply_few(const Tile& t, const Scratch& scratch) {
     for (int32_t g = 0; g < groups; ++g) scratch.zeros[g] *= scratch.scales[g];
     for (int32_t g = groups; g % kSumsPadding != 0; ++g) scratch.zeros[g] = 0;
     int32_t r = 0;
-    for (; r + 4 <= t.m; r += 4) multiply_row<4>(t, n, r, scratch);
-    if (t.m - r == 3) multiply_row<3>(t, n, r, scratch);
-    if (t.m - r == 2) multiply_row<2>(t, n, r, scratch);
-    if (t.m - r == 1) multiply_row<1>(t, n, r, scratch);
+    for (; r + 4 <= t.m; r += 4) multiply_row<Bits, 4>(t, n, r, scratch);
+    if (t.m - r == 3) multiply_row<Bits, 3>(t, n, r, scratch);
+    if (t.m - r == 2) multiply_row<Bits, 2>(t, n, r, scratch);
+    if (t.m - r == 1) multiply_row<Bits, 1>(t, n, r, scratch);
   }
 }
 
-template <int32_t P>
-inline void dequantize_chunk(Words w, Floats zero, Floats scale, float* to) {
-  const Floats value = (nibble<P>(w) - zero * kNibbleWeight[P]) * scale;
+template <int32_t P, int32_t Bits>
+inline void dequantize_chunk(const Chunk<Bits>& w, Floats zero, Floats scale, float* to) {
+  const Floats value = (weight_at<P>(w) - zero * Places<Bits>::kFactor[P]) * scale;
   memcpy(to + P * kLanes, &value, sizeof(value));
-  if constexpr (P < 7) dequantize_chunk<P + 1>(w, zero, scale, to);
+  if constexpr (P < 7) dequantize_chunk<P + 1, Bits>(w, zero, scale, to);
 }
 
+template <int32_t Bits>
 void dequantize_row(const Tile& t, int32_t n, const Scratch& scratch, float* to) {
   const uint32_t* q = t.q + n * t.q_stride;
   load_row(t, n, scratch);
   expand(t, scratch.zeros, scratch.word_zeros);
   const char* ahead = row_ahead(t, n + kRowsAhead);
   for (int32_t word = 0; word < t.k / 8; word += kLanes) {
-    __builtin_prefetch(ahead + 4 * word);
-    dequantize_chunk<0>(load_words(q + word, t.k / 8 - word),
-                        load<Floats>(scratch.word_zeros + word),
-                        load<Floats>(scratch.word_scales + word), to + 8 * word);
+    __builtin_prefetch(ahead + Bits * word);
+    dequantize_chunk<0, Bits>(load_words<Bits>(q + Bits / 4 * word, t.k / 8 - word),
+                              load<Floats>(scratch.word_zeros + word),
+                              load<Floats>(scratch.word_scales + word), to + 8 * word);
   }
 }
 
@@ -214,12 +252,13 @@ void multiply_rows(const Tile& t, const float* weights, float* out) {
   for (; r < t.m; ++r) multiply_block<1, N>(t, r, weights, out);
 }
 
+template <int32_t Bits>
 void multiply_many(const Tile& t, const Scratch& scratch) {
   const int64_t padded = round_up(t.k, kChunk);
   for (int32_t j = 0; j < t.columns; j += kWeightRows) {
     const int32_t count = t.columns - j < kWeightRows ? t.columns - j : kWeightRows;
     for (int32_t i = 0; i < count; ++i) {
-      dequantize_row(t, t.first + j + i, scratch, scratch.weights + i * padded);
+      dequantize_row<Bits>(t, t.first + j + i, scratch, scratch.weights + i * padded);
     }
     if (count == kWeightRows) {
       multiply_rows<kWeightRows>(t, scratch.weights, t.out + j);
@@ -231,10 +270,34 @@ void multiply_many(const Tile& t, const Scratch& scratch) {
   }
 }
 
-void multiply(const Tile& t) {
+template <int32_t Bits>
+void multiply_tile(const Tile& t) {
   const Scratch scratch(t);
-  t.m < kManyRows ? multiply_few(t, scratch) : multiply_many(t, scratch);
+  t.m < kManyRows ? multiply_few<Bits>(t, scratch) : multiply_many<Bits>(t, scratch);
 }
+
+void load(DType dtype, const void* from, int32_t n, float* to) { to_float(dtype, from, n, to); }
+
+void dot(DType dtype, const uint16_t* w, const float* const* a, int32_t rows, int32_t k,
+         float* out) {
+  for (int32_t r = 0; r < rows; ++r) out[r] = 0;
+  for (int32_t begin = 0; begin < k; begin += kDotBlock) {
+    float weights[kDotBlock] = {};
+    to_float(dtype, w + begin, k - begin < kDotBlock ? k - begin : kDotBlock, weights);
+    for (int32_t r = 0; r < rows; ++r) {
+      Floats total[4] = {};
+      for (int32_t i = 0; i < kDotBlock; i += 4 * kLanes) {
+        for (int32_t j = 0; j < 4; ++j) {
+          const int32_t at = i + j * kLanes;
+          total[j] += load<Floats>(weights + at) * load<Floats>(a[r] + begin + at);
+        }
+      }
+      out[r] += sum((total[0] + total[1]) + (total[2] + total[3]));
+    }
+  }
+}
+
+void multiply(const Tile& t) { t.bits == 8 ? multiply_tile<8>(t) : multiply_tile<4>(t); }
 
 }  // namespace
 }  // namespace moe_int4::cpu

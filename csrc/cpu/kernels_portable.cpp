@@ -10,6 +10,6 @@ namespace moe_int4::cpu {
 
 const Kernel kPortable = {"portable", row_bytes, as_many_rows, scratch_bytes, prepare, multiply};
 
-const Epilogue kPortableEpilogue = {activate, store};
+const Epilogue kPortableEpilogue = {activate, store, load, dot};
 
 }  // namespace moe_int4::cpu

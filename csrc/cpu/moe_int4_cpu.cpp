@@ -20,6 +20,7 @@
 #include "kernels.h"
 #include "moe_int4_checks.h"
 #include "tuning.h"
+#include "wvSplitK_int_g_checks.h"
 
 namespace moe_int4::cpu {
 namespace {
@@ -173,7 +174,7 @@ class Call {
       : isa_(instruction_set()), dtype_(dtype), w_(w), grouping_(grouping) {
     int64_t row_bytes = 0, scratch_bytes = 0;
     for (const Grouping::Expert& expert : grouping.experts) {
-      const Kernel& kernel = kernel_for(isa_, expert.count, w.group_size, dtype);
+      const Kernel& kernel = kernel_for(isa_, expert.count, w.group_size, dtype, w.bits);
       kernels_.push_back(&kernel);
       row_bytes = std::max(row_bytes, kernel.row_bytes(dtype, w.k));
       scratch_bytes =
@@ -217,6 +218,7 @@ class Call {
     tile.columns = part.columns;
     tile.k = w_.k;
     tile.group_size = w_.group_size;
+    tile.bits = w_.bits;
     tile.a = prepared(*part.expert);
     tile.m = part.expert->count;
     tile.out = out;
@@ -275,6 +277,7 @@ class Call {
         source.m = expert->count;
         source.k = w_.k;
         source.group_size = w_.group_size;
+        source.bits = w_.bits;
         for (int32_t r = 0; r < source.count; ++r) {
           source.a[r] = a + grouping_.inputs[expert->begin + row + r] * a_stride_m;
         }
@@ -480,6 +483,25 @@ void gemm_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tenso
                   zero_points, sorted_token_ids, top_k));
 }
 
+void dense_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+              int64_t cu_count, int64_t group_size, int64_t bits,
+              const std::optional<Tensor>& zero_points) {
+  const DenseArgs dense =
+      check_dense(DeviceType::CPU, a, w, scales, c, cu_count, group_size, bits, zero_points);
+  const std::vector<int32_t> expert_ids(dense.m, 0);
+  GemmArgs args{};
+  args.dtype = dense.dtype;
+  args.a = dense.a;
+  args.a_stride_m = dense.a_stride_m;
+  args.w = dense.w;
+  args.c = dense.c;
+  args.c_stride_m = dense.c_stride_m;
+  args.expert_ids = expert_ids.data();
+  args.num_blocks = args.num_rows = dense.m;
+  args.block_size_m = args.top_k = 1;
+  gemm(args);
+}
+
 void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
                 const Tensor& topk_ids, std::string activation, int64_t cu_count,
                 int64_t group_size, const std::optional<Tensor>& zero_points,
@@ -505,4 +527,5 @@ STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CPU, m) {
   m.impl("fused_moe_wvSplitK_int4_gemm", TORCH_BOX(&moe_int4::cpu::gemm_op));
   m.impl("fused_moe_wvSplitK_int4_gate_up", TORCH_BOX(&moe_int4::cpu::gate_up_op));
   m.impl("fused_moe_wvSplitK_int4_down", TORCH_BOX(&moe_int4::cpu::down_op));
+  m.impl("wvSplitK_int_g", TORCH_BOX(&moe_int4::cpu::dense_op));
 }

@@ -32,6 +32,7 @@ struct InstructionSet {
   bool (*available)();  // on this processor, under this operating system
   const Epilogue* epilogue;
   Rule rules[kMaxRules];  // the last one that is used has kAllRows, kAny, kAny
+  Rule bytes[2];          // the same for weights of 8 bits
 };
 
 constexpr InstructionSet kInstructionSets[] = {
@@ -49,7 +50,8 @@ constexpr InstructionSet kInstructionSets[] = {
      {{1, kAny, kAny, &kAvx512Vnni},
       {16, 128, kAny, &kAmxInt8},
       {8, kAny, kAny, &kAmxInt8},
-      {kAllRows, kAny, kAny, &kAmxBf16}}},
+      {kAllRows, kAny, kAny, &kAmxBf16}},
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}}},
 #endif
 #if defined(HYBRID_W4A16_CPU_AVX512_BF16) && defined(HYBRID_W4A16_CPU_AVX512_VNNI)
     // Zen 4, CPU time of one thread, ms for two experts of 2816 x 4096 (gate_up), by rows:
@@ -62,21 +64,35 @@ constexpr InstructionSet kInstructionSets[] = {
      &kAvx512Epilogue,
      {{12, kAny, kAny, &kAvx512Vnni},
       {64, kAny, static_cast<int32_t>(DType::kHalf), &kAvx512Vnni},
-      {kAllRows, kAny, kAny, &kAvx512Bf16}}},
+      {kAllRows, kAny, kAny, &kAvx512Bf16}},
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}}},
 #endif
 #if defined(HYBRID_W4A16_CPU_AVX512_VNNI)
     {"avx512_vnni",
      has_avx512_vnni,
      &kAvx512Epilogue,
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}},
      {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}}},
 #endif
 #if defined(HYBRID_W4A16_CPU_AVX512)
-    {"avx512", has_avx512, &kAvx512Epilogue, {{kAllRows, kAny, kAny, &kAvx512}}},
+    {"avx512",
+     has_avx512,
+     &kAvx512Epilogue,
+     {{kAllRows, kAny, kAny, &kAvx512}},
+     {{kAllRows, kAny, kAny, &kAvx512}}},
 #endif
 #if defined(HYBRID_W4A16_CPU_AVX2)
-    {"avx2", has_avx2, &kAvx2Epilogue, {{kAllRows, kAny, kAny, &kAvx2}}},
+    {"avx2",
+     has_avx2,
+     &kAvx2Epilogue,
+     {{kAllRows, kAny, kAny, &kAvx2}},
+     {{kAllRows, kAny, kAny, &kAvx2}}},
 #endif
-    {"portable", always, &kPortableEpilogue, {{kAllRows, kAny, kAny, &kPortable}}},
+    {"portable",
+     always,
+     &kPortableEpilogue,
+     {{kAllRows, kAny, kAny, &kPortable}},
+     {{kAllRows, kAny, kAny, &kPortable}}},
 };
 
 inline bool fits(const Rule& rule, int32_t group_size, DType dtype) {
@@ -86,8 +102,8 @@ inline bool fits(const Rule& rule, int32_t group_size, DType dtype) {
 
 // The kernel for an expert that has `rows` rows.
 inline const Kernel& kernel_for(const InstructionSet& set, int32_t rows, int32_t group_size,
-                                DType dtype) {
-  const Rule* rule = set.rules;
+                                DType dtype, int32_t bits = 4) {
+  const Rule* rule = bits == 8 ? set.bytes : set.rules;
   while (rows > rule->max_rows || !fits(*rule, group_size, dtype)) ++rule;
   return *rule->kernel;
 }

@@ -35,8 +35,9 @@ function(hybrid_w4a16_clang_candidates result)
     set(${result} "${HYBRID_W4A16_CLANG}" PARENT_SCOPE)
     return()
   endif()
+  cmake_path(GET TORCH_DIR PARENT_PATH packages)
   set(homes "$ENV{ROCM_PATH}" "$ENV{HIP_PATH}" "${HYBRID_W4A16_ROCM_HOMES}"
-            "${TORCH_DIR}/../_rocm_sdk_core" "${Python3_SITELIB}/_rocm_sdk_core")
+            "${packages}/_rocm_sdk_core" "${Python3_SITELIB}/_rocm_sdk_core")
   list(REMOVE_ITEM homes "")
   foreach(home ${homes})
     file(GLOB found "${home}/llvm/bin/clang++" "${home}/lib/llvm/bin/clang++")
@@ -117,6 +118,7 @@ function(hybrid_w4a16_add_device_code archs)
   message(STATUS "hybrid_w4a16: AMD kernels for ${text} by ${clang}")
 
   file(GLOB kernels CONFIGURE_DEPENDS "${hybrid_w4a16_rocm_dir}/*.hip")
+  list(FILTER kernels EXCLUDE REGEX "_grouped_") # they need matrix instructions
   file(GLOB headers CONFIGURE_DEPENDS "${hybrid_w4a16_rocm_dir}/*.h" "${hybrid_w4a16_rocm_dir}/*.cuh"
        "${hybrid_w4a16_rocm_dir}/../*.h")
   set(folder "${CMAKE_CURRENT_BINARY_DIR}/device_code")

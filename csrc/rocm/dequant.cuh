@@ -53,4 +53,53 @@ GPU_DEVICE uint32_t unpack_pair(uint32_t word) {
   return gpu::and_or(moved, kMask, Format<DT>::kOffsetPair);
 }
 
+// Eight weights of 4 or 8 bits as pairs in order of k. 4 bits: plus Format::kOffset, like above;
+// 8 bits: minus their zero point of 128, exact in both formats.
+template <typename DT, int Bits>
+struct Unpacked {
+  static constexpr float kOffset = Bits == 4 ? Format<DT>::kOffset : 0.0f;
+  static constexpr int kSymmetricZero = Bits == 4 ? kSymmetricZeroPoint : 0;
+
+  uint32_t pair[4];
+
+  // Unit q of what a lane loaded.
+  GPU_DEVICE Unpacked(const gpu::U32x4& loaded, int q) {
+    if constexpr (Bits == 4) {
+      const uint32_t word = loaded.v[q];
+      pair[0] = unpack_pair<DT, 0>(word);
+      pair[1] = unpack_pair<DT, 1>(word);
+      pair[2] = unpack_pair<DT, 2>(word);
+      pair[3] = unpack_pair<DT, 3>(word);
+    } else {
+      set_bytes<0>(loaded.v[2 * q]);
+      set_bytes<2>(loaded.v[2 * q + 1]);
+    }
+  }
+
+ private:
+  // Pairs I and I + 1 of four bytes.
+  template <int I>
+  GPU_DEVICE void set_bytes(uint32_t word) {
+    pair[I] = rounded(value<0>(word), value<1>(word));
+    pair[I + 1] = rounded(value<2>(word), value<3>(word));
+  }
+
+  // A byte in the mantissa of 2^23 adds itself.
+  template <int B>
+  static GPU_DEVICE float value(uint32_t word) {
+    const uint32_t bits = gpu::pick_bytes<B, 4, 4, 7>(word, 0x4b000000u);
+    return __builtin_bit_cast(float, bits) - (8388608.0f + 128.0f);
+  }
+
+  static GPU_DEVICE uint32_t rounded(float low, float high) {
+    if constexpr (Format<DT>::kNibbleShift == 0) {  // bf16: the low halves of the floats are zero
+      return gpu::pick_bytes<2, 3, 6, 7>(__builtin_bit_cast(uint32_t, low),
+                                         __builtin_bit_cast(uint32_t, high));
+    } else {
+      return Format<DT>::from_float(low) | static_cast<uint32_t>(Format<DT>::from_float(high))
+                                               << 16;
+    }
+  }
+};
+
 }  // namespace moe_int4

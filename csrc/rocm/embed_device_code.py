@@ -5,7 +5,8 @@
 ``python embed_device_code.py OUT.cpp ARCH=CODE_OBJECT [ARCH=CODE_OBJECT ...]``
 
 Each code object is compressed with zlib into a file beside OUT.cpp, which includes it.
-The names of its kernels are read from its symbol table. Standard library only.
+The names of its kernels are read from its symbol table; one without kernels (of a
+source that is for other GPUs) is left out. Standard library only.
 """
 
 import struct
@@ -39,7 +40,7 @@ hybrid_w4a16_code_{i}:
 def kernel_names(code_object: bytes) -> list[str]:
     """Names of the kernels of a code object, those that have a descriptor (NAME.kd).
 
-    Raises ``ValueError`` where it is no code object or has no kernels.
+    Raises ``ValueError`` where it is no code object.
     """
     if code_object[:4] != b"\x7fELF" or struct.unpack_from("<H", code_object, 18) != (
         EM_AMDGPU,
@@ -61,8 +62,6 @@ def kernel_names(code_object: bytes) -> list[str]:
             name = code_object[start : code_object.index(b"\0", start)].decode()
             if name.endswith(".kd"):
                 names.append(name.removesuffix(".kd"))
-    if not names:
-        raise ValueError("no kernels")
     return sorted(names)
 
 
@@ -76,6 +75,8 @@ def main(out: Path, entries: list[str]) -> None:
             names = kernel_names(code_object)
         except ValueError as error:
             sys.exit(f"{file}: {error}")
+        if not names:
+            continue
         blob = out.parent / (Path(file).name + ".z")
         blob.write_bytes(zlib.compress(code_object, 9))
         lines = "".join(f'\n     "{name}\\n"' for name in names)

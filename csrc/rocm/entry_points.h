@@ -9,10 +9,18 @@
 //   wave_lds_bytes       dynamic LDS per wave, lds_bytes_per_wave of geometry.h
 //   blocks           blocks of kBlockK along k
 //   blocks_per_wave  of them that each wave multiplies, the last ones fewer
-//   log2_k_slices    2^this waves share one expert's k in the down kernel; divides waves
+//   log2_k_slices    2^this waves share one expert's k in the down kernels; divides waves
+//   slots            pairs of one expert that share a pass over its weights, up to T
+//   row_tiles        tiles that each wave of grouped_gate_up multiplies, each kGateUpRows *
+//                    kRowGroups indices of the intermediate size
 // Grids: gate_up ceil(inter / kRowGroups), top_k, num_tokens
 //        down    ceil(n / kRowsPerWave), ceil(num_tokens / T), 1
 //        gemm    ceil(n / kRowsPerWave), num_blocks, 1
+//        grouped_gate_up ceil(inter / (waves * row_tiles tiles)), lists of pairs at most,
+//                        ceil(num_tokens / kGroupTokens)
+//        grouped_down, wide_down  ceil(n / kRowsPerWave), ceil(n / (2 * kRowsPerWave));
+//                        ceil(num_tokens / kGroupTokens), 1
+// These three exist where there are matrix instructions; LDS: geometry.h.
 #pragma once
 
 #include "geometry.h"
@@ -39,6 +47,14 @@
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,               \
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, const float *topk_weights, int64_t tw_stride_m, \
       int waves, int wave_lds_bytes, int blocks, int blocks_per_wave, int log2_k_slices
+#define MOE_INT4_GROUPED_GATE_UP_ARGS                                                    \
+  const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int inter, int k, void *c,    \
+      int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, int activation, float alpha, float beta, \
+      float limit, int waves, int slots, int blocks, int row_tiles
+#define MOE_INT4_GROUPED_DOWN_ARGS                                                              \
+  const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,               \
+      int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, const float *topk_weights, int64_t tw_stride_m, \
+      int waves, int slots, int wave_lds_bytes, int blocks, int blocks_per_wave, int log2_k_slices
 #define MOE_INT4_GEMM_ARGS                                                                  \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,           \
       int64_t c_stride_m, const int32_t *expert_ids, const int32_t *sorted_token_ids,       \
@@ -46,8 +62,13 @@
       int blocks_per_wave
 
 // X(op, dtype name, dtype tag, group size, zero points name, has zero points, T)
-#define MOE_INT4_FOR_T(X, OP, NAME, DT, G, ZNAME, ZP) \
-  X(OP, NAME, DT, G, ZNAME, ZP, 1) X(OP, NAME, DT, G, ZNAME, ZP, 8)
+#define MOE_INT4_FOR_T(X, OP, ...) MOE_INT4_FOR_T_##OP(X, OP, __VA_ARGS__)
+#define MOE_INT4_FOR_T_gate_up(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
+#define MOE_INT4_FOR_T_down(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
+#define MOE_INT4_FOR_T_gemm(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
+#define MOE_INT4_FOR_T_grouped_gate_up(X, ...) X(__VA_ARGS__, 8) X(__VA_ARGS__, 16)
+#define MOE_INT4_FOR_T_grouped_down(X, ...) X(__VA_ARGS__, 8)
+#define MOE_INT4_FOR_T_wide_down(X, ...) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_ZP(X, OP, NAME, DT, G)      \
   MOE_INT4_FOR_T(X, OP, NAME, DT, G, sym, false) \
   MOE_INT4_FOR_T(X, OP, NAME, DT, G, zp, true)
@@ -70,3 +91,11 @@
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, gate_up)
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, down)
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, gemm)
+#if GPU_HAS_MMA
+#define MOE_INT4_DECLARE_grouped_gate_up MOE_INT4_GROUPED_GATE_UP_ARGS
+#define MOE_INT4_DECLARE_grouped_down MOE_INT4_GROUPED_DOWN_ARGS
+MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, grouped_gate_up)
+#define MOE_INT4_DECLARE_wide_down MOE_INT4_GROUPED_DOWN_ARGS
+MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, grouped_down)
+MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, wide_down)
+#endif

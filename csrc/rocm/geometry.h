@@ -74,6 +74,43 @@ GPU_ANYWHERE constexpr int stream_lds_bytes_per_wave(int blocks, int pairs) {
          (windows < kRingWindows ? windows : kRingWindows) * kWindowBytes;
 }
 
+// Kernels grouped by expert (group_tile.cuh): tokens of a block, pairs (token, expert) that share
+// one pass over the weights in gate_up and in down, waves of a block, experts per token.
+constexpr int kGroupTokens = 64;
+constexpr int kGateUpSlots = 16;
+constexpr int kDownSlots = 8;
+constexpr int kMaxGroupWaves = 16;
+constexpr int kMaxGroupTopK = 64;
+constexpr int kGateUpRows = 2;  // R of grouped_gate_up
+// LDS: per wave of R * kRowsPerWave rows a ring of windows of 4 / R blocks of weights; per wave
+// (down) or block (gate_up) the same of activation rows, one per slot. The pad keeps the rows of
+// neighbouring slots on different banks.
+constexpr int kGroupRing = 2;
+GPU_ANYWHERE constexpr int group_window_blocks(int r) { return 4 / r; }
+GPU_ANYWHERE constexpr int group_row_bytes(int r) {
+  return group_window_blocks(r) * kBlockK * 2 + 64;
+}
+constexpr int kGroupWindowBytes = 4 * kBlockWeightBytes;
+constexpr int kGroupWeightBytes = kGroupRing * kGroupWindowBytes;
+GPU_ANYWHERE constexpr int group_row_ring_bytes(int r, int slots) {
+  return kGroupRing * slots * group_row_bytes(r);
+}
+// fp32 results of a wave of down.
+GPU_ANYWHERE constexpr int group_result_bytes(int r, int tokens) {
+  return tokens * r * kRowsPerWave * 4;
+}
+// Lists of up to `slots` pairs, each of one expert, that a block's pairs make at most.
+GPU_ANYWHERE constexpr int most_lists(int pairs, int experts, int slots) {
+  const int most = experts + pairs / slots;
+  return pairs < most ? pairs : most;
+}
+// What sort_pairs works in.
+GPU_ANYWHERE constexpr int group_list_bytes(int pairs, int experts, int slots) {
+  const int distinct = pairs < experts ? pairs : experts;
+  const int halves = pairs + experts + 3 * distinct + 2 * most_lists(pairs, experts, slots) + 1;
+  return (4 * (pairs + 1) + 2 * halves + 15) / 16 * 16;
+}
+
 // For an entry point _tT when at most `rows` activation rows meet one expert.
 GPU_ANYWHERE constexpr int lds_bytes_per_wave(int t, int rows) {
   const int slots = slots_for(rows < t ? rows : t);

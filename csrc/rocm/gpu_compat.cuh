@@ -14,6 +14,7 @@
 //                            these on AMD; spills where it needs more
 //   kHasMma                  constexpr bool: mma_16x8x16 is the fast product here. The host takes
 //                            it from the macro GPU_HOST_MMA (0 or 1), so that tests run both.
+//   GPU_HAS_MMA              kHasMma for the preprocessor: 0 or 1
 //   kHasAsyncCopy            constexpr bool: copies to LDS run in the background. The host takes
 //                            it from the same macro.
 // CUDA has neither with HYBRID_W4A16_AMD_PATH: a build for tests, which runs what AMD runs.
@@ -37,10 +38,16 @@
 //   U32x4 load_16_any(p)     the same, 2-byte aligned
 //   float half_to_float(uint16_t), uint16_t float_to_half(float)   fp16 bits, round to nearest even
 //   float exp2_fast(float), rcp_fast(float)                        2^x and 1/x, error below 2^-20
+//   float sqrt_of(float)                                           square root, within 2^-20
 //   float dot2(Half, uint32_t a, uint32_t b, float c)      c + a.lo*b.lo + a.hi*b.hi, fp32 sum
 //   float dot2(BFloat16, uint32_t a, uint32_t b, float c)  the same for bf16 pairs
 //   uint32_t and_or(x, mask, bits)                         (x & mask) | bits
+//   uint32_t pick_bytes<B0, B1, B2, B3>(low, high)         bytes of the eight of low, then high
 //   int first_bit(uint32_t)  place of the lowest bit that is set; there is one
+//   int count_bits(uint32_t) how many bits are set. Only where kHasMma.
+//   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, rounded to
+//   nearest.
+//                                                          Only where kHasMma.
 //   void prefetch_l2(p)      hint: the 128 bytes around global address p will be read; no effect on
 //                            results for any p that may be read
 //   void allow_next_grid()   the next grid of the stream may start (CUDA with LaunchShape::overlap;
@@ -50,6 +57,7 @@
 //   per lane, from memory to LDS:
 //   LdsAddress lds_address(p)                    p, in LDS, to be added to and loaded from
 //   U32x4 lds_load_16(LdsAddress)                16 bytes, 16-byte aligned
+//   uint32_t lds_load_4(LdsAddress)              4 bytes, 4-byte aligned. Only where kHasMma.
 //   void copy_weights_async(LdsAddress, p, bool real)   starts copying 16 bytes from global memory
 //   void copy_16_async(LdsAddress, p, bool real)        to LDS, both 16-byte aligned; zeros unless
 //                                                real, and p is not read. Weights are read once.
@@ -67,6 +75,7 @@
 //   T shuffle_in_quad(T v, int from) value of lane lane() / 4 * 4 + from % 4
 //   void wave_barrier()              LDS written before by any lane of the wave is seen after by
 //                                    all of them, and reads before come first
+//   uint32_t lanes_equal(int v)      mask of the lanes whose v is the caller's. Only where kHasMma.
 //   void mma_16x8x16(DT, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 //       d += A B for A [16, 16], B [16, 8] in DT, d in fp32. With g = lane / 4, t = lane % 4:
 //       a[0] = A[g][2t, 2t+1]    a[1] = A[g+8][2t, 2t+1]    b[0] = B[2t, 2t+1][g]
@@ -84,9 +93,12 @@
 //                                    vendor's message. The host runs it to the end.
 //   int current_device()             index of the current device (CUDA, HIP)
 //   int max_lds_bytes()              most LDS that a block may have on the current device
-//   std::string current_arch()       "gfx1151", "sm_90", "host": the current device
+//   std::string current_arch()       "sm_90", "host": the current device (not on HIP)
 //
 //   for the runner of host/, which tests use:
+//   void prepare_device(int, arch)   makes a device ready and current; `arch` is what it is, or
+//   empty
+//                                    where it is ready already
 //   void* allocate(size_t), void release(void*)    memory that kernels see, exactly of that size
 //   void copy_in(void* to, const void* from, size_t), copy_out(...)   into and out of it; wait for
 //                                    what was launched
@@ -102,8 +114,10 @@ constexpr int kWaveSize = 32;
 
 #if defined(HYBRID_W4A16_AMD_PATH)
 constexpr bool kAmdPath = true;
+#define GPU_CUDA_HAS_MMA 0
 #else
 constexpr bool kAmdPath = false;
+#define GPU_CUDA_HAS_MMA 1
 #endif
 
 struct Half {};  // tags: the 16-bit types are bit containers, uint16_t and uint32_t (a pair)
@@ -153,6 +167,7 @@ struct LaunchShape {
 
 #define GPU_DEVICE __device__ __forceinline__
 #define GPU_KERNEL(max_threads) __global__ __launch_bounds__(max_threads)
+#define GPU_HAS_MMA GPU_CUDA_HAS_MMA
 
 namespace gpu {
 
@@ -212,8 +227,13 @@ GPU_DEVICE U32x4 lds_load_16(LdsAddress p) {
                : "memory");
   return r;
 }
+GPU_DEVICE uint32_t lds_load_4(LdsAddress p) {
+  uint32_t r;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(p) : "memory");
+  return r;
+}
 GPU_DEVICE void copy_weights_async(LdsAddress lds, const void* p, bool real) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(lds), "l"(p),
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(lds), "l"(p),
                "r"(real ? 16 : 0)
                : "memory");
 }
@@ -236,6 +256,7 @@ GPU_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+GPU_DEVICE float sqrt_of(float x) { return __fsqrt_rn(x); }
 GPU_DEVICE float rcp_fast(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -255,7 +276,22 @@ GPU_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(x), "r"(mask), "r"(bits));
   return r;
 }
+GPU_DEVICE uint32_t add2(Half, uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+GPU_DEVICE uint32_t add2(BFloat16, uint32_t a, uint32_t b) {
+  uint32_t r;  // sm_80 has no addition of bf16 pairs
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return r;
+}
+template <int B0, int B1, int B2, int B3>
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  return __byte_perm(low, high, B0 | B1 << 4 | B2 << 8 | B3 << 12);
+}
 GPU_DEVICE int first_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+GPU_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
 GPU_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 GPU_DEVICE void allow_next_grid() {
@@ -270,6 +306,7 @@ GPU_DEVICE void wait_previous_grid() {
 }
 
 GPU_DEVICE uint32_t wave_ballot(bool p) { return __ballot_sync(0xffffffffu, p); }
+GPU_DEVICE uint32_t lanes_equal(int v) { return __match_any_sync(0xffffffffu, v); }
 template <int Mask, typename T>
 GPU_DEVICE T shuffle_xor(T v) {
   return __shfl_xor_sync(0xffffffffu, v, Mask);
@@ -309,6 +346,7 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 // ----------------------------------------------------------------------------------------- HIP
 // No HIP header: plain clang compiles kernels with -nogpuinc -nogpulib --offload-device-only.
 #define GPU_DEVICE __attribute__((device)) inline __attribute__((always_inline))
+#define GPU_HAS_MMA 0
 #define GPU_KERNEL(max_threads) \
   __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads)))
 #define GPU_8_WAVES_PER_SIMD __attribute__((amdgpu_num_vgpr(128)))
@@ -384,6 +422,7 @@ GPU_DEVICE uint16_t float_to_half(float x) {
 }
 GPU_DEVICE float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }
 GPU_DEVICE float rcp_fast(float x) { return __builtin_amdgcn_rcpf(x); }
+GPU_DEVICE float sqrt_of(float x) { return __builtin_amdgcn_sqrtf(x); }
 GPU_DEVICE float dot2(Half, uint32_t a, uint32_t b, float c) {
   return __builtin_amdgcn_fdot2(__builtin_bit_cast(Half2, a), __builtin_bit_cast(Half2, b), c,
                                 false);
@@ -393,6 +432,10 @@ GPU_DEVICE float dot2(BFloat16, uint32_t a, uint32_t b, float c) {
                                          __builtin_bit_cast(BFloat2, b), c, false);
 }
 GPU_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+template <int B0, int B1, int B2, int B3>
+GPU_DEVICE uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  return __builtin_amdgcn_perm(high, low, B0 | B1 << 8 | B2 << 16 | B3 << 24);
+}
 GPU_DEVICE int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
 GPU_DEVICE void prefetch_l2(const void*) {}
@@ -444,7 +487,9 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 #if defined(HYBRID_W4A16_CUDA)
 #define GPU_KERNEL(max_threads)
 #include <cuda_runtime_api.h>
+#define GPU_HAS_MMA GPU_CUDA_HAS_MMA
 #else
+#define GPU_HAS_MMA 0
 // An entry point is an object that knows its name and, by device, the runtime's handle.
 #undef GPU_DECLARE_ENTRY
 #define GPU_DECLARE_ENTRY(max_threads, name, ...) inline gpu::Kernel<void(__VA_ARGS__)> name{#name};
@@ -487,6 +532,9 @@ void start_kernel(void (*entry)(P...), const LaunchShape& shape, Stream stream, 
   check(cudaLaunchKernelExC(&config, kernel, args), "kernel launch");
 }
 
+inline void prepare_device(int device, const std::string&) {
+  check(cudaSetDevice(device), "cudaSetDevice");
+}
 inline void* allocate(size_t size) {
   void* p = nullptr;
   check(cudaMalloc(&p, size), "cudaMalloc");
@@ -537,6 +585,11 @@ struct Kernel : Entry {
 };
 
 inline int max_lds_bytes() { return kLdsBytesPerBlock; }
+
+inline void prepare_device(int device, const std::string& arch) {
+  if (!arch.empty()) load_kernels(device, arch, nullptr);
+  set_device(device);
+}
 #endif
 
 constexpr int kOrders = 2;  // the hardware's own, which may change from run to run

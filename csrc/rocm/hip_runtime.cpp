@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -131,7 +132,9 @@ class Modules {
     return module;
   }
   void keep() {
-    for (Image& image : images_) image.release();
+    static auto& kept = *new std::vector<Image>;  // until the process ends, destructors included
+    std::move(images_.begin(), images_.end(), std::back_inserter(kept));
+    images_.clear();
     modules_.clear();
   }
   ~Modules() {

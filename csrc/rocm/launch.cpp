@@ -7,20 +7,10 @@
 #include <type_traits>
 
 #include "entry_points.h"
-#include "tuning.h"
+#include "plan.h"
 
 namespace moe_int4 {
 namespace {
-
-#if defined(HYBRID_W4A16_CUDA)
-constexpr Family kFamily = gpu::kAmdPath ? Family::kRdna : Family::kCuda;
-#elif defined(HYBRID_W4A16_HIP)
-constexpr Family kFamily = Family::kRdna;
-#else
-constexpr Family kFamily = Family::kHost;
-#endif
-
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <typename DT>
 constexpr DType dtype_of() {
@@ -46,6 +36,21 @@ auto& gemm_kernel(DType dtype, const Weights& w, int t) {
   throw std::runtime_error("gemm: no kernel");
 }
 
+#if GPU_HAS_MMA
+auto& grouped_gate_up_kernel(DType dtype, const Weights& w, int t) {
+  MOE_INT4_FOR_ALL(MOE_INT4_CASE, grouped_gate_up)
+  throw std::runtime_error("gate_up: no grouped kernel");
+}
+auto& grouped_down_kernel(DType dtype, const Weights& w, int t) {
+  MOE_INT4_FOR_ALL(MOE_INT4_CASE, grouped_down)
+  throw std::runtime_error("down: no grouped kernel");
+}
+auto& wide_down_kernel(DType dtype, const Weights& w, int t) {
+  MOE_INT4_FOR_ALL(MOE_INT4_CASE, wide_down)
+  throw std::runtime_error("down: no wide kernel");
+}
+#endif
+
 // A row stride, given that kernels index within an expert in 32 bits, and by bytes within a row
 // set.
 int small(int64_t stride, int rows) {
@@ -58,11 +63,12 @@ int small(int64_t stride, int rows) {
   return static_cast<int>(stride);
 }
 
-// Whether `tokens` rows of `stride` elements from `a` on go to the kernels for one activation row,
-// which serve up to `most`; where those stream, they copy 16 bytes at a time.
-bool goes_single(int tokens, int most, const void* a, int64_t stride) {
-  const bool aligned = reinterpret_cast<uintptr_t>(a) % 16 == 0 && stride % 8 == 0;
-  return tokens <= most && (aligned || !kStreams);
+// What the rule of plan.h looks at.
+Problem problem(const Routing& r, const Weights& w, int rows, const void* a, int64_t a_stride,
+                int cu_count) {
+  const bool aligned = reinterpret_cast<uintptr_t>(a) % 16 == 0 && a_stride % 8 == 0;
+  return {r.num_tokens, r.top_k,  w.num_experts,        rows,           ceil_div(w.k, kBlockK),
+          aligned,      cu_count, gpu::max_lds_bytes(), 0.5 * w.n * w.k};
 }
 
 // A grid's second or third dimension.
@@ -80,8 +86,7 @@ void launch_gemm(const GemmArgs& args, void* stream) {
   const Weights& w = args.w;
   if (args.num_blocks == 0) return;
   const int blocks = ceil_div(w.k, kBlockK), tiles = ceil_div(w.n, kRowsPerWave);
-  const int waves = waves_sharing_k(tuning(kFamily, blocks), blocks, 1,
-                                    int64_t{tiles} * args.num_blocks, args.cu_count);
+  const int waves = gemm_waves(blocks, int64_t{tiles} * args.num_blocks, args.cu_count);
   const int rows = args.block_size_m == 1 ? 1 : kMaxSlots;
   const int wave_lds = lds_bytes_per_wave(rows, args.block_size_m);
   gpu::launch(gemm_kernel(args.dtype, w, rows),
@@ -99,56 +104,79 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
   const int inter = w.n / 2;
-  const int blocks = ceil_div(w.k, kBlockK), tiles = ceil_div(inter, kRowGroups);
-  const Tuning& tuned = tuning(kFamily, blocks);
-  const bool single = goes_single(r.num_tokens, tuned.gate_up_single, args.a, args.a_stride_m);
-  const int tokens = single ? 1 : kMaxSlots;
-  const bool stream = single && kStreams;
-  const int waves = waves_sharing_k(tuned, blocks, stream ? kWindowBlocks : 1,
-                                    int64_t{tiles} * r.top_k * r.num_tokens, args.cu_count);
-  const int wave_lds = stream ? stream_lds_bytes_per_wave(ceil_div(blocks, waves), 1)
-                              : lds_bytes_per_wave(tokens, r.num_tokens);
-  gpu::launch(gate_up_kernel(args.dtype, w, tokens),
-              {tiles, grid_size(r.top_k, "top_k"), grid_size(r.num_tokens, "tokens"),
-               waves * gpu::kWaveSize, waves * wave_lds + (stream ? kStreamZeroBytes : 0), true},
+  const Problem p = problem(r, w, inter, args.a, args.a_stride_m, args.cu_count);
+  const GateUpPlan plan = args.plan.size == 0 ? gate_up_plan(p) : parse_gate_up_plan(args.plan, p);
+  const int lds = gate_up_lds(p, plan), threads = plan.waves * gpu::kWaveSize;
+#if GPU_HAS_MMA
+  if (plan.kernel == Kernel::kGrouped) {
+    const int lists = most_lists(p.block_pairs(), p.experts, plan.slots);
+    gpu::launch(
+        grouped_gate_up_kernel(args.dtype, w, plan.slots <= 8 ? 8 : 16),
+        {ceil_div(inter, kGateUpRows * kRowGroups * plan.waves * plan.row_tiles),
+         grid_size(lists, "lists of pairs"),
+         grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens"), threads, lds, true},
+        queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+        static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
+        w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k, args.c,
+        args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size,
+        r.num_tokens, r.top_k, static_cast<int>(args.activation), args.alpha, args.beta, args.limit,
+        plan.waves, plan.slots, p.blocks, plan.row_tiles);
+    return;
+  }
+#endif
+  const bool stream = plan.kernel == Kernel::kPairs && kStreams;
+  const int wave_lds = (lds - (stream ? kStreamZeroBytes : 0)) / plan.waves;
+  gpu::launch(gate_up_kernel(args.dtype, w, plan.kernel == Kernel::kPairs ? 1 : kMaxSlots),
+              {ceil_div(inter, kRowGroups), grid_size(r.top_k, "top_k"),
+               grid_size(r.num_tokens, "tokens"), threads, lds, true},
               queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
               static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
               w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
               args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
               r.map_size, r.num_tokens, r.top_k, static_cast<int>(args.activation), args.alpha,
-              args.beta, args.limit, waves, wave_lds, blocks, ceil_div(blocks, waves));
+              args.beta, args.limit, plan.waves, wave_lds, p.blocks,
+              ceil_div(p.blocks, plan.waves));
 }
 
 void launch_down(const DownArgs& args, void* queue) {
   const Weights& w = args.w;
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
-  const int blocks = ceil_div(w.k, kBlockK);
-  const Tuning& tuned = tuning(kFamily, blocks);
-  const bool single = goes_single(r.num_tokens, tuned.down_single, args.a, args.a_stride_m);
-  const int tokens = single ? 1 : kMaxSlots;
-  const int block_tokens = r.num_tokens < tokens ? r.num_tokens : tokens;
-  const bool stream = single && kStreams;
-  int waves = single ? waves_of_single_down(tuned, r.num_tokens) : tuned.down_waves;
-  int log2_k_slices, wave_lds, lds;
-  for (;; waves /= 2) {  // until the device has the LDS
-    log2_k_slices = log2_down_k_slices(tuned, blocks, waves, block_tokens * r.top_k);
-    wave_lds = stream ? stream_lds_bytes_per_wave(ceil_div(blocks, 1 << log2_k_slices),
-                                                  ceil_div(r.top_k, waves >> log2_k_slices))
-                      : lds_bytes_per_wave(tokens, r.num_tokens);
-    lds = waves * wave_lds + (stream ? kStreamZeroBytes : 0);
-    if (!stream || waves == 1 || lds <= gpu::max_lds_bytes()) break;
+  const Problem p = problem(r, w, w.n, args.a, args.a_stride_m, args.cu_count);
+  const DownPlan plan = args.plan.size == 0 ? down_plan(p) : parse_down_plan(args.plan, p);
+  const int lds = down_lds(p, plan), wave_lds = down_wave_lds(p, plan);
+  const int threads = plan.waves * gpu::kWaveSize;
+  const int blocks_per_wave = ceil_div(p.blocks, plan.k_slices);
+  int log2_k_slices = 0;
+  while (1 << log2_k_slices < plan.k_slices) ++log2_k_slices;
+#if GPU_HAS_MMA
+  if (plan.grouped()) {
+    gpu::launch(plan.kernel == Kernel::kWide ? wide_down_kernel(args.dtype, w, 8)
+                                             : grouped_down_kernel(args.dtype, w, 8),
+                {ceil_div(w.n, plan.rows()),
+                 grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens"), 1, threads,
+                 lds, true},
+                queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+                static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
+                w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k,
+                args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m,
+                r.expert_map, r.map_size, r.num_tokens, r.top_k, args.topk_weights,
+                args.tw_stride_m, plan.waves, plan.slots, wave_lds, p.blocks, blocks_per_wave,
+                log2_k_slices);
+    return;
   }
+#endif
+  const int tokens = plan.kernel == Kernel::kPairs ? 1 : kMaxSlots;
   gpu::launch(
       down_kernel(args.dtype, w, tokens),
       {ceil_div(w.n, kRowsPerWave), grid_size(ceil_div(r.num_tokens, tokens), "blocks of tokens"),
-       1, waves * gpu::kWaveSize, lds, true},
+       1, threads, lds, true},
       queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
       static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
       w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c, args.c_stride_m,
       r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size, r.num_tokens,
-      r.top_k, args.topk_weights, args.tw_stride_m, waves, wave_lds, blocks,
-      ceil_div(blocks, 1 << log2_k_slices), log2_k_slices);
+      r.top_k, args.topk_weights, args.tw_stride_m, plan.waves, wave_lds, p.blocks, blocks_per_wave,
+      log2_k_slices);
 }
 
 }  // namespace moe_int4

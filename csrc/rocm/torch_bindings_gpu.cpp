@@ -13,6 +13,7 @@
 #include "device.h"
 #include "launch.h"
 #include "moe_int4_checks.h"
+#include "wvSplitK_int_g_checks.h"
 
 namespace moe_int4::gpu {
 namespace {
@@ -61,6 +62,21 @@ void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tenso
   launch_down(args, OnDeviceOf(a).stream());
 }
 
+void dense_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+              int64_t cu_count, int64_t group_size, int64_t bits,
+              const std::optional<Tensor>& zero_points) {
+  const DenseArgs args =
+      check_dense(DeviceType::CUDA, a, w, scales, c, cu_count, group_size, bits, zero_points);
+  launch_dense(args, OnDeviceOf(a).stream());
+}
+
+void rescore_op(const Tensor& a, const Tensor& w, const Tensor& errors, const Tensor& c,
+                const Tensor& partials, double window, double bound) {
+  const RescoreArgs args =
+      check_rescore(DeviceType::CUDA, a, w, errors, c, partials, window, bound);
+  launch_rescore(args, OnDeviceOf(a).stream());
+}
+
 void load_device_op(int64_t device, std::string arch) {
   load_device(static_cast<int>(device), arch);
 }
@@ -80,4 +96,6 @@ STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CUDA, m) {
   m.impl("fused_moe_wvSplitK_int4_gemm", TORCH_BOX(&moe_int4::gpu::gemm_op));
   m.impl("fused_moe_wvSplitK_int4_gate_up", TORCH_BOX(&moe_int4::gpu::gate_up_op));
   m.impl("fused_moe_wvSplitK_int4_down", TORCH_BOX(&moe_int4::gpu::down_op));
+  m.impl("wvSplitK_int_g", TORCH_BOX(&moe_int4::gpu::dense_op));
+  m.impl("wvSplitK_int_g_rescore", TORCH_BOX(&moe_int4::gpu::rescore_op));
 }

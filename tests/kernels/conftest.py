@@ -6,6 +6,11 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
+    DeviceFamily,
+    device_family,
+    load_kernels,
+)
 
 
 def _devices() -> list[str]:
@@ -13,6 +18,15 @@ def _devices() -> list[str]:
         return ["cpu"]  # the tests then fail and say why
     gpu = {"hip", "cuda"} & set(ops.build_info()) and torch.cuda.is_available()
     return ["cpu", "cuda"] if gpu else ["cpu"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpu_kernels():
+    """Loads the kernels of the GPU at hand, as a layer that uses them does."""
+    if "cuda" in _devices():
+        family = device_family()
+        assert isinstance(family, DeviceFamily), family
+        load_kernels(family)
 
 
 @pytest.fixture(params=_devices(), scope="session")

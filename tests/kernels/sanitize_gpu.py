@@ -93,7 +93,7 @@ def main():
         if options.build:
             print(program)
             return 0
-    combinations = [key[1:] for key in host.COMBINATIONS if key[0] != options.amd_path]
+    combinations = [key for key in host.COMBINATIONS if key[0] != options.amd_path]
     options.logs.mkdir(parents=True, exist_ok=True)
     print(f"seed {host.SEED}, {len(combinations)} combinations")
 

@@ -68,15 +68,17 @@ class DecodeStep:
         self.w13, self.w2 = w13.args("cuda"), w2.args("cuda")
         self.activation, self.group = (name, parameters), group
 
-    def run(self):
+    def run(self, gate_up_plan=None, down_plan=None):
         (w13, s13, z13), (w2, s2, z2) = self.w13, self.w2
         h, c, name, parameters = self.h.view, self.c.view, *self.activation
         ops.fused_moe_wvSplitK_int4_gate_up(
             *(self.a, w13, s13, h, self.ids, name, 132, self.group, z13, None),
             *parameters,
+            plan=gate_up_plan,
         )
         ops.fused_moe_wvSplitK_int4_down(
-            *(h, w2, s2, c, self.ids, self.weights, 132, self.group, z2)
+            *(h, w2, s2, c, self.ids, self.weights, 132, self.group, z2),
+            plan=down_plan,
         )
 
     def poison(self):
@@ -121,6 +123,46 @@ def test_longest_reductions(tokens):
     step = DecodeStep(SEED + tokens, tokens, 32, 2, 64, 16384, count=2)
     step.run()
     step.check(f"seed {SEED + tokens}, inter 16384")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 9, 24, 64, 70])
+@pytest.mark.parametrize("draw", range(4))
+def test_tokens_that_share_experts(tokens, draw):
+    seed = SEED + 1000 * draw + tokens
+    step = DecodeStep(seed, tokens, 64, 3, 1024, 256, count=5 + 20 * draw)
+    step.run()
+    step.check(f"seed {seed}, eager")
+    eager = step.c.flat.view(torch.int16).clone()
+    assert torch.equal(replay(step), eager), f"seed {seed}: a replay writes other bits"
+
+
+@pytest.mark.skipif("cuda" not in ops.build_info() if GPU else True, reason="no CUDA")
+@pytest.mark.parametrize("tokens", [1, 5, 17, 70])
+@pytest.mark.parametrize(
+    ("gate_up", "down"),
+    [
+        ([0, 3, 0, 0], [0, 6, 2, 0]),
+        ([1, 4, 0, 0], [1, 4, 1, 0]),
+        ([2, 4, 8, 2], [2, 6, 1, 8]),
+        ([2, 2, 16, 1], [3, 8, 4, 5]),
+        ([2, 3, 1, 3], [3, 2, 1, 1]),
+    ],
+)
+def test_every_plan_gives_the_same_result(tokens, gate_up, down):
+    step = DecodeStep(SEED + tokens, tokens, 32, 4, 1024, 512, count=16)
+    step.a = step.a.contiguous()  # some kernels ask for aligned rows
+    step.run(gate_up, down)
+    step.check(f"seed {SEED + tokens}, plans {gate_up} and {down}")
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 24])
+def test_large_and_many_experts(tokens):
+    step = DecodeStep(SEED + tokens, tokens, 128, 2, 4096, 14336, count=2)
+    step.run()
+    step.check(f"seed {SEED + tokens}, 4096 x 14336")
+    step = DecodeStep(SEED + tokens, tokens, 32, 10, 256, 64, count=512)
+    step.run()
+    step.check(f"seed {SEED + tokens}, 512 experts")
 
 
 def test_runs_on_the_current_stream():

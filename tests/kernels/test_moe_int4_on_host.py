@@ -34,6 +34,7 @@ SEED = int(os.environ.get("HYBRID_W4A16_TEST_SEED", secrets.randbits(32)))
 HALF, BF16 = 0, 1  # moe_int4::DType
 TOLERANCE = {HALF: 2e-3, BF16: 8e-3}  # relative, Frobenius
 SILU, GELU, GELU_TANH = range(3)  # moe_int4::Activation
+PAIRS, EIGHTS, GROUPED, WIDE = range(4)  # moe_int4::Kernel
 NIBBLE_SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], dtype=np.uint32)
 
 
@@ -106,9 +107,13 @@ class Case:
 
 
 class Maker:
-    """Random cases of one combination of op, dtype, group size and zero points."""
+    """Random cases of one combination of op, dtype, group size and zero points.
 
-    def __init__(self, op, dtype, group, zero_points):
+    ``mma``: the program has the grouped kernels.
+    """
+
+    def __init__(self, mma, op, dtype, group, zero_points):
+        self.mma = mma
         self.op, self.dtype, self.group, self.zero_points = (
             op,
             dtype,
@@ -116,7 +121,7 @@ class Maker:
             zero_points,
         )
         names = ("gemm", "gate_up", "down").index(op), dtype, group, int(zero_points)
-        self.rng = np.random.default_rng([SEED, *names])
+        self.rng = np.random.default_rng([SEED, int(mma), *names])
         self.aligned = False  # rows of a lie on 16-byte boundaries
 
     def pick(self, *values):
@@ -194,6 +199,29 @@ class Maker:
         fields.update(num_tokens=tokens, top_k=top_k)
         return local
 
+    def plan(self, fields, size, kernel=None):
+        """Adds a launch plan or, where no kernel is named, perhaps none; see plan.h."""
+        if kernel is None:
+            kernel = self.pick(None, PAIRS, EIGHTS)
+        if kernel == PAIRS and self.mma and not self.aligned:
+            kernel = EIGHTS
+        if kernel is None:
+            return ""
+        waves = self.pick(1, 2, 3, 4)
+        if kernel not in (GROUPED, WIDE):
+            slots = row_tiles = 0
+        else:
+            few, many = (3, 8), (9, 16)  # up to 8 and more: kernels of their own
+            slots = self.pick(*(few if size % 2 or self.op == "down" else many))
+            if size <= 2:
+                slots = self.pick(1, slots)
+            row_tiles = self.pick(1, 2, 3)
+        slices = self.pick(*(s for s in (1, 2, 4) if waves % s == 0))
+        tail = (slots, row_tiles) if self.op == "gate_up" else (slices, slots)
+        plan = (kernel, waves, *tail)
+        fields["plan"] = np.array(plan, dtype=np.int64).tobytes()
+        return f", plan {plan}"
+
     def finish(self, fields, expected, written, label):
         columns = expected.shape[1]
         stride = columns + self.pick(0, 0, 1, 16)
@@ -232,7 +260,7 @@ class Maker:
         label = f"gemm block {block_size}, N {n}, K {k}, M {tokens}, top_k {top_k}"
         return self.finish(fields, expected, written, label)
 
-    def gate_up(self, tokens, n, k):
+    def gate_up(self, tokens, n, k, kernel=None):
         fields = {}
         top_k, experts = self.pick(1, 2, 3), self.pick(1, 2, 4)
         a = self.activations(fields, tokens, k, size=0.25 / math.sqrt(k))
@@ -253,10 +281,11 @@ class Maker:
                 expected[row] = act * (np.clip(up, -limit, limit) + beta)
         label = (
             f"gate_up M {tokens}, I {n}, K {k}, top_k {top_k}, E {experts}, act {kind}"
+            + self.plan(fields, tokens, kernel)
         )
         return self.finish(fields, expected, local >= 0, label)
 
-    def down(self, tokens, n, k):
+    def down(self, tokens, n, k, kernel=None):
         fields = {}
         # More than 32: a wave has a lane for each of that many pairs at a time.
         most = 40 if tokens == 1 else 8
@@ -276,6 +305,7 @@ class Maker:
             expected[token] += scale[token, slot] * product
         written = np.ones(tokens, dtype=bool)
         label = f"down M {tokens}, N {n}, K {k}, top_k {top_k}, E {experts}"
+        label += self.plan(fields, tokens, kernel)
         return self.finish(fields, expected, written, label)
 
     def cases(self):
@@ -289,6 +319,23 @@ class Maker:
                 # Some kernels for one row ask for it.
                 self.aligned = size == 1 or self.pick(True, False)
                 yield getattr(self, self.op)(size, n, k)
+        if self.op == "gemm":
+            return
+        for size, kernel in ((2, PAIRS), (7, EIGHTS)):
+            self.aligned = True
+            n = step * int(self.rng.integers(1, 48 // step + 1))
+            k = self.pick(1, 3, 5) * self.group
+            yield getattr(self, self.op)(size, n, k, kernel)
+        if not self.mma:
+            return
+        self.aligned = True
+        # Up to all tokens of a block on one expert, and a second block of tokens.
+        for size in (1, 2, 3, 5, 8, 9, 17, 24, 70):
+            n = step * int(self.rng.integers(1, 48 // step + 1))
+            k = self.pick(1, 2, 3, 5) * self.group if size > 2 else 1024 + self.group
+            yield getattr(self, self.op)(size, n, k, GROUPED)
+            if self.op == "down":
+                yield self.down(size, n, k, WIDE)
 
 
 def activate(kind, alpha, x):
@@ -350,8 +397,8 @@ COMBINATIONS = [
 ]
 
 
-def run_combination(program, op, dtype, group, zero_points, env=None):
-    cases = list(Maker(op, dtype, group, zero_points).cases())
+def run_combination(program, key, env=None, planned=True):
+    cases = [c for c in Maker(*key).cases() if planned or "plan" not in c.fields]
     calls = b"".join(record(case.fields) for case in cases)
     env = os.environ | (env or {})
     run = subprocess.run(
@@ -379,7 +426,7 @@ def outcomes(programs):
     """All combinations, run beside each other on all cores."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
-            key: pool.submit(run_combination, programs[key[0]], *key[1:])
+            key: pool.submit(run_combination, programs[key[0]], key)
             for key in COMBINATIONS
         }
         return {key: job.result() for key, job in jobs.items()}
@@ -407,10 +454,39 @@ def test_results_are_right_in_every_order(outcomes, combination):
 def test_down_takes_fewer_waves_where_there_is_less_lds(programs):
     """sm_86 and sm_89 have 99 KiB a block; half of what the longest K asks for here."""
     less = {"GPU_HOST_LDS_BYTES": "24000"}
-    outcome = run_combination(programs[True], "down", BF16, 128, False, less)
+    key = True, "down", BF16, 128, False
+    outcome = run_combination(programs[True], key, less, planned=False)
     assert outcome.returncode == 0, outcome.stderr[:4000]
     for case, reply in zip(outcome.cases, outcome.replies, strict=True):
         case.check(reply["c"])
+
+
+@pytest.mark.parametrize(
+    ("op", "mma", "plan", "message"),
+    [
+        ("gate_up", True, (2, 4, 8), "length: expected 4 integers, got 3"),
+        ("gate_up", True, (3, 4, 8, 1), "kernel (value 0): expected 0 to 2, got 3"),
+        ("gate_up", True, (2, 17, 8, 1), "waves (value 1): expected 1 to 16, got 17"),
+        ("gate_up", True, (2, 4, 17, 1), "slots (value 2): expected 1 to 16, got 17"),
+        ("gate_up", True, (0, 4, 8, 0), "slots (value 2): expected 0 to 0, got 8"),
+        ("gate_up", False, (2, 4, 8, 1), "expected 0 or 1 on a device without matrix"),
+        ("down", True, (3, 6, 4, 8), "a power of two that divides waves 6, got 4"),
+        ("down", True, (2, 4, 1, 9), "slots (value 3): expected 1 to 8, got 9"),
+        ("down", True, (3, 16, 1, 8), "bytes of shared memory that it takes"),
+        ("down", False, (3, 6, 1, 8), "expected 0 or 1 on a device without matrix"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(programs, op, mma, plan, message):
+    maker = Maker(mma, op, BF16, 128, False)
+    maker.aligned = True
+    fields = getattr(maker, op)(64, 32, 256, PAIRS).fields
+    fields["plan"] = np.array(plan, dtype=np.int64).tobytes()
+    run = subprocess.run(
+        [programs[mma]], input=record(fields), capture_output=True, check=False
+    )
+    text = run.stderr.decode(errors="replace")
+    assert run.returncode != 0 and not run.stdout
+    assert f"fused_moe_wvSplitK_int4_{op}: plan: " in text and message in text
 
 
 @pytest.mark.parametrize("mma", [False, True])
@@ -418,7 +494,9 @@ def test_every_kernel_ran(programs, outcomes, mma):
     symbols = subprocess.run(
         ["objdump", "-t", programs[mma]], capture_output=True, text=True, check=True
     ).stdout
-    kernels = set(re.findall(r"\bF gpu_kernels\s+\w+\s+(\w+)$", symbols, re.MULTILINE))
+    kernels = set(
+        re.findall(r"\bF gpu_kernels\s+\w+\s+(moe_int4_\w+)$", symbols, re.MULTILINE)
+    )
     ran = {
         kernel
         for key, outcome in outcomes.items()

@@ -27,27 +27,15 @@ TABLES = {
     file.stem: json.loads(file.read_text())
     for file in hybrid_w4a16_tuning.TABLES.glob("*.json")
 }
-ARCHS = [
-    "gfx1100",
-    "gfx1101",
-    "gfx1102",
-    "gfx1103",
-    "gfx1150",
-    "gfx1151",
-    "gfx1152",
-    "gfx1153",
-    "gfx1200",
-    "gfx1201",
-    "sm_80",
-    "sm_90",
-]
+AMD_ARCHS = json.loads((CHECKOUT / "csrc/rocm/amd_archs.json").read_text())
+ARCHS = [*AMD_ARCHS, "sm_80", "sm_90"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_architecture_that_is_built_for_has_an_entry(arch):
     entry = TABLES[table_name(arch)]
     assert entry["source"]
-    assert prefill_from(table_name(arch)) == entry["prefill_from"] > 8
+    assert prefill_from(table_name(arch), 128, 8) == entry["prefill_from"] > 8
     for row in entry["rows"]:
         for block_n, warps, stages in (row["gate_up"], row["down"]):
             for size in (row["block_m"], block_n):
@@ -121,13 +109,20 @@ def test_the_nearest_case_is_taken(other_tables):
     assert [chosen(p, 4096) for p in (0, 500, 1000, 10**6)] == [64, 64, 128, 128]
 
 
+def test_prefill_begins_at_a_number_of_tokens_or_of_rows_per_expert(other_tables):
+    other_tables("x", {"prefill_from": 65, "prefill_rows_per_expert": 16, "rows": []})
+    assert prefill_from("x", 128, 8) == 65
+    assert prefill_from("x", 8, 2) == 65
+    assert prefill_from("x", 9, 4) == 37
+
+
 def test_an_unknown_family_gets_small_tiles_and_one_warning(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     hybrid_w4a16_tuning.table.cache_clear()
     for pairs in (16, 4096):
         tiles = prefill_tiles("sm_999", pairs, 8, 1024, 1024)
         assert tiles.gate_up.block_m * tiles.gate_up.block_n <= 1024
-    assert prefill_from("sm_999") == 32
+    assert prefill_from("sm_999", 8, 2) == 32
     warnings = [r.getMessage() for r in caplog.records if "sm_999" in r.getMessage()]
     assert len(warnings) == 1 and "vllm-hybrid-w4a16 tune" in warnings[0]
 

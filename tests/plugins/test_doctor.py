@@ -93,7 +93,7 @@ def test_vllm_that_the_hooks_do_not_fit(monkeypatch, capsys):
     assert status == 1
     found = checks["hooks"]["found"]
     assert f"vLLM {vllm.__version__}" in found and bad.target in found
-    assert following.startswith("install vLLM 0.32 or 0.33")
+    assert following.startswith("install vLLM 0.30 to 0.33")
 
 
 @pytest.mark.parametrize(

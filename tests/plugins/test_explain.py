@@ -30,6 +30,7 @@ from ..support.qwen35_checkpoints import (
     TINY_TEXT,
     TINY_VISION,
     make_checkpoint,
+    tiny_tensors,
     write_sparse,
 )
 
@@ -105,6 +106,25 @@ def test_full_size_qwen35_checkpoint(tmp_path):
     assert report["token_bytes"] == pytest.approx(sum(moved.values()))
     rate = report["roofline_tokens_per_s"]
     assert rate == pytest.approx(212e9 / report["token_bytes"])
+
+
+def test_published_qwen35_checkpoint(tmp_path):
+    """Intel/Qwen3.5-35B-A3B-int4-AutoRound: int4 attention, bf16 shared experts."""
+    folder = make_checkpoint(tmp_path / "35b", int4_attention=True)
+    report = explain(str(folder), device="gfx1151")
+    megabytes = {name: count / 1e6 for name, count in parts(report).items()}
+    for name, expected in {
+        "lm_head": 1017,
+        "routed experts": 519,
+        "attention": 521 + 141,  # GDN and full attention
+        "shared experts": 252,
+        "linear attention state": 126,
+        "router": 42,
+    }.items():
+        assert megabytes[name] == pytest.approx(expected, abs=3), name
+    assert report["token_bytes"] / 1e6 == pytest.approx(2622, rel=2e-3)
+    assert report["bandwidth_gbps"] == 212
+    assert report["roofline_tokens_per_s"] == pytest.approx(81, abs=0.5)
 
 
 # vLLM's GPTQ takes no checkpoint with zero points.
@@ -204,6 +224,67 @@ def test_require_reports_declined_layers(tiny, monkeypatch):
     assert only_group(explain(str(tiny)))["reason"] == "8-bit weights, supported: 4"
 
 
+EXPERT_3 = "model.language_model.layers.1.mlp.experts.3"
+
+
+def retype(tensors, name, shape=None, dtype=None):
+    return [
+        (n, shape or s, dtype or d) if n == name else (n, s, d) for n, s, d in tensors
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda t: retype(t, f"{EXPERT_3}.up_proj.qweight", dtype="F32"),
+            r"3\.up_proj\.qweight is F32, expected I32",
+        ),
+        (
+            lambda t: retype(t, f"{EXPERT_3}.up_proj.scales", dtype="F64"),
+            r"3\.up_proj\.scales is F64, expected F16 or BF16 or F32",
+        ),
+        (
+            lambda t: retype(t, f"{EXPERT_3}.up_proj.qweight", shape=(64, 64)),
+            r"3\.up_proj\.qweight has shape \(64, 64\), expected \(32, 128\) \(GPTQ",
+        ),
+        (
+            lambda t: [x for x in t if x[0] != f"{EXPERT_3}.down_proj.qzeros"],
+            r"3\.down_proj\.qzeros is not in the checkpoint",
+        ),
+        (
+            lambda t: [*t, (f"{EXPERT_3}3.up_proj.g_idx", (128,), "I32")],
+            r"33\.up_proj\.g_idx: the config has 8 experts",
+        ),
+    ],
+    ids=["words", "dtype", "shape", "missing", "too many"],
+)
+def test_tensors_that_serving_refuses(tmp_path, change, reason, capsys):
+    tensors = change(tiny_tensors())
+    folder = make_checkpoint(tmp_path / "tiny", TINY_TEXT, TINY_VISION, tensors=tensors)
+    report = explain(str(folder), device="gfx1151")
+    assert (report["hybrid_layers"], report["refused_layers"]) == (3, 1)
+    (refused,) = (group for group in report["expert_layers"] if group["error"])
+    assert refused["index"] == [1] and re.search(reason, refused["reason"])
+    assert cli.main(["explain", str(folder), "--device=gfx1151"]) == 0
+    assert "  error: model.language_model.layers.1." in capsys.readouterr().out
+
+
+def test_group_size_of_the_config_is_compared_with_the_tensors(tiny):
+    change_config(tiny, quantization_config__group_size=32)
+    group = explain(str(tiny), device="gfx1151")["expert_layers"][0]
+    assert group["error"]
+    assert "expected (8, 128) (GPTQ, group size 32)" in group["reason"]
+
+
+@pytest.mark.parametrize(("value", "error"), [("auto", False), ("1", True)])
+def test_tensor_parallel_size_that_cuts_groups(tiny, value, error, monkeypatch):
+    monkeypatch.setenv(switch.NAME, value)
+    group = only_group(explain(str(tiny), tp_size=2, device="gfx1151"))
+    assert (group["hybrid"], group["error"]) == (False, error)
+    assert "tensor parallel size 2 cuts" in group["reason"]
+
+
 def test_tensor_parallel_shares(tiny):
     change_config(tiny, quantization_config__group_size=32)
     whole, half = explain(str(tiny)), explain(str(tiny), tp_size=2)
@@ -235,6 +316,25 @@ def test_bundled_checkpoint_reads_its_embedding_as_lm_head(capsys):
     report = explain(str(BUNDLED))
     assert parts(report)["lm_head"] == parts(report, "stored_bytes")["embedding"]
     assert report["file_bytes"] == (BUNDLED / "model.safetensors").stat().st_size
+
+
+def test_lm_head_options(capsys):
+    """By hand: 3072 x 256 weights, tied to the embedding."""
+    report = explain(str(BUNDLED), bandwidth=100)
+    weights = 3072 * 256
+    options = {option["name"]: option for option in report["heads"]}
+    assert options["16-bit"] == {
+        "name": "16-bit",
+        "token_bytes": weights * 2,
+        "memory_bytes": 0,
+    }
+    assert options["int8_g32"]["token_bytes"] == weights * (1 + 2 / 32)
+    assert options["int4_rescored"]["token_bytes"] == weights * (0.5 + 2 / 128)
+    assert options["int4_rescored"]["memory_bytes"] == weights * (0.5 + 2 / 128)
+    assert cli.main(["explain", str(BUNDLED), "--device=gfx1151"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("lm_head as"))
+    assert [line.split()[0] for line in lines[at + 1 : at + 6]] == list(options)
 
 
 def test_16_bit_experts(tiny):

@@ -8,6 +8,8 @@ import difflib
 import functools
 import inspect
 import os
+import posixpath
+import re
 
 import pytest
 
@@ -235,6 +237,17 @@ def test_the_fork_carries_the_layers_and_not_the_delivery():
         f"{layers}/fused_moe/configs/hybrid_w4a16/rdna.json",
         f"{layers}/quantization/inc_moe.py",
     } <= files.keys()
+
+
+def test_every_include_of_ours_is_in_the_fork():
+    files = fork_files.files_to_add(fork_files.project_folder())
+    sources = {path: text for path, text in files.items() if path.startswith("csrc/")}
+    assert len(sources) > 20
+    for path, text in sources.items():
+        for header in re.findall(r'^#include "([^"]+)"', text, re.M):
+            folders = (posixpath.dirname(path), "csrc/hybrid_w4a16")
+            found = [posixpath.normpath(f"{folder}/{header}") for folder in folders]
+            assert sources.keys() & set(found), f"{path} includes {header}"
 
 
 def test_a_missing_import_is_found(tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
+from vllm.platforms import current_platform
 from vllm.plugins import hybrid_w4a16
 from vllm.plugins.hybrid_w4a16 import hooks
 
@@ -133,8 +134,21 @@ def test_register_raises_on_a_missing_target_under_require(misfit, monkeypatch):
 def test_register_does_not_touch_the_hooks_when_off(misfit, monkeypatch, caplog):
     monkeypatch.setenv(switch.NAME, "0")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     hybrid_w4a16.register()
     assert caplog.text == ""
+
+
+def test_off_on_the_cpu_says_that_vllm_cannot_load_such_checkpoints(
+    monkeypatch, caplog
+):
+    monkeypatch.setenv(switch.NAME, "0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+    hybrid_w4a16.register()
+    assert f"{switch.NAME}=0: vLLM itself cannot load AutoRound, GPTQ or AWQ" in (
+        caplog.text
+    )
 
 
 def test_switch_refuses_unknown_values(monkeypatch):
@@ -197,3 +211,38 @@ def test_entry_point_in_a_fresh_process(value, expected):
         check=True,
     )
     assert result.stdout.split()[-1] == expected
+
+
+WITHOUT_VLLM = """
+import sys
+import vllm_hybrid_w4a16
+try:
+    status = vllm_hybrid_w4a16.main()
+except SystemExit as exit:
+    status = exit.code
+loaded = {"vllm", "torch"} & set(sys.modules)
+assert not loaded, loaded
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--help"], 0, "explain"),
+        (["--version"], 0, "vllm-hybrid-w4a16 "),
+        (["doctor", "--help"], 0, "--json"),
+        (["explain", "--help"], 0, "--bandwidth"),
+        (["fork", "--help"], 0, "--vllm-src"),
+        (["explain", "/no/such/folder"], 1, "neither a folder nor the name"),
+        (["explain", "{tmp}"], 1, "holds no safetensors files"),
+    ],
+)
+def test_the_command_answers_without_importing_vllm(arguments, status, text, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_VLLM, *arguments], capture_output=True, text=True
+    )
+    assert run.returncode == status, run.stderr
+    assert text in run.stdout + run.stderr

@@ -23,6 +23,7 @@ from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from tools import overlay_target
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
@@ -168,7 +169,8 @@ def make_env(tmp_path_factory):
     def make(torch: str | None = "2.13.0+cpu") -> Env:
         env = Env(tmp_path_factory.mktemp("env"))
         run(sys.executable, "-m", "venv", "--without-pip", env.root)
-        link_packages(env.site, "setuptools")
+        link_packages(env.site, "setuptools", "setuptools-scm", "vcs-versioning")
+        link_packages(env.site, "packaging")
         if torch is not None:
             write_files(env.site, torch_files(torch))
         return env
@@ -317,6 +319,49 @@ def test_wheel_holds_our_files_and_none_of_vllms(wheel):
     assert wheel.name.startswith("vllm_hybrid_w4a16-0.1.0-py3-none-linux_")
 
 
+def test_version_carries_the_commit(source, library, tmp_path):
+    """In a checkout without tags; what is built from its sdist has the same version."""
+    checkout = tmp_path / "checkout"
+    shutil.copytree(source, checkout)
+    git = ["git", "-C", checkout, "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "t"]):
+        run(*git, *command)
+    commit = run(*git, "rev-parse", "HEAD").strip()
+    setup = [sys.executable, "setup.py", "-q"]
+    env = {**library, **SKIP_CHECK}
+    run(*setup, "sdist", "-d", tmp_path, env=env, cwd=checkout)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    version = sdist.name.removeprefix("vllm_hybrid_w4a16-").removesuffix(".tar.gz")
+    release, _, local = version.partition("+g")
+    assert release == "0.1.0"
+    assert len(local) >= 7 and commit.startswith(local)
+    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert run(*setup, "--version", env=env, cwd=unpacked).split()[-1] == version
+
+
+LOAD_FILE = """
+import sys
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
+hybrid_w4a16_ops._LIBRARY = sys.argv[1]
+print(hybrid_w4a16_ops.load_error())
+"""
+
+
+@pytest.mark.parametrize("missing", [1, 4096, "all but 20"])
+def test_library_that_is_cut_short_is_told_before_it_is_loaded(
+    missing, library, tmp_path
+):
+    whole = Path(library["HYBRID_W4A16_PREBUILT"]).read_bytes()
+    size = 20 if missing == "all but 20" else len(whole) - missing
+    file = tmp_path / LIBRARY
+    file.write_bytes(whole[:size])
+    message = run(sys.executable, "-c", LOAD_FILE, file).splitlines()[-1]
+    fault = f"is cut short: {size} of {len(whole)} bytes"
+    fault = "is no ELF library" if size == 20 else fault
+    assert message == f"the op library {file} {fault}: install it again"
+
+
 def vllm_distribution() -> str:
     """Name of the distribution that this environment's vLLM belongs to."""
     names = set(packages_distributions()["vllm"]) - {"vllm-hybrid-w4a16"}
@@ -429,16 +474,19 @@ def failing_install(env: Env, source: Path) -> str:
 
 def test_message_when_vllm_is_missing(make_env, source):
     message = failing_install(make_env(), source)
-    assert "vLLM is not installed. Supported: vLLM 0.32.x and 0.33.x." in message
+    assert (
+        "vLLM is not installed. Supported: vLLM 0.30.x, 0.31.x, 0.32.x and 0.33.x."
+        in message
+    )
     assert "HYBRID_W4A16_SKIP_VLLM_CHECK=1" in message
 
 
 def test_message_when_vllm_is_unsupported(make_env, source):
     env = make_env()
-    add_vllm(env, "0.31.2")
+    add_vllm(env, "0.29.2")
     message = failing_install(env, source)
-    assert f"vLLM 0.31.2 ({env.site / 'vllm'}) is not supported." in message
-    assert "Supported: vLLM 0.32.x and 0.33.x." in message
+    assert f"vLLM 0.29.2 ({env.site / 'vllm'}) is not supported." in message
+    assert "Supported: vLLM 0.30.x, 0.31.x, 0.32.x and 0.33.x." in message
 
 
 @pytest.mark.parametrize(
@@ -465,64 +513,83 @@ def test_message_when_vllm_has_a_file_of_ours(make_env, source):
 
 @pytest.fixture
 def plan_gpu(tmp_path, monkeypatch):
-    """What setup.py decides for a torch and the compilers that are found."""
-    for name in ("CUDA_HOME", "CUDA_PATH", "ROCM_PATH", "HIP_PATH", "HYBRID_W4A16_GPU"):
+    """What setup.py decides for a torch, the compilers that are found, variables."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "HYBRID_W4A16_GPU"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HYBRID_W4A16_GPU_ARCHS", raising=False)
 
-    def plan(torch: dict[str, str], compilers: dict[str, str], has_sources=True):
+    def plan(torch: dict[str, str], nvcc: str = "", **variables: str):
+        """The plan, or the message of the error that stops the build."""
         write_files(tmp_path, torch_files(**torch))
         path = tmp_path / "bin"
-        for name, version in compilers.items():
-            write_files(
-                path, {name: f"#!/bin/sh\necho release {version}, V{version}\n"}
-            )
-            (path / name).chmod(0o755)
-        # nothing of this machine: /opt/rocm or /usr/local/cuda may be there
+        if nvcc:
+            write_files(path, {"nvcc": f"#!/bin/sh\necho release {nvcc}, V{nvcc}\n"})
+            (path / "nvcc").chmod(0o755)
+        for name, value in variables.items():
+            monkeypatch.setenv(f"HYBRID_W4A16_{name}", value)
+        # nothing of this machine: /usr/local/cuda may be there
         monkeypatch.setattr(
             overlay_target,
             "_find_tool",
             lambda name, *_: shutil.which(name, path=str(path)),
         )
         package = overlay_target.find_package("torch", "version.py", [tmp_path])
-        return overlay_target.plan_gpu(package, has_sources)
+        try:
+            return overlay_target.plan_gpu(package)
+        except overlay_target.TargetError as error:
+            return str(error)
 
     return plan
 
 
+ROCM, CUDA, CPU = {"hip": "7.1"}, {"cuda": "13.0"}, {}
+
+
 @pytest.mark.parametrize(
-    "torch, compilers, kind, hip, cuda",
+    "torch, nvcc, variables, kind, reason",
     [
-        ({}, {"nvcc": "13.0"}, "none", "is not a ROCm build", "is not a CUDA build"),
-        ({"hip": "7.1"}, {"hipcc": "7"}, "hip", "built with", "is not a CUDA build"),
-        ({"hip": "7.1"}, {"nvcc": "13.0"}, "none", "NOT BUILT: found neither", "not"),
-        ({"cuda": "13.0"}, {"nvcc": "13.1"}, "cuda", "is not a ROCm", "release 13.1"),
-        ({"cuda": "12.9"}, {"nvcc": "13.0"}, "none", "not", "needs nvcc release 12"),
-        ({"cuda": "13.0"}, {}, "none", "is not a ROCm build", "NOT BUILT: found no"),
+        (CPU, "13.0", {}, "none", "is a CPU build (HYBRID_W4A16_GPU=hip builds"),
+        (CPU, "", {"GPU": "hip"}, "hip", "HYBRID_W4A16_GPU=hip"),
+        (CPU, "", {"GPU_ARCHS": "gfx1151"}, "hip", "HYBRID_W4A16_GPU_ARCHS=gfx1151"),
+        (ROCM, "", {}, "hip", "torch 2.13.0+cpu is a ROCm build"),
+        (ROCM, "", {"GPU": "none"}, "none", "not built: HYBRID_W4A16_GPU=none"),
+        (CUDA, "13.1", {}, "cuda", "release 13.1"),
+        (CUDA, "12.9", {}, "none", "needs nvcc release 13"),
+        (CUDA, "", {}, "none", "NOT BUILT: found no nvcc"),
+        (CUDA, "", {"GPU": "hip"}, "hip", "HYBRID_W4A16_GPU=hip"),
+        (CUDA, "13.0", {"GPU_ARCHS": "sm_90"}, "cuda", "release 13.0"),
     ],
 )
-def test_gpu_plan(plan_gpu, torch, compilers, kind, hip, cuda):
-    plan = plan_gpu(torch, compilers)
+def test_gpu_plan(plan_gpu, torch, nvcc, variables, kind, reason):
+    plan = plan_gpu(torch, nvcc, **variables)
     assert plan.kind == kind
-    assert hip in plan.hip
-    assert cuda in plan.cuda
-    assert bool(plan.compiler) == (kind != "none")
+    assert reason in plan.reason
+    assert bool(plan.nvcc) == (kind == "cuda")
 
 
-def test_gpu_plan_can_be_declined(plan_gpu, monkeypatch):
-    torch, compilers = {"hip": "7.1"}, {"amdclang++": "7"}
-    assert plan_gpu(torch, compilers).compiler.endswith("amdclang++")
-    assert plan_gpu(torch, compilers, has_sources=False).kind == "none"
-    monkeypatch.setenv("HYBRID_W4A16_GPU", "none")
-    assert plan_gpu(torch, compilers).kind == "none"
+@pytest.mark.parametrize(
+    "torch, variables, message",
+    [
+        (CPU, {"GPU": "cuda"}, "linked with a CUDA build of torch"),
+        (CUDA, {"GPU": "cuda"}, "NOT BUILT: found no nvcc"),
+        (CUDA, {"GPU_ARCHS": "sm_90"}, "HYBRID_W4A16_GPU_ARCHS=sm_90 asks for CUDA"),
+        (CPU, {"GPU": "rocm"}, "expected none, hip or cuda"),
+        (CPU, {"GPU": "hip", "GPU_ARCHS": "sm_90"}, "expected architectures of hip"),
+        (CPU, {"GPU_ARCHS": "gfx1151 sm_90"}, "expected architectures of one kind"),
+    ],
+)
+def test_gpu_plan_refuses_what_cannot_be_built(plan_gpu, torch, variables, message):
+    assert message in plan_gpu(torch, **variables)
 
 
 @pytest.mark.slow
 def test_build_isolation(make_env, source, library, tmp_path):
     """Plain ``pip install .`` finds vLLM and torch of the environment it is for."""
     wheelhouse = tmp_path / "wheelhouse"
-    requires = ["setuptools>=77.0.3", "cmake>=3.25", "ninja"]
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    requires = project["build-system"]["requires"]
     pip = [sys.executable, "-m", "pip"]
-    download = attempt(*pip, "download", "--no-deps", "-d", wheelhouse, *requires)
+    download = attempt(*pip, "download", "-d", wheelhouse, *requires)
     if download.returncode != 0:
         reason = download.stdout.strip().splitlines()[-1]
         pytest.skip(f"pip cannot download the build requirements: {reason}")

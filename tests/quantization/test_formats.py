@@ -10,6 +10,8 @@ import dataclasses
 import pytest
 import torch
 
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning
 from vllm.model_executor.layers.quantization import hybrid_w4a16_method as base
 from vllm.model_executor.layers.quantization.hybrid_w4a16_awq import (
@@ -202,6 +204,37 @@ def test_weights_are_reloaded_into_the_same_tensors(
     assert config.w1_scale is getattr(layer, f"w13_{packing.scales}")
     assert config.w2_scale is getattr(layer, f"w2_{packing.scales}")
     assert config.w1_zp is getattr(layer, f"w13_{packing.zeros}", None)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="an opaque op hides the layer on GPUs")
+@every_format
+def test_compiled_code_sees_reloaded_weights(format, symmetric):
+    """As vLLM compiles: without guards, so that what was traced stays."""
+    layer = empty_layer(format, symmetric)
+    model = torch.nn.ModuleDict({"experts": layer})
+    record_metadata_for_reloading(model)
+    Checkpoint(Shape(), symmetric, format=format).load_into(layer)
+    x, weights, ids = inputs(3, Shape(), torch.bfloat16)
+    torch.compiler.reset()  # without guards code for the previous case would do
+    skip_guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+
+    @torch.compile(backend="eager", fullgraph=True, options=skip_guards)
+    def compiled(x, weights, ids):
+        return layer.quant_method.apply(layer, x, weights, ids, None, None)
+
+    with set_forward_context(None, VllmConfig()):
+        compiled(x, weights, ids)
+    checkpoint = Checkpoint(Shape(), symmetric, seed=1, format=format)
+    initialize_layerwise_reload(model)
+    list(layer.load_weights(checkpoint.tensors()))
+    finalize_layerwise_reload(model, None)
+    with set_forward_context(None, VllmConfig()):
+        y = compiled(x, weights, ids)
+    assert relative_error(y, checkpoint.forward(x, weights, ids)) < 8e-3
+    # nothing but the layer's own tensors is kept
+    packing = layer.quant_method.packing
+    scales = getattr(layer, f"w13_{packing.scales}")
+    assert layer.quant_method.moe_quant_config.w1_scale is scales
 
 
 @every_format

@@ -8,8 +8,9 @@ header, then a hole.
 """
 
 import json
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 GROUP_SIZE = 128
 BLOCKS = "model.language_model.layers"
 _SHARD_BYTES = 5 * 10**9
-_ITEM_BYTES = {"I32": 4, "F16": 2, "BF16": 2, "F32": 4}
+_ITEM_BYTES = {"I32": 4, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_ATTENTION = ".*(linear_attn|self_attn).*"
 
 Tensor = tuple[str, tuple[int, ...], str]
 """Name, shape, dtype as safetensors writes it."""
@@ -55,17 +57,32 @@ def make_checkpoint(
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
     shard_bytes: int = _SHARD_BYTES,
+    int4_attention: bool = False,
+    tensors: Iterable[Tensor] | None = None,
 ) -> Path:
     """Write config.json, sparse safetensors files and their index; returns ``folder``.
 
     text, vision: what differs from transformers' defaults, which are the sizes of
-    Qwen3.5-35B-A3B.
+    Qwen3.5-35B-A3B. int4_attention: the attention and GDN projections are int4 too, as
+    in the published checkpoint. tensors: instead of the model's own.
     """
     model_config = Qwen3_5MoeConfig(text_config=text or {}, vision_config=vision or {})
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(_config_json(model_config)))
-    _write_shards(folder, list(_tensors(model_config)), shard_bytes)
+    config = _config_json(model_config)
+    if tensors is None:
+        tensors = _tensors(model_config)
+    if int4_attention:
+        del config["quantization_config"]["extra_config"][_ATTENTION]
+        tensors = _with_int4_attention(tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    _write_shards(folder, list(tensors), shard_bytes)
     return folder
+
+
+def tiny_tensors() -> list[Tensor]:
+    """Those of the checkpoint of ``TINY_TEXT`` and ``TINY_VISION``."""
+    config = Qwen3_5MoeConfig(text_config=TINY_TEXT, vision_config=TINY_VISION)
+    return list(_tensors(config))
 
 
 def _config_json(model_config: Qwen3_5MoeConfig) -> dict[str, Any]:
@@ -86,7 +103,7 @@ def _config_json(model_config: Qwen3_5MoeConfig) -> dict[str, Any]:
             for layer in range(depth)
             for name in unquantized
         }
-        | {".*(linear_attn|self_attn).*": {"bits": 16, "data_type": "float"}},
+        | {_ATTENTION: {"bits": 16, "data_type": "float"}},
         "group_size": GROUP_SIZE,
         "packing_format": "auto_round:auto_gptq",
         "quant_method": "auto-round",
@@ -114,16 +131,29 @@ def _tensors(model_config: Qwen3_5MoeConfig) -> Iterator[Tensor]:
     yield from _draft_layer(text.hidden_size, text.moe_intermediate_size, text)
 
 
+def _with_int4_attention(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    linear = re.compile(r"\.(in_proj_\w+|out_proj|[qkvo]_proj)\.weight$")
+    for name, shape, dtype in tensors:
+        if BLOCKS in name and linear.search(name):
+            yield from _int4_linear(name.removesuffix(".weight"), *shape)
+        else:
+            yield name, shape, dtype
+
+
+def _int4_linear(prefix: str, n: int, k: int) -> Iterator[Tensor]:
+    groups = k // GROUP_SIZE
+    yield f"{prefix}.qweight", (k // 8, n), "I32"
+    yield f"{prefix}.qzeros", (groups, n // 8), "I32"
+    yield f"{prefix}.scales", (groups, n), "F16"
+
+
 def _int4_expert(prefix: str, hidden: int, intermediate: int) -> Iterator[Tensor]:
     for linear, n, k in (
         ("gate_proj", intermediate, hidden),
         ("up_proj", intermediate, hidden),
         ("down_proj", hidden, intermediate),
     ):
-        groups = k // GROUP_SIZE
-        yield f"{prefix}.{linear}.qweight", (k // 8, n), "I32"
-        yield f"{prefix}.{linear}.qzeros", (groups, n // 8), "I32"
-        yield f"{prefix}.{linear}.scales", (groups, n), "F16"
+        yield from _int4_linear(f"{prefix}.{linear}", n, k)
 
 
 def _draft_layer(hidden: int, intermediate: int, text: Any) -> Iterator[Tensor]:

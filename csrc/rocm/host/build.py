@@ -2,9 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Builds the GPU kernels as a sanitized host program and prints its path.
 
-``python csrc/rocm/host/build.py [--mma] [--cache DIR] [SOURCE ...]``
+``python csrc/rocm/host/build.py [--mma] [--cache DIR] [--objects] [--flag=F ...]
+[SOURCE ...]``
 
 --mma: kernels use matrix instructions, as on NVIDIA; else they do not, as on gfx11.
+--flag: one more flag of the compiler. --objects: print the objects' paths, do not link.
 Without SOURCE: the kernel sources of csrc/rocm and runner.cpp. With SOURCE: only those.
 scheduler.cpp is always in. Objects and programs are cached by the hash of the compiler,
 its flags and the preprocessed source, so a second call costs a second.
@@ -20,6 +22,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 HOST_DIR = Path(__file__).resolve().parent
@@ -37,13 +40,14 @@ SANITIZE = [
     "-fno-sanitize-recover=all",
     "-ftrivial-auto-var-init=pattern",
 ]
-FLAGS = f"-std=c++17 -g1 -I{CSRC_DIR} -I{ROCM_DIR} -I{HOST_DIR} -Wall -Wextra".split()
+INCLUDES = f"-I{CSRC_DIR} -I{ROCM_DIR} -I{HOST_DIR}"
+FLAGS = f"-std=c++17 -g1 -fPIC {INCLUDES} -Wall -Wextra".split()
 SCHEDULER = HOST_DIR / "scheduler.cpp"
 
 
 def kernel_sources() -> list[Path]:
     """The translation units of csrc/rocm that need no torch: kernels and launchers."""
-    return [*sorted(ROCM_DIR.glob("*.hip")), ROCM_DIR / "launch.cpp"]
+    return [*sorted(ROCM_DIR.glob("*.hip")), *sorted(ROCM_DIR.glob("launch*.cpp"))]
 
 
 def _run(command: list[str]) -> bytes:
@@ -58,9 +62,11 @@ def _key(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
 
-def _compile(compiler: str, source: Path, mma: bool, cache: Path) -> Path:
+def _compile(
+    compiler: str, source: Path, mma: bool, cache: Path, flags: Sequence[str]
+) -> Path:
     command = [compiler, *FLAGS, *(["-O2"] if source == SCHEDULER else SANITIZE)]
-    command += [f"-DGPU_HOST_MMA={int(mma)}", "-x", "c++"]
+    command += [f"-DGPU_HOST_MMA={int(mma)}", *flags, "-x", "c++"]
     preprocessed = _run([*command, "-E", str(source)])
     identity = _run([compiler, "--version"]) + " ".join(command).encode()
     out = cache / f"{source.stem}-{_key(identity, preprocessed)}.o"
@@ -71,8 +77,10 @@ def _compile(compiler: str, source: Path, mma: bool, cache: Path) -> Path:
     return out
 
 
-def build(sources: list[Path], mma: bool, cache: Path) -> Path:
-    """Compiles and links `sources` with scheduler.cpp; returns the program's path.
+def compile_objects(
+    sources: Sequence[Path], mma: bool, cache: Path, flags: Sequence[str] = ()
+) -> tuple[str, list[Path]]:
+    """Compiles `sources`; returns the compiler and the objects' paths, in order.
 
     `mma`: whether gpu::kHasMma holds. Exits with status 2 as documented above.
     """
@@ -87,10 +95,17 @@ def build(sources: list[Path], mma: bool, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
-            pool.submit(_compile, compiler, source, mma, cache)
-            for source in [*sources, SCHEDULER]
+            pool.submit(_compile, compiler, source.resolve(), mma, cache, flags)
+            for source in sources
         ]
-        objects = [job.result() for job in jobs]
+        return compiler, [job.result() for job in jobs]
+
+
+def build(
+    sources: Sequence[Path], mma: bool, cache: Path, flags: Sequence[str] = ()
+) -> Path:
+    """Compiles and links `sources` with scheduler.cpp; returns the program's path."""
+    compiler, objects = compile_objects([*sources, SCHEDULER], mma, cache, flags)
     key = _key(compiler.encode(), *(o.name.encode() for o in objects))
     program = cache / f"{sources[-1].stem}-{key}"
     if not program.exists():
@@ -111,6 +126,12 @@ if __name__ == "__main__":
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE")
     parser.add_argument("--mma", action="store_true")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("--flag", action="append", default=[], metavar="F")
+    parser.add_argument("--objects", action="store_true")
     options = parser.parse_args()
-    default = [*kernel_sources(), HOST_DIR / "runner.cpp"]
-    print(build(options.sources or default, options.mma, options.cache.resolve()))
+    sources = options.sources or [*kernel_sources(), HOST_DIR / "runner.cpp"]
+    arguments = sources, options.mma, options.cache.resolve(), options.flag
+    if options.objects:
+        print(*compile_objects(*arguments)[1], sep="\n")
+    else:
+        print(build(*arguments))

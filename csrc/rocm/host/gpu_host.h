@@ -19,6 +19,7 @@
 #error "define GPU_HOST_MMA as 0 or 1: whether kernels use matrix instructions in this build"
 #endif
 
+#define GPU_HAS_MMA GPU_HOST_MMA
 #define GPU_DEVICE inline
 // A section of their own, so that tests find all kernels of a program.
 #define GPU_KERNEL(max_threads) __attribute__((section("gpu_kernels")))
@@ -54,6 +55,10 @@ inline U32x4 load_weights(const void* p) { return load_16(p); }
 using LdsAddress = char*;
 inline LdsAddress lds_address(void* p) { return static_cast<char*>(p); }
 inline U32x4 lds_load_16(LdsAddress p) { return load_16(p); }
+inline uint32_t lds_load_4(LdsAddress p) {
+  if (reinterpret_cast<uintptr_t>(p) % 4 != 0) gpu_host::fail("misaligned 4-byte load");
+  return *reinterpret_cast<const uint32_t*>(p);
+}
 inline void copy_16_async(LdsAddress lds, const void* p, bool real) {
   if (reinterpret_cast<uintptr_t>(lds) % 16 != 0) gpu_host::fail("misaligned 16-byte copy");
   const U32x4 value = real ? load_16(p) : U32x4{{0, 0, 0, 0}};
@@ -92,6 +97,7 @@ inline float half_to_float(uint16_t bits) { return static_cast<float>(bit_cast<_
 inline uint16_t float_to_half(float x) { return bit_cast<uint16_t>(static_cast<_Float16>(x)); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
+inline float sqrt_of(float x) { return std::sqrt(x); }
 
 inline float to_float(Half, uint32_t bits) { return half_to_float(static_cast<uint16_t>(bits)); }
 inline float to_float(BFloat16, uint32_t bits) { return bit_cast<float>(bits << 16); }
@@ -103,7 +109,29 @@ float dot2(DT dtype, uint32_t a, uint32_t b, float c) {
 }
 
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+template <int B0, int B1, int B2, int B3>
+uint32_t pick_bytes(uint32_t low, uint32_t high) {
+  const uint64_t all = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t picked = 0;
+  constexpr int kBytes[] = {B0, B1, B2, B3};
+  for (int i = 0; i < 4; ++i)
+    picked |= static_cast<uint32_t>(all >> (8 * kBytes[i]) & 0xff) << (8 * i);
+  return picked;
+}
 inline int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
+inline uint16_t from_float(Half, float x) { return float_to_half(x); }
+inline uint16_t from_float(BFloat16, float x) {  // to nearest, ties to even; no NaN comes here
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+template <typename DT>
+uint32_t add2(DT dtype, uint32_t a, uint32_t b) {
+  const float low = to_float(dtype, a & 0xffff) + to_float(dtype, b & 0xffff);
+  const float high = to_float(dtype, a >> 16) + to_float(dtype, b >> 16);
+  return from_float(dtype, low) | static_cast<uint32_t>(from_float(dtype, high)) << 16;
+}
 
 // Reads the byte, so that AddressSanitizer sees a hint that points nowhere.
 inline void prefetch_l2(const void* p) { (void)*static_cast<const volatile char*>(p); }
@@ -114,6 +142,12 @@ inline uint32_t wave_ballot(bool p) {
   const gpu_host::Registers* all = gpu_host::wave_gather({{p}}, "wave_ballot");
   uint32_t bits = 0;
   for (int i = 0; i < kWaveSize; ++i) bits |= all[i].v[0] << i;
+  return bits;
+}
+inline uint32_t lanes_equal(int v) {
+  const auto* all = gpu_host::wave_gather({{bit_cast<uint32_t>(v)}}, "lanes_equal");
+  uint32_t bits = 0;
+  for (int i = 0; i < kWaveSize; ++i) bits |= uint32_t{all[i].v[0] == bit_cast<uint32_t>(v)} << i;
   return bits;
 }
 template <int Mask, typename T>
@@ -173,6 +207,7 @@ void launch(void (*kernel)(P...), const LaunchShape& shape, Stream, A... args) {
 inline std::string current_arch() { return "host"; }
 inline int max_lds_bytes() { return gpu_host::max_lds_bytes(); }
 
+inline void prepare_device(int, const std::string&) {}
 inline void* allocate(size_t size) { return std::malloc(size); }
 inline void release(void* p) { std::free(p); }
 inline void copy_in(void* to, const void* from, size_t size) { std::memcpy(to, from, size); }

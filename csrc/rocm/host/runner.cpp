@@ -8,11 +8,13 @@
 // tensor that is absent is a null pointer; "NAME.offset" moves it that many bytes off a 16-byte
 // boundary. The call runs once per order of lanes and waves (gpu::kOrders); the outputs must agree
 // bit for bit. The reply has "c" and "kernels" (the launched kernels' names, one a line, where
-// known).
+// known). The op "prepare" makes "device" ready, which is an "arch", and current; its reply is
+// empty.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <memory>
 #include <string>
@@ -129,6 +131,7 @@ class Call {
     w.n = i32("n");
     w.k = i32("k");
     w.group_size = i32("group_size");
+    if (fields_.count("bits") != 0) w.bits = i32("bits");
     return w;
   }
 
@@ -155,6 +158,17 @@ class Call {
     args.cu_count = i32("cu_count");
   }
 
+  // "plan" is int64 values, absent: none.
+  Plan plan() const {
+    Plan out{};
+    const auto found = fields_.find("plan");
+    if (found == fields_.end()) return out;
+    if (found->second.size() > sizeof(out.values)) die("field plan is too long");
+    std::memcpy(out.values, found->second.data(), found->second.size());
+    out.size = static_cast<int32_t>(found->second.size() / sizeof(int64_t));
+    return out;
+  }
+
   void run() {
     const std::string& op = text("op");
     if (op == "gemm") {
@@ -175,6 +189,7 @@ class Call {
       args.alpha = static_cast<float>(scalar<double>("alpha"));
       args.beta = static_cast<float>(scalar<double>("beta"));
       args.limit = static_cast<float>(scalar<double>("limit"));
+      args.plan = plan();
       launch_gate_up(args, nullptr);
     } else if (op == "down") {
       DownArgs args{};
@@ -182,7 +197,31 @@ class Call {
       args.routing = routing();
       args.topk_weights = tensor<float>("topk_weights");
       args.tw_stride_m = i64("tw_stride_m");
+      args.plan = plan();
       launch_down(args, nullptr);
+    } else if (op == "dense") {
+      DenseArgs args{};
+      common(args);
+      args.m = i32("m");
+      launch_dense(args, nullptr);
+    } else if (op == "rescore") {
+      RescoreArgs args{};
+      args.dtype = static_cast<DType>(i64("dtype"));
+      args.a = tensor<void>("a");
+      args.a_stride_m = i64("a_stride_m");
+      args.m = i32("m");
+      args.w = tensor<void>("w");
+      args.w_stride_n = i64("w_stride_n");
+      args.errors = tensor<float>("errors");
+      args.n = i32("n");
+      args.k = i32("k");
+      args.c = tensor<void>("c");
+      args.c_stride_m = i64("c_stride_m");
+      args.partials = tensor<float>("partials");
+      args.p_stride_m = i64("p_stride_m");
+      args.window = static_cast<float>(scalar<double>("window"));
+      args.bound = static_cast<float>(scalar<double>("bound"));
+      launch_rescore(args, nullptr);
     } else {
       die("unknown op " + op);
     }
@@ -202,11 +241,15 @@ void write_field(const std::string& name, const std::string& bytes) {
   std::fwrite(bytes.data(), 1, size, stdout);
 }
 
-}  // namespace
-
-int main() {
+void run_calls() {
   Call call;
   while (call.read()) {
+    if (call.text("op") == "prepare") {
+      gpu::prepare_device(call.i32("device"), call.text("arch"));
+      const uint32_t none = 0;
+      std::fwrite(&none, sizeof(none), 1, stdout);
+      continue;
+    }
     std::string result;
     for (int order = 0; order < gpu::kOrders; ++order) {
       gpu::set_order(order);
@@ -223,6 +266,16 @@ int main() {
     write_field("c", result);
     write_field("kernels", gpu::take_launched());
     std::fflush(stdout);
+  }
+}
+
+}  // namespace
+
+int main() {
+  try {
+    run_calls();
+  } catch (const std::exception& error) {
+    die(error.what());
   }
   return 0;
 }

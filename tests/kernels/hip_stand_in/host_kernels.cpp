@@ -4,11 +4,10 @@
 
 #include <cstring>
 #include <map>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
-#include "entry_points.h"
+#include "gpu_compat.cuh"
 
 namespace stand_in {
 namespace {
@@ -36,23 +35,17 @@ HostKernel describe(void (*kernel)(P...), std::index_sequence<I...>) {
   return host;
 }
 
-template <typename... P>
-HostKernel describe(void (*kernel)(P...)) {
-  return describe(kernel, std::index_sequence_for<P...>{});
-}
-
-#define STAND_IN_ROW(OP, NAME, DT, G, ZNAME, ZP, T) \
-  STAND_IN_PAIR(MOE_INT4_NAME(OP, NAME, G, ZNAME, T))
-#define STAND_IN_PAIR(name) STAND_IN_PAIR_OF(name)
-#define STAND_IN_PAIR_OF(name) {#name, describe(name)},
-
-const std::map<std::string, HostKernel>& table() {
-  static const std::map<std::string, HostKernel> kernels = {
-      MOE_INT4_FOR_ALL(STAND_IN_ROW, gate_up)  //
-      MOE_INT4_FOR_ALL(STAND_IN_ROW, down)     //
-      MOE_INT4_FOR_ALL(STAND_IN_ROW, gemm)};
+std::map<std::string, HostKernel>& table() {
+  static std::map<std::string, HostKernel> kernels;
   return kernels;
 }
+
+struct Row {
+  template <typename... P>
+  Row(const char* name, void (*kernel)(P...)) {
+    table()[name] = describe(kernel, std::index_sequence_for<P...>{});
+  }
+};
 
 }  // namespace
 
@@ -65,9 +58,20 @@ void run_host_kernel(const std::string& name, const HostKernel& kernel, const un
                      unsigned threads, size_t lds_bytes, const char* segment) {
   static int launches = 0;
   gpu::set_order(launches++ % gpu::kOrders);
-  gpu_host::launch(
-      name, {static_cast<int>(grid[0]), static_cast<int>(grid[1]), static_cast<int>(grid[2])},
-      static_cast<int>(threads), lds_bytes, [&] { kernel.lane(segment); });
+  const gpu_host::Dim3 blocks{static_cast<int>(grid[0]), static_cast<int>(grid[1]),
+                              static_cast<int>(grid[2])};
+  gpu_host::launch(name, blocks, static_cast<int>(threads), lds_bytes,
+                   [&] { kernel.lane(segment); });
 }
 
 }  // namespace stand_in
+
+// Every entry point that the launchers know is a row of the table.
+#undef GPU_DECLARE_ENTRY
+#define GPU_DECLARE_ENTRY(max_threads, name, ...) \
+  extern "C" void name(__VA_ARGS__);              \
+  static const stand_in::Row row_of_##name(#name, name);
+#include "entry_points.h"
+#if __has_include("entry_points_dense.h")
+#include "entry_points_dense.h"
+#endif

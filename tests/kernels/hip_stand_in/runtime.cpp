@@ -7,12 +7,14 @@
 // here too; what HIP would not notice ends the process with a message. Environment:
 //   HIP_STAND_IN_DEVICES    architectures of the devices, default "gfx1151"
 //   HIP_STAND_IN_FAIL_LOAD  this many module loads succeed, the next one is out of memory
+//   HIP_STAND_IN_LOG        file that the names of started kernels are appended to
 //   HIP_STAND_IN_CAPTURING  set: every stream is being captured into a graph
 // Built with STAND_IN_OLD it has no hipStreamIsCapturing.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <sstream>
@@ -223,6 +225,9 @@ HIP_API int hipModuleLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y
   if (host == nullptr) fault(name + ": not in the host build");
   check_layout(kernel, *host);
   const std::vector<char> segment = argument_segment(kernel, args);
+  if (const char* const log = std::getenv("HIP_STAND_IN_LOG")) {
+    std::ofstream(log, std::ios::app) << name << "\n";
+  }
   stand_in::run_host_kernel(name, *host, grid, static_cast<unsigned>(threads),
                             lds_bytes + kernel.lds_bytes, segment.data());
   return kSuccess;

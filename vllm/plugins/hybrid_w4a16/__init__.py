@@ -10,6 +10,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
+from vllm.model_executor.layers.quantization import hybrid_w4a16_head_schemes
+from vllm.platforms import current_platform
 from vllm.plugins.hybrid_w4a16 import hooks
 
 logger = init_logger(__name__)
@@ -24,7 +26,14 @@ def register() -> None:
     """
     switch.register()
     if switch.value() == "0":
+        if current_platform.is_cpu():
+            logger.warning(
+                "%s=0: vLLM itself cannot load AutoRound, GPTQ or AWQ checkpoints with "
+                "int4 MoE layers on the CPU",
+                switch.NAME,
+            )
         return
+    hybrid_w4a16_head_schemes.register()
     try:
         hooks.apply_hooks()
     except hooks.HookError as error:

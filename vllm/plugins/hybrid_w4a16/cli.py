@@ -3,11 +3,14 @@
 """The command ``vllm-hybrid-w4a16``.
 
 A subcommand is a module of this package with ``add_arguments(parser)`` and
-``run(args) -> int``, the exit status. Only the one that is called gets imported.
+``run(args) -> int``, the exit status. Only the one that is called gets imported. vLLM
+and torch, which take seconds, are imported by ``run`` alone and only when needed:
+``--help``, a bad path or a broken file is answered at once.
 """
 
 import argparse
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vllm-hybrid-w4a16", description="int4 MoE on the hybrid path, for vLLM."
     )
+    parser.add_argument("--version", action="version", version=version())
     subparsers = parser.add_subparsers(dest="command", required=True)
     # the parsers of the others stay empty, so that nothing of them is imported
     called = next((word for word in arguments if not word.startswith("-")), None)
@@ -39,6 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subparser.set_defaults(run=command.run)
     args = parser.parse_args(arguments)
     return args.run(args)
+
+
+def version() -> str:
+    """Version and commit of the installed package."""
+    try:
+        return f"vllm-hybrid-w4a16 {importlib.metadata.version('vllm-hybrid-w4a16')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "vllm-hybrid-w4a16, part of this vLLM source tree"
 
 
 if __name__ == "__main__":

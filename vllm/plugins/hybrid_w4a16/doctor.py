@@ -16,15 +16,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-import vllm
-from vllm.logger import suppress_logging
-from vllm.model_executor.layers.fused_moe.oracle import (
-    hybrid_w4a16_switch as switch,
-)
-from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import hooks, machine
+from . import machine
 
 DISTRIBUTION = "vllm-hybrid-w4a16"
 PLUGIN = "hybrid_w4a16"
@@ -52,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit status."""
+    from vllm.logger import suppress_logging
+    from vllm.model_executor.layers.fused_moe.oracle import (
+        hybrid_w4a16_switch as switch,
+    )
+
     switch.register()
     with suppress_logging(logging.CRITICAL):  # the table says it all
         checks = diagnose()
@@ -72,6 +69,8 @@ def diagnose() -> list[Check]:
 
 
 def _versions() -> Check:
+    import torch
+
     found = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
     found += [f"hip {torch.version.hip}"] if torch.version.hip else []
     found += [f"cuda {torch.version.cuda}"] if torch.version.cuda else []
@@ -82,6 +81,8 @@ def _versions() -> Check:
 
 
 def _platform() -> Check:
+    from vllm.platforms import current_platform
+
     name = type(current_platform).__name__
     if name == "UnspecifiedPlatform":
         return Check(
@@ -96,6 +97,10 @@ def _platform() -> Check:
 
 
 def _architecture() -> Check:
+    import torch
+
+    from vllm.platforms import current_platform
+
     if current_platform.is_cpu():
         capability = torch.backends.cpu.get_cpu_capability()
         return Check("architecture", True, f"{platform.machine()}, {capability}")
@@ -115,6 +120,9 @@ def _architecture() -> Check:
 
 
 def _vllm_fits() -> Check:
+    import vllm
+    from vllm.plugins.hybrid_w4a16 import hooks
+
     misfits = []
     for hook in hooks.HOOKS:
         try:
@@ -126,7 +134,7 @@ def _vllm_fits() -> Check:
             "hooks",
             False,
             f"vLLM {vllm.__version__}: {'; '.join(misfits)}",
-            "install vLLM 0.32 or 0.33, or a release of this package for the vLLM here",
+            "install vLLM 0.30 to 0.33, or a release of this package for the vLLM here",
         )
     found = f"{len(hooks.HOOKS)} fit vLLM {vllm.__version__}"
     numbers = vllm.__version__.split(".")[:2]
@@ -166,6 +174,8 @@ def _device() -> Check:
 
 
 def _device_fix() -> str:
+    from vllm.platforms import current_platform
+
     if current_platform.is_rocm() or current_platform.is_cuda():
         return (
             "build the op library for this GPU, with hipcc or nvcc on PATH: "
@@ -193,6 +203,9 @@ def _plugin() -> Check:
 
 def _switch() -> Check:
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+    from vllm.model_executor.layers.fused_moe.oracle import (
+        hybrid_w4a16_switch as switch,
+    )
 
     try:
         value = switch.value()
@@ -215,6 +228,10 @@ def _switch() -> Check:
 
 def _memory() -> Check:
     """On AMD: how much vLLM can take, which an APU does not say by itself."""
+    import torch
+
+    from vllm.platforms import current_platform
+
     if current_platform.is_cpu():
         available = machine.gib(machine.meminfo("MemAvailable"))
         return Check("memory", True, f"{available} of the system's are free")
@@ -264,6 +281,8 @@ def _override() -> Check:
 
 
 def _threads() -> Check:
+    from vllm.platforms import current_platform
+
     if not current_platform.is_cpu():
         return Check("threads", True, "a GPU computes")
     threads, why = machine.cpu_threads()

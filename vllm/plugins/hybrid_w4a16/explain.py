@@ -3,7 +3,8 @@
 """``vllm-hybrid-w4a16 explain``: what to expect of a checkpoint, before serving it.
 
 Reads config.json and the safetensors headers, no weights. Exit status: 0; 1 when the
-checkpoint cannot be read; 2 for a bad argument.
+checkpoint cannot be read; 2 for a bad argument. Layers that serving refuses are marked
+"error", which does not change the status.
 """
 
 import argparse
@@ -11,19 +12,12 @@ import dataclasses
 import json
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.logger import suppress_logging
-from vllm.model_executor.layers.fused_moe.oracle import (
-    hybrid_w4a16_switch as switch,
-)
-from vllm.plugins.hybrid_w4a16 import explain_bytes, explain_layers
-from vllm.plugins.hybrid_w4a16.explain_checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    read_checkpoint,
-)
-from vllm.plugins.hybrid_w4a16.explain_layers import ExpertsLayer
+from .explain_checkpoint import Checkpoint, read_checkpoint
+
+if TYPE_CHECKING:
+    from .explain_layers import ExpertsLayer
 
 # GB/s that large copies reach, with what is known of it. Other devices differ too much
 # among themselves: there --bandwidth has to say it.
@@ -59,20 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit status."""
-    switch.register()
     try:
-        switch.value()
-    except ValueError as error:
+        checkpoint = read_checkpoint(args.checkpoint)
+        # after the files: vLLM takes seconds to import
+        from vllm.logger import suppress_logging
+
+        with suppress_logging(logging.CRITICAL):  # the table says it all
+            report = _report(
+                checkpoint, args.tp, args.bandwidth, args.device, args.context
+            )
+    except ValueError as error:  # CheckpointError, and the switch's
         print(f"error: {error}", file=sys.stderr)
         return 1
-    with suppress_logging(logging.CRITICAL):  # the table says it all
-        try:
-            report = explain(
-                args.checkpoint, args.tp, args.bandwidth, args.device, args.context
-            )
-        except CheckpointError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
     print(json.dumps(report, indent=1) if args.json else as_text(report))
     return 0
 
@@ -93,12 +85,27 @@ def explain(
         device: one of ``--device``'s choices, ``None``: the machine at hand.
         context: tokens in the KV cache.
 
-    Raises ``CheckpointError``.
+    Raises ``CheckpointError``, and ``ValueError`` for a wrong switch.
     """
+    return _report(read_checkpoint(name), tp_size, bandwidth, device, context)
+
+
+def _report(
+    checkpoint: Checkpoint,
+    tp_size: int,
+    bandwidth: float | None,
+    device: str | None,
+    context: int,
+) -> dict[str, Any]:
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+    from vllm.model_executor.layers.fused_moe.oracle import (
+        hybrid_w4a16_switch as switch,
+    )
+
+    from . import explain_bytes, explain_layers
 
     switch.register()
-    checkpoint = read_checkpoint(name)
+    value = switch.value()
     family = devices.PLANNED[device] if device else devices.device_family()
     layers = explain_layers.expert_layers(checkpoint, tp_size, family)
     parts = explain_bytes.parts(checkpoint, layers, tp_size, context)
@@ -108,7 +115,7 @@ def explain(
     if bandwidth is None:
         bandwidth, source = BANDWIDTH.get(known.name if known else "", (None, None))
     return {
-        "checkpoint": name,
+        "checkpoint": checkpoint.name,
         "model_type": checkpoint.value("model_type", default="unknown"),
         "file_bytes": checkpoint.file_bytes,
         "device": {
@@ -118,14 +125,19 @@ def explain(
             "prefill": known.prefill if known else None,
             "unsupported": None if known else family,
         },
-        "switch": switch.value(),
+        "switch": f"{switch.NAME}={value}",
         "tp": tp_size,
         "context": context,
         "format": _format(checkpoint),
         "expert_layers": _groups(layers),
         "hybrid_layers": sum(layer.hybrid for layer in layers),
-        "declined_layers": sum(not layer.hybrid for layer in layers),
+        "declined_layers": sum(not (layer.hybrid or layer.error) for layer in layers),
+        "refused_layers": sum(layer.error for layer in layers),
         "parts": [dataclasses.asdict(part) for part in parts],
+        "heads": [
+            dataclasses.asdict(option)
+            for option in explain_bytes.head_options(checkpoint, parts)
+        ],
         "token_bytes": total,
         "bandwidth_gbps": bandwidth,
         "bandwidth_source": source if bandwidth else None,
@@ -142,7 +154,7 @@ def _format(checkpoint: Checkpoint) -> str:
     return f"{method}, {packing}" if packing else method
 
 
-def _groups(layers: list[ExpertsLayer]) -> list[dict[str, Any]]:
+def _groups(layers: list["ExpertsLayer"]) -> list[dict[str, Any]]:
     """Layers that differ in nothing but their index, taken together."""
     groups: dict[tuple[Any, ...], list[ExpertsLayer]] = {}
     for layer in layers:
@@ -175,13 +187,14 @@ def as_text(report: dict[str, Any]) -> str:
     lines = [
         f"checkpoint  {report['checkpoint']} ({', '.join(facts)})",
         f"device      {kernels}",
-        f"switch      {switch.NAME}={report['switch']}",
+        f"switch      {report['switch']}",
         "",
         *_expert_table(report),
         "",
         *_part_table(report),
         "",
         *_conclusion(report),
+        *_head_table(report),
     ]
     return "\n".join(lines)
 
@@ -202,10 +215,17 @@ def _expert_table(report: dict[str, Any]) -> list[str]:
                 str(group["bits"]),
                 f"{group['group_size'] or '-'}{zeros}",
                 _size(group["stored_bytes"]),
-                "hybrid" if group["hybrid"] else f"declined: {group['reason']}",
+                _path(group),
             )
         )
     return _aligned(rows, "<<<<<><")
+
+
+def _path(group: dict[str, Any]) -> str:
+    """What serving does with the layers of a group."""
+    if group["hybrid"]:
+        return "hybrid"
+    return f"{'error' if group['error'] else 'declined'}: {group['reason']}"
 
 
 def _part_table(report: dict[str, Any]) -> list[str]:
@@ -242,6 +262,23 @@ def _conclusion(report: dict[str, Any]) -> list[str]:
         "            An upper bound from bytes alone; launches, arithmetic and kernels",
         "            below the bandwidth come on top.",
     ]
+
+
+def _head_table(report: dict[str, Any]) -> list[str]:
+    """The model with its lm_head kept in other ways, a line each."""
+    if not report["heads"]:
+        return []
+    bandwidth, first = report["bandwidth_gbps"], report["heads"][0]["token_bytes"]
+    rows: list[tuple[str, ...]] = [
+        ("lm_head as", "per token", "model per token", "tokens/s", "memory")
+    ]
+    for option in report["heads"]:
+        total = report["token_bytes"] - first + option["token_bytes"]
+        rate = f"{bandwidth * 1e9 / total:.1f}" if bandwidth else "-"
+        cells = [option["token_bytes"], total, option["memory_bytes"]]
+        read, whole, memory = (_size(cell) if cell else "-" for cell in cells)
+        rows.append((option["name"], read, whole, rate, memory))
+    return ["", *_aligned(rows, "<>>>>")]
 
 
 def _aligned(rows: list[tuple[str, ...]], alignment: str) -> list[str]:

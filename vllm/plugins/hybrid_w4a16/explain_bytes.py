@@ -10,12 +10,12 @@ own key and value, and whatever a kernel reads twice.
 import re
 from dataclasses import dataclass
 
-from vllm.plugins.hybrid_w4a16.explain_checkpoint import (
+from .explain_checkpoint import (
     Checkpoint,
     CheckpointError,
     TensorInfo,
 )
-from vllm.plugins.hybrid_w4a16.explain_layers import (
+from .explain_layers import (
     EXPERT_TENSOR,
     UNREAD,
     ZEROS,
@@ -103,6 +103,43 @@ def parts(
     cache, state = _cache_bytes(checkpoint, depth, tp_size, context)
     result += [Part(f"{_KV}, {context} tokens", 0, cache), Part(_STATE, 0, state)]
     return [part for part in result if part.stored_bytes or part.token_bytes]
+
+
+@dataclass(frozen=True)
+class HeadOption:
+    """The lm_head kept in one way, per GPU."""
+
+    name: str
+    """``16-bit``, or what ``quantization_config`` calls it."""
+    token_bytes: float
+    """Of the head. What is rescored comes on top: tens of rows, of some kB each."""
+    memory_bytes: float
+    """Of the head, beside a tied embedding."""
+
+
+def head_options(checkpoint: Checkpoint, found: list[Part]) -> list[HeadOption]:
+    """What the lm_head can be kept in; empty where the checkpoint quantizes it.
+
+    Args:
+        found: of ``parts``.
+    """
+    from vllm.model_executor.layers.quantization.hybrid_w4a16_head_schemes import (
+        SCHEMES,
+    )
+
+    depth = checkpoint.value("num_hidden_layers", "n_layer", "num_layers")
+    stored = [t for t in checkpoint.tensors if _part(t.name, depth) == _LM_HEAD]
+    head = next((part.token_bytes for part in found if part.name == _LM_HEAD), 0.0)
+    if not head or any(suffix(tensor.name) != "weight" for tensor in stored):
+        return []
+    weights = head / _HALF
+    kept = head if stored else 0.0  # a tied embedding stays as it is
+    options = [HeadOption("16-bit", head, kept)]
+    for name, scheme in SCHEMES.items():
+        read = weights * scheme.bytes_per_weight()
+        memory = read + (kept if scheme.rescored else 0.0)
+        options.append(HeadOption(name, read, memory))
+    return options
 
 
 def _part(name: str, depth: int) -> str:

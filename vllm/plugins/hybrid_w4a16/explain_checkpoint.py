@@ -8,6 +8,7 @@ Hugging Face hub the same bytes by range requests.
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _QUANTIZATION_FILES = (
 )
 # Sub-configurations that hold the language model of a multimodal checkpoint.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Larger headers are refused by the safetensors library itself.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -99,6 +101,10 @@ def read_checkpoint(name: str) -> Checkpoint:
 
     Raises ``CheckpointError`` when there is no such checkpoint or it is broken.
     """
+    if not Path(name).exists() and not _HUB_NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{name} is neither a folder nor the name of a model on the hub"
+        )
     folder = Path(name) if Path(name).exists() else _cached_snapshot(name)
     return _read_hub(name) if folder is None else _read_folder(name, folder)
 

@@ -7,6 +7,7 @@ goes hybrid is asked of vLLM's own quantization config with our hooks applied, s
 the answer is the one that ``vllm serve`` acts on.
 """
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -21,7 +22,8 @@ from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
 from vllm.plugins.hybrid_w4a16 import hooks
-from vllm.plugins.hybrid_w4a16.explain_checkpoint import (
+
+from .explain_checkpoint import (
     Checkpoint,
     CheckpointError,
     TensorInfo,
@@ -30,6 +32,9 @@ from vllm.plugins.hybrid_w4a16.explain_checkpoint import (
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
+        HybridW4A16MoEMethod,
+    )
 
 EXPERT_TENSOR = re.compile(
     r"^(?P<layer>(?:.*\.)?layers\.(?P<index>\d+)\..*?\bexperts)\.(?P<rest>.+)$"
@@ -38,6 +43,7 @@ _ONE_EXPERT = re.compile(r"(?P<expert>\d+)\.(?P<linear>\w+)\.\w+")
 # What the last part of a tensor's name says of it, for all int4 formats.
 _WORDS = ("qweight", "weight_packed")
 _SCALES = ("scales", "weight_scale")
+_SCALE_DTYPES = ("F16", "BF16", "F32")
 ZEROS = ("qzeros", "weight_zero_point")
 UNREAD = ("g_idx", "weight_shape", "weight_g_idx")
 """Suffixes of tensors that no kernel reads while decoding."""
@@ -69,6 +75,8 @@ class ExpertsLayer:
     hybrid: bool
     reason: str | None
     """Why not."""
+    error: bool = False
+    """Serving stops with the reason, instead of falling back to vLLM's MoE path."""
 
 
 def expert_layers(
@@ -203,8 +211,9 @@ def _decide(
             checkpoint, layer, by_layer[layer.index, layer.name], tp_size
         )
         oracle.plan_for(experts, family)
-        why = _decline_reason(config, experts, layer)
-        decided.append(replace(layer, hybrid=why is None, reason=why))
+        tensors = by_layer[layer.index, layer.name]
+        why, refused = _verdict(config, experts, layer, tensors)
+        decided.append(replace(layer, hybrid=why is None, reason=why, error=refused))
     return decided
 
 
@@ -219,16 +228,20 @@ def _vllm_config(quantization: dict[str, Any]) -> Any:
     return config_class.from_config(dict(quantization))
 
 
-def _decline_reason(
-    config: Any, experts: "RoutedExperts", layer: ExpertsLayer
-) -> str | None:
-    """Ask the hooked factory; ``None``: it returns one of our methods."""
+def _verdict(
+    config: Any,
+    experts: "RoutedExperts",
+    layer: ExpertsLayer,
+    tensors: list[TensorInfo],
+) -> tuple[str | None, bool]:
+    """Ask the hooked factory: why the layer does not go hybrid, and whether serving
+    stops there. ``(None, False)``: it goes hybrid, and its tensors fit."""
     from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
         HybridW4A16MoEMethod,
     )
 
     if switch.value() == "0":
-        return f"{switch.NAME}=0"
+        return f"{switch.NAME}=0", False
     method, failure = None, None
     # What vLLM does with a layer that is not ours may need the machine it runs on.
     try:
@@ -236,8 +249,9 @@ def _decline_reason(
     except Exception as error:  # noqa: BLE001
         failure = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(method, HybridW4A16MoEMethod):
-        return None
-    return (
+        refusal = _misfit(method, experts, layer, tensors)
+        return refusal, refusal is not None
+    reason = (
         oracle.declined_because(layer.name)
         or (f"{layer.bits}-bit weights, not quantized" if layer.bits == 16 else None)
         or (
@@ -248,6 +262,44 @@ def _decline_reason(
         or f"there is no hybrid method for {config.get_name()}, vLLM's own is "
         f"{type(method).__name__}"
     )
+    return reason, failure is not None and switch.NAME in failure
+
+
+def _misfit(
+    method: "HybridW4A16MoEMethod",
+    experts: "RoutedExperts",
+    layer: ExpertsLayer,
+    tensors: list[TensorInfo],
+) -> str | None:
+    """The first tensor that loading will refuse, and why."""
+    packing = method.packing
+    stored = {tensor.name: tensor for tensor in tensors}
+    for tensor in tensors:
+        found = _one_expert(tensor)
+        if found and int(found["expert"]) >= layer.num_experts:
+            return f"{tensor.name}: the config has {layer.num_experts} experts"
+    sizes = {
+        experts.ckpt_gate_proj_name: (layer.intermediate, layer.hidden),
+        experts.ckpt_up_proj_name: (layer.intermediate, layer.hidden),
+        experts.ckpt_down_proj_name: (layer.hidden, layer.intermediate),
+    }
+    for projection, (n, k) in sizes.items():
+        shapes = packing.shapes(n, k, method.group_size)
+        if method.symmetric and not packing.symmetric_zeros:
+            del shapes[packing.zeros]
+        for expert, suffix in itertools.product(range(layer.num_experts), shapes):
+            name = f"{layer.name}.{expert}.{projection}.{suffix}"
+            if name not in stored:
+                return f"{name} is not in the checkpoint"
+            if stored[name].shape != shapes[suffix]:
+                return (
+                    f"{name} has shape {stored[name].shape}, expected "
+                    f"{shapes[suffix]} ({packing.name}, group size {method.group_size})"
+                )
+            dtypes = _SCALE_DTYPES if suffix == packing.scales else ("I32",)
+            if stored[name].dtype not in dtypes:
+                return f"{name} is {stored[name].dtype}, expected {' or '.join(dtypes)}"
+    return None
 
 
 def _stand_in(

@@ -20,11 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vllm.model_executor.layers.fused_moe.oracle import (
-    hybrid_w4a16_switch as switch,
-)
-from vllm.plugins.hybrid_w4a16 import fork_files
-from vllm.plugins.hybrid_w4a16.hooks import HOOKS
+from . import fork_files
+from .hooks import HOOKS
 
 APPLIES, THERE, CONFLICTS = "applies", "already there", "conflicts"
 ENVS, CMAKE = "vllm/envs.py", "CMakeLists.txt"
@@ -155,7 +152,7 @@ Edit = tuple[str, Callable[[str], str]]
 
 def _edits(tree: Path) -> dict[str, list[Edit]]:
     """The edits of vLLM's own files: (symbol, text to text) by path."""
-    from vllm.plugins.hybrid_w4a16 import fork_edits  # needs LibCST
+    from . import fork_edits  # needs LibCST, and vLLM for the switch
 
     edits: dict[str, list[Edit]] = {}
 
@@ -166,8 +163,12 @@ def _edits(tree: Path) -> dict[str, list[Edit]]:
         path = fork_files.defining_file(tree, hook.module, hook.owner)
         symbol = f"{hook.owner}.{hook.factory}"
         add(path, symbol, partial(fork_edits.insert_prologue, hook=hook))
-    add(ENVS, f"{switch.NAME} (type)", fork_edits.declare_switch)
-    add(ENVS, f"{switch.NAME} (environment_variables)", fork_edits.register_switch)
+    add(ENVS, f"{fork_edits.switch.NAME} (type)", fork_edits.declare_switch)
+    add(
+        ENVS,
+        f"{fork_edits.switch.NAME} (environment_variables)",
+        fork_edits.register_switch,
+    )
     for extension in fork_edits.CMAKE_AFTER:
         include = partial(fork_edits.include_ops, extension=extension)
         add(CMAKE, f"ops in {extension}", include)
@@ -187,7 +188,7 @@ def _plan_new_file(plan: Plan, tree: Path, path: str, text: str) -> None:
 
 
 def _plan_edits(plan: Plan, tree: Path, path: str, edits: list[Edit]) -> None:
-    from vllm.plugins.hybrid_w4a16.fork_edits import Conflict
+    from .fork_edits import Conflict
 
     file = tree / path
     if not file.is_file():
@@ -255,8 +256,8 @@ def commit_message() -> str:
     """Title, what and why, and for each hook why it exists and when it can go."""
     what = (
         "int4 MoE layers on skinny-GEMM kernels that read each weight once, two\n"
-        "launches per layer and decode step. A layer that the path cannot take goes\n"
-        f"vLLM's own way; {switch.NAME}=0 switches it off."
+        "launches per layer and decode step. A layer that it cannot take falls back\n"
+        "to vLLM's MoE path; VLLM_HYBRID_W4A16_MOE=0 switches it off."
     )
     parts = [TITLE, what]
     for hook in HOOKS:

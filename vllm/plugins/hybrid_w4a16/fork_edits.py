@@ -17,7 +17,8 @@ import libcst as cst
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
-from vllm.plugins.hybrid_w4a16.hooks import Hook
+
+from .hooks import Hook
 
 LINE_LENGTH = 88
 

@@ -15,6 +15,7 @@ ROWS = (
     ("csrc/cpu/*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/rocm/*.[chp]*", "csrc", "csrc/hybrid_w4a16"),
     ("csrc/rocm/amd_archs.json", "csrc", "csrc/hybrid_w4a16"),
+    ("csrc/rocm/host/*.h", "csrc", "csrc/hybrid_w4a16"),
     ("tests/__init__.py", "tests", "tests/hybrid_w4a16"),
     ("tests/[kq]*/__init__.py", "tests", "tests/hybrid_w4a16"),
     ("tests/quantization/test_*.py", "tests", "tests/hybrid_w4a16"),

@@ -80,6 +80,27 @@ HOOKS: tuple[Hook, ...] = (
         handler=f"{_QUANTIZATION}.hybrid_w4a16_awq:awq_moe_method",
         why="The same for AWQ. The factory is for every layer; others fall through.",
     ),
+    Hook(
+        module=f"{_QUANTIZATION}.online.base",
+        owner="OnlineQuantizationConfig",
+        factory="get_quant_method",
+        parameters=("self", "layer", "prefix"),
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_head:lm_head_config_method",
+        why="Quantizing at load refuses an lm_head that quantization_config names.",
+        until="vLLM's quantizing at load takes ParallelLMHead.",
+    ),
+    Hook(
+        module="vllm.model_executor.layers.vocab_parallel_embedding",
+        owner="VocabParallelEmbedding",
+        factory="update_param_tp_status",
+        parameters=("self",),
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_head:lm_head_built",
+        why=(
+            "Gives an lm_head its method, whatever quantizes the rest of the "
+            "checkpoint: the last step of every constructor."
+        ),
+        until="vLLM's quantizing at load takes ParallelLMHead.",
+    ),
 )
 
 _MARK = "_hybrid_w4a16_hook"

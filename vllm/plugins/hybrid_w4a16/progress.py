@@ -5,10 +5,25 @@
 The commands' own output goes to standard output.
 """
 
+import contextlib
+import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines inside; unlike vLLM's ``suppress_logging`` also after an error
+    they are back."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class Progress:

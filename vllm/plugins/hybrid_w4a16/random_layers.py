@@ -47,7 +47,12 @@ class Int4Matrix(NamedTuple):
     zero_points: torch.Tensor | None
 
     def to(self, device: str) -> "Int4Matrix":
-        return Int4Matrix(*(None if t is None else t.to(device) for t in self))
+        zeros = self.zero_points
+        return Int4Matrix(
+            self.words.to(device),
+            self.scales.to(device),
+            None if zeros is None else zeros.to(device),
+        )
 
     def dequantized(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """Weights [N, K] of one expert."""

@@ -16,7 +16,6 @@ import datetime
 import importlib.metadata
 import io
 import json
-import logging
 import shlex
 import sys
 import tarfile
@@ -28,11 +27,11 @@ from typing import Any
 import torch
 
 import vllm
-from vllm.logger import suppress_logging
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 from vllm.platforms import current_platform
 from vllm.plugins.hybrid_w4a16 import compare, doctor, explain, machine, selftest
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import read_checkpoint
+from vllm.plugins.hybrid_w4a16.progress import Progress, quiet
 
 # Version of the report's form; tools/merge_reports.py knows this one.
 FORM = 1
@@ -105,7 +104,7 @@ def _step(
 
 
 def _doctor(args: argparse.Namespace, report: dict[str, Any]) -> str:
-    with suppress_logging(logging.CRITICAL):
+    with quiet():
         checks = doctor.diagnose()
     report["results"]["doctor"] = [vars(check) for check in checks]
     fix = next((check.fix for check in checks if not check.ok), None)
@@ -113,14 +112,12 @@ def _doctor(args: argparse.Namespace, report: dict[str, Any]) -> str:
 
 
 def _explain(args: argparse.Namespace, report: dict[str, Any]) -> str:
-    with suppress_logging(logging.CRITICAL):
+    with quiet():
         report["results"]["explain"] = explain.explain(args.checkpoint)
     return "ok"
 
 
 def _selftest(args: argparse.Namespace, report: dict[str, Any]) -> str:
-    from vllm.plugins.hybrid_w4a16.progress import Progress
-
     with Progress("selftest") as progress:
         found = selftest.selftest(0, selftest.TIME_LIMIT_S, progress)
     report["results"]["selftest"] = found

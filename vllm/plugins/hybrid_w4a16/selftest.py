@@ -14,6 +14,7 @@ run; 2 for a bad argument.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -261,7 +262,7 @@ class Case:
         return self.expected[op][: self.rows(op, tokens)]
 
     def to(self, device: str) -> "Case":
-        moved = {
+        moved: dict[str, Any] = {
             "layer": self.layer.to(device),
             "expert_map": None
             if self.expert_map is None
@@ -281,13 +282,13 @@ class DecodeOps:
 
     def __init__(self, cu_count: int, plan: tuple[int, ...] | None = None) -> None:
         self.cu_count = cu_count
-        self.plan = {} if plan is None else {"plan": plan}
+        self.plan: dict[str, Any] = {} if plan is None else {"plan": plan}
 
     def gate_up(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
         from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 
         w, scales, zeros = case.layer.w13
-        name, *arguments = case.activation
+        name, alpha, beta, limit = case.activation
         rows = slice(first, first + tokens)
         ops.fused_moe_wvSplitK_int4_gate_up(
             case.x[rows],
@@ -300,7 +301,9 @@ class DecodeOps:
             case.shape.group_size,
             zeros,
             case.expert_map,
-            *arguments,
+            alpha,
+            beta,
+            limit,
             **self.plan,
         )
 
@@ -424,7 +427,9 @@ class Selftest:
     # ------------------------------------------------------------------- running
     def run(self) -> list[Group]:
         for format in PACKINGS:
-            self._in_group(f"repacking {format.name}", lambda g, f=format: repack(g, f))
+            self._in_group(
+                f"repacking {format.name}", functools.partial(repack, format=format)
+            )
         pool = None
         plan = self.prefill_plan()
         formats = [shape for shape in self.shapes() if shape.hidden == SIZES[0][2]]
@@ -447,10 +452,10 @@ class Selftest:
 
     def _prefill_all(self, plan: list[tuple[LayerShape, Any]], pool: Any) -> None:
         for number, (shape, tiles) in enumerate(plan):
-            self._in_group(
-                "prefill",
-                lambda g, n=number, s=shape, t=tiles: self._prefill(g, n, s, t, pool),
+            work = functools.partial(
+                self._prefill, number=number, shape=shape, tiles=tiles, pool=pool
             )
+            self._in_group("prefill", work)
 
     def seconds_left(self) -> float:
         return self.time_limit_s - (time.monotonic() - self.start)
@@ -477,7 +482,8 @@ class Selftest:
                 torch.ops._rocm_C.hybrid_w4a16_cpu_isa(isa)
             for op in ("gate_up", "down", "gemm"):
                 name = f"{op} {isa}" if isa else op
-                self._in_group(name, lambda g, o=op: self._run_op(g, o, case, here))
+                work = functools.partial(self._run_op, op=op, case=case, here=here)
+                self._in_group(name, work)
 
     def _run_op(
         self, group: Group, op: str, case: Case | None, here: Case | None
@@ -535,7 +541,8 @@ class Selftest:
 
         if "cpu" not in ops.build_info():
             return
-        cpu = Poisoned(*output.view.shape, case.shape.dtype, "cpu")
+        rows, columns = output.view.shape
+        cpu = Poisoned(rows, columns, case.shape.dtype, "cpu")
         getattr(self.cpu_ops, op)(case, cpu.view, 0, tokens)
         written = ~cpu.view.isnan()
         error = reference.relative_error(output.view.cpu()[written], cpu.view[written])

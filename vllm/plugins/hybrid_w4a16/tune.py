@@ -16,9 +16,9 @@ Ctrl-C.
 import argparse
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
-import logging
 import statistics
 import sys
 import time
@@ -27,7 +27,6 @@ from typing import Any, Protocol
 
 import torch
 
-from vllm.logger import suppress_logging
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
@@ -38,6 +37,7 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
 )
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 from vllm.plugins.hybrid_w4a16 import random_layers
+from vllm.plugins.hybrid_w4a16.progress import Progress, quiet
 from vllm.plugins.hybrid_w4a16.random_layers import DTYPES, LayerShape
 
 DECODE_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -292,8 +292,8 @@ class GpuBench:
         out = self.output(op, tokens)
         try:
             self.launch(op, tokens, 0, plan, out)
-        except RuntimeError as error:
-            if ": plan:" in str(error):  # not for this shape or device
+        except RuntimeError as refusal:
+            if ": plan:" in str(refusal):  # not for this shape or device
                 return False
             raise
         error = reference.relative_error(out, self.expected(op, tokens))
@@ -480,7 +480,7 @@ class Tuner:
         current: tuning.Tuned,
         compute_units: int,
         source: str,
-        save: Callable[[dict[str, Any]], None],
+        save: Callable[[dict[str, Any]], object],
         progress: Any,
     ) -> None:
         self.bench, self.current = bench, current
@@ -513,7 +513,7 @@ class Tuner:
                 None,
                 list(self.bench.decode_candidates(op, tokens)),
                 self.bench.sample_decode(op, tokens),
-                lambda what, n=name: self.progress.step(n),
+                functools.partial(self._step, name),
             )
             row[op] = None if plan is None else list(plan)
             row[f"{op}_us"], row[f"{op}_rule_us"] = round(us, 2), round(rule_us, 2)
@@ -548,7 +548,7 @@ class Tuner:
                     mine,
                     candidates,
                     self.bench.sample_tile(op, tokens),
-                    lambda what, n=name: self.progress.step(n),
+                    functools.partial(self._step, name),
                 )
                 found.append((us, tile, base))
             if len(found) < 2:
@@ -607,7 +607,7 @@ class Tuner:
                 "decode",
                 ["prefill"],
                 sample,
-                lambda what, n=tokens: self.progress.step(f"crossover, {n} tokens"),
+                functools.partial(self._step, f"crossover, {tokens} tokens"),
             )
             self._done(tokens)
             if winner == "decode":
@@ -616,6 +616,9 @@ class Tuner:
         self.entry["prefill_from"] = begin or BEGIN_TOKENS[-1]
         self.save(self.entry)
         self.progress.say(f"  prefill from {self.entry['prefill_from']} tokens on")
+
+    def _step(self, name: str, what: str) -> None:
+        self.progress.step(f"{name}, {what}")
 
     def _done(self, tokens: int) -> None:
         drop = getattr(self.bench, "drop_graphs", None)
@@ -692,7 +695,7 @@ def run(args: argparse.Namespace) -> int:
     switch.register()
     family = devices.device_family()
     try:
-        with suppress_logging(logging.CRITICAL):
+        with quiet():
             shapes = shapes_of(args, family)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -719,7 +722,6 @@ def run(args: argparse.Namespace) -> int:
 def measure(args: argparse.Namespace, family: Any, shapes: list[MoEShape]) -> int:
     """Tune the shapes on the GPU; returns the exit status."""
     from vllm.plugins.hybrid_w4a16 import prefill_kernels
-    from vllm.plugins.hybrid_w4a16.progress import Progress
 
     entries: list[dict[str, Any]] = []
     device = torch.cuda.get_device_name()

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
         HybridW4A16MoEExperts,
     )
-    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
-        Int4MoEMethod,
-    )
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import Int4MoEMethod
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 
 logger = init_logger(__name__)
@@ -83,13 +81,13 @@ def keep(method: "Int4MoEMethod", layer: "RoutedExperts") -> Kept | None:
     expert = layer.local_num_experts - 1
     kept = Kept(signature, expert, {}, {})
     for name in ("w13", "w2"):
-        words, scales, zeros = (
-            getattr(layer, f"{name}_{suffix}").data[expert]
-            if suffix != packing.zeros or not method.symmetric
-            else None
-            for suffix in (packing.qweight, packing.scales, packing.zeros)
+        words = getattr(layer, f"{name}_{packing.qweight}").data[expert]
+        scales = reference.stored_scales(
+            packing, getattr(layer, f"{name}_{packing.scales}").data[expert]
         )
-        scales = reference.stored_scales(packing, scales)
+        zeros = None
+        if not method.symmetric:
+            zeros = getattr(layer, f"{name}_{packing.zeros}").data[expert]
 
         def parts(rows, words=words, scales=scales, zeros=zeros):
             yield (
@@ -358,7 +356,7 @@ class _KernelCheck:
         return sorted({*_DECODE_TOKENS, *planned})
 
     def _decode(self, tokens: int) -> _Run:
-        plans = (None, None)
+        plans: tuple[tuning.Plan | None, tuning.Plan | None] = (None, None)
         if self.kernel.tuned is not None:
             plans = self.kernel.tuned.decode_plans(tokens)
         nan = float("nan")
@@ -366,7 +364,7 @@ class _KernelCheck:
         out = self.x.new_full((tokens, self.hidden), nan)
         w13, s13, z13 = self.w13
         w2, s2, z2 = self.w2
-        name, *arguments = self.activation
+        name, alpha, beta, limit = self.activation
         cu_count, group = self.kernel.cu_count, self.group_size
         ids, weights = self.ids[:tokens], self.weights[:tokens]
         ops.fused_moe_wvSplitK_int4_gate_up(
@@ -380,7 +378,9 @@ class _KernelCheck:
             group,
             z13,
             self.expert_map,
-            *arguments,
+            alpha,
+            beta,
+            limit,
             plan=plans[0],
         )
         ops.fused_moe_wvSplitK_int4_down(
@@ -488,7 +488,7 @@ class _KernelCheck:
 
     def _down_problem(self, runs: list[_Run]) -> str | None:
         """Of each run by what its own gate_up wrote."""
-        mixed = {expert: [] for expert in self.experts}
+        mixed: dict[int, list[torch.Tensor]] = {expert: [] for expert in self.experts}
         for run in runs:
             slots = run.middle.view(run.tokens, self.top_k, self.inter).float()
             for expert in self.experts:

@@ -12,7 +12,7 @@ where the tuning table asks for it). On the way it needs one expert's weights on
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,15 +21,12 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_guard
 from vllm.model_executor.layers.fused_moe.all2all_utils import (
     maybe_make_prepare_finalize,
 )
-from vllm.model_executor.layers.fused_moe.config import (
-    FusedMoEConfig,
-    FusedMoEQuantConfig,
-)
 from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
     HybridW4A16MoEExperts,
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     CheckpointPacking,
+    Int4MoEMethod,
     transposed_copy,
 )
 from vllm.model_executor.utils import replace_parameter
@@ -38,20 +35,6 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 _PACKED = "hybrid_w4a16_packed"
-
-
-class Int4MoEMethod(Protocol):
-    """What the set-up needs to know of a layer's method."""
-
-    packing: CheckpointPacking
-    """How the checkpoint stores the experts."""
-    symmetric: bool
-    """Whether every zero point is 8."""
-    moe: FusedMoEConfig
-
-    def get_fused_moe_quant_config(
-        self, layer: "RoutedExperts"
-    ) -> FusedMoEQuantConfig | None: ...
 
 
 def setup_hybrid_w4a16_moe(

@@ -14,6 +14,7 @@ device; row strides are honoured everywhere. An argument that does not fit raise
 
 import functools
 import os
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,6 +76,9 @@ def load_error() -> str | None:
                 "vLLM's own libraries hold no int4 MoE ops and the op library "
                 f"{path} does not exist"
             )
+        fault = _file_fault(path)
+        if fault is not None:
+            return f"the op library {path} {fault}: install it again"
         try:
             torch.ops.load_library(path)
         except OSError as error:
@@ -85,6 +89,23 @@ def load_error() -> str | None:
     for op in _KERNELS:
         torch.library.register_fake(f"_rocm_C::{op}", _no_output)
     return None
+
+
+def _file_fault(path: str) -> str | None:
+    """How a library's file is not whole, ``None`` if it is.
+
+    Loading one that is cut short ends the process (SIGBUS). Linkers write the table of
+    sections last, and the ELF header says where it ends.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF"):
+        return "is no ELF library"
+    (table,) = struct.unpack_from("<Q", header, 40)
+    entry_size, entries = struct.unpack_from("<HH", header, 58)
+    expected = table + entry_size * entries
+    return f"is cut short: {size} of {expected} bytes" if size < expected else None
 
 
 def _no_output(*args: object, **kwargs: object) -> None:

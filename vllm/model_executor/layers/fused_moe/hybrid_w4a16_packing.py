@@ -21,8 +21,16 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEQuantConfig,
+    )
 
 # The bit shuffle works on chunks, so that its temporaries stay small beside an expert:
 # at least this many, of at most about this many words.
@@ -83,6 +91,20 @@ class CheckpointPacking:
         """The int32 word that stands for eight zero points of 8."""
         nibble = 8 - self.zero_offset
         return int.from_bytes(bytes([nibble * 0x11] * 4), "little", signed=True)
+
+
+class Int4MoEMethod(Protocol):
+    """What the set-up needs to know of a layer's method."""
+
+    packing: CheckpointPacking
+    """How the checkpoint stores the experts."""
+    symmetric: bool
+    """Whether every zero point is 8."""
+    moe: "FusedMoEConfig"
+
+    def get_fused_moe_quant_config(
+        self, layer: "RoutedExperts"
+    ) -> "FusedMoEQuantConfig | None": ...
 
 
 def empty_experts(

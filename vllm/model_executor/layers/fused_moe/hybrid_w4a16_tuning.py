@@ -7,6 +7,7 @@ One file per device in ``configs/hybrid_w4a16``, and the owner's of the same for
 
     source        what the numbers were measured on
     prefill_from  least number of tokens that prefill takes
+    prefill_rows_per_expert  ... or fewer, where experts get more rows each; optional
     row_padding   bytes added to packed weight rows of a multiple of 1024 bytes
     rows          prefill tiles by shape: hidden, intermediate, rows_per_expert;
                   block_m, and [block_n, num_warps, num_stages] of gate_up and down
@@ -15,8 +16,8 @@ One file per device in ``configs/hybrid_w4a16``, and the owner's of the same for
                   the plans of gate_up and down, as the ops take them, or null
 
 ``vllm-hybrid-w4a16 tune`` writes the owner's table. The nearest shape counts. Where
-none is near, decode is left to the rule in the op library, and prefill begins at the
-device's number times the root of experts per slot (``prefill_from_rule``).
+none is near, decode is left to the rule in the op library, and prefill begins where
+the device's numbers say (``prefill_from``).
 """
 
 import functools
@@ -99,9 +100,20 @@ def table(name: str) -> dict[str, Any]:
     return _DEFAULT
 
 
-def prefill_from(name: str) -> int:
-    """Least number of tokens that prefill takes; fewer go to decode."""
-    return table(name)["prefill_from"]
+def prefill_from(name: str, num_experts: int, top_k: int) -> int:
+    """Least number of tokens that prefill takes; fewer go to decode.
+
+    Args:
+        name: of the table, see ``table_name``.
+        num_experts: experts that tokens spread over, on all ranks.
+        top_k: experts of a token.
+    """
+    entry = table(name)
+    tokens = entry["prefill_from"]
+    rows = entry.get("prefill_rows_per_expert")
+    if rows is not None:
+        tokens = min(tokens, rows * num_experts // top_k + 1)
+    return tokens
 
 
 def row_padding(name: str, k: int) -> int:
@@ -267,26 +279,17 @@ def _lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
                 for row in sorted(nearest["decode"], key=lambda row: row["tokens"])
             }
             exact = distance(nearest, shape) == 0
-            begin = nearest.get("prefill_from") or prefill_from_rule(arch, shape)
+            begin = nearest.get("prefill_from") or _rule(arch, shape)
             return Tuned(arch, shape, begin, origin, nearest, exact, decode)
-    return Tuned(arch, shape, prefill_from_rule(arch, shape), "rule")
+    return Tuned(arch, shape, _rule(arch, shape), "rule")
 
 
 def _plan(values: list[int] | None) -> Plan | None:
     return None if values is None else tuple(values)
 
 
-def prefill_from_rule(arch: str, shape: MoEShape) -> int:
-    """Where prefill begins for a shape that nobody measured.
-
-    The device's number is that of 128 experts with top-8. Decode's cost grows with the
-    experts that are read, prefill's with the tiles that are padded: on an H100 the
-    crossover was at 25 tokens for 16 experts per slot, at 32 for 32, and between 8 and
-    16 for 4, which the square root goes through.
-    """
-    base = prefill_from(table_name(arch))
-    ratio = shape.experts / shape.top_k / 16
-    return max(4, round(base * min(2.0, math.sqrt(ratio))))
+def _rule(arch: str, shape: MoEShape) -> int:
+    return prefill_from(table_name(arch), shape.experts, shape.top_k)
 
 
 def distance(entry: dict[str, Any], shape: MoEShape) -> float:

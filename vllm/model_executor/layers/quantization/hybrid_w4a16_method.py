@@ -142,7 +142,11 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         loaded = not is_packed(getattr(layer, f"w13_{self.packing.qweight}"))
         if loaded and not self._weights_are_made_up:
             self._loader.check_complete(layer)
-        self._install(setup_hybrid_w4a16_moe(self, layer))
+        kernel = setup_hybrid_w4a16_moe(self, layer)
+        if self.moe_kernel is None:
+            self._install(kernel)
+        # Else weights were reloaded: vLLM copies them into the tensors that the kernel
+        # has, and that compiled code and captured graphs read.
         for weight in ("w13", "w2"):
             setattr(layer, f"{weight}_{BIAS}", None)
         oracle.report_ready(layer.layer_name, self.padding_bytes)
@@ -173,9 +177,10 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         """Run the routed experts on ``x`` [M, H]; returns [M, H] in ``x``'s dtype."""
         config = self.moe_quant_config
         assert config is not None
-        if config.w1_scale is not getattr(layer, f"w13_{self.packing.scales}"):
-            # vLLM's reload copies what it loaded into the tensors of before and puts
-            # those back; the kernel must not keep the others alive
+        if not torch.compiler.is_compiling() and config.w1_scale is not getattr(
+            layer, f"w13_{self.packing.scales}"
+        ):
+            # somebody put other tensors in place of those that were converted
             self._install(make_kernel(self, layer))
         assert self.moe_kernel is not None
         return self.moe_kernel.apply(

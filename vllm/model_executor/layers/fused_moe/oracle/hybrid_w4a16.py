@@ -9,7 +9,7 @@ reason; one line sums up each model.
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -161,7 +161,7 @@ def incompatibility_reason(
         return family
     if switch.value() == "auto" and family.opt_in:
         return f"on {family.name} it is opt-in, set {switch.NAME}=1"
-    config = getattr(layer, "moe_config", None)
+    config: Any = getattr(layer, "moe_config", None)
     missing = [name for name in _CONFIG_FIELDS if not hasattr(config, name)]
     if missing:
         return f"the layer's moe_config has no {', '.join(missing)}"

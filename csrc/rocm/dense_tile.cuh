@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// The product for one matrix of weights and few activation rows. Every wave needs the same
+// activations, unlike with experts: they stay in LDS for the life of a block, in the order in which
+// products read them, zeros past the end. Weights go from memory to registers as a stream of
+// windows over all of a wave's tiles: a window is requested while the one before is multiplied.
+//
+// Lanes, row sets and the matrix instruction's columns are those of wave_tile.cuh: a lane has a run
+// of kRun weights of a block, 16 bytes, of row lane_row of both row sets; a column is a pair (slot,
+// group within the block).
+#pragma once
+
+#include "dense_geometry.h"
+#include "dequant.cuh"
+
+namespace moe_int4 {
+
+struct DenseMatrix {
+  const uint32_t* q;
+  int64_t q_stride_n;  // in words
+  const uint16_t* scales;
+  int64_t s_stride_n;
+  const uint32_t* zeros;
+  int64_t z_stride_n8;
+  int n, k;
+};
+
+template <typename DT, int Bits, int G, bool ZP, int S>
+class DenseTile {
+  using Shape = DenseShape<Bits, G>;
+  static constexpr int kRun = Shape::kRun, kUnits = Shape::kUnits, kBlock = Shape::kBlock;
+  static constexpr int kGroups = Shape::kGroups, kDepth = Shape::kDepth;
+  static constexpr int kRowBytes = Shape::kRowBytes, kSums = Shape::kSums;
+  static constexpr int kBlockBytes = S * kRowBytes;
+  // Matrix instructions.
+  static constexpr int kPasses = (S * kGroups + 7) / 8;
+  static constexpr int kScales = gpu::kHasMma && kGroups > 1 ? 2 : 1;  // that a lane needs per row
+  static constexpr int kResults = !gpu::kHasMma ? S : kGroups == 1 ? 2 * kPasses : kPasses;
+
+  struct Window {
+    gpu::U32x4 w[kDepth][2];
+    uint16_t scale[kDepth][2][kScales];
+    uint32_t zero[kDepth][2][kScales];
+  };
+
+  static GPU_DEVICE int lane_row() { return gpu::lane() / kLanesPerRow; }
+  static GPU_DEVICE int lane_k() { return gpu::lane() % kLanesPerRow; }
+  static GPU_DEVICE int lane_group() {
+    return gpu::kHasMma ? 2 * lane_k() % kGroups : kRun * lane_k() / G % kGroups;
+  }
+
+ public:
+  // The wave's share: blocks [first, last) of k of every `step`-th tile from `tile` on. `lds` is
+  // the block's.
+  GPU_DEVICE DenseTile(const DenseMatrix& matrix, int blocks, int first, int last, int tile,
+                       int step, char* lds)
+      : matrix_(matrix),
+        blocks_(blocks),
+        first_(first),
+        last_(last),
+        step_(step),
+        staged_(lds),
+        sums_(reinterpret_cast<float*>(lds + blocks * kBlockBytes)),
+        next_tile_(tile),
+        next_base_(first),
+        tile_(tile),
+        base_(first) {
+    enter_tile();
+  }
+
+  // Requests the first window; weights are nobody's output.
+  GPU_DEVICE void start() { request(windows_[0]); }
+
+  // The block's threads put the `rows` activation rows into LDS. A block barrier has to follow.
+  GPU_DEVICE void stage(const uint16_t* a, int64_t stride, int rows, int threads) {
+    const int thread = gpu::wave() * gpu::kWaveSize + gpu::lane();
+    constexpr int kUnitsPerRow = kBlock / 8;
+    for (int i = thread; i < blocks_ * S * kUnitsPerRow; i += threads) {
+      const int unit = i % kUnitsPerRow, slot = i / kUnitsPerRow % S;
+      const int block = i / (kUnitsPerRow * S), at = block * kBlock + 8 * unit;
+      gpu::U32x4 values = {{0, 0, 0, 0}};
+      if (slot < rows && at < matrix_.k) values = gpu::load_16_any(a + slot * stride + at);
+      // The same unit of all lanes along k lies side by side.
+      const int place = unit % kUnits * kLanesPerRow + unit / kUnits;
+      *reinterpret_cast<gpu::U32x4*>(staged_ + block * kBlockBytes + slot * kRowBytes +
+                                     16 * place) = values;
+    }
+    if constexpr (Unpacked<DT, Bits>::kOffset != 0.0f || ZP) {
+      constexpr int kSummed = kBlock / kSums;
+      for (int i = thread; i < blocks_ * S * kSums; i += threads) {
+        const int part = i % kSums, slot = i / kSums % S, block = i / (kSums * S);
+        float sum = 0.0f;
+        for (int j = 0; j < kSummed; j += 8) {
+          const int at = block * kBlock + part * kSummed + j;
+          if (slot >= rows || at >= matrix_.k) break;
+          const gpu::U32x4 values = gpu::load_16_any(a + slot * stride + at);
+          GPU_UNROLL
+          for (int v = 0; v < 4; ++v) sum = gpu::dot2(DT{}, values.v[v], Format<DT>::kOnes, sum);
+        }
+        sums_[i] = sum;
+      }
+    }
+  }
+
+  // Multiplies the next `tiles` tiles: visit(tile, slot, row of the tile, sum) in the lane that has
+  // it. A share without blocks has zeros.
+  template <typename Visit>
+  GPU_DEVICE void run(int tiles, const Visit& visit) {
+    if (first_ == last_) {
+      for (int i = 0; i < tiles; ++i) finish(visit);
+      return;
+    }
+    const int windows = tiles * ((last_ - first_ + kDepth - 1) / kDepth);
+    for (int i = 0; i < windows; i += 2) {
+      request(windows_[1]);
+      multiply(windows_[0], visit);
+      if (i + 1 == windows) {
+        windows_[0] = windows_[1];
+        break;
+      }
+      request(windows_[0]);
+      multiply(windows_[1], visit);
+    }
+  }
+
+ private:
+  // Where the lane's rows of the next tile begin. Rows past the last one repeat it.
+  GPU_DEVICE void enter_tile() {
+    GPU_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int64_t row = static_cast<int64_t>(next_tile_) * kRowsPerWave + r * kRowGroups;
+      const int64_t own = row + lane_row();
+      const int n = own < matrix_.n ? static_cast<int>(own) : matrix_.n - 1;
+      q_[r] = matrix_.q + n * matrix_.q_stride_n;
+      s_[r] = matrix_.scales + n * matrix_.s_stride_n;
+      if constexpr (ZP) z_[r] = matrix_.zeros + n / 8 * matrix_.z_stride_n8;
+    }
+  }
+
+  // Requests the next window. Past the end of a row a lane loads its last weights again: there
+  // activations and sums are zero. Past the last tile it loads the last row.
+  GPU_DEVICE void request(Window& to) {
+    const int last_word = matrix_.k * Bits / 32 - 4, last_group = matrix_.k / G - 1;
+    GPU_UNROLL
+    for (int d = 0; d < kDepth; ++d) {
+      const int block = next_base_ + d;
+      const int word = block * (kBlock * Bits / 32) + 4 * lane_k();
+      GPU_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        to.w[d][r] = gpu::load_weights(q_[r] + (word < last_word ? word : last_word));
+      }
+    }
+    GPU_UNROLL
+    for (int d = 0; d < kDepth; ++d) {
+      GPU_UNROLL
+      for (int i = 0; i < kScales; ++i) {
+        const int group = (next_base_ + d) * kBlock / G + lane_group() + i;
+        const int at = group < last_group ? group : last_group;
+        GPU_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          to.scale[d][r][i] = s_[r][at];
+          if constexpr (ZP) to.zero[d][r][i] = z_[r][at];
+        }
+      }
+    }
+    next_base_ += kDepth;
+    if (next_base_ < last_) return;
+    next_base_ = first_;
+    next_tile_ += step_;
+    enter_tile();
+  }
+
+  template <typename Visit>
+  GPU_DEVICE void multiply(const Window& window, const Visit& visit) {
+    GPU_UNROLL
+    for (int d = 0; d < kDepth; ++d) {
+      if (base_ + d >= last_) break;
+      add_block(window, d, base_ + d);
+    }
+    base_ += kDepth;
+    if (base_ < last_) return;
+    base_ = first_;
+    finish(visit);
+  }
+
+  GPU_DEVICE void add_block(const Window& window, int d, int block) {
+    float scale[2][kScales], offset[2][kScales];
+    GPU_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      GPU_UNROLL
+      for (int i = 0; i < kScales; ++i) {
+        scale[r][i] = Format<DT>::to_float(window.scale[d][r][i]);
+        int zero = Unpacked<DT, Bits>::kSymmetricZero;
+        // Rows of a set begin at a multiple of kRowGroups, which divides 8 or is 8.
+        if constexpr (ZP) {
+          const int row = (tile_ * kRowsPerWave + r * kRowGroups + lane_row()) % 8;
+          zero = static_cast<int>(window.zero[d][r][i] >> (4 * row) & 15);
+        }
+        offset[r][i] = Unpacked<DT, Bits>::kOffset + zero;
+      }
+    }
+    const char* act = staged_ + block * kBlockBytes + 16 * lane_k();
+    const float* sums = sums_ + block * (S * kSums);
+    if constexpr (gpu::kHasMma) {
+      add_mma(window.w[d], scale, offset, act, sums);
+    } else {
+      add_dot(window.w[d], scale, offset, act, sums);
+    }
+  }
+
+  GPU_DEVICE void add_mma(const gpu::U32x4 (&w)[2], const float (&scale)[2][kScales],
+                          const float (&offset)[2][kScales], const char* act, const float* sums) {
+    float dot[kPasses][2][4] = {};  // two sums each: a shorter chain of dependent instructions
+    GPU_UNROLL
+    for (int q = 0; q < kUnits; ++q) {
+      const Unpacked<DT, Bits> x(w[0], q), y(w[1], q);
+      GPU_UNROLL
+      for (int p = 0; p < kPasses; ++p) {
+        const int column = 8 * p + lane_row(), slot = column / kGroups;
+        const bool mine = slot < S && (kGroups == 1 || kRun * lane_k() / G == column % kGroups);
+        gpu::U32x4 b = {{0, 0, 0, 0}};
+        if (mine) {
+          b = *reinterpret_cast<const gpu::U32x4*>(act + slot * kRowBytes + 16 * q * kLanesPerRow);
+        }
+        mma_16x8x16(DT{}, dot[p][0], {x.pair[0], y.pair[0], x.pair[1], y.pair[1]},
+                    {b.v[0], b.v[1]});
+        mma_16x8x16(DT{}, dot[p][1], {x.pair[2], y.pair[2], x.pair[3], y.pair[3]},
+                    {b.v[2], b.v[3]});
+      }
+    }
+    GPU_UNROLL
+    for (int p = 0; p < kPasses; ++p) {
+      GPU_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        const int column = 8 * p + 2 * lane_k() + c, slot = column / kGroups;
+        float sum = 0.0f;
+        if constexpr (Unpacked<DT, Bits>::kOffset != 0.0f || ZP) {
+          sum = sums[(slot < S ? slot : 0) * kGroups + column % kGroups];
+        }
+        const int group = kScales == 1 ? 0 : c, result = kGroups == 1 ? 2 * p + c : p;
+        GPU_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const float product = dot[p][0][2 * r + c] + dot[p][1][2 * r + c];
+          acc_[r][result] += scale[r][group] * (product - offset[r][group] * sum);
+        }
+      }
+    }
+  }
+
+  GPU_DEVICE void add_dot(const gpu::U32x4 (&w)[2], const float (&scale)[2][kScales],
+                          const float (&offset)[2][kScales], const char* act, const float* sums) {
+    float dot[2][S] = {};
+    GPU_UNROLL
+    for (int q = 0; q < kUnits; ++q) {
+      const Unpacked<DT, Bits> x(w[0], q), y(w[1], q);
+      GPU_UNROLL
+      for (int s = 0; s < S; ++s) {
+        const gpu::U32x4 b =
+            *reinterpret_cast<const gpu::U32x4*>(act + s * kRowBytes + 16 * q * kLanesPerRow);
+        GPU_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          dot[0][s] = gpu::dot2(DT{}, x.pair[i], b.v[i], dot[0][s]);
+          dot[1][s] = gpu::dot2(DT{}, y.pair[i], b.v[i], dot[1][s]);
+        }
+      }
+    }
+    GPU_UNROLL
+    for (int s = 0; s < S; ++s) {
+      float sum = 0.0f;
+      if constexpr (Unpacked<DT, Bits>::kOffset != 0.0f || ZP) {
+        sum = sums[s * kLanesPerRow + lane_k()];
+      }
+      GPU_UNROLL
+      for (int r = 0; r < 2; ++r) acc_[r][s] += scale[r][0] * (dot[r][s] - offset[r][0] * sum);
+    }
+  }
+
+  // Hands out the tile's results and starts over.
+  template <typename Visit>
+  GPU_DEVICE void finish(const Visit& visit) {
+    GPU_UNROLL
+    for (int i = 0; i < kResults; ++i) {
+      int slot = i;
+      bool holds = true;
+      if constexpr (!gpu::kHasMma) {
+        holds = lane_k() == 0;
+      } else if constexpr (kGroups == 1) {
+        slot = 8 * (i / 2) + 2 * lane_k() + i % 2;
+      } else if constexpr (kGroups == 2) {
+        slot = 4 * i + lane_k();
+      } else {
+        slot = 2 * i + lane_k() / 2;
+        holds = lane_k() % 2 == 0;
+      }
+      GPU_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        float sum = acc_[r][i];
+        acc_[r][i] = 0.0f;
+        if constexpr (!gpu::kHasMma) {
+          sum += gpu::shuffle_xor<1>(sum);
+          sum += gpu::shuffle_xor<2>(sum);
+          sum += gpu::shuffle_xor<4>(sum);
+        } else if constexpr (kGroups == 4) {
+          sum += gpu::shuffle_xor<1>(sum);
+        }
+        if (holds && slot < S) visit(tile_, slot, r * kRowGroups + lane_row(), sum);
+      }
+    }
+    tile_ += step_;
+  }
+
+  const DenseMatrix& matrix_;
+  const int blocks_, first_, last_, step_;
+  char* const staged_;         // [block][slot][kRowBytes]
+  float* const sums_;          // [block][slot][kSums]
+  int next_tile_, next_base_;  // of the window to be requested
+  int tile_, base_;            // and to be multiplied
+  const uint32_t *q_[2], *z_[2];
+  const uint16_t* s_[2];
+  Window windows_[2];
+  float acc_[2][kResults] = {};
+};
+
+}  // namespace moe_int4

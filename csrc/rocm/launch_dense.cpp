@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "dense_geometry.h"
+#include "entry_points_dense.h"
+#include "launch.h"
+
+namespace moe_int4 {
+namespace {
+
+// Waves of a block, and blocks for each compute unit: enough loads in flight, and few enough to
+// amortise a block's copy of the activations.
+#if defined(HYBRID_W4A16_CUDA) || defined(HYBRID_W4A16_HIP)
+constexpr int kWaves = 8;
+constexpr int kBlocksPerUnit = gpu::kHasMma ? 2 : 3;
+#else
+constexpr int kWaves = 2;
+constexpr int kBlocksPerUnit = 1;
+#endif
+constexpr int kRescoreWaves = kRescoreThreads / gpu::kWaveSize;
+
+constexpr int kDenseRows = 16;  // of activations
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+template <typename DT>
+constexpr DType dtype_of() {
+  return std::is_same_v<DT, gpu::Half> ? DType::kHalf : DType::kBFloat16;
+}
+
+struct Kernel {
+  decltype(DENSE_NAME(f16, 4, 32, sym, 1))& entry;
+  int lds_bytes, blocks;
+};
+
+// The kernel with room for `slots` activation rows, and what a block needs.
+#define DENSE_CASE(NAME, DT, BITS, G, ZNAME, ZP, T)                                    \
+  if (args.dtype == dtype_of<DT>() && w.bits == BITS && w.group_size == G &&           \
+      (w.zeros != nullptr) == ZP && slots == T) {                                      \
+    const int blocks = ceil_div(w.k, DenseShape<BITS, G>::kBlock);                     \
+    return {DENSE_NAME(NAME, BITS, G, ZNAME, T),                                       \
+            dense_lds_bytes<BITS, G>(T, blocks, k_slices > 1 ? k_slices : 0), blocks}; \
+  }
+Kernel kernel_for(const DenseArgs& args, int slots, int k_slices) {
+  const Weights& w = args.w;
+  DENSE_FOR_ALL(DENSE_CASE)
+  throw std::runtime_error("wvSplitK_int_g: no kernel");
+}
+
+// Rows [begin, begin + rows), up to 8.
+void launch_rows(const DenseArgs& args, int begin, int rows, int slots, void* stream) {
+  const Weights& w = args.w;
+  const int tiles = ceil_div(w.n, kRowsPerWave), units = args.cu_count * kBlocksPerUnit;
+  // Few tiles: the waves of a block share k, so that there are as many waves.
+  const int k_slices = tiles < units * kWaves / 2 ? kWaves : 1;
+  const Kernel kernel = kernel_for(args, slots, k_slices);
+  const int at_once = k_slices == 1 ? kWaves : 1;
+  // As few blocks as keep the number of rounds: all end together.
+  const int rounds = ceil_div(tiles, units * at_once);
+  const int grid = ceil_div(ceil_div(tiles, rounds), at_once);
+  const int step = grid * at_once;
+  gpu::launch(kernel.entry, {grid, 1, 1, kWaves * gpu::kWaveSize, kernel.lds_bytes, true}, stream,
+              static_cast<const uint16_t*>(args.a) + begin * args.a_stride_m, args.a_stride_m, rows,
+              w.q, w.q_stride_n, static_cast<const uint16_t*>(w.scales), w.s_stride_n, w.zeros,
+              w.z_stride_n8, w.n, w.k, static_cast<uint16_t*>(args.c) + begin * args.c_stride_m,
+              args.c_stride_m, kWaves, k_slices, ceil_div(tiles, step), step);
+}
+
+}  // namespace
+
+void launch_dense(const DenseArgs& args, void* stream) {
+  for (int begin = 0; begin < args.m;) {
+    const int left = args.m - begin;
+    // The most rows whose activations fit: what is left reads the weights again.
+    int slots = left == 1 ? 1 : left <= 4 ? 4 : 8;
+    while (slots > 1 && kernel_for(args, slots, kWaves).lds_bytes > gpu::max_lds_bytes()) {
+      slots = slots == 8 ? 4 : 1;
+    }
+    const int rows = left < slots ? left : slots;
+    if (kernel_for(args, slots, kWaves).lds_bytes > gpu::max_lds_bytes()) {
+      throw std::runtime_error("wvSplitK_int_g: a: expected a row of activations that fits into " +
+                               std::to_string(gpu::max_lds_bytes()) + " bytes of LDS, got " +
+                               std::to_string(args.w.k) + " columns");
+    }
+    launch_rows(args, begin, rows, slots, stream);
+    begin += rows;
+  }
+}
+
+void launch_rescore(const RescoreArgs& args, void* stream) {
+  if (args.m == 0) return;
+  const int threads = kRescoreWaves * gpu::kWaveSize;
+  const bool half = args.dtype == DType::kHalf;
+  const int largest_lds = 4 * kDenseRows * (1 + 2 * kRescoreWaves);
+  gpu::launch(half ? rescore_largest_f16 : rescore_largest_bf16,
+              {kRescoreParts, 1, 1, threads, largest_lds, true}, stream, args.a, args.a_stride_m,
+              args.m, args.k, args.errors, args.n, args.c, args.c_stride_m, args.partials,
+              args.p_stride_m, args.bound, kRescoreWaves);
+  // rows(): norms and bounds, results of 8 columns, bits and list of columns, a mask for every 32.
+  const int columns = ceil_div(ceil_div(args.n, kRescoreParts), gpu::kWaveSize) * gpu::kWaveSize;
+  const int results = gpu::kHasMma ? 2 * kRescoreWaves * kDenseRows * 8 : 0;
+  const int lds = 4 * (3 * kDenseRows + results + 2 * columns + columns / gpu::kWaveSize);
+  if (lds > gpu::max_lds_bytes()) {
+    throw std::runtime_error("wvSplitK_int_g_rescore: w: expected fewer rows, got " +
+                             std::to_string(args.n));
+  }
+  gpu::launch(half ? rescore_rows_f16 : rescore_rows_bf16,
+              {kRescoreParts, 1, 1, threads, lds, true}, stream, args.a, args.a_stride_m, args.m,
+              args.w, args.w_stride_n, args.k, args.errors, args.n, args.c, args.c_stride_m,
+              args.partials, args.p_stride_m, args.window, args.bound, kRescoreWaves);
+}
+
+}  // namespace moe_int4

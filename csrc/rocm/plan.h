@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+// SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+//
+// How gate_up and down are launched: as a value, from a rule or from the caller. Results do not
+// depend on it except for the order of fp32 sums.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "geometry.h"
+#include "moe_int4_args.h"
+
+namespace moe_int4 {
+
+enum class Kernel {
+  kPairs = 0,    // _t1: every pair (token, expert) reads the expert's weights
+  kEights = 1,   // _t8: eight tokens share them
+  kGrouped = 2,  // grouped: kGroupTokens tokens share them; where there are matrix instructions
+  kWide = 3,     // the same with twice the rows per wave; down only
+};
+
+struct GateUpPlan {
+  Kernel kernel;
+  int waves;      // of a block: kPairs and kEights share k, kGrouped has row tiles of their own
+  int slots;      // kGrouped: pairs of an expert per pass over its weights
+  int row_tiles;  // kGrouped: row tiles one after the other in each wave
+};
+struct DownPlan {
+  Kernel kernel;
+  int waves;     // of a block
+  int k_slices;  // of them share k, a power of two that divides waves
+  int slots;     // kGrouped, kWide: as in GateUpPlan
+  int rows() const { return kernel == Kernel::kWide ? 2 * kRowsPerWave : kRowsPerWave; }
+  bool grouped() const { return kernel == Kernel::kGrouped || kernel == Kernel::kWide; }
+};
+
+// What a rule looks at.
+struct Problem {
+  int tokens, top_k, experts;
+  int rows;      // weight rows that a block divides: half of gate_up's, all of down's
+  int blocks;    // of kBlockK along k
+  bool aligned;  // activation rows are 16-byte aligned
+  int cu_count;
+  int max_lds;          // bytes that a block may have
+  double expert_bytes;  // of one expert's int4 weights in this op
+
+  int pairs() const { return tokens * top_k; }
+  bool can_group() const {
+    return kStreams && aligned && top_k <= kMaxGroupTopK && experts < (1 << 16) - 1;
+  }
+  // Different experts that uniform routing picks on average: no token picks one twice.
+  double distinct() const {
+    const double picked = top_k < experts ? static_cast<double>(top_k) / experts : 1.0;
+    return experts * (1 - std::pow(1 - picked, static_cast<double>(tokens)));
+  }
+  double pairs_per_expert() const { return pairs() / distinct(); }
+  int block_pairs() const { return (tokens < kGroupTokens ? tokens : kGroupTokens) * top_k; }
+};
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Bytes of LDS of a block.
+inline int gate_up_lds(const Problem& p, const GateUpPlan& plan) {
+  if (plan.kernel == Kernel::kGrouped) {
+    return plan.waves * kGroupWeightBytes + group_row_ring_bytes(kGateUpRows, plan.slots) +
+           group_list_bytes(p.block_pairs(), p.experts, plan.slots);
+  }
+  if (plan.kernel == Kernel::kPairs && kStreams) {
+    return plan.waves * stream_lds_bytes_per_wave(ceil_div(p.blocks, plan.waves), 1) +
+           kStreamZeroBytes;
+  }
+  return plan.waves * lds_bytes_per_wave(plan.kernel == Kernel::kPairs ? 1 : kMaxSlots, p.tokens);
+}
+inline int down_wave_lds(const Problem& p, const DownPlan& plan) {
+  if (plan.grouped()) {
+    const int tokens = p.tokens < kGroupTokens ? p.tokens : kGroupTokens;
+    const int r = plan.rows() / kRowsPerWave;
+    return kGroupWeightBytes + group_row_ring_bytes(r, plan.slots) + group_result_bytes(r, tokens);
+  }
+  if (plan.kernel == Kernel::kPairs && kStreams) {
+    return stream_lds_bytes_per_wave(ceil_div(p.blocks, plan.k_slices),
+                                     ceil_div(p.top_k, plan.waves / plan.k_slices));
+  }
+  return lds_bytes_per_wave(plan.kernel == Kernel::kPairs ? 1 : kMaxSlots, p.tokens);
+}
+inline int down_lds(const Problem& p, const DownPlan& plan) {
+  int bytes = plan.waves * down_wave_lds(p, plan);
+  if (plan.grouped()) bytes += group_list_bytes(p.block_pairs(), p.experts, plan.slots);
+  if (plan.kernel == Kernel::kPairs && kStreams) bytes += kStreamZeroBytes;
+  return bytes;
+}
+
+namespace plan_detail {
+
+[[noreturn]] inline void fail(const char* op, const std::string& what, const std::string& expected,
+                              int64_t got) {
+  throw std::runtime_error(std::string("fused_moe_wvSplitK_int4_") + op + ": plan: " + what +
+                           ": expected " + expected + ", got " + std::to_string(got));
+}
+
+// Value i of the plan, checked to be from least to most.
+inline int value(const char* op, const Plan& plan, int i, const char* name, int least, int most) {
+  const int64_t got = plan.values[i];
+  if (got < least || got > most) {
+    fail(op, std::string(name) + " (value " + std::to_string(i) + ")",
+         std::to_string(least) + " to " + std::to_string(most), got);
+  }
+  return static_cast<int>(got);
+}
+
+inline Kernel kernel(const char* op, const Plan& plan, const Problem& p, Kernel last) {
+  constexpr int kSize = 4;
+  if (plan.size != kSize) fail(op, "length", std::to_string(kSize) + " integers", plan.size);
+  const auto kernel = static_cast<Kernel>(value(op, plan, 0, "kernel", 0, static_cast<int>(last)));
+  const bool grouped = kernel != Kernel::kPairs && kernel != Kernel::kEights;
+  const bool copies = kStreams && kernel != Kernel::kEights;
+  if (grouped && !kStreams) {
+    fail(op, "kernel (value 0)", "0 or 1 on a device without matrix instructions", plan.values[0]);
+  }
+  if (grouped && !p.can_group()) {
+    fail(op, "kernel (value 0)",
+         "0 or 1 for more than " + std::to_string(kMaxGroupTopK) + " experts per token or more " +
+             "than 65535 experts",
+         plan.values[0]);
+  }
+  if (copies && !p.aligned) {
+    fail(op, "kernel (value 0)", "1 where activation rows are not 16-byte aligned", plan.values[0]);
+  }
+  return kernel;
+}
+
+inline void check_lds(const char* op, int lds, const Problem& p) {
+  if (lds > p.max_lds) {
+    fail(op, "bytes of shared memory that it takes", "at most " + std::to_string(p.max_lds), lds);
+  }
+}
+
+}  // namespace plan_detail
+
+// The caller's plan of four integers: kernel, waves, slots, row_tiles; see GateUpPlan. Throws
+// std::runtime_error naming the value that does not fit.
+inline GateUpPlan parse_gate_up_plan(const Plan& plan, const Problem& p) {
+  using namespace plan_detail;
+  constexpr const char* kOp = "gate_up";
+  GateUpPlan out{};
+  out.kernel = kernel(kOp, plan, p, Kernel::kGrouped);
+  const bool grouped = out.kernel == Kernel::kGrouped;
+  out.waves = value(kOp, plan, 1, "waves", 1, grouped ? kMaxGroupWaves : kMaxWavesSharingK);
+  out.slots = value(kOp, plan, 2, "slots", grouped ? 1 : 0, grouped ? kGateUpSlots : 0);
+  out.row_tiles = value(kOp, plan, 3, "row_tiles", grouped ? 1 : 0, grouped ? 1024 : 0);
+  check_lds(kOp, gate_up_lds(p, out), p);
+  return out;
+}
+
+// Likewise: kernel, waves, k_slices, slots; see DownPlan.
+inline DownPlan parse_down_plan(const Plan& plan, const Problem& p) {
+  using namespace plan_detail;
+  constexpr const char* kOp = "down";
+  DownPlan out{};
+  out.kernel = kernel(kOp, plan, p, Kernel::kWide);
+  const bool grouped = out.grouped();
+  out.waves = value(kOp, plan, 1, "waves", 1, kMaxWaves);
+  out.k_slices = value(kOp, plan, 2, "k_slices", 1, out.waves);
+  if ((out.k_slices & (out.k_slices - 1)) != 0 || out.waves % out.k_slices != 0) {
+    fail(kOp, "k_slices (value 2)",
+         "a power of two that divides waves " + std::to_string(out.waves), out.k_slices);
+  }
+  out.slots = value(kOp, plan, 3, "slots", grouped ? 1 : 0, grouped ? kDownSlots : 0);
+  check_lds(kOp, down_lds(p, out), p);
+  return out;
+}
+
+// ---------------------------------------------------------------------------------------- the rule
+// Constants with streams and matrix instructions: an H100, six model shapes, 1 to 64 tokens,
+// 2026-11 (README.md). Those of RDNA were not measured: from the resource report and the counts of
+// isa_report.py. The host takes those of the code that it runs.
+
+// Parts of `total`, at most `parts`, with none left empty and the largest as small as before.
+constexpr int even_parts(int total, int parts) {
+  return ceil_div(total, ceil_div(total, parts < total ? parts : total));
+}
+constexpr int clamp(double x, int least, int most) {
+  return x < least ? least : x > most ? most : static_cast<int>(x);
+}
+
+// Waves that share k of a tile where `tiles` of them are to occupy the device.
+inline int waves_sharing_k(int blocks, int64_t tiles, int cu_count) {
+  constexpr int kWavesPerCu = kStreams ? 16 : 24;
+  const double wanted = std::ceil(static_cast<double>(kWavesPerCu) * cu_count / tiles);
+  return even_parts(blocks, clamp(wanted, 1, kMaxWavesSharingK));
+}
+inline int gemm_waves(int blocks, int64_t tiles, int cu_count) {
+  return waves_sharing_k(blocks, tiles, cu_count);
+}
+
+// Whether so few pairs share an expert that every pair on its own is faster. To find out who shares
+// costs about as much as reading 20% of a small expert again, mostly from the cache, and 10% of a
+// large one.
+inline bool few_share(const Problem& p) {
+  const double limit = kStreams ? 0.79 + 0.02 * std::log2(p.expert_bytes / 1e6) : 0.9;
+  return p.distinct() > (limit < 0.77 ? 0.77 : limit > 0.9 ? 0.9 : limit) * p.pairs();
+}
+
+inline GateUpPlan gate_up_plan(const Problem& p) {
+  const int tiles = ceil_div(p.rows, kRowGroups);
+  if (!p.can_group()) {
+    const bool alone = (p.aligned || !kStreams) && (p.tokens == 1 || few_share(p));
+    const int waves = waves_sharing_k(p.blocks, int64_t{tiles} * p.pairs(), p.cu_count);
+    return {alone ? Kernel::kPairs : Kernel::kEights, waves, 0, 0};
+  }
+  if (p.tokens == 1 || few_share(p)) {  // a window per wave: all of it is requested at once
+    const int waves = even_parts(p.blocks, clamp(ceil_div(p.blocks, kWindowBlocks), 1, 8));
+    return {Kernel::kPairs, waves, 0, 0};
+  }
+  GateUpPlan out{Kernel::kGrouped, 1, 0, 1};
+  out.slots = p.tokens <= 4 ? p.tokens : p.pairs_per_expert() < 6 ? 8 : kGateUpSlots;
+  out.waves = out.slots <= 4 ? 1 : out.slots / 4;
+  if (out.slots <= 8) {  // 24 windows a wave, as long as all waves that fit have work
+    const int windows = ceil_div(p.blocks, group_window_blocks(kGateUpRows));
+    const double rounds = ceil_div(tiles, kGateUpRows) * p.distinct() / (16.0 * p.cu_count);
+    out.row_tiles = clamp(std::round(rounds < 24.0 / windows ? rounds : 24.0 / windows), 1, 24);
+  }
+  return out;
+}
+
+// Fewer waves until the device has the LDS.
+inline DownPlan fitted(const Problem& p, DownPlan plan) {
+  int shares = plan.waves / plan.k_slices;
+  while (down_lds(p, plan) > p.max_lds && plan.waves > 1) {
+    if (shares > 1) {
+      --shares;
+    } else {
+      plan.k_slices /= 2;
+    }
+    plan.waves = shares * plan.k_slices;
+  }
+  return plan;
+}
+
+inline DownPlan grouped_down_plan(const Problem& p) {
+  const bool wide = p.tokens > 2 && ceil_div(p.rows, 2 * kRowsPerWave) >= 0.7 * p.cu_count;
+  DownPlan out{wide ? Kernel::kWide : Kernel::kGrouped, 1, 1, 0};
+  out.slots = p.tokens <= 4 ? p.tokens : p.pairs_per_expert() < (wide ? 2.2 : 3) ? 4 : kDownSlots;
+  const int least = 2 * group_window_blocks(wide ? 2 : 1);  // blocks of a slice: two windows
+  while (out.k_slices < 4 && p.blocks / (2 * out.k_slices) >= least) out.k_slices *= 2;
+  const int most = p.pairs() < p.experts ? p.pairs() : p.experts;
+  const int shares = (p.tokens <= 2 ? 8 : 12) / out.k_slices;
+  out.waves = (shares < most ? shares : most) * out.k_slices;
+  return fitted(p, out);
+}
+
+inline DownPlan down_plan(const Problem& p) {
+  const int tiles = ceil_div(p.rows, kRowsPerWave);
+  // With a tile or more for each compute unit, grouped blocks are one round whatever the tokens.
+  if (p.can_group() && (tiles >= p.cu_count || !(p.tokens == 1 || few_share(p)))) {
+    return grouped_down_plan(p);
+  }
+  // _t8 runs pairs one after the other: up to 8 tokens go without it where a last-level cache of
+  // 32 MB holds a token's experts.
+  const bool cached = !kStreams && p.tokens <= 8 && p.top_k * p.expert_bytes <= 32e6;
+  const bool alone = (p.aligned || !kStreams) && (p.tokens == 1 || cached || few_share(p));
+  const int block_tokens = alone ? 1 : p.tokens < kMaxSlots ? p.tokens : kMaxSlots;
+  constexpr int kWavesPerCu = kStreams ? 16 : 32;  // one round of blocks
+  const double wanted = static_cast<double>(kWavesPerCu) * p.cu_count /
+                        (static_cast<double>(tiles) * ceil_div(p.tokens, block_tokens));
+  const int most = clamp(wanted, 1, kMaxWaves), pairs = block_tokens * p.top_k;
+  DownPlan out{alone ? Kernel::kPairs : Kernel::kEights, 1, 1, 0};
+  int least = INT32_MAX;  // blocks of the busiest wave
+  for (int slices = 1; slices <= 4 && slices <= most; slices *= 2) {
+    const int blocks = ceil_div(p.blocks, slices);
+    if (slices > 1 && blocks < slices) break;
+    const int shares = even_parts(pairs, most / slices), chain = ceil_div(pairs, shares) * blocks;
+    if (chain < least) {
+      least = chain;
+      out.waves = shares * slices;
+      out.k_slices = slices;
+    }
+  }
+  return fitted(p, out);
+}
+
+}  // namespace moe_int4

@@ -1,0 +1,513 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The host side of the AMD kernels, without an AMD GPU.
+
+The op library is built as for a wheel. Its code objects are loaded and its launchers
+run on a stand-in for HIP's runtime (tests/kernels/hip_stand_in), which checks every
+launch against the code object's metadata and then executes the kernel of that name in
+the host build; results are compared with float64. Faults are planted in copies of the
+sources, to see that they are found.
+"""
+
+import dataclasses
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.test_moe_int4_on_host import (
+    BF16,
+    BUILD,
+    HALF,
+    Maker,
+    read_records,
+    record,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="host kernels: x86-64"),
+    pytest.mark.skipif(shutil.which("clang++-22") is None, reason="needs clang++-22"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+ROCM = ROOT / "csrc" / "rocm"
+STAND_IN = Path(__file__).with_name("hip_stand_in")
+WORK = ROOT / "build" / "hip_stand_in"
+ARCHS = ("gfx1100", "gfx1151")
+SONAME = "libamdhip64.so.7"
+# A program that starts kernels hides its own names: the stand-in has kernels so called.
+FOR_HIP = ("-DHYBRID_W4A16_HIP", "-fvisibility=hidden")
+LINK = ("clang++-22", "-fsanitize=address,undefined")
+
+
+def run(*command, **options):
+    """Standard output of a command that must succeed."""
+    command = [str(part) for part in command]
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def objects(sources, *flags):
+    """Object files of the sources, sanitized, from a cache where they are unchanged."""
+    flags = [f"--flag={flag}" for flag in flags]
+    return run(sys.executable, BUILD, "--objects", *flags, *sources).split()
+
+
+def launcher_sources():
+    names = ["hip_runtime.cpp", "inflate.cpp", "host/runner.cpp"]
+    return [ROCM / name for name in names] + sorted(ROCM.glob("launch*.cpp"))
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The op library with AMD code alone, by the project's own build."""
+    build = WORK / "library"
+    scripts = Path(sysconfig.get_path("scripts"))
+    settings = {
+        "CMAKE_MAKE_PROGRAM": scripts / "ninja",
+        "Python3_EXECUTABLE": sys.executable,
+        "TORCH_DIR": Path(torch.__file__).parent,
+        "HYBRID_W4A16_CPU": "OFF",
+        "HYBRID_W4A16_GPU": "hip",
+        "HYBRID_W4A16_GPU_ARCHS": ";".join(ARCHS),
+    }
+    options = [f"-D{name}={value}" for name, value in settings.items()]
+    run(scripts / "cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *options)
+    run(scripts / "cmake", "--build", build)
+    return build / "_hybrid_w4a16_C.so"
+
+
+@pytest.fixture(scope="module")
+def code_objects(library):
+    """Paths of the code objects by (source, architecture)."""
+    files = (library.parent / "csrc/rocm/device_code").glob("*.co")
+    return {tuple(file.stem.split(".")): file for file in files}
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    """The stand-in with the kernels of the host build."""
+    sources = [STAND_IN / f"{name}.cpp" for name in ("host_kernels", "code_object")]
+    sources += [STAND_IN / "runtime.cpp", ROCM / "host" / "scheduler.cpp"]
+    path = WORK / "sanitized" / SONAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soname = f"-Wl,-soname,{SONAME}"
+    parts = objects([*sources, *sorted(ROCM.glob("*.hip"))])
+    run(*LINK, "-shared", soname, *parts, "-o", path)
+    return path
+
+
+@dataclasses.dataclass
+class Launcher:
+    """Builds programs that run op calls on the stand-in, parts of them wrong."""
+
+    runtime: Path
+    folder: Path
+    code_objects: dict
+
+    def embed(self, code_objects):
+        """device_code.cpp with these code objects: (architecture, file) each."""
+        out = self.folder / f"code{len(list(self.folder.iterdir()))}" / "code.cpp"
+        out.parent.mkdir()
+        entries = [f"{arch}={file}" for arch, file in code_objects]
+        run(sys.executable, ROCM / "embed_device_code.py", out, *entries)
+        return out
+
+    def all_code(self):
+        return [(arch, file) for (_, arch), file in sorted(self.code_objects.items())]
+
+    def link(self, sources=None, code_objects=None):
+        """A program; by default from the real sources and code objects."""
+        sources = [*(sources or launcher_sources())]
+        sources.append(self.embed(code_objects or self.all_code()))
+        program = self.folder / f"program{len(list(self.folder.iterdir()))}"
+        where = ["-L", self.runtime.parent, f"-Wl,-rpath,{self.runtime.parent}"]
+        library = ["-Wl,--no-as-needed", f"-l:{SONAME}"]
+        run(*LINK, *objects(sources, *FOR_HIP), *where, *library, "-o", program)
+        return program
+
+    def changed(self, name, pattern, replacement):
+        """The real sources, but `pattern` in csrc/rocm/`name` is `replacement`."""
+        copy = self.folder / f"source{len(list(self.folder.iterdir()))}"
+        shutil.copytree(ROCM, copy / "rocm")
+        for header in ROCM.parent.glob("*.h"):
+            shutil.copy(header, copy)
+        file = copy / "rocm" / name
+        text, count = re.subn(pattern, replacement, file.read_text())
+        assert count, f"{pattern} is not in {name}"
+        file.write_text(text)
+        return [copy / "rocm" / s.relative_to(ROCM) for s in launcher_sources()]
+
+
+@pytest.fixture(scope="module")
+def launcher(runtime, code_objects, tmp_path_factory):
+    return Launcher(runtime, tmp_path_factory.mktemp("launcher"), code_objects)
+
+
+@pytest.fixture(scope="module")
+def program(launcher):
+    return launcher.link()
+
+
+def prepare(device, arch=""):
+    return record({"op": b"prepare", "device": device, "arch": arch.encode()})
+
+
+def answer(program, *records, devices="gfx1151", **env):
+    env = {"HIP_STAND_IN_DEVICES": devices, **env}
+    return subprocess.run(
+        [program], input=b"".join(records), capture_output=True, env=os.environ | env
+    )
+
+
+def failure(program, *records, devices="gfx1151"):
+    """What the program says when it fails, as it must."""
+    result = answer(program, *records, devices=devices)
+    assert result.returncode != 0
+    return result.stderr.decode(errors="replace")
+
+
+def gemm_case():
+    return next(iter(Maker("gemm", HALF, 128, False).cases()))
+
+
+OPS = ("gemm", "gate_up", "down")
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    return tmp_path_factory.mktemp("launched") / "kernels"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+def test_results_are_right(program, launched, op, dtype):
+    cases = []
+    for group in (32, 64, 128):
+        for zero_points in (False, True):
+            every_size = list(Maker(op, dtype, group, zero_points).cases())
+            # one row, some, and most of them: test_moe_int4_on_host.py has all
+            cases += [every_size[0], every_size[len(every_size) // 2], every_size[-1]]
+    records = [prepare(0, "gfx1151"), *(record(case.fields) for case in cases)]
+    result = answer(program, *records, HIP_STAND_IN_LOG=str(launched))
+    assert result.returncode == 0, result.stderr.decode(errors="replace")[:4000]
+    replies = list(read_records(result.stdout))[1:]
+    for case, reply in zip(cases, replies, strict=True):
+        case.check(reply["c"])
+
+
+def test_every_moe_kernel_was_started(library, launched):
+    """Runs after the tests above, which start them."""
+    assert launched.exists(), "run the whole file"
+    embedded = (library.parent / "csrc/rocm/device_code/device_code.cpp").read_text()
+    kernels = set(re.findall(r'"(moe_int4_\w+)\\n"', embedded))
+    assert kernels
+    assert set(launched.read_text().split()) == kernels
+
+
+def test_devices_of_two_architectures(program):
+    case = gemm_case()
+    call = record(case.fields)
+    records = [prepare(0, "gfx1151"), call, prepare(1, "gfx1100"), call, prepare(0)]
+    result = answer(program, *records, call, devices="gfx1151 gfx1100")
+    assert result.returncode == 0, result.stderr.decode(errors="replace")[:4000]
+    replies = [reply for reply in read_records(result.stdout) if reply]
+    assert len(replies) == 3
+    for reply in replies:
+        case.check(reply["c"])
+
+
+def test_a_device_without_kernels_is_refused(program):
+    call = record(gemm_case().fields)
+    message = failure(
+        program, prepare(0, "gfx1151"), prepare(1), call, devices="gfx1151 gfx1100"
+    )
+    assert (
+        "moe_int4_gemm_f16_g128_sym_t1: no kernels were loaded on device 1" in message
+    )
+    assert "there is code for gfx1100 gfx1151" in message
+
+
+# ------------------------------------------------------------------ planted faults
+
+SHAPE = r"(gpu::launch\(\s*gemm_kernel\([^;]*?)"
+
+PLANTED = {
+    "n and k in the wrong order": (
+        "launch.cpp",
+        SHAPE + r"w\.num_experts, w\.n, w\.k",
+        r"\1w.num_experts, w.k, w.n",
+        r"relative error|AddressSanitizer|wrote elements",
+    ),
+    "pointers in the wrong order": (
+        "launch.cpp",
+        SHAPE + r"args\.expert_ids, args\.sorted_token_ids",
+        r"\1args.sorted_token_ids, args.expert_ids",
+        "relative error|AddressSanitizer|null pointer|wrote elements",
+    ),
+    "a host pointer": (
+        "launch.cpp",
+        SHAPE + r"args\.c,",
+        r"\1static_cast<void*>(&stream),",
+        "is no device memory",
+    ),
+    "too little LDS": (
+        "launch.cpp",
+        SHAPE + r"waves \* wave_lds, false",
+        r"\1waves * wave_lds - 256, false",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "too much LDS": (
+        "launch.cpp",
+        SHAPE + r"waves \* wave_lds, false",
+        r"\1waves * wave_lds + 65536, false",
+        r"\d+ bytes of LDS, and 0 that are fixed",
+    ),
+    "too many threads": (
+        "launch.cpp",
+        SHAPE + r"waves \* gpu::kWaveSize",
+        r"\1 33 * gpu::kWaveSize",
+        "a block of 1056 threads, at most 512",
+    ),
+    "half a wave": (
+        "launch.cpp",
+        SHAPE + r"waves \* gpu::kWaveSize",
+        r"\1waves * gpu::kWaveSize + 16",
+        r"a block of \d+ threads",
+    ),
+    "a grid that is too large": (
+        "launch.cpp",
+        SHAPE + r"\{tiles,",
+        r"\1{tiles << 25,",
+        "a grid of ",
+    ),
+    "an error left behind": (
+        "hip_runtime.cpp",
+        r"const OnDevice on_device\(device\);",
+        "const OnDevice on_device(device); runtime().set_device(99);",
+        "an error was left behind, 101",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_finds_a_planted_fault_in_the_launcher(launcher, fault):
+    name, pattern, replacement, expected = PLANTED[fault]
+    program = launcher.link(launcher.changed(name, pattern, replacement))
+    cases = list(Maker("gemm", HALF, 128, False).cases())
+    records = [prepare(0, "gfx1151"), *(record(case.fields) for case in cases)]
+    result = answer(program, *records)
+    said = result.stderr.decode(errors="replace")
+    for case, reply in zip(cases, list(read_records(result.stdout))[1:], strict=False):
+        try:
+            case.check(reply["c"])
+        except AssertionError as error:
+            said += str(error)
+    assert re.search(expected, said), said[:4000]
+
+
+def test_finds_a_launch_on_the_wrong_device(launcher):
+    """The check of the device is taken out: handles of device 0 serve all devices."""
+    sources = launcher.changed(
+        "hip_runtime.cpp", r"function\[device\]\.load", "function[0].load"
+    )
+    program = launcher.link(sources)
+    call = record(gemm_case().fields)
+    message = failure(
+        program, prepare(0, "gfx1151"), prepare(1), call, devices="gfx1151 gfx1100"
+    )
+    assert "code for gfx1151 on device 0 was started on device 1, a gfx1100" in message
+
+
+def test_finds_code_for_another_architecture(launcher):
+    """gfx1100's code objects under the name of gfx1151."""
+    code = [
+        ("gfx1151", file) for arch, file in launcher.all_code() if arch == "gfx1100"
+    ]
+    message = failure(launcher.link(code_objects=code), prepare(0, "gfx1151"))
+    assert "loading the gfx1151 kernels on device 0: hipErrorNoBinaryForGpu" in message
+
+
+def test_finds_a_missing_kernel(launcher):
+    code = [row for row in launcher.all_code() if "moe_int4_down" not in row[1].name]
+    message = failure(launcher.link(code_objects=code), prepare(0, "gfx1151"))
+    assert (
+        "the code for gfx1151 in hybrid_w4a16 lacks the kernel moe_int4_down_"
+        in message
+    )
+
+
+def test_finds_code_with_arguments_in_another_order(launcher, tmp_path):
+    """The code object is built from a source whose arguments have changed places."""
+    (source, *_) = launcher.changed(
+        "entry_points.h", r"int n, int k, void \*c,", "void *c, int n, int k,"
+    )
+    gemm = tmp_path / "moe_int4_gemm.gfx1151.co"
+    flags = "-x hip -std=c++17 -O1 --offload-arch=gfx1151 --offload-device-only"
+    flags += " --no-gpu-bundle-output -nogpulib -nogpuinc"
+    folder = source.parent
+    run(
+        "clang++-22",
+        *flags.split(),
+        f"-I{folder}",
+        folder / "moe_int4_gemm.hip",
+        "-o",
+        gemm,
+    )
+    code = [
+        row for row in launcher.all_code() if "moe_int4_gemm.gfx1151" not in row[1].name
+    ]
+    program = launcher.link(code_objects=[*code, ("gfx1151", gemm)])
+    message = failure(program, prepare(0, "gfx1151"), record(gemm_case().fields))
+    assert re.search(
+        r"argument \d+ of the code object is a global_buffer of 8 bytes", message
+    )
+
+
+def test_finds_a_damaged_code_object(launcher):
+    real = launcher.embed(
+        [("gfx1151", launcher.code_objects["moe_int4_gemm", "gfx1151"])]
+    )
+    (blob,) = real.parent.glob("*.z")
+    data = bytearray(blob.read_bytes())
+    data[len(data) // 2] ^= 1
+    blob.write_bytes(data)
+    sources = [ROCM / "inflate.cpp", real, real.with_name("main.cpp")]
+    sources[-1].write_text(
+        "#include <cstdio>\n#include <stdexcept>\n#include <vector>\n"
+        '#include "device_code.h"\n#include "inflate.h"\n'
+        "int main() {\n  const gpu::CodeObject& code = gpu::kCodeObjects[0];\n"
+        "  std::vector<uint8_t> out(code.size);\n  try {\n"
+        "    gpu::inflate(code.data, code.compressed_size, out.data(), out.size());\n"
+        '  } catch (const std::runtime_error& e) { std::printf("%s", e.what()); }\n}\n'
+    )
+    program = real.with_name("main")
+    run(*LINK, *objects(sources), "-o", program)
+    assert run(program).startswith("damaged zlib stream: ")
+
+
+# ------------------------------------------------------------------ the op that loads
+
+LOAD = """
+import ctypes, sys
+import torch
+mode = ctypes.RTLD_GLOBAL if sys.argv[3] == "global" else ctypes.RTLD_LOCAL
+hip = ctypes.CDLL(sys.argv[1], mode) if sys.argv[1] else None
+torch.ops.load_library(sys.argv[2])
+for call in sys.argv[4:]:
+    device, arch = call.split(":")
+    try:
+        torch.ops._rocm_C.hybrid_w4a16_load_device(int(device), arch)
+        counts = hip.hipStandInKernels(int(device)), hip.hipStandInModules(int(device))
+        print(f"device {device} has %d kernels of %d modules" % counts)
+    except RuntimeError as error:
+        print(error)
+if hip:
+    print("modules", hip.hipStandInModules(0), "error", hip.hipGetLastError())
+"""
+
+
+@pytest.fixture(scope="module")
+def loading_runtimes():
+    """The stand-in without kernels, for Python: today's, and one of an old release."""
+    sources = [f"{name}.cpp" for name in ("runtime", "code_object", "metadata_only")]
+    paths = []
+    for name, flags in (("new", []), ("old", ["-DSTAND_IN_OLD"])):
+        path = WORK / name / SONAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = ["clang++-22", "-std=c++17", "-O1", "-fPIC", "-shared", *flags]
+        command += [f"-Wl,-soname,{SONAME}", *(STAND_IN / source for source in sources)]
+        run(*command, "-o", path)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def load(library, loading_runtimes):
+    def load(*calls, devices="gfx1151", runtime="new", scope="local", **env):
+        path = {"new": loading_runtimes[0], "old": loading_runtimes[1], "none": ""}[
+            runtime
+        ]
+        env = os.environ | {"HIP_STAND_IN_DEVICES": devices} | env
+        lines = run(sys.executable, "-c", LOAD, path, library, scope, *calls, env=env)
+        return lines.splitlines()
+
+    return load
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_loads_every_code_object_on_every_device(load, code_objects, scope):
+    """The runtime is found where torch's libraries are loaded out of sight, too."""
+    calls = ("0:gfx1151", "1:gfx1100", "0:gfx1151")
+    lines = load(*calls, devices="gfx1151 gfx1100", scope=scope)
+    on_0, on_1, again, end = lines
+    counts = re.fullmatch(r"device 0 has (\d+) kernels of (\d+) modules", on_0)
+    assert counts and int(counts[1]) >= 72
+    assert again == on_0
+    assert on_1 == on_0.replace("device 0", "device 1")
+    assert end == f"modules {counts[2]} error 0"
+
+
+@pytest.mark.parametrize(
+    ("calls", "options", "expected"),
+    [
+        (
+            ["0:gfx1201"],
+            {"devices": "gfx1201"},
+            "no kernels for device 0, a gfx1201; it was built for gfx1100 gfx1151",
+        ),
+        (
+            ["0:gfx1151"],
+            {"devices": "gfx1100"},
+            "loading the gfx1151 kernels on device 0: hipErrorNoBinaryForGpu",
+        ),
+        (["3:gfx1151"], {}, "hipSetDevice: hipErrorInvalidDevice"),
+        (["64:gfx1151"], {}, "device 64: expected 0..63"),
+        (
+            ["0:gfx1151"],
+            {"HIP_STAND_IN_CAPTURING": "1"},
+            "kernels cannot be loaded while a graph is captured: load them on device 0",
+        ),
+        (
+            ["0:gfx1151"],
+            {"runtime": "old"},
+            f"old/{SONAME}, has no hipStreamIsCapturing: it is too old",
+        ),
+    ],
+)
+def test_says_why_it_does_not_load(load, calls, options, expected):
+    message, end = load(*calls, **options)
+    assert expected in message
+    assert end == "modules 0 error 0", (
+        "nothing stays behind, no error for torch to find"
+    )
+
+
+def test_says_that_there_is_no_runtime(load):
+    (message,) = load("0:gfx1151", runtime="none")
+    assert message == (
+        "no HIP runtime is loaded in this process: torch is not a ROCm build"
+    )
+
+
+def test_out_of_memory_leaves_nothing_and_can_be_tried_again(load):
+    first, second, end = load("0:gfx1151", "0:gfx1151", HIP_STAND_IN_FAIL_LOAD="1")
+    assert first == (
+        "loading the gfx1151 kernels on device 0: hipErrorOutOfMemory (out of memory)"
+    )
+    assert re.fullmatch(r"device 0 has \d+ kernels of \d+ modules", second)
+    assert end.endswith("error 0")
+
+
+def test_a_device_cannot_change_its_architecture(load):
+    _, message, _ = load("0:gfx1151", "0:gfx1100")
+    assert message == "device 0 is a gfx1151 by an earlier call, now a gfx1100"

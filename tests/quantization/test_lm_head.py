@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""lm_head layers as vLLM builds them: which are quantized, memory, logits, refusals."""
+
+import types
+
+import pytest
+import torch
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.quantization import QuantizationConfigArgs
+from vllm.distributed import (
+    init_distributed_environment,
+    initialize_model_parallel,
+    model_parallel_is_initialized,
+)
+from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
+from vllm.model_executor.layers.quantization.hybrid_w4a16_head import (
+    BOUND,
+    WINDOW,
+    HybridW4A16HeadMethod,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_head_schemes import (
+    ENV_NAME,
+    SCHEMES,
+)
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+from ..support.moe_layers import DEVICE, inc_config
+
+VOCABULARY, HIDDEN = 1000, 256  # padded to 1024
+PREFIX = "lm_head"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_process(tmp_path_factory):
+    if model_parallel_is_initialized():
+        return
+    with set_current_vllm_config(VllmConfig()):
+        file = tmp_path_factory.mktemp("distributed") / "store"
+        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+
+
+def make_head(name, base=None, dtype=torch.bfloat16, tied=False, **options):
+    """A head under construction as a model's constructor makes it.
+
+    base: the checkpoint's quantization; ``None``: 16 bits.
+    """
+    config = VllmConfig()
+    if name is not None:
+        online = OnlineQuantizationConfig(
+            QuantizationConfigArgs(targets={PREFIX: name})
+        )
+        if base is not None:
+            base.online_quantization_config = online
+        config.quant_config = base or online
+    for key in [key for key in options if hasattr(config, key)]:
+        object.__setattr__(config, key, options.pop(key))
+    hidden = options.pop("hidden", HIDDEN)
+    quant_config = config.quant_config
+    with set_current_vllm_config(config), torch.device(DEVICE):
+        head = ParallelLMHead(
+            VOCABULARY,
+            hidden,
+            params_dtype=dtype,
+            quant_config=quant_config,
+            prefix=PREFIX,
+            **options,
+        )
+        embedding = VocabParallelEmbedding(VOCABULARY, hidden, dtype)
+        if tied:
+            head = head.tie_weights(embedding)
+    weight = torch.randn(VOCABULARY, hidden, dtype=torch.float32).to(dtype)
+    (embedding if tied else head).weight.data.zero_()
+    (embedding if tied else head).weight.data[:VOCABULARY] = weight.to(DEVICE)
+    return types.SimpleNamespace(
+        head=head, embedding=embedding, weight=weight, quant_config=quant_config
+    )
+
+
+def logits_of(made, rows):
+    x = torch.randn(rows, made.weight.shape[1]).to(made.weight.dtype)
+    x += made.weight[torch.randint(0, VOCABULARY, (rows,))]
+    got = made.head.quant_method.apply(made.head, x.to(DEVICE)).cpu()
+    return got[:, :VOCABULARY], x.double() @ made.weight.double().T
+
+
+def finish(made):
+    made.head.quant_method.process_weights_after_loading(made.head)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("base", [None, "auto-round"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_logits_memory_and_summary(name, base, tied):
+    made = make_head(name, inc_config() if base else None, tied=tied)
+    method, scheme = made.head.quant_method, SCHEMES[name]
+    assert isinstance(method, HybridW4A16HeadMethod) and method.name == name
+    finish(made)
+    limit = {8: 0.01, 4: 0.15}[scheme.bits]
+    for rows in (1, 16, 40):  # the last is more than a call takes
+        got, exact = logits_of(made, rows)
+        assert got.shape == exact.shape
+        error = (got.double() - exact).norm() / exact.norm()
+        assert error < limit
+        if scheme.rescored:
+            assert torch.equal(got.argmax(1), exact.bfloat16().argmax(1))
+    kept = sum(p.numel() * p.element_size() for p in made.head.parameters())
+    rows = made.head.num_embeddings_per_partition
+    expected = rows * HIDDEN * scheme.bytes_per_weight()
+    if scheme.rescored or tied:
+        expected += rows * HIDDEN * 2 + (4 * rows if scheme.rescored else 0)
+    assert kept == expected
+    online = made.quant_config
+    online = getattr(online, "online_quantization_config", None) or online
+    assert online.quantized_layer_summaries == [
+        f"lm_head: 1 (from targets: lm_head, {name})"
+    ]
+
+
+def test_padding_of_the_vocabulary_is_not_looked_at():
+    made = make_head("int4_rescored")
+    finish(made)
+    missing = made.head.weight_error < 0
+    assert missing[VOCABULARY:].all() and not missing[:VOCABULARY].any()
+
+
+def test_rescoring_is_what_the_docstring_says():
+    made = make_head("int4_rescored")
+    finish(made)
+    head = made.head
+    x = torch.randn(8, HIDDEN).bfloat16().to(DEVICE)
+    quantized = torch.empty(8, len(head.qweight), dtype=x.dtype, device=DEVICE)
+    ops.wvSplitK_int_g(x, head.qweight, head.weight_scale, quantized, 1, 128, 4)
+    got = head.quant_method.apply(head, x)
+    asked = ops.rescored_rows(x, head.weight_error, quantized, WINDOW, BOUND)
+    assert torch.equal(got[~asked], quantized[~asked])
+    exact = x.double() @ head.weight.double().T
+    assert ((got.double() - exact).abs() <= exact.abs() * 2**-7 + 1e-4)[asked].all()
+
+
+def test_a_tied_head_follows_its_embedding():
+    """As after reload_weights, which reaches the embedding alone."""
+    made = make_head("int4_rescored", tied=True)
+    finish(made)
+    before = made.head.qweight.data_ptr()
+    made.weight = torch.randn_like(made.weight)
+    made.embedding.weight.data[:VOCABULARY].copy_(made.weight)
+    made.embedding.update_param_tp_status()  # vLLM does so when it has loaded a layer
+    got, exact = logits_of(made, 4)
+    assert torch.equal(got.argmax(1), exact.bfloat16().argmax(1))
+    assert made.head.qweight.data_ptr() == before
+
+
+def test_off_by_default():
+    assert isinstance(make_head(None).head.quant_method, UnquantizedEmbeddingMethod)
+
+
+def test_the_variable_says_the_same(monkeypatch):
+    monkeypatch.setenv(ENV_NAME, "int8_g32")
+    method = make_head(None).head.quant_method
+    assert isinstance(method, HybridW4A16HeadMethod) and method.name == "int8_g32"
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="targets.lm_head. = int4_g99 is not a valid"):
+        QuantizationConfigArgs(targets={"lm_head": "int4_g99"})
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(bias=True), "lm_head: a head with a bias is not supported"),
+        (dict(dtype=torch.float32), "lm_head: weights in torch.float32, supported"),
+        (dict(hidden=288), "hidden size 288 is not a multiple of the group size 128"),
+        (dict(lora_config=object()), "lm_head: LoRA is enabled"),
+        (
+            dict(
+                model_config=types.SimpleNamespace(
+                    head_dtype=torch.float32, dtype=torch.bfloat16
+                )
+            ),
+            "head_dtype torch.float32 is not the model's torch.bfloat16",
+        ),
+    ],
+)
+def test_heads_that_are_declined(options, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        make_head("int4_rescored", **options)
+    assert "quantization_config.targets['lm_head']=int4_rescored" in str(error.value)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    made = make_head("int8_g32")
+    made.head.weight.data[7, 3] = float("inf")
+    with pytest.raises(ValueError, match="lm_head.weight: expected finite.* row 7 has"):
+        finish(made)
