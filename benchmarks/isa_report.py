@@ -4,8 +4,9 @@
 
 ``python benchmarks/isa_report.py [--arch gfx1151 ...] [--json F] [SOURCE ...]``
 
-Compiles the kernel sources (csrc/rocm/*.hip) to assembler for each architecture and
-prints each kernel's registers, LDS, scratch and occupancy, and what its main loops do.
+Compiles kernel sources (without SOURCE the MoE kernels, csrc/rocm/moe_int4_*.hip) to
+assembler for each architecture and prints each kernel's registers, LDS, scratch and
+occupancy, and what its main loops do.
 
 amdgpu_assembly.py says what counts as a weight load, a main loop, a round trip and as
 weight bytes in flight.
@@ -209,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     archs = args.arch or sorted(VGPR_FILE)
     # the grouped kernels need matrix instructions: no code for AMD
     sources = args.sources or sorted(
-        p for p in SOURCE_DIR.glob("*.hip") if "_grouped_" not in p.name
+        p for p in SOURCE_DIR.glob("moe_int4_*.hip") if "_grouped_" not in p.name
     )
     try:
         tools = (
