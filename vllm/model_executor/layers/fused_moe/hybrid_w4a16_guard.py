@@ -325,7 +325,11 @@ class _KernelCheck:
             ]
             ids = torch.tensor(globals_)[slots].to(self.device)
         self.ids = ids.to(torch.int32)
-        weights = torch.rand(tokens, self.top_k, generator=generator) + 0.5
+        # vLLM loads models with their own dtype as torch's default
+        weights = torch.rand(
+            tokens, self.top_k, generator=generator, dtype=torch.float32
+        )
+        weights += 0.5
         self.weights = (weights / self.top_k).to(self.device)
 
     def _prefill_tokens(self) -> int:
