@@ -504,8 +504,12 @@ class _KernelCheck:
         got = torch.cat([run.out for run in runs])
         ends = [run.tokens for run in runs]
         for rows in self._chunks(self.hidden, self.inter):
-            want = torch.zeros(len(got), len(rows), device=self.device)
-            sizes = torch.zeros(len(got), len(rows), device=self.device)
+            want = torch.zeros(
+                len(got), len(rows), dtype=torch.float32, device=self.device
+            )
+            sizes = torch.zeros(
+                len(got), len(rows), dtype=torch.float32, device=self.device
+            )
             for expert in self.experts:
                 part, norm = self._product(self.w2, expert, rows, inputs[expert])
                 want += part
