@@ -325,7 +325,11 @@ class _KernelCheck:
             ]
             ids = torch.tensor(globals_)[slots].to(self.device)
         self.ids = ids.to(torch.int32)
-        weights = torch.rand(tokens, self.top_k, generator=generator) + 0.5
+        # vLLM loads models with their own dtype as torch's default
+        weights = torch.rand(
+            tokens, self.top_k, generator=generator, dtype=torch.float32
+        )
+        weights += 0.5
         self.weights = (weights / self.top_k).to(self.device)
 
     def _prefill_tokens(self) -> int:
@@ -500,8 +504,12 @@ class _KernelCheck:
         got = torch.cat([run.out for run in runs])
         ends = [run.tokens for run in runs]
         for rows in self._chunks(self.hidden, self.inter):
-            want = torch.zeros(len(got), len(rows), device=self.device)
-            sizes = torch.zeros(len(got), len(rows), device=self.device)
+            want = torch.zeros(
+                len(got), len(rows), dtype=torch.float32, device=self.device
+            )
+            sizes = torch.zeros(
+                len(got), len(rows), dtype=torch.float32, device=self.device
+            )
             for expert in self.experts:
                 part, norm = self._product(self.w2, expert, rows, inputs[expert])
                 want += part
