@@ -369,7 +369,9 @@ def test_finds_code_with_arguments_in_another_order(launcher, tmp_path):
     header = launcher.changed(
         "entry_points.h", r"int n, int k, void \*c,", "void *c, int n, int k,"
     )
-    shutil.copy(ROCM / "moe_int4_gemm.hip", header.parent)
+    text = (ROCM / "moe_int4_gemm.hip").read_text()  # passes them on, in order
+    text = re.sub(r"num_experts, n, k, c,", "num_experts, c, n, k,", text)
+    header.with_name("moe_int4_gemm.hip").write_text(text)
     gemm = tmp_path / "moe_int4_gemm.gfx1151.co"
     flags = "-x hip -std=c++17 -O1 --offload-arch=gfx1151 --offload-device-only"
     flags += f" --no-gpu-bundle-output -nogpulib -nogpuinc -I{ROCM} -I{ROCM.parent}"
