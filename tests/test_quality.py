@@ -115,3 +115,32 @@ def test_text_shorter_than_a_window(tool, tmp_path, capsys):
     (tmp_path / "text").write_text("import os\n")
     assert tool.main([str(CHECKPOINT), str(tmp_path / "text")]) == 1
     assert "less than a window of 512" in capsys.readouterr().err
+
+
+def test_figures_of_heads():
+    """By hand: two positions, of which one has another first token."""
+
+    from benchmarks.quality_bench import heads
+
+    reference = torch.log_softmax(torch.randn(2, 30), 1)
+    other = reference.clone()
+    first = reference.argmax(1)
+    other[1] = torch.log_softmax(torch.randn(30), 0)
+    changed = first.clone()
+    changed[1] = (first[1] + 1) % 30
+    figures = heads._Figures()
+    given = torch.tensor([3, 4])
+    figures.add(reference, first, other, changed, given, [5, 9])
+    found = figures.summary()
+    assert found["other_first_tokens"] == 1
+    kl = (reference[1].exp() * (reference[1] - other[1])).sum() / 2
+    assert found["kl_nats"] == pytest.approx(float(kl), abs=1e-6)
+    mean = (other[0, 3] + other[1, 4]) / 2
+    assert found["perplexity"] == pytest.approx(float((-mean).exp()), rel=1e-5)
+    assert found["rescored_rows"] == {"mean": 7, "p99": 9, "largest": 9}
+    result = {
+        "positions": 2,
+        "reference": "16-bit",
+        "heads": {"int4_rescored": found},
+    }
+    assert "1 (50.000%)" in "\n".join(heads.as_lines(result))

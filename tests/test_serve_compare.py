@@ -44,6 +44,20 @@ def test_variants(tool):
     assert own.arguments == ("--override", "{a=1:2}")
 
 
+def test_presets_of_the_lm_head_are_what_vllm_takes():
+
+    from benchmarks.serve_bench.cases import PRESETS
+    from vllm.model_executor.layers.quantization.hybrid_w4a16_head_schemes import (
+        SCHEMES,
+    )
+
+    for name in SCHEMES:
+        environment, (option, value) = PRESETS[f"hybrid-{name}"]
+        assert option == "--quantization-config"
+        assert json.loads(value) == {"targets": {"lm_head": name}}
+        assert environment == PRESETS["hybrid"][0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

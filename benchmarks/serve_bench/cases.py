@@ -16,6 +16,13 @@ PRESETS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "triton": ({SWITCH: "0"}, ("--moe-backend", "triton")),
     "marlin": ({SWITCH: "0"}, ("--moe-backend", "marlin")),
 }
+# hybrid with its lm_head quantized at load: hybrid-int4_rescored and so on
+for _name in ("int8_g32", "int4_g32", "int4_g128", "int4_rescored"):
+    _targets = f'{{"targets": {{"lm_head": "{_name}"}}}}'
+    PRESETS[f"hybrid-{_name}"] = (
+        {SWITCH: "require"},
+        ("--quantization-config", _targets),
+    )
 MODES = {"eager": ("--enforce-eager",), "compiled": ()}
 _ASSIGNMENT = re.compile(r"([A-Z_][A-Z0-9_]*)=(.*)", re.DOTALL)
 

@@ -10,6 +10,8 @@
 //   GPU_KERNEL(max_threads)  attribute of an entry point:
 //                            `extern "C" GPU_KERNEL(256) void name(...)`
 //   GPU_DECLARE(max_threads, name, args...)   declares such an entry point; launch() takes `name`
+//   GPU_8_WAVES_PER_SIMD     attribute of an entry point: no more registers than leave room for
+//                            these on AMD; spills where it needs more
 //   kHasMma                  constexpr bool: mma_16x8x16 is the fast product here. The host takes
 //                            it from the macro GPU_HOST_MMA (0 or 1), so that tests run both.
 //   GPU_HAS_MMA              kHasMma for the preprocessor: 0 or 1
@@ -148,6 +150,9 @@ struct LaunchShape {
 #define GPU_ANYWHERE __host__ __device__
 #else
 #define GPU_ANYWHERE
+#endif
+#if !defined(__HIP__)
+#define GPU_8_WAVES_PER_SIMD
 #endif
 
 // The second step expands a name that is itself made by a macro.
@@ -340,12 +345,11 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 #elif defined(__HIP__)
 // ----------------------------------------------------------------------------------------- HIP
 // No HIP header: plain clang compiles kernels with -nogpuinc -nogpulib --offload-device-only.
-// Up to 128 VGPRs: 8 waves or more per SIMD on every architecture.
 #define GPU_DEVICE __attribute__((device)) inline __attribute__((always_inline))
 #define GPU_HAS_MMA 0
-#define GPU_KERNEL(max_threads)                                                         \
-  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads))) \
-  __attribute__((amdgpu_num_vgpr(128)))
+#define GPU_KERNEL(max_threads) \
+  __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads)))
+#define GPU_8_WAVES_PER_SIMD __attribute__((amdgpu_num_vgpr(128)))
 
 namespace gpu {
 

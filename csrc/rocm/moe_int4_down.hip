@@ -186,9 +186,9 @@ GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
 
 }  // namespace moe_int4
 
-#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                        \
-  extern "C" GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME(OP, NAME, G, ZNAME,      \
-                                                                     T)(MOE_INT4_DOWN_ARGS) { \
-    moe_int4::down<DT, G, ZP, T>(MOE_INT4_DOWN_VALUES);                                       \
+#define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                     \
+  extern "C" GPU_8_WAVES_PER_SIMD GPU_KERNEL(moe_int4::kMaxWaves * 32) void MOE_INT4_NAME( \
+      OP, NAME, G, ZNAME, T)(MOE_INT4_DOWN_ARGS) {                                         \
+    moe_int4::down<DT, G, ZP, T>(MOE_INT4_DOWN_VALUES);                                    \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, down)

@@ -207,12 +207,14 @@ class Maker:
             kernel = EIGHTS
         if kernel is None:
             return ""
-        waves = self.pick(1, 2, 3, 4, 6)
+        waves = self.pick(1, 2, 3, 4)
         if kernel not in (GROUPED, WIDE):
             slots = row_tiles = 0
         else:
-            few, many = (1, 3, 8), (9, 16)  # up to 8 and more: kernels of their own
+            few, many = (3, 8), (9, 16)  # up to 8 and more: kernels of their own
             slots = self.pick(*(few if size % 2 or self.op == "down" else many))
+            if size <= 2:
+                slots = self.pick(1, slots)
             row_tiles = self.pick(1, 2, 3)
         slices = self.pick(*(s for s in (1, 2, 4) if waves % s == 0))
         tail = (slots, row_tiles) if self.op == "gate_up" else (slices, slots)
@@ -330,7 +332,7 @@ class Maker:
         # Up to all tokens of a block on one expert, and a second block of tokens.
         for size in (1, 2, 3, 5, 8, 9, 17, 24, 70):
             n = step * int(self.rng.integers(1, 48 // step + 1))
-            k = self.pick(1, 2, 3, 5) * self.group if size > 9 else 1024 + self.group
+            k = self.pick(1, 2, 3, 5) * self.group if size > 2 else 1024 + self.group
             yield getattr(self, self.op)(size, n, k, GROUPED)
             if self.op == "down":
                 yield self.down(size, n, k, WIDE)

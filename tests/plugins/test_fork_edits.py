@@ -82,6 +82,15 @@ def test_prologue_of_a_static_method_without_docstring():
     assert namespace["Factory"].other(3) is None
 
 
+def test_a_long_import_becomes_one_of_the_module():
+    handler = "vllm.model_executor.layers.quantization.a_module_of_ours:handler_of_ours"
+    edited = fork_edits.insert_prologue(
+        FACTORY, dataclasses.replace(HOOK, handler=handler)
+    )
+    assert "from vllm.model_executor.layers.quantization import a_module_of" in edited
+    assert "if method := a_module_of_ours.handler_of_ours(self, number):" in edited
+
+
 def test_long_calls_and_imports_are_wrapped():
     name = "a_handler_with_quite_a_long_name_for_a_function_in_vllm"
     hook = dataclasses.replace(

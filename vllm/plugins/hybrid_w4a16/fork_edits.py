@@ -140,15 +140,25 @@ def include_ops(source: str, extension: str) -> str:
 
 
 def _prologue_text(hook: Hook) -> str:
+    """The prologue in as few lines as fit."""
     module, _, handler = hook.handler.partition(":")
-    arguments = ", ".join(hook.parameters)
-    call = f"if method := {handler}({arguments}):"
-    if len("        " + call) > LINE_LENGTH:
-        call = f"if method := {handler}(\n    {arguments}\n):"
-    load = f"from {module} import {handler}"
-    if len("        " + load) > LINE_LENGTH:
+    package, _, name = module.rpartition(".")
+    load, function = f"from {module} import {handler}", handler
+    shorter = f"from {package} import {name}", f"{name}.{handler}"
+    if not _fits(load) and _fits(shorter[0]) and _fits(f"if method := {shorter[1]}("):
+        load, function = shorter
+    elif not _fits(load):
         load = f"from {module} import (\n    {handler},\n)"
+    arguments = ", ".join(hook.parameters)
+    call = f"if method := {function}({arguments}):"
+    if not _fits(call):
+        call = f"if method := {function}(\n    {arguments}\n):"
     return f"{load}\n\n{call}\n    return method\n"
+
+
+def _fits(line: str) -> bool:
+    """Whether a line of a method's body is short enough."""
+    return len("        " + line) <= LINE_LENGTH
 
 
 def _statements(text: str) -> list[cst.BaseStatement]:

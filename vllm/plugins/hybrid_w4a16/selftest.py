@@ -14,13 +14,13 @@ run; 2 for a bad argument.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -282,7 +282,7 @@ class DecodeOps:
 
     def __init__(self, cu_count: int, plan: tuple[int, ...] | None = None) -> None:
         self.cu_count = cu_count
-        self.plan = plan
+        self.plan: dict[str, Any] = {} if plan is None else {"plan": plan}
 
     def gate_up(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
         from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
@@ -304,7 +304,7 @@ class DecodeOps:
             alpha,
             beta,
             limit,
-            plan=self.plan,
+            **self.plan,
         )
 
     def down(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
@@ -324,7 +324,7 @@ class DecodeOps:
             case.shape.group_size,
             zeros,
             case.expert_map,
-            plan=self.plan,
+            **self.plan,
         )
 
     def gemm(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
@@ -427,7 +427,9 @@ class Selftest:
     # ------------------------------------------------------------------- running
     def run(self) -> list[Group]:
         for format in PACKINGS:
-            self._in_group(f"repacking {format.name}", partial(repack, format=format))
+            self._in_group(
+                f"repacking {format.name}", functools.partial(repack, format=format)
+            )
         pool = None
         plan = self.prefill_plan()
         formats = [shape for shape in self.shapes() if shape.hidden == SIZES[0][2]]
@@ -450,12 +452,10 @@ class Selftest:
 
     def _prefill_all(self, plan: list[tuple[LayerShape, Any]], pool: Any) -> None:
         for number, (shape, tiles) in enumerate(plan):
-            self._in_group(
-                "prefill",
-                partial(
-                    self._prefill, number=number, shape=shape, tiles=tiles, pool=pool
-                ),
+            work = functools.partial(
+                self._prefill, number=number, shape=shape, tiles=tiles, pool=pool
             )
+            self._in_group("prefill", work)
 
     def seconds_left(self) -> float:
         return self.time_limit_s - (time.monotonic() - self.start)
@@ -482,7 +482,8 @@ class Selftest:
                 torch.ops._rocm_C.hybrid_w4a16_cpu_isa(isa)
             for op in ("gate_up", "down", "gemm"):
                 name = f"{op} {isa}" if isa else op
-                self._in_group(name, partial(self._run_op, op=op, case=case, here=here))
+                work = functools.partial(self._run_op, op=op, case=case, here=here)
+                self._in_group(name, work)
 
     def _run_op(
         self, group: Group, op: str, case: Case | None, here: Case | None
@@ -540,8 +541,8 @@ class Selftest:
 
         if "cpu" not in ops.build_info():
             return
-        rows, cols = output.view.shape
-        cpu = Poisoned(rows, cols, case.shape.dtype, "cpu")
+        rows, columns = output.view.shape
+        cpu = Poisoned(rows, columns, case.shape.dtype, "cpu")
         getattr(self.cpu_ops, op)(case, cpu.view, 0, tokens)
         written = ~cpu.view.isnan()
         error = reference.relative_error(output.view.cpu()[written], cpu.view[written])
@@ -719,7 +720,6 @@ def selftest(seed: int, time_limit_s: float, progress: Any) -> dict[str, Any]:
     family = devices.device_family()
     if isinstance(family, str):
         return {"ok": False, "device": None, "error": family, "groups": []}
-    devices.load_kernels(family)
     device = "cpu" if current_platform.is_cpu() else "cuda"
     isas = ops.build_info()["cpu"] if device == "cpu" else ()
     test = Selftest(device, family, isas, seed, time_limit_s)

@@ -16,13 +16,13 @@ Ctrl-C.
 import argparse
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -106,7 +106,7 @@ def choose(
     current: Any,
     candidates: list[Any],
     sample: Sampler,
-    step: Callable[[], None] = lambda: None,
+    step: Callable[[str], None] = lambda name: None,
 ) -> tuple[Any, float, float]:
     """The winner, its microseconds and those of ``current``.
 
@@ -116,7 +116,7 @@ def choose(
     """
     sifted = []
     for candidate in candidates:
-        step()
+        step("sifting")
         sifted.append((min(sample(candidate, SIFT_REPLAYS)), candidate))
     sifted.sort(key=lambda pair: pair[0])
     finalists = [candidate for _, candidate in sifted[:FINALISTS]]
@@ -124,7 +124,7 @@ def choose(
     samples: list[dict[int, list[float]]] = []
     entrants = [current, *finalists]
     for order in (range(len(entrants)), range(len(entrants) - 1, -1, -1)):
-        step()
+        step("finals")
         taken: dict[int, list[float]] = {index: [] for index in order}
         for _ in range(FINAL_REPLAYS // 3):
             for index in order:
@@ -292,15 +292,15 @@ class GpuBench:
         out = self.output(op, tokens)
         try:
             self.launch(op, tokens, 0, plan, out)
-        except RuntimeError as error:
-            if ": plan:" in str(error):  # not for this shape or device
+        except RuntimeError as refusal:
+            if ": plan:" in str(refusal):  # not for this shape or device
                 return False
             raise
-        off = reference.relative_error(out, self.expected(op, tokens))
-        if not off <= 2 * reference.TOLERANCE[self.shape.dtype]:
+        error = reference.relative_error(out, self.expected(op, tokens))
+        if not error <= 2 * reference.TOLERANCE[self.shape.dtype]:
             print(
                 f"WRONG: {op} with plan {plan}, {tokens} tokens, {self.shape}: "
-                f"error {off:.2g}, not used: run vllm-hybrid-w4a16 selftest",
+                f"error {error:.2g}, not used: run vllm-hybrid-w4a16 selftest",
                 file=sys.stderr,
             )
             return False
@@ -513,7 +513,7 @@ class Tuner:
                 None,
                 list(self.bench.decode_candidates(op, tokens)),
                 self.bench.sample_decode(op, tokens),
-                partial(self.progress.step, name),
+                functools.partial(self._step, name),
             )
             row[op] = None if plan is None else list(plan)
             row[f"{op}_us"], row[f"{op}_rule_us"] = round(us, 2), round(rule_us, 2)
@@ -548,7 +548,7 @@ class Tuner:
                     mine,
                     candidates,
                     self.bench.sample_tile(op, tokens),
-                    partial(self.progress.step, name),
+                    functools.partial(self._step, name),
                 )
                 found.append((us, tile, base))
             if len(found) < 2:
@@ -607,7 +607,7 @@ class Tuner:
                 "decode",
                 ["prefill"],
                 sample,
-                partial(self.progress.step, f"crossover, {tokens} tokens"),
+                functools.partial(self._step, f"crossover, {tokens} tokens"),
             )
             self._done(tokens)
             if winner == "decode":
@@ -616,6 +616,9 @@ class Tuner:
         self.entry["prefill_from"] = begin or BEGIN_TOKENS[-1]
         self.save(self.entry)
         self.progress.say(f"  prefill from {self.entry['prefill_from']} tokens on")
+
+    def _step(self, name: str, what: str) -> None:
+        self.progress.step(f"{name}, {what}")
 
     def _done(self, tokens: int) -> None:
         drop = getattr(self.bench, "drop_graphs", None)
@@ -718,10 +721,8 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, family: Any, shapes: list[MoEShape]) -> int:
     """Tune the shapes on the GPU; returns the exit status."""
-    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
     from vllm.plugins.hybrid_w4a16 import prefill_kernels
 
-    devices.load_kernels(family)
     entries: list[dict[str, Any]] = []
     device = torch.cuda.get_device_name()
     source = f"vllm-hybrid-w4a16 tune on {device}, {datetime.date.today()}"

@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Time of a quantized lm_head on a GPU, beside the 16-bit one, and its first tokens.
+
+Every figure is the median over replays of a CUDA graph; weights are larger than any
+cache. ``all rescored`` is the worst case: every logit lies within the window. The check
+counts rows whose first token is not the 16-bit head's, among them rows that nearly tie
+and rows of heavy-tailed weights and activations.
+Exit status: 0; 1 when a first token was lost; 2 for a bad argument.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
+
+WINDOW, BOUND = 8.0, 7.0  # of hybrid_w4a16_head
+NAMES = {"int4_g128": (4, 128), "int4_g32": (4, 32), "int8_g32": (8, 32)}
+
+
+class Head:
+    """A random head [N, K]: rows of different sizes, near ties and heavy tails."""
+
+    def __init__(self, n: int, k: int):
+        weight = torch.randn(n, k, device="cuda") * 0.02
+        weight *= torch.exp(0.3 * torch.randn(n, 1, device="cuda"))
+        self.tails = torch.arange(0, n, 97, device="cuda")
+        scale = torch.distributions.StudentT(2.0).sample((len(self.tails), k)).cuda()
+        weight[self.tails] *= (1 + scale.abs()).clamp(max=30)
+        self.ties = torch.arange(1, n, 50, device="cuda")[:2000]
+        noise = 2e-4 * torch.randn(len(self.ties), k, device="cuda")
+        weight[self.ties] = weight[self.ties - 1] + noise
+        self.weight = weight.to(torch.bfloat16)
+        self.quantized = {
+            name: ops.quantize(self.weight, *width) for name, width in NAMES.items()
+        }
+        properties = torch.cuda.get_device_properties(0)
+        self.cu_count = properties.multi_processor_count
+
+    def rows(self, count: int, kind: str = "peaked") -> torch.Tensor:
+        """Hidden states whose logits have a deviation of about 2 and a few peaks."""
+        n, k = self.weight.shape
+        among = {"ties": self.ties, "tails": self.tails}.get(kind)
+        limit = n if among is None else len(among)
+        chosen = torch.randint(0, limit, (count,), device="cuda")
+        towards = self.weight[chosen if among is None else among[chosen]].float()
+        x = torch.randn(count, k, device="cuda")
+        if kind == "heavy":
+            x = torch.distributions.StudentT(2.5).sample((count, k)).cuda()
+        x /= x.norm(dim=1, keepdim=True)
+        towards /= towards.norm(dim=1, keepdim=True)
+        strength = torch.rand(count, 1, device="cuda") / 2
+        return ((x + strength * towards) * 90).to(torch.bfloat16)
+
+    def scan(self, name: str, a: torch.Tensor, c: torch.Tensor) -> None:
+        bits, group = NAMES[name]
+        packed, scales, _ = self.quantized[name]
+        ops.wvSplitK_int_g(a, packed, scales, c, self.cu_count, group, bits)
+
+    def rescored(
+        self, a: torch.Tensor, c: torch.Tensor, p: torch.Tensor, window: float = WINDOW
+    ) -> None:
+        self.scan("int4_g128", a, c)
+        errors = self.quantized["int4_g128"][2]
+        ops.wvSplitK_int_g_rescore(a, self.weight, errors, c, p, window, BOUND)
+
+
+def microseconds(call: Callable[[], Any], calls: int = 10, replays: int = 9) -> float:
+    """Median time of a call within a graph of ``calls``."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    graph.replay()
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    events[-1].synchronize()
+    pairs = zip(events, events[1:], strict=False)
+    return 1e3 * statistics.median(a.elapsed_time(b) for a, b in pairs) / calls
+
+
+def buffers(head: Head, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    n = len(head.weight)
+    return (
+        torch.empty(count, n, dtype=torch.bfloat16, device="cuda"),
+        torch.empty(count, 2 * ops.PARTS, device="cuda"),
+    )
+
+
+def times(head: Head, counts: list[int]) -> Iterator[dict[str, float]]:
+    for count in counts:
+        a = head.rows(count)
+        c, p = buffers(head, count)
+        linear = torch.nn.functional.linear
+        row = {"rows": count, "bf16": microseconds(partial(linear, a, head.weight))}
+        for name in NAMES:
+            row[name] = microseconds(partial(head.scan, name, a, c))
+        row["int4_rescored"] = microseconds(partial(head.rescored, a, c, p))
+        everything = partial(head.rescored, a, c, p, 1e30)
+        row["all rescored"] = microseconds(everything, calls=4)
+        yield row
+
+
+def first_tokens(head: Head, count: int) -> dict[str, int]:
+    """Of ``count`` rows in four kinds: those that lost their first token."""
+    lost, lost_by_int4, total = 0, 0, 0
+    for kind in ("peaked", "ties", "tails", "heavy"):
+        for _ in range(0, count // 4, ops.MAX_ROWS):
+            a = head.rows(ops.MAX_ROWS, kind)
+            c, p = buffers(head, ops.MAX_ROWS)
+            head.scan("int4_g128", a, c)
+            plain = c.argmax(1)
+            head.rescored(a, c, p)
+            exact = torch.mm(a, head.weight.t(), out_dtype=torch.float32)
+            first = exact.to(torch.bfloat16).argmax(1)
+            lost += int((c.argmax(1) != first).sum())
+            lost_by_int4 += int((plain != first).sum())
+            total += len(a)
+    return {"rows": total, "lost": lost, "lost_by_int4_alone": lost_by_int4}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--vocabulary", type=int, default=248320)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--check", type=int, default=20000, help="rows to check")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the results")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() or max(options.rows) > ops.MAX_ROWS:
+        parser.error(f"a GPU and --rows of up to {ops.MAX_ROWS} are needed")
+    error = ops.load_error()
+    if error is not None:
+        parser.error(error)
+    torch.manual_seed(1)
+    head = Head(options.vocabulary, options.hidden)
+    table = list(times(head, options.rows))
+    for row in table:
+        print("  ".join(f"{name} {value:.1f}" for name, value in row.items()))
+    checked = first_tokens(head, options.check)
+    print(checked)
+    if options.json:
+        document = {
+            "gpu": torch.cuda.get_device_name(),
+            "shape": [options.vocabulary, options.hidden],
+            "us": table,
+            "first_tokens": checked,
+        }
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if checked["lost"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
