@@ -138,16 +138,18 @@ class Launcher:
         return program
 
     def changed(self, name, pattern, replacement):
-        """The real sources, but `pattern` in csrc/rocm/`name` is `replacement`."""
-        copy = self.folder / f"source{len(list(self.folder.iterdir()))}"
-        shutil.copytree(ROCM, copy / "rocm")
-        for header in ROCM.parent.glob("*.h"):
-            shutil.copy(header, copy)
-        file = copy / "rocm" / name
-        text, count = re.subn(pattern, replacement, file.read_text())
+        """csrc/rocm/`name` with `pattern` replaced, in a folder of its own."""
+        text, count = re.subn(pattern, replacement, (ROCM / name).read_text())
         assert count, f"{pattern} is not in {name}"
-        file.write_text(text)
-        return [copy / "rocm" / s.relative_to(ROCM) for s in launcher_sources()]
+        copy = self.folder / f"source{len(list(self.folder.iterdir()))}" / name
+        copy.parent.mkdir()
+        copy.write_text(text)
+        return copy
+
+    def link_changed(self, name, pattern, replacement):
+        """A program whose csrc/rocm/`name` is not the real one."""
+        sources = [s for s in launcher_sources() if s.name != name]
+        return self.link([*sources, self.changed(name, pattern, replacement)])
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +209,7 @@ def test_results_are_right(program, launched, op, dtype):
     for group in (32, 64, 128):
         for zero_points in (False, True):
             every = list(Maker(False, op, dtype, group, zero_points).cases())
-            # The last two ask for a kernel each. test_moe_int4_on_host.py has all cases.
+            # the last two ask for a kernel each; test_moe_int4_on_host.py has all
             cases += [every[0], every[len(every) // 2], *every[-2:]]
     check_results(program, launched, cases)
 
@@ -319,7 +321,7 @@ PLANTED = {
 @pytest.mark.parametrize("fault", PLANTED)
 def test_finds_a_planted_fault_in_the_launcher(launcher, fault):
     name, pattern, replacement, expected = PLANTED[fault]
-    program = launcher.link(launcher.changed(name, pattern, replacement))
+    program = launcher.link_changed(name, pattern, replacement)
     cases = list(Maker(False, "gemm", HALF, 128, False).cases())
     records = [prepare(0, "gfx1151"), *(record(case.fields) for case in cases)]
     result = answer(program, *records)
@@ -334,10 +336,9 @@ def test_finds_a_planted_fault_in_the_launcher(launcher, fault):
 
 def test_finds_a_launch_on_the_wrong_device(launcher):
     """The check of the device is taken out: handles of device 0 serve all devices."""
-    sources = launcher.changed(
+    program = launcher.link_changed(
         "hip_runtime.cpp", r"function\[device\]\.load", "function[0].load"
     )
-    program = launcher.link(sources)
     call = record(gemm_case().fields)
     message = failure(
         program, prepare(0, "gfx1151"), prepare(1), call, devices="gfx1151 gfx1100"
@@ -365,21 +366,17 @@ def test_finds_a_missing_kernel(launcher):
 
 def test_finds_code_with_arguments_in_another_order(launcher, tmp_path):
     """The code object is built from a source whose arguments have changed places."""
-    (source, *_) = launcher.changed(
+    header = launcher.changed(
         "entry_points.h", r"int n, int k, void \*c,", "void *c, int n, int k,"
     )
+    text = (ROCM / "moe_int4_gemm.hip").read_text()  # passes them on, in order
+    text = re.sub(r"num_experts, n, k, c,", "num_experts, c, n, k,", text)
+    header.with_name("moe_int4_gemm.hip").write_text(text)
     gemm = tmp_path / "moe_int4_gemm.gfx1151.co"
     flags = "-x hip -std=c++17 -O1 --offload-arch=gfx1151 --offload-device-only"
-    flags += " --no-gpu-bundle-output -nogpulib -nogpuinc"
-    folder = source.parent
-    run(
-        "clang++-22",
-        *flags.split(),
-        f"-I{folder}",
-        folder / "moe_int4_gemm.hip",
-        "-o",
-        gemm,
-    )
+    flags += f" --no-gpu-bundle-output -nogpulib -nogpuinc -I{ROCM} -I{ROCM.parent}"
+    source = header.with_name("moe_int4_gemm.hip")
+    run("clang++-22", *flags.split(), source, "-o", gemm)
     code = [
         row for row in launcher.all_code() if "moe_int4_gemm.gfx1151" not in row[1].name
     ]
