@@ -37,7 +37,8 @@ def build(nvcc, arch, folder, amd_path):
     kernels = ["-x", "cu", "-gencode", f"arch=compute_{number},code={arch}"]
     jobs = [(source, kernels) for source in sorted(ROCM.glob("*.hip"))]
     plain = ["-x", "c++", "-DHYBRID_W4A16_CUDA"]
-    jobs += [(ROCM / "launch.cpp", plain), (ROCM / "host" / "runner.cpp", plain)]
+    launchers = [*sorted(ROCM.glob("launch*.cpp")), ROCM / "host" / "runner.cpp"]
+    jobs += [(source, plain) for source in launchers]
 
     def compile_one(source, flags):
         out = folder / f"{source.stem}.o"
