@@ -230,7 +230,7 @@ def test_every_moe_kernel_was_started(library, launched):
     embedded = (library.parent / "csrc/rocm/device_code/device_code.cpp").read_text()
     kernels = set(re.findall(r'"(moe_int4_\w+)\\n"', embedded))
     assert kernels
-    assert set(launched.read_text().split()) == kernels
+    assert kernels - set(launched.read_text().split()) == set()
 
 
 def test_devices_of_two_architectures(program):
