@@ -36,6 +36,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.inc.inc import INCConfig
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.workspace import (
     init_workspace_manager,
     is_workspace_manager_initialized,
@@ -178,9 +179,13 @@ class Checkpoint:
                     yield f"{e}.{name}.{suffix}", torch.from_numpy(array)
 
     def load_into(self, layer: RoutedExperts) -> None:
-        """Load through the layer's own weight loaders, then post-process."""
-        list(layer.load_weights(self.tensors()))
-        layer.quant_method.process_weights_after_loading(layer)
+        """Load through the layer's own weight loaders, then post-process.
+
+        With the model's dtype as torch's default, as vLLM loads a model.
+        """
+        with set_default_torch_dtype(layer.moe_config.in_dtype):
+            list(layer.load_weights(self.tensors()))
+            layer.quant_method.process_weights_after_loading(layer)
 
     def forward(
         self,
