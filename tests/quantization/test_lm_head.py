@@ -2,6 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """lm_head layers as vLLM builds them: which are quantized, memory, logits, refusals."""
 
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -201,3 +204,14 @@ def test_weights_that_are_not_finite_are_refused():
     made.head.weight.data[7, 3] = float("inf")
     with pytest.raises(ValueError, match="lm_head.weight: expected finite.* row 7 has"):
         finish(made)
+
+
+@pytest.mark.slow
+def test_a_patched_tree_knows_the_variable():
+    """There no plugin registers it, and every lm_head reads it."""
+    module = "vllm.model_executor.layers.quantization.hybrid_w4a16_head"
+    code = f"import {module}; from vllm import envs; print(envs.{ENV_NAME})"
+    env = {**os.environ, ENV_NAME: "int8_g32", "VLLM_PLUGINS": ""}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "int8_g32"

@@ -34,6 +34,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_head_schemes import (
     ENV_NAME,
     SCHEMES,
     HeadScheme,
+    register,
 )
 from vllm.model_executor.layers.quantization.online.base import (
     OnlineQuantizationConfig,
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger(__name__)
+
+# A patched vLLM tree has no plugin that did it: without, reading the variable fails.
+register()
 
 BOUND = 7.0
 """Standard deviations of an int4 logit's error that are allowed for."""
