@@ -148,7 +148,10 @@ def _prologue_text(hook: Hook) -> str:
     if not _fits(load) and _fits(shorter[0]) and _fits(f"if method := {shorter[1]}("):
         load, function = shorter
     elif not _fits(load):
-        load = f"from {module} import (\n    {handler},\n)"
+        first = f"from {module} import ("
+        # as vLLM itself marks the names of modules that are too long for a line
+        mark = "" if _fits(first) else "  # noqa: E501"
+        load = f"{first}{mark}\n    {handler},\n)"
     arguments = ", ".join(hook.parameters)
     call = f"if method := {function}({arguments}):"
     if not _fits(call):
