@@ -98,7 +98,7 @@ class Maker:
         step = 8 if self.zero_points else 1
         for rows in (1, 2, 3, 5, 8, 9, 16):
             for k in (self.pick(1, 2, 3, 5) * self.group, 1024 + self.group):
-                n = step * int(self.rng.integers(1, 120 // step + 1))
+                n = step * int(self.rng.integers(1, 48 // step + 1))
                 yield self.dense(rows, n, k)
 
 
