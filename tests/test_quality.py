@@ -100,7 +100,7 @@ def test_arithmetic(tool):
     ("arguments", "message"),
     [
         (["nowhere", __file__], "nowhere holds no config.json"),
-        ([str(CHECKPOINT), "nothing.txt"], "no text file nothing.txt"),
+        ([str(CHECKPOINT), "nothing.txt"], "no text file or folder nothing.txt"),
         ([str(CHECKPOINT), __file__, "--prompt=600"], "2 <= --prompt < --window"),
     ],
 )
@@ -114,7 +114,7 @@ def test_bad_arguments(tool, arguments, message, capsys):
 def test_text_shorter_than_a_window(tool, tmp_path, capsys):
     (tmp_path / "text").write_text("import os\n")
     assert tool.main([str(CHECKPOINT), str(tmp_path / "text")]) == 1
-    assert "less than a window of 512" in capsys.readouterr().err
+    assert "has fewer tokens than a window of 512" in capsys.readouterr().err
 
 
 def test_figures_of_heads():
