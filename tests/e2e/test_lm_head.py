@@ -26,7 +26,7 @@ pytestmark = pytest.mark.e2e
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 600.0
-# bf16's last place of a logit from 16 to 32; another order of its sum may move it by one.
+# The last place in bf16 of a logit from 16 to 32: the order of its sum may decide it.
 ROUNDING = 0.13
 
 NGRAM = {
