@@ -54,7 +54,7 @@ class Int4Format:
     def store(
         self, q: np.ndarray, zero: np.ndarray, scales: np.ndarray, symmetric: bool
     ) -> dict[str, np.ndarray]:
-        """Tensors by suffix for q [N, K] 0..15, zero [N, K/G] 0..15, scales [N, K/G]."""
+        """Tensors by suffix of q [N, K] 0..15, zero [N, K/G] 0..15, scales [N, K/G]."""
         stored_zero = (zero - self.zero_offset) % 16
         if self.k_first:
             q, stored_zero, scales = q.T, stored_zero.T, scales.T

@@ -27,8 +27,8 @@ class Deployment:
     reload: bool = False
     """Whether wrong weights are loaded first, then the checkpoint's again."""
     sleep: bool = False
-    """Whether the engine first sleeps and wakes, at level 1 (weights in host memory) and
-    level 2 (weights reloaded). GPUs only: vLLM has no sleep mode on the CPU. Such a
+    """Whether the engine first sleeps and wakes, at level 1 (weights in host memory)
+    and level 2 (weights reloaded). GPUs only: vLLM has no sleep mode on the CPU. Such a
     cell runs in its own process, since vLLM's memory pool serves one engine."""
 
     @property

@@ -157,7 +157,7 @@ def _int4_expert(prefix: str, hidden: int, intermediate: int) -> Iterator[Tensor
 
 
 def _draft_layer(hidden: int, intermediate: int, text: Any) -> Iterator[Tensor]:
-    """Part of the multi-token-prediction layer that the family's checkpoints include."""
+    """Part of the multi-token-prediction layer that such checkpoints include."""
     yield "mtp.fc.weight", (hidden, 2 * hidden), "BF16"
     experts = "mtp.layers.0.mlp.experts"
     shape = (text.num_experts, 2 * intermediate, hidden)
