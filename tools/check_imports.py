@@ -93,7 +93,7 @@ def macro_problems(checkout: Path) -> Iterator[str]:
             found = VENDOR_MACRO.search(line.partition("//")[0])
             if found:
                 where = f"{file.relative_to(checkout).as_posix()}:{number}"
-                yield f"{where}: {found[0]} belongs into {KNOWS_VENDORS}"
+                yield f"{where}: {found[0]} belongs in {KNOWS_VENDORS}"
 
 
 def main() -> int:

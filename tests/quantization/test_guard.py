@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The check of a model's first layer: planted faults are found, sound layers pass."""
+"""The check of a model's first layer finds planted faults and passes sound layers."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from ..support.moe_layers import (
 
 SHAPE = Shape(4, 2, 512, 256, 64)
 every_format = pytest.mark.parametrize("format", list(FORMATS))
-# vLLM's own GPTQ takes symmetric checkpoints only
+# vLLM's own GPTQ supports only symmetric checkpoints.
 with_zeros = [name for name in FORMATS if not name.startswith("gptq")]
 
 
@@ -41,7 +41,7 @@ def load(format="auto_round:auto_gptq", symmetric=True, name=LAYER_NAME, **overr
 
 
 def spoil_packing(monkeypatch, layer_format, field, spoil):
-    """Lets ``spoil`` change what the conversion of one tensor kind gives."""
+    """Let ``spoil`` change the result of converting one kind of tensor."""
     import dataclasses
 
     from vllm.model_executor.layers.quantization import hybrid_w4a16_method as method
@@ -190,7 +190,7 @@ def test_only_the_first_layer_of_its_form_in_a_model_is_checked(monkeypatch):
 
 
 def test_reference_uses_no_code_of_the_conversion():
-    """What it says of stored tensors is what the second implementation says."""
+    """It agrees with the independent second implementation on stored tensors."""
     import numpy as np
 
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_packing as packing
