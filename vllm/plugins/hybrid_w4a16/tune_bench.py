@@ -37,6 +37,7 @@ MOST_BYTES = 6 << 30
 CALLS = 24  # launches in a graph
 BATCHES = 8  # routings of their own that they go through
 
+
 class Bench(Protocol):
     """The kernels on random layers of one shape."""
 

@@ -131,9 +131,9 @@ def plan_families(op: str, matrix_units: bool) -> list[Family]:
         for kernel in (0, 1)
     ]
     if matrix_units:
-        axes = (_SHARES, slices, _SLOTS[:-1])
+        grid = (_SHARES, slices, _SLOTS[:-1])
         families += [
-            Family(axes, lambda *values, k=kernel: down(k, *values))
+            Family(grid, lambda *values, k=kernel: down(k, *values))
             for kernel in (2, 3)
         ]
     return families
@@ -188,7 +188,11 @@ def search(families: Sequence[Family], measure: Measured) -> list[Plan]:
     chosen = begins[:STARTS]
     for family in families:
         mine = next((begin for begin in begins if begin[1] is family), None)
-        if mine is not None and mine not in chosen and mine[0] < HOPELESS * begins[0][0]:
+        if (
+            mine is not None
+            and mine not in chosen
+            and mine[0] < HOPELESS * begins[0][0]
+        ):
             chosen.append(mine)
     for us, family, point in chosen:
         _descend(family, point, us, measure)
