@@ -110,5 +110,5 @@ def test_an_override_of_the_architecture_is_explained(monkeypatch):
     [("0.32.0", False), ("0.33.1", False), ("0.34.0", True), ("1.0.0rc1", True)],
 )
 def test_a_vllm_newer_than_the_tests(version, said, monkeypatch):
-    monkeypatch.setattr(doctor.vllm, "__version__", version)
+    monkeypatch.setattr("vllm.__version__", version)
     assert (f"not tested with vLLM {version}" in doctor._vllm_fits().found) is said
