@@ -414,7 +414,7 @@ def test_other_layers_fall_through(format):
     [
         (384, 8, "48", "1, 2, 3, 4, 6, 12"),
         (192, 4, "48", "1, 2, 3, 6"),
-        (768, 5, "153.6", "1, 2, 3, 4, 6, 8, 12, 24"),
+        (768, 16, "48", "1, 2, 3, 4, 6, 8, 12, 24"),
     ],
 )
 def test_tensor_parallel_size_without_a_group_size_is_an_error_if_asked_for(
