@@ -40,6 +40,7 @@ class Deployment:
 DEPLOYMENTS = {
     "1 rank": Deployment(),
     "TP 2": Deployment(2, {"tensor_parallel_size": 2}),
+    "TP 4": Deployment(4, {"tensor_parallel_size": 4}),
     "TP 2, EP 2": Deployment(
         2, {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     ),
@@ -68,7 +69,7 @@ SHARDINGS = ("1 rank", "TP 2", "TP 2, EP 2")
 OTHER_DEPLOYMENTS = tuple(
     name
     for name, deployment in DEPLOYMENTS.items()
-    if name not in SHARDINGS and not deployment.sleep
+    if name not in (*SHARDINGS, "TP 4") and not deployment.sleep
 )
 
 
@@ -146,6 +147,24 @@ def other_deployments() -> list[Cell]:
             name,
         )
         for name in OTHER_DEPLOYMENTS
+    ]
+
+
+def cut_groups() -> list[Cell]:
+    """Tensor parallel shards that cut groups of 128: 192 or 96 of 384 columns a rank.
+
+    All formats in float16, where tokens must equal those of one rank. The first two
+    cells are in test_matrix's short run.
+    """
+    cases = [("compressed-tensors", False)]
+    cases += [c for c in itertools.product(FORMATS, (True, False)) if c != cases[0]]
+    return [
+        Cell(Recipe("qwen3_moe", format, symmetric, 128, 384), dtype, deployment)
+        for format, symmetric in cases
+        if exists(format, symmetric)
+        for dtype in DTYPES[::-1]
+        if dtype == "float16" or format == "auto_round:auto_gptq"
+        for deployment in ("1 rank", "TP 2", "TP 4")
     ]
 
 

@@ -141,11 +141,15 @@ class Recipe:
     format: str = "auto_round:auto_gptq"
     symmetric: bool = True
     group_size: int = 128
+    moe_intermediate_size: int = INTERMEDIATE
 
     @property
     def folder_name(self) -> str:
         sign = "sym" if self.symmetric else "asym"
-        return f"{self.model}-{self.format}-{sign}-g{self.group_size}".replace(":", "-")
+        name = f"{self.model}-{self.format}-{sign}-g{self.group_size}"
+        if self.moe_intermediate_size != INTERMEDIATE:
+            name += f"-i{self.moe_intermediate_size}"
+        return name.replace(":", "-")
 
 
 def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
@@ -156,6 +160,8 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
     dense = folder / "dense"
     torch.manual_seed(seed)
     model_config = MODELS[recipe.model]()
+    if recipe.moe_intermediate_size != INTERMEDIATE:
+        model_config.moe_intermediate_size = recipe.moe_intermediate_size
     model = _model_class(model_config).from_config(model_config, dtype=torch.bfloat16)
     model.save_pretrained(dense)
     format = FORMATS[recipe.format]
