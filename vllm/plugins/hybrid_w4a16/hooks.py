@@ -101,6 +101,24 @@ HOOKS: tuple[Hook, ...] = (
         ),
         until="vLLM's quantizing at load takes ParallelLMHead.",
     ),
+    Hook(
+        module="vllm.engine.arg_utils",
+        owner="EngineArgs",
+        factory="create_speculative_config",
+        parameters=("self", "target_model_config", "target_parallel_config"),
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_head_schemes:draft_head_config",
+        why="draft_lm_head_quantization is new in vLLM 0.33, without int4 and int8.",
+        until="vLLM's draft_lm_head_quantization has int4 and int8.",
+    ),
+    Hook(
+        module="vllm.model_executor.model_loader.base_loader",
+        owner="BaseModelLoader",
+        factory="load_model",
+        parameters=("self", "vllm_config", "model_config", "prefix"),
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_head:draft_model_loaded",
+        why="Tells drafters apart: they share the head, but in another precision.",
+        until="vLLM's draft_lm_head_quantization has int4 and int8.",
+    ),
 )
 
 _MARK = "_hybrid_w4a16_hook"
