@@ -10,7 +10,7 @@
 
 namespace moe_int4 {
 
-constexpr int32_t kDenseRows = 16;  // activation rows that a call takes at most
+constexpr int32_t kDenseRows = 16;  // most activation rows per call
 
 inline int32_t check_rows(const ArgumentChecks& checks, const Tensor& a) {
   checks.activation("a", a, {{"M"}, {"K"}});
@@ -36,7 +36,7 @@ inline DenseArgs check_dense(DeviceType device, const Tensor& a, const Tensor& w
     checks.fail("a", "columns a multiple of group_size " + std::to_string(group_size),
                 std::to_string(k));
   }
-  // A row of weights in elements of w: words of eight nibbles, or bytes.
+  // w counts words of eight nibbles (4 bits) or bytes (8 bits).
   const int64_t columns = bits == 4 ? k / 8 : k, per_16_bytes = bits == 4 ? 4 : 16;
   checks.tensor("w", w, {bits == 4 ? ScalarType::Int : ScalarType::Byte},
                 {{"N"}, {bits == 4 ? "K//8" : "K", columns}});
