@@ -212,7 +212,9 @@ def test_ids_outside_of_the_experts_are_skipped():
 
 @needs_triton
 def test_a_short_workspace_is_refused():
-    with pytest.raises(ValueError, match="workspace: 4480 elements are needed, got 99"):
+    with pytest.raises(
+        ValueError, match="workspace: expected at least 4480 elements, got 99"
+    ):
         prefill.Workspace.split(torch.empty(99), 5, 2, 320, 100)
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Tiny random MoE checkpoints in every format, and what they should compute.
+"""Tiny random MoE checkpoints in every format, and their expected results.
 
     python -m tests.support.tiny_models qwen3_moe compressed-tensors OUTPUT_FOLDER
 
-transformers makes the model from a config and writes it; the linears of the experts are
-replaced by random int4 ones, everything else stays bf16. A second folder holds the same
-weights dequantized, for transformers to compute the expected results in float32.
+transformers makes the model from a config and writes it. The experts' linears are
+replaced by random int4 ones; everything else stays bf16. A second folder has the same
+weights dequantized, from which transformers computes the expected results in float32.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from .int4_formats import FORMATS
 
 WEIGHTS = "model.safetensors"
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 256, 4, 2
-# Large enough that logits lie several nats apart and tokens do not tie.
+# Large enough that logits differ by several nats and tokens do not tie.
 INITIALIZER_RANGE = 0.1
 _EXPERT_WEIGHT = re.compile(r"(.*\.experts\.\d+\.\w+)\.weight")
 
@@ -88,7 +88,7 @@ def _glm4_moe() -> PretrainedConfig:
 
 
 def _qwen3_5_moe() -> PretrainedConfig:
-    """As published: the text model inside a vision-language one.
+    """As published: a text model inside a vision-language model.
 
     A shared expert, linear attention and one layer of full attention.
     """
@@ -97,7 +97,7 @@ def _qwen3_5_moe() -> PretrainedConfig:
         "moe_intermediate_size": INTERMEDIATE,
         "shared_expert_intermediate_size": INTERMEDIATE,
         "num_experts": EXPERTS,
-        "num_experts_per_tok": EXPERTS,  # nothing to choose, so no ties in bf16
+        "num_experts_per_tok": EXPERTS,  # every expert is chosen, so bf16 has no ties
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 64,
@@ -135,7 +135,7 @@ def _model_class(config: PretrainedConfig) -> type:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a checkpoint is made of."""
+    """The properties of a checkpoint."""
 
     model: str = "qwen3_moe"
     format: str = "auto_round:auto_gptq"
@@ -153,7 +153,10 @@ class Recipe:
 
 
 def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
-    """The checkpoint's folder, made in ``parent``; dense weights in its ``dense``."""
+    """Make the checkpoint in ``parent`` and return its folder.
+
+    Its subfolder ``dense`` has the dequantized weights.
+    """
     folder = parent / recipe.folder_name
     if (folder / "config.json").exists():
         return folder
@@ -208,7 +211,7 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
 
 
 class DenseReference:
-    """float32 results of a checkpoint's dequantized weights in transformers."""
+    """float32 results of transformers on a checkpoint's dequantized weights."""
 
     def __init__(self, folder: Path) -> None:
         dense = folder / "dense"

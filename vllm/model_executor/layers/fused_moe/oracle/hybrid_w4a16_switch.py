@@ -4,9 +4,9 @@
 
 =========== ==========================================================================
 auto        default: on for ROCm gfx11/gfx12 and CPU, unless ``--moe-backend`` names one
-1           on, also on CUDA, and against ``--moe-backend``
-0           off: vLLM as if the package were not installed
-require     like 1, and an int4 MoE layer that is declined is an error
+1           on, also on CUDA; overrides ``--moe-backend``
+0           off: vLLM behaves as if the package were not installed
+require     like 1, but an int4 MoE layer that is declined is an error
 (empty)     like auto
 =========== ==========================================================================
 """
@@ -28,17 +28,17 @@ CHOICES = ["auto", "1", "0", "require"]
 def register() -> None:
     """Make the switch known to ``vllm.envs``.
 
-    vLLM warns about ``VLLM_*`` variables that it does not know, refuses them under
-    ``--fail-on-environ-validation``, and makes the known ones part of the key of its
-    compile cache.
+    vLLM warns about unknown ``VLLM_*`` variables and rejects them under
+    ``--fail-on-environ-validation``. Known ones are part of the key of its compile
+    cache.
     """
     envs.environment_variables.setdefault(NAME, lambda: os.getenv(NAME) or CHOICES[0])
 
 
 def unless_off(handler: Callable[P, T]) -> Callable[P, T | None]:
-    """Decorator of a hook's handler: under 0 it is not called, the result is ``None``.
+    """Decorate a hook's handler: with the switch at 0 it returns ``None`` at once.
 
-    In the fork the hooks are part of vLLM's factories whatever the switch says.
+    In the fork the hooks are part of vLLM's factories, whatever the switch is.
     """
 
     @functools.wraps(handler)
@@ -49,7 +49,7 @@ def unless_off(handler: Callable[P, T]) -> Callable[P, T | None]:
 
 
 def value() -> str:
-    """The switch's value; ``ValueError`` naming the choices for any other."""
+    """Return the switch's value; raises ``ValueError`` if it is not a valid choice."""
     found = getattr(envs, NAME)
     if found not in CHOICES:
         choices = ", ".join(CHOICES)
