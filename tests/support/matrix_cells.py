@@ -65,6 +65,8 @@ DEPLOYMENTS = {
 DEPLOYED = Recipe(format="compressed-tensors", symmetric=False, group_size=64)
 # The project's first target, as published except for its size.
 QWEN35 = Recipe("qwen3_5_moe", "auto_round:auto_gptq", True, 128)
+# Its attention is int4 too.
+QWEN35_ATTENTION = dataclasses.replace(QWEN35, int4_attention=True)
 SHARDINGS = ("1 rank", "TP 2", "TP 2, EP 2")
 OTHER_DEPLOYMENTS = tuple(
     name
@@ -216,8 +218,14 @@ def subset() -> list[Cell]:
     models = [
         Cell(Recipe("mixtral", "awq", False, 128), "float16"),
         Cell(Recipe("glm4_moe", "compressed-tensors", True, 128), "float16"),
-        Cell(QWEN35, "bfloat16"),
+        Cell(QWEN35_ATTENTION, "bfloat16"),
+    ]
+    attention = [
+        Cell(Recipe("qwen3_moe", "awq", False, 64, True), "bfloat16", "compiled"),
+        Cell(Recipe("qwen3_moe", "compressed-tensors", False, 32, True), "float16"),
     ]
     shards = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
     others = [cell for cell in other_deployments() if cell.deployment != "compiled"]
-    return list(dict.fromkeys([*covering(grid()), *models, *shards, *others]))
+    return list(
+        dict.fromkeys([*covering(grid()), *models, *attention, *shards, *others])
+    )
