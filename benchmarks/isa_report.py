@@ -4,9 +4,9 @@
 
 ``python benchmarks/isa_report.py [--arch gfx1151 ...] [--json F] [SOURCE ...]``
 
-Compiles kernel sources (without SOURCE the MoE kernels, csrc/rocm/moe_int4_*.hip) to
-assembly for each architecture. Prints the registers, LDS, scratch and occupancy of each
-kernel, and what its main loops do.
+Compiles kernel sources (without SOURCE all of csrc/rocm that AMD supports) to assembly
+for each architecture. Prints the registers, LDS, scratch and occupancy of each kernel,
+and what its main loops do.
 
 amdgpu_assembly.py defines weight loads, main loops, round trips and weight bytes in
 flight.
@@ -65,6 +65,10 @@ CUS, CLOCK_HZ, READ_BYTES_PER_S = 40, 2.9e9, 212e9
 WAVE_LOAD_BYTES = 512  # 32 lanes x 16 bytes
 # Required bytes in flight of a kernel for one token: two blocks, two row sets.
 LEAST_IN_FLIGHT = 2048
+# Name prefixes of kernels without weights, and of kernels that load activations
+# without LDS.
+WITHOUT_WEIGHTS = ("rescore_largest_",)
+ACTIVATIONS_FROM_MEMORY = ("rescore_rows_",)
 
 
 def budget_cycles() -> float:
@@ -155,7 +159,10 @@ def report(arch: str, source: Path, compiler: str, mca: str) -> list[dict]:
             faults.append(
                 f"{flight} weight bytes in flight, expected at least {LEAST_IN_FLIGHT}"
             )
-        row["faults"] = faults + sorted({x for loop in group for x in loop.faults()})
+        if not kernel.name.startswith(WITHOUT_WEIGHTS):
+            through_lds = not kernel.name.startswith(ACTIVATIONS_FROM_MEMORY)
+            faults += sorted({x for loop in group for x in loop.faults(through_lds)})
+        row["faults"] = faults
         row["loops"] = group
         rows.append(row)
     return rows
@@ -211,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     archs = args.arch or sorted(VGPR_FILE)
     # the grouped kernels need matrix instructions, so AMD has no code for them
     sources = args.sources or sorted(
-        p for p in SOURCE_DIR.glob("moe_int4_*.hip") if "_grouped_" not in p.name
+        p for p in SOURCE_DIR.glob("*.hip") if "_grouped_" not in p.name
     )
     try:
         tools = (

@@ -4,8 +4,8 @@
 
     python tools/check_imports.py [CHECKOUT]
 
-Our modules below ``vllm/`` import plugins -> quantization -> fused_moe, without a
-circle. Imports inside functions and for type checkers count. In ``csrc`` only
+Our modules below ``vllm/`` import plugins -> kernels -> quantization -> fused_moe,
+without a circle. Imports inside functions and for type checkers count. In ``csrc`` only
 ``gpu_compat.cuh`` may use the macros of a vendor's compiler.
 """
 
@@ -19,7 +19,12 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 LAYERS = "vllm.model_executor.layers"
 # A module may import from its own row and from the rows below it.
-ORDER = ("vllm.plugins", f"{LAYERS}.quantization", f"{LAYERS}.fused_moe")
+ORDER = (
+    "vllm.plugins",
+    "vllm.model_executor.kernels",
+    f"{LAYERS}.quantization",
+    f"{LAYERS}.fused_moe",
+)
 GROUND_FLOOR = f"{LAYERS}.fused_moe.hybrid_w4a16_packing"
 VENDOR_MACRO = re.compile(r"\b__(?:HIP|CUDA|NV|AMDGCN|AMDGPU|AMD_|GFX|gfx)\w*")
 KNOWS_VENDORS = "gpu_compat.cuh"

@@ -489,18 +489,20 @@ void dense_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tens
               const std::optional<Tensor>& zero_points) {
   const DenseArgs dense =
       check_dense(DeviceType::CPU, a, w, scales, c, cu_count, group_size, bits, zero_points);
-  const std::vector<int32_t> expert_ids(dense.m, 0);
-  GemmArgs args{};
-  args.dtype = dense.dtype;
-  args.a = dense.a;
-  args.a_stride_m = dense.a_stride_m;
-  args.w = dense.w;
-  args.c = dense.c;
-  args.c_stride_m = dense.c_stride_m;
-  args.expert_ids = expert_ids.data();
-  args.num_blocks = args.num_rows = dense.m;
-  args.block_size_m = args.top_k = 1;
-  gemm(args);
+  const int32_t expert_id = 0, step = tokens_together(dense.w, 1);
+  for (int32_t begin = 0; begin < dense.m; begin += step) {
+    GemmArgs args{};
+    args.dtype = dense.dtype;
+    args.a = row_of(dense.a, dense.a_stride_m, begin);
+    args.a_stride_m = dense.a_stride_m;
+    args.w = dense.w;
+    args.c = row_of(dense.c, dense.c_stride_m, begin);
+    args.c_stride_m = dense.c_stride_m;
+    args.expert_ids = &expert_id;
+    args.num_blocks = args.top_k = 1;
+    args.num_rows = args.block_size_m = std::min(step, dense.m - begin);
+    gemm(args);
+  }
 }
 
 void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,

@@ -86,7 +86,9 @@ def run_cells(
                 filter(None, [str(STAND_INS), os.environ.get("PYTHONPATH")])
             )
         if ranks > 1:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+            cores = os.cpu_count() or 1
+            bind = "|".join(str(rank % cores) for rank in range(ranks))
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = bind
         processes = []
         for rank in range(ranks):
             log = (folder / f"log-{number}-{rank}.txt").open("w")

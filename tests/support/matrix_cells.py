@@ -40,6 +40,7 @@ class Deployment:
 DEPLOYMENTS = {
     "1 rank": Deployment(),
     "TP 2": Deployment(2, {"tensor_parallel_size": 2}),
+    "TP 4": Deployment(4, {"tensor_parallel_size": 4}),
     "TP 2, EP 2": Deployment(
         2, {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     ),
@@ -64,11 +65,13 @@ DEPLOYMENTS = {
 DEPLOYED = Recipe(format="compressed-tensors", symmetric=False, group_size=64)
 # The project's first target, as published except for its size.
 QWEN35 = Recipe("qwen3_5_moe", "auto_round:auto_gptq", True, 128)
+# Its attention is int4 too.
+QWEN35_ATTENTION = dataclasses.replace(QWEN35, int4_attention=True)
 SHARDINGS = ("1 rank", "TP 2", "TP 2, EP 2")
 OTHER_DEPLOYMENTS = tuple(
     name
     for name, deployment in DEPLOYMENTS.items()
-    if name not in SHARDINGS and not deployment.sleep
+    if name not in (*SHARDINGS, "TP 4") and not deployment.sleep
 )
 
 
@@ -149,6 +152,24 @@ def other_deployments() -> list[Cell]:
     ]
 
 
+def cut_groups() -> list[Cell]:
+    """Tensor parallel shards that cut groups of 128: 192 or 96 of 384 columns a rank.
+
+    All formats in float16, where tokens must equal those of one rank. The first two
+    cells are in test_matrix's short run.
+    """
+    cases = [("compressed-tensors", False)]
+    cases += [c for c in itertools.product(FORMATS, (True, False)) if c != cases[0]]
+    return [
+        Cell(Recipe("qwen3_moe", format, symmetric, 128, 384), dtype, deployment)
+        for format, symmetric in cases
+        if exists(format, symmetric)
+        for dtype in DTYPES[::-1]
+        if dtype == "float16" or format == "auto_round:auto_gptq"
+        for deployment in ("1 rank", "TP 2", "TP 4")
+    ]
+
+
 def on_a_gpu() -> list[Cell]:
     """Additional cells that test_matrix runs on a GPU."""
     return [
@@ -197,8 +218,14 @@ def subset() -> list[Cell]:
     models = [
         Cell(Recipe("mixtral", "awq", False, 128), "float16"),
         Cell(Recipe("glm4_moe", "compressed-tensors", True, 128), "float16"),
-        Cell(QWEN35, "bfloat16"),
+        Cell(QWEN35_ATTENTION, "bfloat16"),
+    ]
+    attention = [
+        Cell(Recipe("qwen3_moe", "awq", False, 64, True), "bfloat16", "compiled"),
+        Cell(Recipe("qwen3_moe", "compressed-tensors", False, 32, True), "float16"),
     ]
     shards = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
     others = [cell for cell in other_deployments() if cell.deployment != "compiled"]
-    return list(dict.fromkeys([*covering(grid()), *models, *shards, *others]))
+    return list(
+        dict.fromkeys([*covering(grid()), *models, *attention, *shards, *others])
+    )

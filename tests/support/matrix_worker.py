@@ -32,6 +32,7 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
     VLLM_HYBRID_W4A16_MOE="require",
+    VLLM_HYBRID_W4A16_LINEAR="1",
 )
 
 
@@ -90,6 +91,25 @@ def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
     assert [a["tokens"] for a in before] != [a["tokens"] for a in after]
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint)})
     llm.reset_prefix_cache()
+
+
+def int4_linears(model: torch.nn.Module) -> list[str]:
+    """Names of the dense linears that run on ``HybridW4A16LinearKernel``."""
+    from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16 import (
+        HybridW4A16LinearKernel,
+    )
+
+    found = []
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        # some methods hold another one, compressed-tensors' is the layer's scheme
+        for holder in (method, getattr(module, "scheme", None)):
+            while holder is not None:
+                if isinstance(getattr(holder, "kernel", None), HybridW4A16LinearKernel):
+                    found.append(name)
+                inner = getattr(holder, "scheme", None)
+                holder = inner or getattr(holder, "linear_method", None)
+    return found
 
 
 def sleep_and_wake(llm: Any) -> None:
@@ -232,6 +252,8 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     if deployment.ranks > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
     llm = LLM(str(checkpoint), **arguments)
+    (linears,) = llm.apply_model(int4_linears)
+    assert bool(linears) == cell.recipe.int4_attention, linears
     if deployment.reload:
         os.environ["MATRIX_CELL"] = json.dumps(cell.to_json())
         garbage_then_checkpoint(llm, checkpoint)

@@ -4,9 +4,10 @@
 
     python -m tests.support.tiny_models qwen3_moe compressed-tensors OUTPUT_FOLDER
 
-transformers makes the model from a config and writes it. The experts' linears are
-replaced by random int4 ones; everything else stays bf16. A second folder has the same
-weights dequantized, from which transformers computes the expected results in float32.
+transformers makes the model from a config and writes it. The linears of the experts,
+and of attention where the recipe says so, are replaced by random int4 ones. Everything
+else stays bf16. A second folder has the same weights dequantized, from which
+transformers computes the expected results in float32.
 """
 
 import argparse
@@ -37,6 +38,11 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 256, 4, 2
 # Large enough that logits differ by several nats and tokens do not tie.
 INITIALIZER_RANGE = 0.1
 _EXPERT_WEIGHT = re.compile(r"(.*\.experts\.\d+\.\w+)\.weight")
+# Not in_proj_a and in_proj_b, whose few rows here do not fill a word of zero points.
+_ATTENTION_WEIGHT = re.compile(
+    r"(.*(?:self_attn\.[qkvo]_proj|linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj)))"
+    r"\.weight"
+)
 
 _COMMON = {
     "vocab_size": 256,
@@ -141,11 +147,16 @@ class Recipe:
     format: str = "auto_round:auto_gptq"
     symmetric: bool = True
     group_size: int = 128
+    moe_intermediate_size: int = INTERMEDIATE
+    int4_attention: bool = False
 
     @property
     def folder_name(self) -> str:
         sign = "sym" if self.symmetric else "asym"
-        return f"{self.model}-{self.format}-{sign}-g{self.group_size}".replace(":", "-")
+        name = f"{self.model}-{self.format}-{sign}-g{self.group_size}"
+        if self.moe_intermediate_size != INTERMEDIATE:
+            name += f"-i{self.moe_intermediate_size}"
+        return name.replace(":", "-") + "-int4-attention" * self.int4_attention
 
 
 def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
@@ -159,6 +170,8 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
     dense = folder / "dense"
     torch.manual_seed(seed)
     model_config = MODELS[recipe.model]()
+    if recipe.moe_intermediate_size != INTERMEDIATE:
+        model_config.moe_intermediate_size = recipe.moe_intermediate_size
     model = _model_class(model_config).from_config(model_config, dtype=torch.bfloat16)
     model.save_pretrained(dense)
     format = FORMATS[recipe.format]
@@ -167,8 +180,10 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
     dequantized: dict[str, torch.Tensor] = {}
     kept = set()
     for name, tensor in sorted(load_file(dense / WEIGHTS).items()):
-        expert = _EXPERT_WEIGHT.fullmatch(name)
-        if expert is None:
+        quantized = _EXPERT_WEIGHT.fullmatch(name)
+        if quantized is None and recipe.int4_attention:
+            quantized = _ATTENTION_WEIGHT.fullmatch(name)
+        if quantized is None:
             stored[name] = tensor
             dequantized[name] = tensor.float()
             kept.add(name.removesuffix(".weight"))
@@ -180,15 +195,17 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
         )
         dequantized[name] = torch.from_numpy(format.dequantize(linear)).float()
         for suffix, array in linear.items():
-            stored[f"{expert[1]}.{suffix}"] = torch.from_numpy(array)
+            stored[f"{quantized[1]}.{suffix}"] = torch.from_numpy(array)
     save_file(dequantized, dense / WEIGHTS, {"format": "pt"})
     save_file(stored, folder / WEIGHTS, {"format": "pt"})
     config = json.loads((dense / "config.json").read_text())
+    attention = ["self_attn", "linear_attn"]
+    if recipe.int4_attention:
+        attention = ["linear_attn.in_proj_[ab]+$"]
     skipped = [
-        "self_attn",
+        *attention,
         "mlp.gate$",
         "shared_expert",
-        "linear_attn",
         "visual",
         "lm_head",
         r"layers.0.mlp.\w+_",

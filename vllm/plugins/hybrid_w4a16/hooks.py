@@ -5,6 +5,9 @@
 A hook is a prologue on a vLLM method factory. The handler is called with the factory's
 arguments. If it returns a value other than ``None``, that is the result; otherwise the
 factory's own body runs. A new checkpoint format adds one row.
+
+A kernel row puts one of our classes at the head of a vLLM list of linear kernels. vLLM
+takes the first kernel of the list that can implement a layer.
 """
 
 import functools
@@ -37,6 +40,25 @@ class Hook:
     @property
     def target(self) -> str:
         return f"{self.module}.{self.owner}.{self.factory}"
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """A kernel at the head of a platform's list."""
+
+    platform: str
+    """Name in ``PlatformEnum``."""
+    kernel: str
+    """``module:class``."""
+    why: str
+    until: str
+    module: str = "vllm.model_executor.kernels.linear"
+    table: str = "_POSSIBLE_KERNELS"
+    """Dictionary in ``module``, from platform to list."""
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.table}[{self.platform}]"
 
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
@@ -101,6 +123,50 @@ HOOKS: tuple[Hook, ...] = (
         ),
         until="vLLM's online quantization supports ParallelLMHead.",
     ),
+    Hook(
+        module="vllm.engine.arg_utils",
+        owner="EngineArgs",
+        factory="create_speculative_config",
+        parameters=("self", "target_model_config", "target_parallel_config"),
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_head_schemes:draft_head_config",
+        why="draft_lm_head_quantization is new in vLLM 0.33, without int4 and int8.",
+        until="vLLM's draft_lm_head_quantization has int4 and int8.",
+    ),
+    Hook(
+        module="vllm.model_executor.model_loader.base_loader",
+        owner="BaseModelLoader",
+        factory="load_model",
+        parameters=("self", "vllm_config", "model_config", "prefix"),
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_head:draft_model_loaded",
+        why="Tells drafters apart: they share the head, but in another precision.",
+        until="vLLM's draft_lm_head_quantization has int4 and int8.",
+    ),
+)
+
+_LINEAR_KERNEL = (
+    "vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16"
+    ":HybridW4A16LinearKernel"
+)
+
+KERNEL_ROWS: tuple[KernelRow, ...] = (
+    KernelRow(
+        platform="CPU",
+        kernel=_LINEAR_KERNEL,
+        why="vLLM's int4 linear takes 1.3 to 7 times as long without AMX.",
+        until="vLLM has the kernel in its list.",
+    ),
+    KernelRow(
+        platform="CUDA",
+        kernel=_LINEAR_KERNEL,
+        why="Dense int4 linears of a few rows take 10 to 19 us there, 2 to 9 with it.",
+        until="vLLM has the kernel in its list.",
+    ),
+    KernelRow(
+        platform="ROCM",
+        kernel=_LINEAR_KERNEL,
+        why="On request, for comparison with vLLM's own RDNA kernel.",
+        until="vLLM has the kernel in its list.",
+    ),
 )
 
 _MARK = "_hybrid_w4a16_hook"
@@ -110,8 +176,10 @@ class HookError(RuntimeError):
     """A target in the hook table differs from what this vLLM provides."""
 
 
-def apply_hooks(hooks: tuple[Hook, ...] = HOOKS) -> None:
-    """Wrap the factories of the table; those that are wrapped already stay as they are.
+def apply_hooks(
+    hooks: tuple[Hook, ...] = HOOKS, rows: tuple[KernelRow, ...] = KERNEL_ROWS
+) -> None:
+    """Wrap the factories of the table and add its kernels; what is there already stays.
 
     Applies all hooks or none: raises ``HookError`` that names every hook that does not
     fit, and leaves vLLM unchanged.
@@ -122,11 +190,33 @@ def apply_hooks(hooks: tuple[Hook, ...] = HOOKS) -> None:
             resolved.append((hook, *_resolve(hook)))
         except HookError as error:
             failures.append(f"{hook.target}: {error}")
+    lists = []
+    for row in rows:
+        try:
+            lists.append(_kernels_and_ours(row))
+        except HookError as error:
+            failures.append(f"{row.target}: {error}")
     if failures:
         raise HookError("; ".join(failures))
     for hook, owner, original in resolved:
         if not hasattr(inspect.unwrap(original, stop=_is_ours), _MARK):
             _install(hook, owner, original)
+    for kernels, kernel in lists:
+        if kernel not in kernels:
+            kernels.insert(0, kernel)
+
+
+def _kernels_and_ours(row: KernelRow) -> tuple[list[type], type]:
+    """vLLM's list that the row is about, and the class that belongs into it."""
+    from vllm.platforms import PlatformEnum  # not at the top: it takes seconds
+
+    module, _, name = row.kernel.partition(":")
+    try:
+        table = getattr(importlib.import_module(row.module), row.table)
+        kernels = table[PlatformEnum[row.platform]]
+        return kernels, getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise HookError(f"{type(error).__name__}: {error}") from error
 
 
 def _is_ours(function: Callable[..., Any]) -> bool:

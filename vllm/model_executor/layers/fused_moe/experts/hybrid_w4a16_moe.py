@@ -25,6 +25,9 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     device_family,
     load_kernels,
 )
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
+    shard_group_size,
+)
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceNoOP,
 )
@@ -56,6 +59,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         load_kernels(family)
         self.cu_count = family.cu_count
         self.group_size = quant_config.block_shape[1]
+        self.down_group_size = shard_group_size(
+            self.group_size, moe_config.intermediate_size_per_partition
+        )
         self.tuned: tuning.Tuned | None = None
         if family.tuning is not None:
             shape = tuning.MoEShape(
@@ -215,7 +221,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             topk_ids,
             weights,
             self.cu_count,
-            self.group_size,
+            self.down_group_size,
             self.w2_zp,
             expert_map,
             plan=plans[1],
@@ -255,7 +261,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         prefill.prefill_experts(
             x,
             prefill.Int4Matrix(w1, self.w1_scale, self.w1_zp, self.group_size),
-            prefill.Int4Matrix(w2, self.w2_scale, self.w2_zp, self.group_size),
+            prefill.Int4Matrix(w2, self.w2_scale, self.w2_zp, self.down_group_size),
             output,
             prefill.Workspace.split(workspace, *sizes),
             topk_ids,

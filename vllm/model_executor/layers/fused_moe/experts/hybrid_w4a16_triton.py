@@ -283,19 +283,27 @@ def moe_int4_prefill_down(
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    SORTED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Down projection of a block of pairs, times the pairs' router weights."""
+    """Down projection of a block of pairs, times the pairs' router weights.
+
+    Without SORTED the pairs are rows in their own order, all of expert 0.
+    """
     tiles = tl.cdiv(H, BLOCK_N)
     block = tl.program_id(0) // tiles
-    if block * BLOCK_M >= tl.load(num_padded_ptr):
-        return
-    expert = tl.load(expert_ids_ptr + block).to(tl.int64)
-    if expert < 0:
-        return
-    pairs = tl.load(sorted_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    if SORTED:
+        if block * BLOCK_M >= tl.load(num_padded_ptr):
+            return
+        expert = tl.load(expert_ids_ptr + block).to(tl.int64)
+        if expert < 0:
+            return
+        pairs = tl.load(sorted_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    else:
+        expert = 0
+        pairs = block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = pairs < num_pairs
     row = tl.where(valid, pairs, 0).to(tl.int64)
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -474,7 +482,7 @@ def down(
     planes: torch.Tensor,
     w2: Int4Matrix,
     out: torch.Tensor,
-    blocks: Blocks,
+    blocks: Blocks | None,
     topk_weights: torch.Tensor | None,
     tile: Tile,
 ) -> None:
@@ -482,19 +490,23 @@ def down(
 
     planes [M * top_k, padded I] is the output of ``gate_up``; w2 [E, H, I//8]; out
     [M * top_k, H]; topk_weights fp32 [M, top_k], contiguous, or ``None`` for weights
-    of 1.
+    of 1. Without ``blocks`` every row of ``planes`` goes to expert 0.
     Rows of pairs whose expert is on another rank are not written.
     """
     hidden = w2.words.shape[1]
     intermediate = w2.scales.shape[2] * w2.group_size
     tensors, strides = w2.kernel_arguments()
     tiles = _cdiv(hidden, tile.block_n)
-    moe_int4_prefill_down[(blocks.expert_ids.shape[0] * tiles,)](
+    if blocks is None:
+        count, sorting = _cdiv(out.shape[0], tile.block_m), (w2.words,) * 3
+    else:
+        count, sorting = blocks.expert_ids.shape[0], blocks
+    moe_int4_prefill_down[(count * tiles,)](
         planes,
         *tensors,
         out,
         out if topk_weights is None else topk_weights,
-        *blocks,
+        *sorting,
         out.shape[0],
         hidden,
         intermediate,
@@ -504,6 +516,7 @@ def down(
         GROUP=w2.group_size,
         HAS_ZEROS=w2.zero_points is not None,
         HAS_WEIGHTS=topk_weights is not None,
+        SORTED=blocks is not None,
         EVEN_K=intermediate % _STEP == 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -616,3 +629,16 @@ def prefill_experts(
     gate_up(workspace.planes, w13, middle, blocks, top_k, activation, tiles.gate_up)
     down(middle, w2, workspace.down_out, blocks, topk_weights, tiles.down)
     sum_pairs(workspace.down_out, out, topk_ids, expert_map, w13.words.shape[0])
+
+
+def dense(x: torch.Tensor, w: Int4Matrix, tile: Tile) -> torch.Tensor:
+    """``x @ w^.T`` [M, N] of many rows: two launches, no host synchronisation.
+
+    x fp16/bf16 [M, K], innermost stride 1; w [1, N, K//8].
+    """
+    rows, k = x.shape
+    planes = x.new_empty(rows, _padded(k))
+    to_planes(x, planes)
+    out = x.new_empty(rows, w.words.shape[1])
+    down(planes, w, out, None, None, tile)
+    return out
