@@ -113,9 +113,7 @@ def activate(
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Frobenius norm of the difference divided by the one of ``expected``; 0 if both are
-    zero.
-    """
+    """Frobenius norm of the difference over that of ``expected``; 0 if both are 0."""
     difference = float((got.double() - expected.double()).norm())
     norm = float(expected.double().norm())
     if difference == 0:
