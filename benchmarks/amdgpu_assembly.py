@@ -87,11 +87,13 @@ class Instruction:
 
     @property
     def is_weight_load(self) -> bool:
+        """Whether this loads memory with the non-temporal hint."""
         hint = re.search(r"\b(slc|nt)\b|th:TH_LOAD_NT", self.text)
         return self.load_bytes > 0 and hint is not None
 
     @property
     def is_scalar_load(self) -> bool:
+        """Whether this is a scalar memory load."""
         return self.text.startswith(("s_load_", "s_buffer_load_"))
 
     @property
@@ -288,6 +290,7 @@ class _Pending:
     scalar: int = -1  # the latest; -1: none
 
     def after(self, ins: Instruction) -> "_Pending":
+        """Return the state after an instruction."""
         if ins.is_scalar_load:
             return dataclasses.replace(self, scalar=self.level)
         if ins.load_bytes:
@@ -312,6 +315,7 @@ class _Requested:
     waited: bool = False
 
     def after(self, ins: Instruction) -> "_Requested":
+        """Return the state after an instruction."""
         if ins.is_weight_load:
             size = ins.load_bytes * WAVE_SIZE
             early = self.early if self.waited else self.early + size

@@ -30,6 +30,7 @@ LDS_LIMIT = 65536
 
 
 def gpu_target(arch: str) -> Any:
+    """Return Triton's compilation target for ``sm_NN`` or an AMD architecture."""
     from triton.backends.compiler import GPUTarget
 
     if arch.startswith("sm_"):

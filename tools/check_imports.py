@@ -70,6 +70,7 @@ def rank(name: str) -> int | None:
 
 
 def import_problems(checkout: Path) -> Iterator[str]:
+    """Yield a line for each import against ``ORDER``, and for an import circle."""
     ours = modules(checkout)
     graph: dict[str, set[str]] = {name: set() for name in ours}
     for name, file in sorted(ours.items()):
@@ -91,6 +92,7 @@ def import_problems(checkout: Path) -> Iterator[str]:
 
 
 def macro_problems(checkout: Path) -> Iterator[str]:
+    """Yield a line for each vendor macro outside of ``gpu_compat.cuh``."""
     for file in sorted((checkout / "csrc").rglob("*")):
         if file.suffix not in CXX_SUFFIXES or file.name == KNOWS_VENDORS:
             continue

@@ -50,6 +50,7 @@ class PrefillCall:
         self.workspace = prefill.Workspace.split(buffer, *self.sizes)
 
     def blocks(self):
+        """Return the pairs sorted into blocks for the gate_up tile."""
         return self.prefill.Blocks(
             *align(
                 self.ids,

@@ -47,6 +47,7 @@ class Int4Matrix(NamedTuple):
     zero_points: torch.Tensor | None
 
     def to(self, device: str) -> "Int4Matrix":
+        """Return a copy on ``device``."""
         zeros = self.zero_points
         return Int4Matrix(
             self.words.to(device),
@@ -69,10 +70,12 @@ class RandomLayer(NamedTuple):
     w2: Int4Matrix
 
     def to(self, device: str) -> "RandomLayer":
+        """Return a copy on ``device``."""
         return RandomLayer(self.w13.to(device), self.w2.to(device))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``fp16`` or ``bf16``."""
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
