@@ -112,9 +112,14 @@ def make(folder: Path) -> Clean:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    pip = [folder / "venv/bin/python", "-m", "pip", "install", "-q", "--no-deps"]
+    pip: list[str | Path] = [folder / "venv/bin/python", "-m", "pip", "install"]
+    pip += ["-q", "--no-deps"]
     # the build backend of vllm-cpu-name is among the requirements
-    for words in (["-r", REQUIREMENTS], ["--no-build-isolation", CPU_NAME]):
+    steps: tuple[list[str | Path], ...] = (
+        ["-r", REQUIREMENTS],
+        ["--no-build-isolation", CPU_NAME],
+    )
+    for words in steps:
         done = subprocess.run(
             [*pip, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -153,9 +158,11 @@ def tune(clean: Clean) -> None:
 def serve(clean: Clean) -> None:
     """The demo, whose client needs packages of this environment."""
     log = clean.folder / "server.log"
-    command = [sys.executable, "-m", "tools.demo", "--vllm", clean.bin / "vllm"]
     done = subprocess.run(
-        [*command, "--log", log],
+        [
+            *(sys.executable, "-m", "tools.demo"),
+            *("--vllm", clean.bin / "vllm", "--log", log),
+        ],
         cwd=CHECKOUT,
         env={**clean.environment, "PYTHONPATH": ""},
         stdout=subprocess.PIPE,
