@@ -124,4 +124,4 @@ def test_a_file_that_is_no_library_is_named(monkeypatch, tmp_path):
     library.write_bytes(b"no library")
     monkeypatch.setattr(ops, "_LIBRARY", str(library))
     monkeypatch.setattr(ops, "_ops_registered", lambda: False)
-    assert f"{library} is no ELF library" in ops.load_error.__wrapped__()
+    assert f"{library} is not an ELF library" in ops.load_error.__wrapped__()
