@@ -38,6 +38,7 @@ pytest: venv  ## the tests of CI alone; ARGS="-k packaging" and the like go to p
 
 nightly: clang venv wheel  ## the long tests, the vLLM releases before this one, drift
 	@$(PYTEST) -m nightly $(ARGS)
+	@$(RUN) -m tools.check_install
 	@$(RUN) -m tools.check_releases
 	@$(RUN) -m tools.check_drift
 

@@ -12,6 +12,7 @@ import torch
 
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
@@ -341,3 +342,24 @@ def test_summary_of_a_second_model_in_the_same_process(caplog):
         with caplog.at_level(logging.INFO):
             Checkpoint(Shape()).load_into(make_layer(Shape(), inc_config()))
         assert "HybridW4A16 MoE: 1/1 layers" in caplog.text
+
+
+def test_the_tuning_table_in_use_is_logged_once(caplog, tmp_path, monkeypatch):
+    """As on a GPU, where each layer's experts look their shape up."""
+    monkeypatch.setenv("VLLM_CONFIG_ROOT", str(tmp_path))
+    tuning.forget()
+    tuned = tuning.MoEShape(128, 8, 2048, 768, 128, "bf16")
+    entry = {"compute_units": 40, "kernel_version": tuning.KERNEL_VERSION}
+    entry |= {"prefill_from": 24, "decode": [], "rows": []}
+    path = tuning.write_owner_entry("gfx1151", tuning.shape_fields(tuned) | entry)
+    layer = make_layer(Shape(), inc_config())
+    for shape in (tuned, dataclasses.replace(tuned, hidden=8192), tuned):
+        tuning.lookup("gfx1151", 40, shape)
+    with caplog.at_level(logging.INFO):
+        Checkpoint(Shape()).load_into(layer)
+    tuning.forget()
+    (line,) = (r.message for r in caplog.records if "tuning of" in r.message)
+    assert line == (
+        f"HybridW4A16 MoE: tuning of 2 shapes: 1 from {path}; 1 by rule, "
+        "`vllm-hybrid-w4a16 tune` measures"
+    )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_guard as guard
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_guard_kernels as kernels
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_moe_helper as helper
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -68,15 +69,15 @@ def spoil_packing(monkeypatch, layer_format, field, spoil):
 )
 def test_sound_layers_are_checked_and_pass(format, symmetric, monkeypatch):
     runs = []
-    decode = guard._KernelCheck._decode
+    decode = kernels.KernelCheck._decode
 
     def noted(self, tokens):
         runs.append(tokens)
         return decode(self, tokens)
 
-    monkeypatch.setattr(guard._KernelCheck, "_decode", noted)
+    monkeypatch.setattr(kernels.KernelCheck, "_decode", noted)
     load(format, symmetric)
-    assert runs == list(guard._DECODE_TOKENS)
+    assert runs == list(kernels._DECODE_TOKENS)
 
 
 def test_one_wrong_scale_in_the_conversion(monkeypatch):
@@ -170,9 +171,9 @@ def test_under_expert_parallelism():
 def test_only_the_first_layer_of_its_form_in_a_model_is_checked(monkeypatch):
     config = quant_config("auto_round:auto_gptq", SHAPE.group_size, True)
     checks = []
-    run = guard._KernelCheck.problem
+    run = kernels.KernelCheck.problem
     monkeypatch.setattr(
-        guard._KernelCheck, "problem", lambda self: checks.append(1) or run(self)
+        kernels.KernelCheck, "problem", lambda self: checks.append(1) or run(self)
     )
 
     def two_layers():
