@@ -23,8 +23,8 @@ constexpr int kLog2BlockK = gpu::kHasMma ? 7 : 8;
 static_assert(1 << kLog2BlockK == kBlockK);
 
 constexpr int kMaxSlots = 8;  // activation rows that a wave puts against an expert's weights
-// ... in passes of this many: the matrix instruction has room for 8, elsewhere registers run out,
-// and more than 4 rows that share an expert read its weights again, from the cache.
+// ... in passes of this many over the weights in registers: the matrix instruction has room for 8,
+// elsewhere registers run out.
 constexpr int kSlotsPerPass = gpu::kHasMma ? 8 : 4;
 constexpr int kLoadDepth = gpu::kHasMma ? 4 : 2;  // blocks of weights in flight per wave
 constexpr int kMaxWaves = 16;                     // per block
