@@ -63,11 +63,11 @@ Sampler = Callable[[Any, int], list[float]]
 def gate_up_plans(matrix_units: bool) -> Iterator[Plan]:
     """Plans worth a try: kernel, waves, slots, row_tiles (csrc/rocm/plan.h)."""
     for kernel in (0, 1):
-        for waves in (1, 2, 4, 8):
+        for waves in (1, 2, 4, 6, 8):
             yield kernel, waves, 0, 0
     if matrix_units:
         for waves, slots, row_tiles in itertools.product(
-            (2, 4, 8, 16), (8, 16), (1, 2, 4, 8, 16)
+            (1, 2, 4, 8), (4, 8, 16), (1, 2, 4, 8)
         ):
             yield 2, waves, slots, row_tiles
 
@@ -80,11 +80,10 @@ def down_plans(matrix_units: bool) -> Iterator[Plan]:
                 if k_slices <= waves:
                     yield kernel, waves, k_slices, 0
     if matrix_units:
-        for waves, k_slices, slots in itertools.product(
-            (2, 4, 8, 16), (1, 2, 4, 8), (4, 8)
+        for kernel, waves, k_slices, slots in itertools.product(
+            (2, 3), (4, 8, 12), (1, 2, 4), (4, 8)
         ):
-            if k_slices <= waves:
-                yield 2, waves, k_slices, slots
+            yield kernel, waves, k_slices, slots
 
 
 def tile_sizes(block_m: int) -> Iterator[Tile]:
