@@ -62,6 +62,8 @@ class _Model:
     """Bytes of padding by layer."""
     declined: dict[str, str] = field(default_factory=dict)
     """Reason by layer."""
+    linears: int = 0
+    """Dense int4 linears on our kernel."""
 
 
 # The model under construction; a process may load several, one after the other.
@@ -282,6 +284,11 @@ def report_ready(prefix: str, padding_bytes: int) -> None:
         _sum_up()
 
 
+def count_linear() -> None:
+    """Count a dense int4 linear that was built with our kernel, for the summary."""
+    _under_construction().linears += 1
+
+
 def _under_construction() -> _Model:
     """The record of the model that vLLM is building now."""
     global _model
@@ -318,12 +325,14 @@ def _sum_up() -> None:
     kernels = ""
     if accepted and isinstance(family, DeviceFamily):
         kernels = f" (decode: {family.decode}, prefill: {family.prefill})"
+    linears = f"; linears: {_model.linears} int4" if _model.linears else ""
     logger.info(
-        "HybridW4A16 MoE: %d/%d layers%s, %d declined",
+        "HybridW4A16 MoE: %d/%d layers%s, %d declined%s",
         accepted,
         accepted + declined,
         kernels,
         declined,
+        linears,
     )
     tuned = tuning.used_text()
     if tuned is not None:
