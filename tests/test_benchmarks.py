@@ -8,6 +8,7 @@ These tests assert nothing about speed.
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,7 +96,7 @@ def test_cpu_run_writes_table_and_json(main, moe_bench, tmp_path, capsys):
     assert main(arguments.split() + options) == 0
 
     result = json.loads(file.read_text())
-    offered = {"hybrid", "cpu-int4", "torch"}
+    offered = {"hybrid", "cpu-int4", "llama-cpp", "torch"}
     absent = {entry["backend"] for entry in result["unavailable"]}
     assert all(entry["reason"] for entry in result["unavailable"])
     assert ("hybrid" in absent) == (not hybrid_runs())
@@ -197,6 +198,23 @@ def test_plot_is_written(main, tmp_path):
     assert file.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_llama_cpp_gets_the_same_weights(moe_bench, group_size):
+    generator = torch.Generator().manual_seed(group_size)
+    words = torch.empty(4, 32, dtype=torch.int32)
+    words.random_(-(2**31), 2**31, generator=generator)
+    scales = torch.rand(4, 256 // group_size, generator=generator).bfloat16()
+    blocks = moe_bench.llama_cpp.to_q4_0(words, scales).reshape(4, 8, 18)
+    # as ggml defines Q4_0: an fp16 scale; byte j holds weights j and j + 16
+    scale = blocks[..., :2].copy().view(np.float16).astype(np.float32)
+    nibbles = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
+    found = (scale * (nibbles.astype(np.float32) - 8)).reshape(4, 256)
+    expected = moe_bench.inputs.dequantize(words, scales.float())
+    assert np.array_equal(found, expected.numpy())
+    with pytest.raises(ValueError, match="cannot be stored in fp16"):
+        moe_bench.llama_cpp.to_q4_0(words, scales * 1e6)
+
+
 def test_wrong_results_are_reported_and_not_timed(
     main, moe_bench, monkeypatch, tmp_path, capsys
 ):
@@ -255,7 +273,7 @@ def test_broken_backend_does_not_stop_the_others(
             "--shapes 8:2:256:96 --group-size 64",
             "--group-size: 64 does not divide hidden 256 and intermediate 96",
         ),
-        ("--backends fast", "--backends: 'fast' is not one of hybrid, cpu-int4, torch"),
+        ("--backends fast", "--backends: 'fast' is not one of hybrid, cpu-int4, "),
         ("--backends marlin", "--backends: 'marlin' is not one of hybrid, "),
         ("--routing even", "--routing: 'even' is not one of balanced, uniform, "),
         ("--repeats 0", "--repeats: 0 is not a positive number"),

@@ -23,8 +23,8 @@ constexpr int kLog2BlockK = gpu::kHasMma ? 7 : 8;
 static_assert(1 << kLog2BlockK == kBlockK);
 
 constexpr int kMaxSlots = 8;  // activation rows that a wave multiplies with an expert's weights
-// Activation rows per pass: the matrix instruction has room for 8. Without it registers run out,
-// and if more than 4 rows share an expert, its weights are read again, from the cache.
+// Activation rows per pass over the weights in registers: the matrix instruction has room for 8.
+// Without it registers run out.
 constexpr int kSlotsPerPass = gpu::kHasMma ? 8 : 4;
 constexpr int kLoadDepth = gpu::kHasMma ? 4 : 2;  // blocks of weights in flight per wave
 constexpr int kMaxWaves = 16;                     // per block

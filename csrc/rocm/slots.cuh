@@ -238,20 +238,23 @@ GPU_DEVICE int list_slots(const Picked& picked, int token, int t, int expert, co
   return digit_sum(sharers);
 }
 
-// Runs body(SlotCount<S>, first slot, slots) over `count` slots, with the smallest compiled S that
-// is large enough.
-template <int S>
+// Runs body(SlotCount<S, P>, first slot, slots) over `count` slots, with the smallest compiled S *
+// P that is large enough; see WaveTile. Without `Once` P is 1, and further slots read the weights
+// again.
+template <int S, int P>
 struct SlotCount {
-  static constexpr int value = S;
+  static constexpr int kSlots = S, kPasses = P;
 };
-template <typename Body>
+template <bool Once, typename Body>
 GPU_DEVICE void with_slots(int count, const Body& body) {
   if (count <= 1) {
-    body(SlotCount<1>{}, 0, count);
+    body(SlotCount<1, 1>{}, 0, count);
+  } else if (Once && kSlotsPerPass < kMaxSlots && count > kSlotsPerPass) {
+    body(SlotCount<kSlotsPerPass, kMaxSlots / kSlotsPerPass>{}, 0, count);
   } else {
     for (int first = 0; first < count; first += kSlotsPerPass) {
       const int left = count - first;
-      body(SlotCount<kSlotsPerPass>{}, first, left < kSlotsPerPass ? left : kSlotsPerPass);
+      body(SlotCount<kSlotsPerPass, 1>{}, first, left < kSlotsPerPass ? left : kSlotsPerPass);
     }
   }
 }

@@ -7,13 +7,13 @@ token or a column is added. And the plans that it picks for RDNA run on the host
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import platform
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
@@ -56,6 +56,7 @@ GFX1151 = Device(False, 40, 65536, "rdna")
 
 @pytest.fixture(scope="module")
 def build():
+    @functools.cache
     def build(mma, *sources):
         command = [sys.executable, BUILD, *(["--mma"] if mma else []), *sources]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -140,7 +141,7 @@ def test_no_cliff_where_columns_are_added(device, plans):
     for (top_k, experts, hidden, _), t in itertools.product(
         SHAPES.values(), (1, 2, 3, 4, 8, 16)
     ):
-        problems = [(t, top_k, experts, hidden, i) for i in range(256, 4097, 64)]
+        problems = [(t, top_k, experts, hidden, i) for i in range(256, 4097, 32)]
         pairs = list(zip(problems, plans(device, problems), strict=True))
         for (before, old), (after, new) in itertools.pairwise(pairs):
             where = f"{before} to {after}"
@@ -174,7 +175,7 @@ def test_experts_are_read_once_for_few_tokens_on_rdna(name, plans):
 RUNS = [
     pytest.param(name, tokens, marks=[] if short else [pytest.mark.nightly])
     for name, tokens in itertools.product(SHAPES, (1, 2, 4, 8, 16))
-    for short in [(name, tokens) in (("qwen3-30b-a3b", 1), ("mixtral-8x7b", 8))]
+    for short in [(name, tokens) == ("qwen3-30b-a3b", 8)]
 ]
 
 
@@ -200,9 +201,8 @@ def test_rdna_plans_of_the_rule_run(name, tokens, build):
     )
     assert run.returncode == 0, run.stderr.decode(errors="replace")[:4000]
     replies = list(read_records(run.stdout))
-    shares = tokens > 2 if name == "mixtral-8x7b" else tokens > 8
+    shares = distinct(tokens, top_k, experts) < 0.95 * tokens * top_k
     for case, reply in zip(calls, replies, strict=True):
         case.check(reply["c"])
-        kernel = reply["kernels"].decode()
-        assert kernel.endswith("_t8" if shares else "_t1") or 2 <= tokens <= 8
-        assert np.isfinite(case.expected).all()
+        (kernel,) = set(reply["kernels"].decode().split())  # one launch per order
+        assert kernel.endswith("_t8" if shares else "_t1")
