@@ -154,17 +154,22 @@ def make_checkpoint(
     shape: MoEShape = SHAPES["qwen3-30b-a3b"],
     device: str = "cpu",
     seed: int = 0,
+    vocabulary: int | None = None,
 ) -> Path:
     """Write the checkpoint unless it exists; return ``folder``.
 
-    The weights also depend on ``device``'s random generator.
+    ``vocabulary`` is the number of rows of embedding and head: at least the
+    tokenizer's, which is also the default. The weights also depend on ``device``'s
+    random generator.
     """
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / name, folder / name)
-    vocabulary = json.loads((TOKENIZER / "config.json").read_text())["vocab_size"]
+    if vocabulary is None:
+        config = json.loads((TOKENIZER / "config.json").read_text())
+        vocabulary = config["vocab_size"]
     random = RandomTensors(seed, device)
     index: dict[str, str] = {}
 
@@ -201,6 +206,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--device", default="cpu", help="where random numbers are made")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocabulary", type=int, help="default: the tokenizer's")
     options = parser.parse_args()
     print(
         make_checkpoint(
@@ -209,6 +215,7 @@ def main() -> int:
             SHAPES[options.shape],
             options.device,
             options.seed,
+            options.vocabulary,
         )
     )
     return 0

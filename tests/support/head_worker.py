@@ -25,7 +25,7 @@ PROMPTS = (
     "import os\nimport sys\n\n\nclass Reader:\n    def read(self, size=-1):\n",
 )
 CHOICES = ["import os", "return None"]
-ALLOWED_BIAS = {"300": 100.0}
+ALLOWED_BIAS = {300: 100.0}
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0, "logprobs": 5, "max_tokens": 24},
