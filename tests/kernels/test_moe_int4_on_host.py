@@ -192,9 +192,10 @@ class Maker:
         label = f"gemm block {block_size}, N {n}, K {k}, M {tokens}, top_k {top_k}"
         return self.finish(fields, expected, written, label)
 
-    def gate_up(self, tokens, n, k, kernel=None):
+    def gate_up(self, tokens, n, k, kernel=None, routed=None):
+        """``routed``: top_k and experts, otherwise random."""
         fields = {}
-        top_k, experts = self.pick(1, 2, 3), self.pick(1, 2, 4)
+        top_k, experts = routed or (self.pick(1, 2, 3), self.pick(1, 2, 4))
         a = self.activations(fields, tokens, k, size=0.25 / math.sqrt(k))
         w = self.weights(fields, experts, 2 * n, k)
         local = self.routing(fields, tokens, top_k, experts).reshape(-1)
@@ -217,11 +218,12 @@ class Maker:
         )
         return self.finish(fields, expected, local >= 0, label)
 
-    def down(self, tokens, n, k, kernel=None):
+    def down(self, tokens, n, k, kernel=None, routed=None):
+        """As ``gate_up``."""
         fields = {}
         # More than 32: a wave has a lane for each of that many pairs at a time.
         most = 40 if tokens == 1 else 8
-        top_k, experts = self.pick(1, 2, 3, most), self.pick(1, 2, 4)
+        top_k, experts = routed or (self.pick(1, 2, 3, most), self.pick(1, 2, 4))
         a = self.activations(fields, tokens * top_k, k)
         w = self.weights(fields, experts, n, k)
         local = self.routing(fields, tokens, top_k, experts)

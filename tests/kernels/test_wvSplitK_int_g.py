@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The dense op and rescoring against float64, on every device and CPU instruction set.
 
-Themes: products in both widths, repeatable bits, what rescoring computes, quantization,
-arguments that must be refused, tracing.
+Themes: products with both weight widths, repeatable bits, rescoring, quantization,
+arguments that must be rejected, tracing.
 """
 
 import pytest
@@ -29,7 +29,7 @@ def _library():
 
 
 class Matrix:
-    """Random packed weights [N, K] and what they stand for, in float64."""
+    """Random packed weights [N, K] and their values in float64."""
 
     def __init__(self, n, k, group, bits, zeros, dtype, pad=0):
         q = torch.randint(0, 2**bits, (n, k))
@@ -68,7 +68,8 @@ class Matrix:
 @pytest.mark.parametrize("bits, zeros", WIDTHS)
 def test_products(device, every_isa, dtype, group, bits, zeros):
     for isa in every_isa():
-        for rows in (1, 2, 5, 7, 8, 16):
+        # GPUs take up to 16 rows, the CPU any number
+        for rows in (1, 2, 5, 7, 8, 16) + ((40,) if device == "cpu" else ()):
             n = 8 * int(torch.randint(1, 80, ()))
             k = group * int(torch.randint(1, 9, ()))
             pad = 4 * int(torch.randint(0, 3, ()))
@@ -97,7 +98,7 @@ def test_bits_repeat_whatever_the_threads(device, threads, bits, group):
 
 # ------------------------------------------------------------------ rescoring
 def head(rows, n, k, dtype, spread):
-    """Weights, hidden states, int4 products, errors: an lm_head with peaked logits."""
+    """Return weights, hidden states, int4 products and errors of a peaked lm_head."""
     w = (torch.randn(n, k) / k**0.5).to(dtype)
     a = torch.randn(rows, k) + spread * w[torch.randint(0, n, (rows,))].float()
     packed, scales, errors = ops.quantize(w, 4, 128)
@@ -118,20 +119,20 @@ def rescored(w, a, packed, scales, errors, window, bound, device):
 @pytest.mark.parametrize("rows, window", [(1, 0.5), (3, 0.0), (8, 1.0), (16, 1e9)])
 def test_what_is_asked_for_is_exact(device, every_isa, dtype, rows, window):
     w, a, packed, scales, errors = head(rows, 1500, 384, dtype, 30)
-    errors[::11] = -1  # rows that do not exist
+    errors[::11] = -1  # padding rows
     exact = a.double() @ w.double().T
     for isa in every_isa():
         before, after = rescored(w, a, packed, scales, errors, window, 7.0, device)
         asked = ops.rescored_rows(a, errors, before, window, 7.0)
         assert 0 < asked.sum() < asked.numel(), isa
         assert torch.equal(after[~asked], before[~asked]), isa
-        # off by no more than the rounding of the result and of an fp32 sum
+        # Off by at most the rounding of the result and of an fp32 sum.
         off = (after.double() - exact).abs() - exact.abs() * 2**-8
         assert off[asked].max() < 1e-5, isa
 
 
 def test_first_tokens_are_those_of_the_16_bit_head(device):
-    """Also where rows nearly tie: every other one is its neighbour plus a little."""
+    """Even if rows nearly tie: every other row is its neighbour plus a little."""
     lost_without = 0
     for _ in range(8):
         w, _, _, _, _ = head(1, 3000, 256, torch.bfloat16, 0)
@@ -147,7 +148,7 @@ def test_first_tokens_are_those_of_the_16_bit_head(device):
 
 
 def test_a_large_product_of_a_row_that_does_not_exist_changes_nothing(device):
-    """A vocabulary's padding has products 0, more than real ones that are negative."""
+    """A vocabulary's padding has products of 0, which may exceed all real ones."""
     w, a, packed, scales, errors = head(2, 640, 256, torch.bfloat16, 0)
     w[0] = 0.01 * a[0]
     padded = w.clone()
@@ -204,7 +205,6 @@ def dense_arguments(**changes):
     [
         (dict(bits=3), "bits: expected 4 or 8, got 3"),
         (dict(group_size=256), "group_size: expected 32, 64 or 128, got 256"),
-        (dict(a=torch.zeros(17, 256).bfloat16()), "a: expected 0 to 16, got 17"),
         (dict(a=torch.zeros(2, 256)), "a: expected dtype Half or BFloat16, got Float"),
         (dict(a=torch.zeros(2, 200).bfloat16()), "a: expected columns a multiple of"),
         (dict(w=torch.zeros(64, 256).to(torch.uint8)), "w: expected dtype Int"),
@@ -220,6 +220,29 @@ def test_arguments_that_do_not_fit(changes, message):
     with pytest.raises(RuntimeError, match="wvSplitK_int_g: ") as error:
         ops.wvSplitK_int_g(**(dense_arguments() | changes))
     assert message in str(error.value)
+
+
+def test_many_rows_are_cut_where_their_memory_ends():
+    """On the CPU: 64 MiB of activations at a time, here 256 rows."""
+    matrix = Matrix(8, 1 << 18, 128, 4, False, torch.bfloat16)
+    a = torch.randn(300, 1 << 18).bfloat16()
+    c = Output(300, 8, torch.bfloat16, "cpu", gap=3)
+    matrix.multiply(a, c.view, "cpu")
+    c.check_surroundings()
+    expected = a.float() @ matrix.dense.T.float()
+    assert (c.view.float() - expected).norm() / expected.norm() < 8e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_takes_16_rows():
+    arguments = dense_arguments(m=17)
+    with pytest.raises(RuntimeError, match="a: expected 0 to 16, got 17"):
+        ops.wvSplitK_int_g(
+            **{
+                name: value.cuda() if isinstance(value, torch.Tensor) else value
+                for name, value in arguments.items()
+            }
+        )
 
 
 def test_zero_points_with_bytes_are_refused():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The hook table's applier, on stand-in targets and on the installed vLLM."""
+"""Applying the hook table to stand-in targets and to the installed vLLM."""
 
 import dataclasses
 import importlib
@@ -31,7 +31,7 @@ def static_handler(number):
 
 @pytest.fixture
 def target(monkeypatch):
-    """A module with factories as vLLM has them, and the hooks of these."""
+    """A module with factories like vLLM's, and hooks for them."""
     module = types.ModuleType("stand_in_target")
 
     class Factory:
@@ -182,6 +182,39 @@ def test_table_fits_the_installed_vllm(hook):
     assert getattr(factory, "__func__", factory)._hybrid_w4a16_hook is hook
     handler = hooks._load_handler(hook.handler)
     assert len(inspect.signature(handler).parameters) == len(hook.parameters)
+
+
+@pytest.mark.parametrize("row", hooks.KERNEL_ROWS, ids=lambda row: row.target)
+def test_kernel_comes_first_once_however_often_it_is_added(row):
+    from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
+    from vllm.platforms import PlatformEnum
+
+    hooks.apply_hooks()
+    hooks.apply_hooks()
+    names = [
+        kernel.__name__ for kernel in _POSSIBLE_KERNELS[PlatformEnum[row.platform]]
+    ]
+    assert names[0] == "HybridW4A16LinearKernel" and len(names) > 1
+    assert names.count(names[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"module": "stand_in_nothing"},
+        {"table": "_MISSING"},
+        {"platform": "ABACUS"},
+        {"kernel": "stand_in_handlers:Missing"},
+    ],
+)
+def test_kernel_row_that_does_not_fit_leaves_everything_as_it_was(target, change):
+    factory, method, _ = target
+    before = dict(vars(factory))
+    bad = dataclasses.replace(hooks.KERNEL_ROWS[0], **change)
+    with pytest.raises(hooks.HookError) as error:
+        hooks.apply_hooks((method,), (bad,))
+    assert bad.target in str(error.value)
+    assert dict(vars(factory)) == before
 
 
 PROBE = """

@@ -57,10 +57,10 @@ def _one_process(tmp_path_factory):
 
 
 def make_head(name, base=None, dtype=torch.bfloat16, tied=False, **options):
-    """A head under construction as a model's constructor makes it.
+    """Make a head under construction, as a model's constructor does.
 
-    name: scheme, or all of ``targets``. base: the checkpoint's quantization; ``None``:
-    16 bits.
+    name: a scheme, or the whole ``targets``. base: the checkpoint's quantization;
+    ``None`` means 16 bits.
     """
     config = VllmConfig()
     if name is not None:
@@ -113,7 +113,7 @@ def test_logits_memory_and_summary(name, base, tied):
     assert isinstance(method, HybridW4A16HeadMethod) and method.name == name
     finish(made)
     limit = {8: 0.01, 4: 0.15}[scheme.bits]
-    for rows in (1, 16, 40):  # the last is more than a call takes
+    for rows in (1, 16, 40):  # the last exceeds the rows of one call
         got, exact = logits_of(made, rows)
         assert got.shape == exact.shape
         error = (got.double() - exact).norm() / exact.norm()
@@ -155,13 +155,13 @@ def test_rescoring_is_what_the_docstring_says():
 
 
 def test_a_tied_head_follows_its_embedding():
-    """As after reload_weights, which reaches the embedding alone."""
+    """The situation after reload_weights, which updates only the embedding."""
     made = make_head("int4_rescored", tied=True)
     finish(made)
     before = made.head.qweight.data_ptr()
     made.weight = torch.randn_like(made.weight)
     made.embedding.weight.data[:VOCABULARY].copy_(made.weight)
-    made.embedding.update_param_tp_status()  # vLLM does so when it has loaded a layer
+    made.embedding.update_param_tp_status()  # vLLM calls this after loading a layer
     got, exact = logits_of(made, 4)
     assert torch.equal(got.argmax(1), exact.bfloat16().argmax(1))
     assert made.head.qweight.data_ptr() == before
@@ -214,7 +214,7 @@ def test_weights_that_are_not_finite_are_refused():
 
 @pytest.mark.slow
 def test_a_patched_tree_knows_the_variable():
-    """There no plugin registers it, and every lm_head reads it."""
+    """In a patched tree no plugin registers it, and every lm_head reads it."""
     module = "vllm.model_executor.layers.quantization.hybrid_w4a16_head"
     code = f"import {module}; from vllm import envs; print(envs.{ENV_NAME})"
     env = {**os.environ, ENV_NAME: "int8_g32", "VLLM_PLUGINS": ""}

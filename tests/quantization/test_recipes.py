@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Checkpoints whose layers are not all alike, and formats that are not taken."""
+"""Checkpoints whose layers differ, and formats that are not supported."""
 
 import pytest
 import torch
@@ -55,12 +55,12 @@ def fresh_gate(monkeypatch):
 
 
 class Declined(Exception):
-    """Raised in place of what vLLM's own path would do with the layer."""
+    """Raised where vLLM's own path would handle the layer."""
 
 
 @pytest.fixture
 def left_to_vllm(monkeypatch):
-    """Whether a layer of a config is left to vLLM, whose own methods are stubs."""
+    """Return whether a config's layer is left to vLLM, whose own methods are stubs."""
 
     def stock(*args, **kwargs):
         raise Declined
@@ -77,7 +77,7 @@ def left_to_vllm(monkeypatch):
     def ask(config, **kwargs) -> bool:
         try:
             method = method_of(config, **kwargs)
-        except Exception as error:  # noqa: BLE001 vLLM's, which has no kernel for it
+        except Exception as error:  # noqa: BLE001 from vLLM, which has no kernel
             return switch.NAME not in str(error)
         return not isinstance(method, HybridW4A16MoEMethod)
 
@@ -256,7 +256,7 @@ def test_16_bit_experts_of_the_other_formats(format, overrides, caplog):
 def test_recipes_are_not_looked_up_on_an_opt_in_device(
     format, left_to_vllm, monkeypatch
 ):
-    """Under auto nothing changes there, not even what vLLM overlooks."""
+    """Under auto nothing changes on such a device, not even what vLLM ignores."""
     monkeypatch.setenv(switch.NAME, "auto")
     monkeypatch.setattr(devices, "device_family", lambda: devices.PLANNED["cuda"])
     for module in (inc_moe, gptq, awq, compressed_tensors):
@@ -412,19 +412,19 @@ def test_other_layers_fall_through(format):
 @pytest.mark.parametrize(
     ("intermediate", "ranks", "per_rank", "fits"),
     [
-        (384, 4, "96", "1, 2, 3, 6"),
-        (192, 2, "96", "1, 3"),
-        (768, 8, "96", "1, 2, 3, 4, 6, 12"),
+        (384, 8, "48", "1, 2, 3, 4, 6, 12"),
+        (192, 4, "48", "1, 2, 3, 6"),
+        (768, 16, "48", "1, 2, 3, 4, 6, 8, 12, 24"),
     ],
 )
-def test_tensor_parallel_size_that_cuts_groups_is_an_error_if_asked_for(
+def test_tensor_parallel_size_without_a_group_size_is_an_error_if_asked_for(
     format, intermediate, ranks, per_rank, fits, monkeypatch
 ):
     monkeypatch.setenv(switch.NAME, "1")
     message = (
         f"MoE layer {LAYER_NAME}: tensor parallel size {ranks} cuts the experts' "
         f"intermediate size {intermediate} into {per_rank} per rank, not a multiple of "
-        f"the group size 64; sizes that work: {fits}; or --enable-expert-parallel, or "
+        f"32; sizes that work: {fits}; or --enable-expert-parallel, or "
         f"{switch.NAME}=0"
     )
     shape = Shape(intermediate=intermediate)
@@ -439,7 +439,9 @@ def test_tensor_parallel_size_that_cuts_groups_is_an_error_if_asked_for(
 @pytest.mark.parametrize(
     "format", ["auto_round:auto_gptq", "gptq", "awq", "compressed-tensors"]
 )
-def test_tensor_parallel_size_that_cuts_groups_is_left_to_vllm(format, left_to_vllm):
+def test_tensor_parallel_size_without_a_group_size_is_left_to_vllm(
+    format, left_to_vllm
+):
     config = quant_config(format)
-    assert left_to_vllm(config, intermediate_size=384, tp=(4, 0))
-    assert "tensor parallel size 4 cuts" in oracle.declined_because(LAYER_NAME)
+    assert left_to_vllm(config, intermediate_size=384, tp=(8, 0))
+    assert "tensor parallel size 8 cuts" in oracle.declined_because(LAYER_NAME)

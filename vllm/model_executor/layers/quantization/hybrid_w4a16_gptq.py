@@ -40,12 +40,12 @@ from vllm.model_executor.layers.quantization.utils.gptq_utils import (
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
 
-# By the config's checkpoint_format, which GPTQModel writes.
+# The keys are values of ``checkpoint_format`` in the config; GPTQModel writes them.
 PACKINGS = {"gptq": GPTQ_V1, "gptq_v2": GPTQ_V2}
 
 
 class GPTQHybridW4A16MoEMethod(HybridW4A16MoEMethod):
-    """GPTQ with zero points in the v1 or the v2 convention, without ``desc_act``."""
+    """GPTQ without ``desc_act``, with zero points in the v1 or v2 convention."""
 
 
 @switch.unless_off
@@ -54,11 +54,11 @@ def gptq_moe_method(
 ) -> FusedMoEMethodBase | None:
     """Hook of ``AutoGPTQConfig.get_quant_method``, called with its arguments.
 
-    Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where ``dynamic``
-    or ``modules_in_block_to_quantize`` name the layer's experts, which vLLM
-    overlooks, vLLM's method for what they say. Raises ``ValueError`` as
-    ``oracle.decline`` does, also where they say different things of experts of the
-    layer.
+    Returns the hybrid method, or ``None`` to leave the layer to vLLM. vLLM ignores
+    entries of ``dynamic`` and ``modules_in_block_to_quantize`` that name the layer's
+    experts; for these the hook returns vLLM's method for the settings that they give.
+    Raises ``ValueError`` under the conditions of ``oracle.decline``, also if the
+    entries give the layer's experts different settings.
     """
     if not isinstance(layer, RoutedExperts):
         return None
@@ -84,8 +84,11 @@ def gptq_moe_method(
     except RecipeConflict as conflict:
         oracle.decline(prefix, oracle.Misfit(conflict))
         return None
-    if recipe is None or not is_layer_gptq_quantized(
-        next(expert_linears(layer, prefix)), config.modules_in_block_to_quantize
+    # empty: nothing is known; vLLM before 0.32 takes that for "none of the layers"
+    modules = config.modules_in_block_to_quantize
+    if recipe is None or (
+        modules
+        and not is_layer_gptq_quantized(next(expert_linears(layer, prefix)), modules)
     ):
         return UnquantizedFusedMoEMethod(layer.moe_config)
     if recipe != own:
