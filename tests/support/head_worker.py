@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 
 MARK = "=== answers: "
 ENV_NAME = "VLLM_HYBRID_W4A16_LM_HEAD"
@@ -78,6 +79,8 @@ def _spec_counts(llm: Any) -> dict[str, float]:
 
 
 def run(checkpoint: str, job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
     from vllm import LLM
 
     os.environ.pop(ENV_NAME, None)
@@ -85,6 +88,8 @@ def run(checkpoint: str, job: dict[str, Any]) -> dict[str, Any]:
         os.environ[ENV_NAME] = job["head"]
     names = job.get("requests") or list(REQUESTS)
     arguments = {"max_model_len": 256, "seed": 0, **job.get("engine", {})}
+    if torch.cuda.is_available():  # a small model does not need vLLM's default share
+        arguments.setdefault("gpu_memory_utilization", 0.2)
     llm = LLM(
         checkpoint,
         dtype="bfloat16",
