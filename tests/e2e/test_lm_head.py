@@ -179,15 +179,6 @@ def test_reloading_and_speculation(checkpoint: Path, drafter: Path) -> None:
         if "speculative_config" in jobs[name].get("engine", {}):
             counts = answers["spec"]
             assert counts["vllm:spec_decode_num_draft_tokens"] > 0, name
-    # The 16-bit head's own drafts and those in int4 are accepted about as often.
-    rates = {
-        name: answers["spec"]["vllm:spec_decode_num_accepted_tokens"]
-        / answers["spec"]["vllm:spec_decode_num_draft_tokens"]
-        for name, answers in found.items()
-        if "drafts" in name
-    }
-    print(rates)
-    assert max(rates.values()) - min(rates.values()) < 0.2, rates
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no sleep mode on the CPU")

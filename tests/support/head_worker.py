@@ -132,7 +132,7 @@ def write_drafter(checkpoint: Path, folder: Path) -> Path:
     """An EAGLE drafter without a head for the target in ``checkpoint``.
 
     Its layer adds nothing and ``fc`` passes the target's hidden state on, so that its
-    draft is what the shared head makes of that state: the token before.
+    draft is what the shared head makes of that state: the token before, rarely accepted.
     """
     import torch
     from safetensors.torch import save_file
