@@ -46,7 +46,7 @@ def from_bits(bits, dtype):
 
 
 def spread(array, strides):
-    """Put the array's elements at `strides` (innermost 1) in a flat buffer of exact size.
+    """Put the array's elements at `strides` (innermost 1) in an exactly sized buffer.
 
     All bits of the gaps are ones: NaN as a 16-bit or 32-bit float.
     """
