@@ -83,6 +83,12 @@ class ToolError(Exception):
     """A tool is missing or failed; the message says which, and what to do."""
 
 
+def kernel_sources() -> list[Path]:
+    """The sources that are compiled for AMD: the grouped kernels are not."""
+    sources = sorted(SOURCE_DIR.glob("*.hip"))
+    return [source for source in sources if "_grouped_" not in source.name]
+
+
 def find_tool(names: Sequence[str], package: str) -> str:
     """Return the first of `names` on PATH or in ROCm's folders. Raises ToolError."""
     rocm = os.environ.get("ROCM_PATH", "/opt/rocm")
@@ -216,10 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="F", help="also write F")
     args = parser.parse_args(argv)
     archs = args.arch or sorted(VGPR_FILE)
-    # the grouped kernels need matrix instructions, so AMD has no code for them
-    sources = args.sources or sorted(
-        p for p in SOURCE_DIR.glob("*.hip") if "_grouped_" not in p.name
-    )
+    sources = args.sources or kernel_sources()
     try:
         tools = (
             find_tool(["hipcc", "amdclang++", "clang++-22"], "clang-22"),

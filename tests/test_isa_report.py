@@ -510,19 +510,63 @@ def test_occupancy_is_the_compilers(asm, isa, tmp_path):
         assert len(theirs) == len(counts)
 
 
+# A kernel of each kind: dtype, bits, zero points, rows.
+FEW_DENSE_KERNELS = r"""
+#include "entry_points_dense.h"
+#undef DENSE_FOR_ALL
+#define DENSE_FOR_ALL(X)                            \
+  X(bf16, gpu::BFloat16, 4, 128, sym, false, 1)     \
+  X(bf16, gpu::BFloat16, 8, 32, sym, false, 1)      \
+  X(bf16, gpu::BFloat16, 4, 128, sym, false, 8)     \
+  X(f16, gpu::Half, 4, 32, zp, true, 4)
+#include "wvSplitK_int_g.hip"
+"""
+
+
+def check_real_kernels(isa, capsys, report, *arguments):
+    status = isa.main([*arguments, "--json", str(report)])
+    assert status == 0, capsys.readouterr().out
+    for arch in json.loads(report.read_text())["archs"].values():
+        assert arch["kernels"]
+        for kernel in arch["kernels"]:
+            check_real_kernel(kernel)
+
+
+def check_real_kernel(kernel):
+    name = kernel["name"]
+    assert kernel["scratch"] == 0
+    if name.startswith("rescore_largest"):
+        return  # reads no weights
+    assert kernel["weight_load_bytes"] == 16
+    assert kernel["mca_cycles_per_512B"] > 0
+    assert kernel["weight_bytes_in_flight"] >= 2048
+    # Of MoE kernels: arguments, ids, expert map. Of the others: arguments.
+    is_moe = name.startswith("moe_int4")
+    assert kernel["round_trips_at_most"] <= (3 if is_moe else 1), name
+    vgpr, valu = 130, 71
+    if name.startswith("moe_int4"):
+        valu = 165 if name.endswith("8") else 71
+    elif name.startswith("wvSplitK"):
+        vgpr = {"1": 116, "4": 152, "8": 172}[name[-1]]
+        valu = {"1": 74, "4": 150, "8": 255}[name[-1]]
+    else:
+        valu = 85
+    assert kernel["vgpr"] < vgpr, name
+    assert kernel["valu_per_512B"] < valu, name
+
+
 @needs_clang
 @pytest.mark.slow
 def test_real_kernels_on_gfx1151(isa, tmp_path, capsys):
-    report = tmp_path / "report.json"
-    status = isa.main(["--arch", "gfx1151", "--json", str(report)])
-    assert status == 0, capsys.readouterr().out
-    kernels = json.loads(report.read_text())["archs"]["gfx1151"]["kernels"]
-    assert kernels
-    for kernel in kernels:
-        assert kernel["scratch"] == 0
-        assert kernel["weight_load_bytes"] == 16
-        assert kernel["mca_cycles_per_512B"] > 0
-        assert kernel["weight_bytes_in_flight"] >= 2048
-        assert kernel["round_trips_at_most"] <= 3  # arguments, ids, expert map
-        assert kernel["vgpr"] < 130
-        assert kernel["valu_per_512B"] < (165 if kernel["name"].endswith("8") else 71)
+    few = tmp_path / "few_dense.hip"
+    few.write_text(FEW_DENSE_KERNELS)
+    sources = [p for p in isa.kernel_sources() if p.stem != "wvSplitK_int_g"]
+    arguments = [*map(str, sources), str(few), "--arch", "gfx1151"]
+    check_real_kernels(isa, capsys, tmp_path / "report.json", *arguments)
+
+
+@needs_clang
+@pytest.mark.nightly
+def test_all_kernels(isa, tmp_path, capsys):
+    archs = "--arch", "gfx1151", "gfx1100", "gfx1201"
+    check_real_kernels(isa, capsys, tmp_path / "report.json", *archs)
