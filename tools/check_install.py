@@ -145,6 +145,7 @@ def no_compiler(clean: Clean) -> None:
 def doctor(clean: Clean) -> None:
     text = clean.ours("doctor")
     expect(text, r"has code for: cpu .*, hip( gfx1\w+){10}", "next: nothing")
+    expect(text, "no C\\+\\+ compiler on PATH.*--enforce-eager")
 
 
 def selftest(clean: Clean) -> None:
