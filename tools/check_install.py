@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Does the wheel work where there is nothing but vLLM, and no compiler?
+"""Checks that the wheel works in an environment with only vLLM and without a compiler.
 
     python -m tools.check_install [--wheel dist/X.whl] [--folder build/clean]
 
-Makes a fresh virtual environment with vLLM for the CPU, installs the wheel with plain
-pip and runs doctor, selftest, tune, a server and report from it, with no compiler on
-PATH. At the end it uninstalls the wheel: every file of the environment must be what it
-was, byte for byte. Exit status: 0; 1 when a step failed; 2 when the environment could
-not be made.
+Makes a fresh virtual environment with vLLM for the CPU and installs the wheel with
+plain pip. From it, runs doctor, selftest, tune, a server and report, with no compiler
+on PATH. Then uninstalls the wheel and checks that every file of the environment is
+again what it was, byte for byte. Exit status: 0; 1 if a step failed; 2 if the
+environment could not be made.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tools.make_venv import CPU_NAME
 CHECKOUT = Path(__file__).resolve().parent.parent
 CHECKPOINT = CHECKOUT / "demo/int4-autoround-g128"
 REQUIREMENTS = CHECKOUT / "requirements/cpu.txt"
-# Whatever may compile, assemble or link.
+# Programs that compile, assemble or link.
 COMPILER = re.compile(
     r"(.*-)?(cc|c\+\+|c[89]9|gcc|g\+\+|cpp|clang|clang\+\+|clang-cpp|ld|ld\..+|lld|as)"
     r"(-[\d.]+)?|ccache|hipcc|amdclang.*|nvcc"
@@ -38,11 +38,11 @@ SHAPE = "128,8,2048,768,128"
 
 
 class StepError(Exception):
-    """A step did not do what it has to; the message says what."""
+    """A step failed; the message says how."""
 
 
 def without_compilers(folder: Path) -> str:
-    """A PATH: links in ``folder`` to all programs of this PATH but compilers."""
+    """Return a PATH: links in ``folder`` to all programs of PATH except compilers."""
     folder.mkdir(parents=True)
     for place in os.get_exec_path():
         if not os.path.isdir(place):
@@ -55,7 +55,7 @@ def without_compilers(folder: Path) -> str:
 
 
 def hashes(site: Path) -> dict[str, str]:
-    """Of every file in site-packages; byte code, which Python writes, left out."""
+    """Return the hash of every file in site-packages except Python's byte code."""
     return {
         str(file.relative_to(site)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in site.rglob("*")
@@ -64,7 +64,7 @@ def hashes(site: Path) -> dict[str, str]:
 
 
 class Clean:
-    """The environment and what runs in it; output goes to a log per step."""
+    """The environment, and commands in it; each step has a log for its output."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,7 +84,7 @@ class Clean:
         self.environment.pop("PYTHONPATH", None)
 
     def run(self, name: str, *command: object, expected: int = 0) -> str:
-        """Output of a command of the environment.
+        """Run a command of the environment and return its output.
 
         Raises ``StepError`` unless its exit status is the expected one.
         """
@@ -108,7 +108,7 @@ class Clean:
 
 
 def make(folder: Path) -> Clean:
-    """A fresh environment with vLLM; raises ``StepError``."""
+    """Make a fresh environment with vLLM; raises ``StepError``."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
@@ -129,7 +129,7 @@ def make(folder: Path) -> Clean:
 
 
 def expect(text: str, *parts: str) -> None:
-    """Raises ``StepError`` naming a part that ``text`` lacks."""
+    """Raise ``StepError`` with the part that ``text`` lacks."""
     for part in parts:
         if not re.search(part, text):
             raise StepError(f"the output lacks {part!r}:\n{text[-2000:]}")
@@ -145,6 +145,7 @@ def no_compiler(clean: Clean) -> None:
 def doctor(clean: Clean) -> None:
     text = clean.ours("doctor")
     expect(text, r"has code for: cpu .*, hip( gfx1\w+){10}", "next: nothing")
+    expect(text, "no C\\+\\+ compiler on PATH.*--enforce-eager")
 
 
 def selftest(clean: Clean) -> None:
@@ -175,7 +176,7 @@ def serve(clean: Clean) -> None:
 
 
 def report(clean: Clean) -> None:
-    """Stock vLLM does not load this checkpoint on a CPU: a finding, hence status 1."""
+    """Stock vLLM cannot load this checkpoint on a CPU: a finding, so status 1."""
     words = ["--rounds", 1, "--skip", "selftest", "--serve-args"]
     arguments = "--enforce-eager --max-model-len 2048"
     text = clean.ours("report", CHECKPOINT, *words, arguments, expected=1)
@@ -198,7 +199,7 @@ STEPS: tuple[Callable[[Clean], None], ...] = (
 
 
 def check(clean: Clean, wheel: Path) -> bool:
-    """Run all steps, print how each ended; whether all succeeded."""
+    """Run all steps and print how each ended; return whether all succeeded."""
     before = hashes(clean.site)
 
     def install(clean: Clean) -> None:
