@@ -257,8 +257,8 @@ def test_200_prompts_give_the_same_texts(
 ) -> None:
     answers: dict[str, dict[str, list[Any]]] = {}
     for name, head in (("16-bit", None), ("rescored", "int4_rescored")):
-        # one at a time: the other layers then compute the same bits in both servers
-        arguments = ["--dtype=bfloat16", "--max-num-seqs=1", *serve_arguments]
+        # up to 16 rows at once, what rescoring is for
+        arguments = ["--dtype=bfloat16", "--max-num-seqs=16", *serve_arguments]
         with VllmServer(
             checkpoint, tmp_path / f"{name}.log", arguments, {ENV_NAME: head}
         ) as server:
