@@ -23,20 +23,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.test_moe_int4_on_host import (
-    BF16,
-    BUILD,
-    HALF,
-    Maker,
-    read_records,
-    record,
-)
+from tests.kernels.test_moe_int4_on_host import Maker
 from tests.kernels.test_wvSplitK_int_g_on_host import (
     BITS_AND_ZEROS,
     check_rescored,
     rescore_case,
 )
 from tests.kernels.test_wvSplitK_int_g_on_host import Maker as DenseMaker
+from tests.support.kernels_on_host import BF16, BUILD, HALF, read_records, record
 
 pytestmark = [
     pytest.mark.slow,
