@@ -2,12 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Dense int4 (W4A16) linears on the ops of the MoE layers, as with one expert.
 
-The weights are stored once, ExLlama-shuffled (layout in ``hybrid_w4a16_dense_ops``). On
-the CPU one C++ op takes any number of activation rows. On a GPU a skinny GEMM takes few
-rows and the Triton GEMM of the MoE prefill takes more.
+The weights are stored once, ExLlama-shuffled (layout in ``hybrid_w4a16_dense_ops``).
+What multiplies how many activation rows is in ``hybrid_w4a16_dense_linear``.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ import torch
 from vllm import envs
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from .MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
 
@@ -53,12 +50,14 @@ class HybridW4A16LinearKernel(MPLinearKernel):
             device_family,
         )
         from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
+        from vllm.model_executor.layers.quantization.hybrid_w4a16_dense_linear import (
+            register_gpu_op,
+        )
 
         family = device_family()
         assert isinstance(family, DeviceFamily), family
         self._family = family
-        if family.tuning is not None:
-            _register_gpu_op()
+        register_gpu_op()
         oracle.count_linear()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -91,19 +90,15 @@ class HybridW4A16LinearKernel(MPLinearKernel):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``x @ w^.T + bias`` in ``x``'s dtype, [..., N] for ``x`` [..., K]."""
-        arguments = (
-            x.reshape(-1, x.shape[-1]),
-            *self._get_weight_params(layer),
-            self._family.cu_count,
-            self.config.group_size,
+        from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_linear
+
+        weights, scales, zeros = self._get_weight_params(layer)
+        out = hybrid_w4a16_dense_linear.multiply(
+            x, weights, scales, zeros, 4, self.config.group_size, self._family
         )
-        if self._family.tuning is None:
-            out = _multiply_few(*arguments)
-        else:
-            out = torch.ops.vllm.hybrid_w4a16_linear(*arguments, self._family.tuning)
         if bias is not None:
             out.add_(bias)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
 
 def _layer_reason(c: MPLinearLayerConfig) -> str | None:
@@ -171,62 +166,6 @@ def _switch_reason(c: MPLinearLayerConfig) -> str | None:
     ):
         return f"vLLM's AMX kernel is faster on prompts, {otherwise}"
     return None
-
-
-def _multiply_few(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    scales: torch.Tensor,
-    zero_points: torch.Tensor | None,
-    cu_count: int,
-    group_size: int,
-) -> torch.Tensor:
-    from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
-
-    out = x.new_empty(x.shape[0], weights.shape[0])
-    ops.wvSplitK_int_g(
-        x, weights, scales, out, cu_count, group_size, 4, zero_points=zero_points
-    )
-    return out
-
-
-def _multiply_on_gpu(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    scales: torch.Tensor,
-    zero_points: torch.Tensor | None,
-    cu_count: int,
-    group_size: int,
-    tuning: str,
-) -> torch.Tensor:
-    """Choose by the number of rows. ``tuning`` names the table of the Triton tiles."""
-    from vllm.model_executor.layers.fused_moe.experts import (
-        hybrid_w4a16_triton as prefill,
-    )
-    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import prefill_tiles
-    from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
-
-    rows, inputs = x.shape
-    if rows <= ops.MAX_ROWS:
-        return _multiply_few(x, weights, scales, zero_points, cu_count, group_size)
-    zeros = None if zero_points is None else zero_points.unsqueeze(0)
-    matrix = prefill.Int4Matrix(
-        weights.unsqueeze(0), scales.unsqueeze(0), zeros, group_size
-    )
-    tiles = prefill_tiles(tuning, rows, 1, weights.shape[0], inputs)
-    return prefill.dense(x, matrix, tiles.down)
-
-
-def _output_on_gpu(x: torch.Tensor, weights: torch.Tensor, *_: object) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weights.shape[0])
-
-
-@functools.cache
-def _register_gpu_op() -> None:
-    """An op that torch.compile does not look into: it branches on the rows."""
-    direct_register_custom_op(
-        "hybrid_w4a16_linear", _multiply_on_gpu, fake_impl=_output_on_gpu
-    )
 
 
 def _rows_first(parameter: Any) -> torch.Tensor:
