@@ -59,10 +59,10 @@ DEPLOYMENTS = {
     "shared expert int8": Deployment(
         1, {"quantization_config": {"targets": {"*shared_expert*": "int8_g32"}}}
     ),
-    "shared expert int4, TP 2": Deployment(
+    "shared expert int8, TP 2": Deployment(
         2,
         {
-            "quantization_config": {"targets": {"*shared_expert*": "int4_g32"}},
+            "quantization_config": {"targets": {"*shared_expert*": "int8_g32"}},
             "tensor_parallel_size": 2,
         },
     ),
@@ -168,7 +168,7 @@ def shared_experts() -> list[Cell]:
     """Quantized at load; the first cell is in test_matrix's short run."""
     return [
         Cell(QWEN35, "bfloat16", "shared expert int8"),
-        Cell(QWEN35, "bfloat16", "shared expert int4, TP 2"),
+        Cell(QWEN35, "bfloat16", "shared expert int8, TP 2"),
         Cell(Recipe("glm4_moe", "compressed-tensors"), "float16", "shared expert int8"),
     ]
 
@@ -242,8 +242,15 @@ def subset() -> list[Cell]:
         Cell(QWEN35_ATTENTION, "bfloat16"),
     ]
     attention = [
-        Cell(Recipe("qwen3_moe", "awq", False, 64, True), "bfloat16", "compiled"),
-        Cell(Recipe("qwen3_moe", "compressed-tensors", False, 32, True), "float16"),
+        Cell(
+            Recipe("qwen3_moe", "awq", False, 64, int4_attention=True),
+            "bfloat16",
+            "compiled",
+        ),
+        Cell(
+            Recipe("qwen3_moe", "compressed-tensors", False, 32, int4_attention=True),
+            "float16",
+        ),
     ]
     shards = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
     others = [cell for cell in other_deployments() if cell.deployment != "compiled"]

@@ -6,7 +6,7 @@ The weights are stored once, ExLlama-shuffled (layout in ``hybrid_w4a16_dense_op
 What multiplies how many activation rows is in ``hybrid_w4a16_dense_linear``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 from .MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
 
 _QUANT_TYPES = (scalar_types.uint4, scalar_types.uint4b8)
 _GROUP_SIZES = (32, 64, 128)
@@ -40,7 +43,18 @@ class HybridW4A16LinearKernel(MPLinearKernel):
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
-        reason = _layer_reason(c) or _device_reason(c) or _switch_reason(c)
+        from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
+            device_family,
+        )
+        from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops
+
+        family = device_family()
+        reason = (
+            family
+            if isinstance(family, str)
+            else incompatibility_reason(c, family)
+            or hybrid_w4a16_dense_ops.load_error()
+        )
         return reason is None, reason
 
     def __init__(self, *args, **kwargs) -> None:
@@ -101,8 +115,15 @@ class HybridW4A16LinearKernel(MPLinearKernel):
         return out
 
 
-def _layer_reason(c: MPLinearLayerConfig) -> str | None:
-    """Why the op does not compute such a layer, ``None`` if it does."""
+def incompatibility_reason(
+    c: MPLinearLayerConfig, family: "DeviceFamily"
+) -> str | None:
+    """Why the kernel does not take a layer on a device, ``None`` if it does."""
+    return _layer_reason(c, family) or _switch_reason(c.act_type, family)
+
+
+def _layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
+    """Why the ops do not compute such a layer, ``None`` if they do."""
     if c.weight_type not in _QUANT_TYPES:
         return f"weights of type {c.weight_type}, supported: {_QUANT_TYPES}"
     if c.zero_points and c.weight_type != scalar_types.uint4:
@@ -121,25 +142,13 @@ def _layer_reason(c: MPLinearLayerConfig) -> str | None:
         return f"input size {inputs} is not a multiple of the group size {c.group_size}"
     if outputs % 8:
         return f"output size {outputs} is not a multiple of 8"
+    if family.tuning is not None and inputs > _MAX_GPU_INPUT_SIZE:
+        return f"input size {inputs}, supported: up to {_MAX_GPU_INPUT_SIZE}"
     return None
 
 
-def _device_reason(c: MPLinearLayerConfig) -> str | None:
-    """Why the ops do not compute it on this device, ``None`` if they do."""
-    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import device_family
-    from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
-
-    family = device_family()
-    if isinstance(family, str):
-        return family
-    inputs = c.partition_weight_shape[0]
-    if family.tuning is not None and inputs > _MAX_GPU_INPUT_SIZE:
-        return f"input size {inputs}, supported: up to {_MAX_GPU_INPUT_SIZE}"
-    return ops.load_error()
-
-
-def _switch_reason(c: MPLinearLayerConfig) -> str | None:
-    """Why the kernel is not wanted on this device, ``None`` if it is."""
+def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
+    """Why the kernel is not wanted on a device, ``None`` if it is."""
     from vllm.model_executor.layers.fused_moe.oracle import (
         hybrid_w4a16_switch as switch,
     )
@@ -152,15 +161,15 @@ def _switch_reason(c: MPLinearLayerConfig) -> str | None:
     if asked_for == "1":
         return None
     otherwise = f"set {switch.LINEAR_NAME}=1 to use it all the same"
-    if current_platform.is_rocm():
+    if family.opt_in and switch.value() == "auto":
+        return f"on {family.name} it is opt-in, set {switch.NAME}=1"
+    if family.tuning is not None and not family.opt_in:  # an AMD GPU
         return f"not compared with vLLM's RDNA kernel yet, {otherwise}"
-    if current_platform.is_cuda() and switch.value() == "auto":
-        return f"on CUDA it is opt-in, set {switch.NAME}=1"
     # There vLLM computes in int8. On a Xeon with two threads that took 1.1 to 1.9 times
     # as long as this kernel at 1 and 4 rows, but 0.8 to 0.9 times as long at 512.
     if (
-        current_platform.is_cpu()
-        and c.act_type == torch.bfloat16
+        family.tuning is None
+        and act_type == torch.bfloat16
         and torch.cpu._is_amx_tile_supported()
         and envs.VLLM_CPU_INT4_W4A8
     ):
