@@ -68,7 +68,8 @@ class HybridW4A16OnlineLinearMethod(OnlineLinearBase):
                 f"input size {input_size_per_partition} is not a multiple of the group "
                 f"size {self.scheme.group_size}"
             )
-        if self.requantization_source is not None:
+        # an attribute since vLLM 0.32, where a target may name a quantized linear
+        if getattr(self, "requantization_source", None) is not None:
             reason = "the checkpoint quantizes it already"
         if reason is not None:
             name = getattr(layer, "prefix", "a linear")
@@ -91,7 +92,7 @@ class HybridW4A16OnlineLinearMethod(OnlineLinearBase):
             return
         assert isinstance(self._family, DeviceFamily), self._family
         load_kernels(self._family)
-        weight = self.get_weight_for_quantization(layer)
+        weight = layer.weight
         if not weight.isfinite().all():
             name = getattr(layer, "prefix", "a linear")
             raise ValueError(f"{name}.weight: expected finite values")

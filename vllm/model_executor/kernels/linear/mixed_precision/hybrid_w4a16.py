@@ -134,9 +134,6 @@ def _layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
         return f"outputs in {c.out_type}, supported: the activations' {c.act_type}"
     if c.group_size not in _GROUP_SIZES:
         return f"group size {c.group_size}, supported: {_GROUP_SIZES}"
-    # vLLM 0.30 says so here; later versions do not take such layers at all
-    if getattr(c, "has_g_idx", False):
-        return "desc_act: groups follow the activation order"
     inputs, outputs = c.partition_weight_shape
     if inputs % c.group_size:
         return f"input size {inputs} is not a multiple of the group size {c.group_size}"
@@ -149,6 +146,8 @@ def _layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
 
 def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
     """Why the kernel is not wanted on a device, ``None`` if it is."""
+    otherwise = ""
+    # fork: begin overlay
     from vllm.model_executor.layers.fused_moe.oracle import (
         hybrid_w4a16_switch as switch,
     )
@@ -160,11 +159,12 @@ def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
         return f"{switch.LINEAR_NAME}=0"
     if asked_for == "1":
         return None
-    otherwise = f"set {switch.LINEAR_NAME}=1 to use it all the same"
+    otherwise = f", set {switch.LINEAR_NAME}=1 to use it all the same"
     if family.opt_in and switch.value() == "auto":
         return f"on {family.name} it is opt-in, set {switch.NAME}=1"
     if family.tuning is not None and not family.opt_in:  # an AMD GPU
-        return f"not compared with vLLM's RDNA kernel yet, {otherwise}"
+        return f"not compared with vLLM's RDNA kernel yet{otherwise}"
+    # fork: end
     # There vLLM computes in int8. On a Xeon with two threads that took 1.1 to 1.9 times
     # as long as this kernel at 1 and 4 rows, but 0.8 to 0.9 times as long at 512.
     if (
@@ -173,7 +173,7 @@ def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
         and torch.cpu._is_amx_tile_supported()
         and envs.VLLM_CPU_INT4_W4A8
     ):
-        return f"vLLM's AMX kernel is faster on prompts, {otherwise}"
+        return f"vLLM's AMX kernel is faster on prompts{otherwise}"
     return None
 
 
