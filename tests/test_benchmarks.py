@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""benchmark_moe.py on tiny shapes: what it writes, what it rejects, what it notices.
+"""benchmark_moe.py on tiny shapes: its output, its argument checks, its error handling.
 
-How fast anything is, is never asserted here.
+These tests assert nothing about speed.
 """
 
 import json
@@ -28,7 +28,7 @@ ROW_KEYS = {
 
 @pytest.fixture
 def moe_bench(monkeypatch):
-    """The package, with ceilings and caches shrunk so that a run takes seconds."""
+    """The package, with ceilings and caches so small that a run takes seconds."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main() may overwrite it
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     import moe_bench.ceilings
@@ -38,7 +38,7 @@ def moe_bench(monkeypatch):
     monkeypatch.setattr(moe_bench.ceilings, "GPU_BYTES", 1 << 30)
     monkeypatch.setattr(moe_bench.ceilings, "PASSES", 1)
     monkeypatch.setattr(moe_bench.timing, "WARM_UP_SECONDS", 0)
-    # no second table: the ceilings of such small buffers are not stable
+    # no second table, because the ceilings of such small buffers are not stable
     monkeypatch.setattr(moe_bench.run, "CEILING_NOISE", float("inf"))
     monkeypatch.setattr(moe_bench.machine, "cache_bytes", lambda device: 1 << 18)
     threads = torch.get_num_threads()
@@ -62,7 +62,7 @@ def hybrid_runs() -> bool:
 
 
 def check_rows(result: dict, moe_bench) -> None:
-    """Derived numbers follow from the measured ones."""
+    """Check that derived numbers follow from the measured ones."""
     shape = moe_bench.shapes.parse_shape(SHAPE)
     hybrid = {
         (row["tokens"], row["routing"], row["group_size"]): row["us"]
@@ -393,7 +393,7 @@ def test_memory_is_shared_by_the_backends(moe_bench):
     assert share(wanted, layer_bytes, 200) == wanted
     half = share(wanted, layer_bytes, 60)
     assert half == {"hybrid": 20, "cpu-int4": 20, "torch": 5}
-    # one layer each comes first, however large a layer of one backend is
+    # each backend first gets one layer, however large it is
     assert share(wanted, layer_bytes | {"torch": 70}, 80) == {
         "hybrid": 5,
         "cpu-int4": 5,
@@ -404,7 +404,7 @@ def test_memory_is_shared_by_the_backends(moe_bench):
 def test_short_memory_shortens_the_rotation(
     main, moe_bench, monkeypatch, tmp_path, capsys
 ):
-    """Every backend is measured, over as many layers as fit."""
+    """Every backend is measured, with as many layers as fit."""
     shape = moe_bench.shapes.parse_shape(SHAPE)
     layer_bytes = shape.num_experts * shape.expert_weights * 2
     available = int(3.5 * layer_bytes / moe_bench.run.MEMORY_SHARE)

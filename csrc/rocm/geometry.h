@@ -6,7 +6,6 @@
 // A lane reads 16 bytes (32 weights) of one row at a time. kLanesPerRow lanes are adjacent along k,
 // so a wave covers kRowGroups rows by kBlockK weights with one load. It always works on two such
 // sets of rows: gate and up rows of the same index, or two adjacent sets of output rows.
-// rows.
 #pragma once
 
 #include "gpu_compat.cuh"

@@ -210,11 +210,11 @@ GPU_DEVICE int digit_sum(uint32_t digits) {
   return static_cast<int>((digits + (digits >> 16)) * 0x1111u >> 12 & 15);
 }
 
-// Lists the pairs (token, t) that the pair at hand serves, so that an expert's weights are read
+// Lists the pairs (token, t) that the given pair serves, so that an expert's weights are read
 // once for all tokens of a block. The first token that picked the expert serves all pairs with that
 // expert; the others serve none. If a token picked the expert twice, its second pair is served
 // separately. `expert` (at least 0), `token` (counted from the block's first) and t (a place that
-// `picked` holds) are the pair at hand. Wave-collective; returns the number of pairs. `visit(slot,
+// `picked` holds) are the given pair. Wave-collective; returns the number of pairs. `visit(slot,
 // token, t, router weight)` runs in one lane per pair.
 template <typename Visit>
 GPU_DEVICE int list_slots(const Picked& picked, int token, int t, int expert, const Visit& visit) {

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Where the kernel tests run: every device that the op library has kernels for."""
+"""Devices of the kernel tests: every one that the op library has kernels for."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
 
 def _devices() -> list[str]:
     if ops.load_error() is not None:
-        return ["cpu"]  # the tests then fail and say why
+        return ["cpu"]  # the tests then fail with the reason
     gpu = {"hip", "cuda"} & set(ops.build_info()) and torch.cuda.is_available()
     return ["cpu", "cuda"] if gpu else ["cpu"]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu_kernels():
-    """Loads the kernels of the GPU at hand, as a layer that uses them does."""
+    """Load the kernels of this machine's GPU, like a layer that uses them."""
     if "cuda" in _devices():
         family = device_family()
         assert isinstance(family, DeviceFamily), family
@@ -37,7 +37,7 @@ def device(request):
 
 @pytest.fixture
 def every_isa(device):
-    """Iterates over the CPU's instruction sets; on a GPU there is nothing to choose."""
+    """Iterate over the CPU's instruction sets; on a GPU run once."""
     select = torch.ops._rocm_C.hybrid_w4a16_cpu_isa
 
     def isas():
@@ -52,7 +52,7 @@ def every_isa(device):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads and restores it afterwards."""
+    """Set the number of threads, and restore it afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The rule of csrc/rocm/plan.h that picks launch plans by shape.
+"""The rule of csrc/rocm/plan.h that selects launch plans by shape.
 
-On a fine grid of shapes: what the rule expects a call to read does not jump where a
-token or a column is added. And the plans that it picks for RDNA run on the host.
+On a fine grid of shapes, the bytes that the rule expects a call to read do not jump
+when a token or a column is added. The plans that it selects for RDNA run on the host.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What the rule knows of one, and the host program that stands for it."""
+    """The rule's facts about a device, and the host program that represents it."""
 
     mma: bool
     compute_units: int
@@ -46,7 +46,7 @@ class Device:
     table: str
 
     def most_tokens(self, top_k, experts):
-        """Of decode: prefill takes more."""
+        """Most tokens of decode; prefill handles more."""
         return tuning.prefill_from(self.table, experts, top_k) - 1
 
 
@@ -68,8 +68,8 @@ def build():
 
 @pytest.fixture(scope="module")
 def plans(build):
-    """plans(device, [(tokens, top_k, experts, hidden, intermediate), ...]): for each
-    the rule's gate_up and down as plans.cpp prints them."""
+    """plans(device, [(tokens, top_k, experts, hidden, intermediate), ...]): returns the
+    rule's gate_up and down plan for each, as plans.cpp prints them."""
 
     def plans(device, problems):
         program = build(device.mma, ROOT / "csrc/rocm/host/plans.cpp")
@@ -89,7 +89,7 @@ def distinct(tokens, top_k, experts):
 
 
 def expected_reads(device, problem, kernel, weights):
-    """Experts that a call reads, and what finding out who shares costs in experts."""
+    """Experts that a call reads, and the cost of finding sharers, in experts."""
     tokens, top_k, experts = problem[:3]
     if kernel == PAIRS:
         return tokens * top_k
@@ -128,7 +128,7 @@ def test_no_cliff_where_a_token_is_added(device, plans):
                 )
             ):
                 where = f"{shape}, {before[0]} to {after[0]} tokens, op {op}"
-                # down's grouped kernels run for few tokens too, where tiles are many
+                # down's grouped kernels also run for few tokens if there are many tiles
                 falls = 0.75 if op == 1 and old[1][0] == PAIRS else 0.97
                 assert more >= falls * less, where
                 assert more <= 1.06 * growth * less, where

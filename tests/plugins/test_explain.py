@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``explain``: bytes against files and loaded layers, verdicts against the gate."""
+"""``explain``: byte counts match files and loaded layers, verdicts the decision."""
 
 import http.server
 import json
@@ -57,7 +57,7 @@ def only_group(report):
 
 
 def change_config(folder, **changes):
-    """Set entries of config.json; ``text_config__x`` is one of the nested one."""
+    """Set entries of config.json; ``text_config__x`` sets x in nested text_config."""
     config = json.loads((folder / "config.json").read_text())
     for name, value in changes.items():
         *path, last = name.split("__")
@@ -86,7 +86,7 @@ def test_full_size_qwen35_checkpoint(tmp_path):
     assert (report["hybrid_layers"], report["declined_layers"]) == (40, 0)
     assert report["device"]["decode"] == "HIP wvSplitK"
 
-    # by hand, from the model's published sizes
+    # computed by hand from the model's published sizes
     expert = 3 * 2048 * 512
     loaded = expert // 2 + expert // 128 * 2  # nibbles and 16-bit scales
     linear = 2048 * (8192 + 4096 + 32 + 32 + 4096) + 8192 * 4  # qkv, z, b, a, out, conv
@@ -127,7 +127,7 @@ def test_published_qwen35_checkpoint(tmp_path):
     assert report["roofline_tokens_per_s"] == pytest.approx(81, abs=0.5)
 
 
-# vLLM's GPTQ takes no checkpoint with zero points.
+# vLLM's GPTQ rejects checkpoints with zero points.
 @pytest.mark.parametrize(
     ("format", "symmetric"),
     [
@@ -304,7 +304,7 @@ def test_tensor_parallel_shares(tiny):
         assert two[name] == one[name] / 2
     for name in ("router", "norms and others"):
         assert two[name] == one[name]
-    # two key/value heads among four ranks: each holds one
+    # two key/value heads on four ranks: each rank holds one
     four = parts(explain(str(tiny), tp_size=4))
     assert four["KV cache, 164 tokens"] == one["KV cache, 164 tokens"] / 2
     with pytest.raises(CheckpointError, match="--tp 3 does not divide"):
@@ -330,7 +330,7 @@ def test_bundled_checkpoint_reads_its_embedding_as_lm_head(capsys):
 
 
 def test_lm_head_options(capsys):
-    """By hand: 3072 x 256 weights, tied to the embedding."""
+    """Computed by hand: 3072 x 256 weights, tied to the embedding."""
     report = explain(str(BUNDLED), bandwidth=100)
     weights = 3072 * 256
     options = {option["name"]: option for option in report["heads"]}
@@ -431,7 +431,7 @@ def test_bad_arguments(arguments, tiny):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's API as reading headers takes."""
+    """The part of the hub's API that is needed to read headers."""
 
     folder: Path
     sent: dict[str, int]

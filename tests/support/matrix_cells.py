@@ -85,6 +85,7 @@ class Cell:
 
     @property
     def ranks(self) -> int:
+        """Number of processes."""
         return DEPLOYMENTS[self.deployment].ranks
 
     @property
@@ -93,13 +94,16 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Unique name, used in reports and test ids."""
         return f"{self.recipe.folder_name} {self.dtype} {self.deployment}"
 
     def to_json(self) -> dict[str, Any]:
+        """Return a dictionary for ``from_json``."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Cell":
+        """Return the cell that ``to_json`` described."""
         return Cell(**{**values, "recipe": Recipe(**values["recipe"])})
 
 
