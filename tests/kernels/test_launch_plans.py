@@ -160,7 +160,10 @@ def test_no_cliff_where_columns_are_added(device, plans):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_experts_are_read_once_for_few_tokens_on_rdna(name, plans):
-    """At most 5% of the bytes are read again up to 8 tokens, whatever the shape."""
+    """At most 5% of the bytes are read again up to 8 tokens, whatever the shape.
+
+    But for down, where the fifth and later tokens of an expert read it again.
+    """
     shape = SHAPES[name]
     problems = [(t, *shape) for t in range(1, 9)]
     for problem, plan in zip(problems, plans(GFX1151, problems), strict=True):
@@ -182,7 +185,7 @@ RUNS = [
 @pytest.mark.parametrize(("name", "tokens"), RUNS)
 def test_rdna_plans_of_the_rule_run(name, tokens, build):
     top_k, experts, hidden, inter = SHAPES[name]
-    hidden, inter = hidden // 8, inter // 8
+    hidden, inter = hidden // 8, (inter // 8 + 31) // 32 * 32
     group = next(g for g in (128, 64, 32) if hidden % g == 0 and inter % g == 0)
     calls = []
     for op, n, k in (("gate_up", inter, hidden), ("down", hidden, inter)):
