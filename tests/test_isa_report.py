@@ -545,7 +545,8 @@ def check_real_kernel(kernel):
     assert kernel["round_trips_at_most"] <= (3 if is_moe else 1), name
     vgpr, valu = 130, 71
     if name.startswith("moe_int4"):
-        valu = 165 if name.endswith("8") else 71
+        # Eight rows in one read of the weights, in down four.
+        valu = 71 if name.endswith("1") else 165 if "_down_" in name else 280
     elif name.startswith("wvSplitK"):
         vgpr = {"1": 116, "4": 152, "8": 172}[name[-1]]
         valu = {"1": 74, "4": 150, "8": 255}[name[-1]]

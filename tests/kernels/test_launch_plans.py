@@ -206,3 +206,30 @@ def test_rdna_plans_of_the_rule_run(name, tokens, build):
         case.check(reply["c"])
         (kernel,) = set(reply["kernels"].decode().split())  # one launch per order
         assert kernel.endswith("_t8" if shares else "_t1")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mma", [False, True], ids=["dot products", "mma"])
+def test_long_rows_and_many_experts_run(mma, build):
+    """Mixtral's k in down, 512 experts of ten each; few rows, by the rule's plan."""
+    calls = []
+    for op, tokens, n, k, routed in (
+        ("gate_up", 3, 24, 4096, (2, 8)),
+        ("down", 3, 32, 14336, (2, 8)),
+        ("gate_up", 9, 16, 256, (10, 512)),
+        ("down", 9, 32, 128, (10, 512)),
+    ):
+        maker = Maker(mma, op, BF16, 128, True)
+        maker.aligned = True
+        case = getattr(maker, op)(tokens, n, k, PAIRS, routed)
+        del case.fields["plan"]
+        calls.append(case)
+    run = subprocess.run(
+        [build(mma)],
+        input=b"".join(record(case.fields) for case in calls),
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr.decode(errors="replace")[:4000]
+    for case, reply in zip(calls, read_records(run.stdout), strict=True):
+        case.check(reply["c"])
