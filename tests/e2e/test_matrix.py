@@ -22,13 +22,14 @@ from ..support.matrix_cells import (
     full,
     grid,
     on_a_gpu,
+    shared_experts,
     subset,
 )
 from ..support.tiny_models import DenseReference, Recipe, make_checkpoint, prompts
 
 GPUS = torch.cuda.device_count()
 SHORT_RUN = [*subset(), *cut_groups()[:2]]
-LONG_RUN = cut_groups()[2:]
+LONG_RUN = cut_groups()[2:] + shared_experts()[1:]
 CELLS = list(dict.fromkeys([*SHORT_RUN, *on_a_gpu(), *LONG_RUN]))
 ON_CPU = [*SHORT_RUN, *LONG_RUN]
 RUN = [cell for cell in CELLS if (cell.ranks <= GPUS if GPUS else cell in ON_CPU)]

@@ -204,14 +204,14 @@ def test_dense_against_float64(number):
 
 @needs_triton
 def test_a_gpu_takes_many_rows_of_a_dense_linear_to_triton():
-    """The op of ``HybridW4A16LinearKernel``, where few rows go elsewhere."""
-    from vllm.model_executor.kernels.linear.mixed_precision import hybrid_w4a16
+    """Few go to the skinny GEMM."""
+    from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_linear
 
     weights = sweep.Experts(1, 72, 256, 128, torch.bfloat16, True)
     w, s, z = (t[0] for t in weights.args(DEVICE))
     for rows in (16, 17):
         x = torch.randn(rows, 256).bfloat16().to(DEVICE)
-        y = hybrid_w4a16._multiply_on_gpu(x, w, s, z, 1, 128, "sm_90")
+        y = hybrid_w4a16_dense_linear._multiply_on_gpu(x, w, s, z, 1, 128, 4, "sm_90")
         expected = x.cpu().double() @ weights.dense[0].T
         error = (y.cpu().double() - expected).norm() / expected.norm()
         assert error < sweep.TOLERANCE[torch.bfloat16], rows
