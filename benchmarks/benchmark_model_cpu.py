@@ -338,6 +338,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.layers,
         vocabulary=options.vocabulary,
         alike=True,
+        # some 100 of 150,000 logits within 8 of the largest, as in trained models
+        head_deviation=0.15,
     )
     if options.llama:
         write_gguf(options.work / "model.gguf", options)

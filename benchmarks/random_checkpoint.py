@@ -156,6 +156,7 @@ def make_checkpoint(
     seed: int = 0,
     vocabulary: int | None = None,
     alike: bool = False,
+    head_deviation: float = 0.05,
 ) -> Path:
     """Write the checkpoint, unless it is there; returns ``folder``.
 
@@ -197,7 +198,7 @@ def make_checkpoint(
         "model.embed_tokens.weight": random.dense(*size, deviation=0.2),
         "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16),
         # logits differ by about 2 nats
-        "lm_head.weight": random.dense(*size, deviation=0.05),
+        "lm_head.weight": random.dense(*size, deviation=head_deviation),
     }
     write("model-rest.safetensors", rest)
     (folder / "model.safetensors.index.json").write_text(
