@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Time of a quantized lm_head, beside the 16-bit one, and its first tokens.
+"""Times a quantized lm_head beside the 16-bit one, and checks its first tokens.
 
 On a GPU every figure is the median over replays of a CUDA graph. On the CPU the options
-take turns, with a measurement of the read bandwidth before each round; % is the median
-over rounds of what a scan reads per second, in parts of that. Weights are larger than
-any cache. ``all rescored`` is the worst case: every logit within the window. The check
-counts rows whose first token is not the 16-bit head's, among them rows that nearly tie
-and rows of heavy-tailed weights and activations.
-Exit status: 0; 1 when a first token was lost; 2 for a bad argument.
+alternate, and each round begins with a measurement of the read bandwidth; % is what a
+scan reads per second relative to that bandwidth, the median over rounds. The weights
+exceed any cache. ``all rescored`` is the worst case: every logit is within the window.
+The check counts the rows whose first token differs from the 16-bit head's, including
+rows with near ties and with heavy-tailed weights and activations.
+Exit status: 0; 1 if a first token differs; 2 for a bad argument.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from moe_bench.machine import describe
 
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 
-WINDOW, BOUND = 8.0, 7.0  # of hybrid_w4a16_head
+WINDOW, BOUND = 8.0, 7.0  # as in hybrid_w4a16_head
 NAMES = {"int4_g128": (4, 128), "int4_g32": (4, 32), "int8_g32": (8, 32)}
 
 
@@ -57,7 +57,9 @@ class Head:
             self.cu_count = properties.multi_processor_count
 
     def rows(self, count: int, kind: str = "peaked") -> torch.Tensor:
-        """Hidden states whose logits have a deviation of about 2 and a few peaks."""
+        """bf16 [count, K]: hidden states whose logits have a deviation of about 2 and a
+        few peaks.
+        """
         n, k = self.weight.shape
         among = {"ties": self.ties, "tails": self.tails}.get(kind)
         limit = n if among is None else len(among)
@@ -72,6 +74,7 @@ class Head:
         return ((x + strength * towards) * 90).to(torch.bfloat16)
 
     def scan(self, name: str, a: torch.Tensor, c: torch.Tensor) -> None:
+        """Write the logits of ``a`` in the format ``name`` to ``c`` [M, N]."""
         bits, group = NAMES[name]
         packed, scales, _ = self.quantized[name]
         ops.wvSplitK_int_g(a, packed, scales, c, self.cu_count, group, bits)
@@ -79,13 +82,14 @@ class Head:
     def rescored(
         self, a: torch.Tensor, c: torch.Tensor, p: torch.Tensor, window: float = WINDOW
     ) -> None:
+        """As ``scan`` for int4_g128, then rescored; ``p`` is the op's scratch."""
         self.scan("int4_g128", a, c)
         errors = self.quantized["int4_g128"][2]
         ops.wvSplitK_int_g_rescore(a, self.weight, errors, c, p, window, BOUND)
 
 
 def microseconds(call: Callable[[], Any], calls: int = 10, replays: int = 9) -> float:
-    """Median time of a call within a graph of ``calls``."""
+    """Median time of a call, in a graph of ``calls`` calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -107,6 +111,7 @@ def microseconds(call: Callable[[], Any], calls: int = 10, replays: int = 9) -> 
 
 
 def buffers(head: Head, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output bf16 [count, N] and the scratch of rescoring, fp32."""
     n = len(head.weight)
     return (
         torch.empty(count, n, dtype=torch.bfloat16, device=head.device),
@@ -115,6 +120,7 @@ def buffers(head: Head, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def times(head: Head, counts: list[int]) -> Iterator[dict[str, float]]:
+    """Microseconds by option, one row of the table per number of rows, on a GPU."""
     for count in counts:
         a = head.rows(count)
         c, p = buffers(head, count)
@@ -131,6 +137,7 @@ def times(head: Head, counts: list[int]) -> Iterator[dict[str, float]]:
 def times_on_cpu(
     head: Head, counts: list[int], rounds: int
 ) -> Iterator[dict[str, Any]]:
+    """The same on the CPU, with the read bandwidth in GB/s and shares of it in %."""
     reads = ReadNow(torch.get_num_threads())
     linear = torch.nn.functional.linear
     n, k = head.weight.shape
@@ -167,7 +174,7 @@ def times_on_cpu(
 
 
 def first_tokens(head: Head, count: int) -> dict[str, int]:
-    """Of ``count`` rows in four kinds: those that lost their first token."""
+    """How many of ``count`` rows, by kind, have another first token than in 16 bits."""
     lost, lost_by_int4, total = 0, 0, 0
     for kind in ("peaked", "ties", "tails", "heavy"):
         for _ in range(0, count // 4, ops.MAX_ROWS):
@@ -185,13 +192,14 @@ def first_tokens(head: Head, count: int) -> dict[str, int]:
 
 
 def products(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """fp32 sums."""
+    """``a @ weight.T`` with fp32 sums."""
     if a.device.type == "cpu":
         return torch.cat([a.float() @ w.float().t() for w in weight.split(8192)], 1)
     return torch.mm(a, weight.t(), out_dtype=torch.float32)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; returns its exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--vocabulary", type=int, default=248320)
     parser.add_argument("--hidden", type=int, default=2048)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Times dense int4 linears: our kernel beside those of vLLM that take the same layer.
+"""Times dense int4 linears: our kernel beside vLLM's kernels for the same layer.
 
-Every kernel repacks the same random weights, symmetric, from GPTQ's layout, and is
-compared with float32 first. Calls rotate over copies of the weights that exceed the
-last-level cache. On the CPU a sample is one call and kernels take turns call by call;
-on a GPU it is a replay of a graph, as in benchmark_moe.py.
-Exit status: 0; 1 where a kernel broke or gave wrong results; 2 for a bad argument.
+Every kernel repacks the same random symmetric weights from GPTQ's layout, and is first
+compared with float32. Calls rotate over copies of the weights that exceed the
+last-level cache. On the CPU a sample is one call and the kernels alternate; on a GPU a
+sample is a replay of a graph, as in benchmark_moe.py.
+Exit status: 0; 1 if a kernel failed or gave wrong results; 2 for a bad argument.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Rows and columns (outputs, inputs) of each model's different linears.
+# Outputs and inputs of the different linears of each model.
 MODELS = {
     "qwen3.5-35b-a3b": {
         "in_proj_qkvz": (12288, 2048),
@@ -34,18 +34,20 @@ MODELS = {
 }
 OURS = "HybridW4A16LinearKernel"
 MAX_ERROR = 0.05  # relative, Frobenius norm: one peer rounds activations to 8 bits
-SECONDS = 1.0  # per case, at least; each kernel gets 5 samples in any case
+SECONDS = 1.0  # per case, at least; each kernel gets at least 5 samples
 MIN_SAMPLES = 5
 COLUMNS = "{:17} {:16} {:>6} {:>6} {:>5}  {:28} {:>9} {:>9} {:>7} {:>6}"
 
 
 def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
     return int(text)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
@@ -59,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Linear:
-    """Random weights [N, K], and the layers that kernels made of copies of them."""
+    """Random weights [N, K], and the layers that kernels made from copies of them."""
 
     def __init__(self, n: int, k: int, group_size: int, dtype: Any, device: str):
         import torch
@@ -91,7 +93,7 @@ class Linear:
         return ((q.reshape(self.k, self.n) - 8) * scales).T
 
     def build(self, kernel_type: type) -> Callable[[Any], Any]:
-        """A layer of its own, in memory of its own, as a function."""
+        """A new layer with its own copy of the weights, as a function of ``x``."""
         import torch
 
         from vllm.model_executor import parameter
@@ -116,7 +118,7 @@ class Linear:
 
 
 def kernels_for(config: Any) -> list[type]:
-    """Ours, then those of vLLM's list that take the layer."""
+    """Our kernel, then those in vLLM's list that support the layer."""
     from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
     from vllm.platforms import current_platform
 
@@ -133,7 +135,7 @@ def kernels_for(config: Any) -> list[type]:
 def time_calls(
     calls: dict[str, list[Callable[[Any], Any]]], x: Any
 ) -> dict[str, list[float]]:
-    """Microseconds of single calls, kernel by kernel in turn."""
+    """Microseconds of single calls; the kernels alternate."""
     if x.device.type != "cpu":
         from moe_bench.timing import time_on_gpu
 
@@ -147,14 +149,14 @@ def time_calls(
         for name, copies in calls.items():
             start = time.perf_counter()
             copies[turn % len(copies)](x)
-            if turn >= 0:  # the first is warm-up
+            if turn >= 0:  # the first call is warm-up
                 samples[name].append(1e6 * (time.perf_counter() - start))
         turn += 1
     return samples
 
 
 def measure(options: argparse.Namespace, device: str, cache: int, say: Any) -> Any:
-    """Rows of the result, and what failed."""
+    """The rows of the result, and the failures."""
     import torch
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float16
@@ -175,7 +177,7 @@ def measure(options: argparse.Namespace, device: str, cache: int, say: Any) -> A
                     if not error < MAX_ERROR:
                         raise RuntimeError(f"relative error {error:.3g}")
                     calls[kernel.__name__] = made
-                except Exception as failure:  # noqa: BLE001  # the others go on
+                except Exception as failure:  # noqa: BLE001  # the others continue
                     failures.append(f"{kernel.__name__}, {model} {name}: {failure}")
             for rows in options.rows:
                 samples = time_calls(
@@ -203,7 +205,7 @@ def measure(options: argparse.Namespace, device: str, cache: int, say: Any) -> A
 
 
 def one_rank(folder: str, backend: str) -> None:
-    """What vLLM's parameter classes ask for."""
+    """Initialize one rank, which vLLM's parameter classes require."""
     from vllm import distributed
 
     store = f"file://{folder}/store"
@@ -212,6 +214,7 @@ def one_rank(folder: str, backend: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns its exit status."""
     options = parse(arguments)
     if options.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)

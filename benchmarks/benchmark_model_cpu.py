@@ -3,15 +3,16 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Decode of a whole model on the CPU: vLLM with several lm_heads, beside llama.cpp.
 
-Models of random weights in the layer shape of Qwen3-30B-A3B: an AutoRound int4
+The models have random weights and the layer shape of Qwen3-30B-A3B: an AutoRound int4
 checkpoint for vLLM, a GGUF with Q4_0 weights and a Q8_0 head for llama.cpp. Every
-engine is a process that stays loaded. They take turns, so that all see the machine
-slow down and speed up: a turn is ``--steps`` decode steps of one batch size. Printed
-are the median over turns of a step's median time, and the fastest and slowest turn.
+engine is a process that stays loaded. The engines take turns, so that changes of the
+machine's speed affect all of them. A turn is ``--steps`` decode steps of one batch
+size. The output is the median over turns of a step's median time, and the fastest and
+slowest turn.
 
-Needs llama-cpp-python (which brings the native library) and gguf; without --llama it
-does without. Memory, with 8 layers: about 7 GB for each head and 4 GB for llama.cpp.
-Exit status: 0; 1 when an engine cannot be run; 2 for a bad argument.
+Needs llama-cpp-python (which includes the native library) and gguf, but only with
+--llama. Memory, with 8 layers: about 7 GB for each head and 4 GB for llama.cpp.
+Exit status: 0; 1 if an engine cannot run; 2 for a bad argument.
 """
 
 import argparse
@@ -38,11 +39,12 @@ CONTEXT = 1024
 VARIABLE = "VLLM_HYBRID_W4A16_LM_HEAD"
 LLAMA = "llama.cpp"
 
-# Runs decode steps of a batch and returns each one's seconds.
+# Runs decode steps of a batch; returns the seconds of each.
 Turn = Callable[[int, int], list[float]]
 
 
 def prompts(batch: int, vocabulary: int) -> list[list[int]]:
+    """``batch`` random prompts of ``PROMPT`` token ids each."""
     rng = np.random.default_rng(batch)
     return rng.integers(0, vocabulary, (batch, PROMPT)).tolist()
 
@@ -105,7 +107,9 @@ def llama_engine(file: Path, options: argparse.Namespace) -> Turn:
         raise RuntimeError("llama.cpp cannot make a context")
 
     def decode(rows: list[tuple[int, int, int]], wanted: list[bool]) -> list[int]:
-        """Of (token, position, sequence): the likeliest next tokens of wanted rows."""
+        """Decode (token, position, sequence) rows; returns the most likely next tokens
+        of the wanted rows.
+        """
         batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
         batch.n_tokens = len(rows)
         for i, (token, position, sequence) in enumerate(rows):
@@ -144,7 +148,7 @@ def llama_engine(file: Path, options: argparse.Namespace) -> Turn:
 
 
 def write_gguf(file: Path, options: argparse.Namespace) -> Path:
-    """A random model in llama.cpp's own layout, unless it is there."""
+    """Write a random model in llama.cpp's own layout, unless the file exists."""
     if file.exists():
         return file
     import gguf
@@ -223,13 +227,13 @@ def write_gguf(file: Path, options: argparse.Namespace) -> Path:
 
 
 def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
-    """A process that runs turns of one engine, as the pipe asks for them."""
+    """Process that runs turns of one engine on request from the pipe."""
     try:
         if name == LLAMA:
             turn = llama_engine(options.work / "model.gguf", options)
         else:
             turn = vllm_engine(options.work / "checkpoint", name, options)
-        for batch in options.batches:  # warm, compiled
+        for batch in options.batches:  # warm up, compile
             turn(batch, 4)
         pipe.send("ready")
         while (batch := pipe.recv()) is not None:
@@ -269,11 +273,13 @@ class Engine:
         return statistics.median(answer)
 
     def close(self) -> None:
+        """End the process."""
         self._process.terminate()
         self._process.join()
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of the result: for each batch size, one row per engine."""
     names = [*options.heads, *([LLAMA] if options.llama else [])]
     engines: list[Engine] = []
     try:
@@ -292,7 +298,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def row(name: str, batch: int, turns: dict[str, list[float]]) -> dict[str, Any]:
-    """One line of the result; ratios are of turns beside each other."""
+    """One row of the result; ratios are between consecutive turns."""
     mine = turns[name]
     found = {
         "engine": name,
@@ -309,18 +315,19 @@ def row(name: str, batch: int, turns: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("work", type=Path, help="folder for the models; made once, then kept")
+    add("work", type=Path, help="folder for the models, which are made once and kept")
     add("--heads", nargs="+", default=["16-bit", "int4_rescored"], metavar="NAME")
     add("--llama", action="store_true", help="also llama.cpp")
     add("--layers", type=int, default=8)
     add("--vocabulary", type=int, default=151936)
     add("--batches", type=int, nargs="+", default=[1, 4])
-    add("--steps", type=int, default=24, help="decode steps of a turn")
-    add("--turns", type=int, default=9, help="of each engine and batch size")
+    add("--steps", type=int, default=24, help="decode steps per turn")
+    add("--turns", type=int, default=9, help="turns per engine and batch size")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
     add("--eager", action="store_true", help="vLLM without torch.compile")
     add("--json", type=Path, metavar="F", help="also write F")
@@ -331,6 +338,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; returns its exit status."""
     options = parse_arguments(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     make_checkpoint(
@@ -338,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.layers,
         vocabulary=options.vocabulary,
         alike=True,
-        # some 100 of 150,000 logits within 8 of the largest, as in trained models
+        # about 100 of 150,000 logits within 8 of the largest, as in trained models
         head_deviation=0.15,
     )
     if options.llama:

@@ -4,8 +4,8 @@
 """Times the routed experts of int4 MoE layers: router output in, layer output back.
 
 Runs our experts and their peers on the same random weights, over more layers than the
-caches hold, beside the machine's read bandwidth measured in the same run. README.md
-beside this file says what each column means.
+caches can hold, and measures the machine's read bandwidth in the same run. README.md in
+this folder explains each column.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from moe_bench.arguments import check_arguments, make_parser
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark.
 
-    Returns 0, or 1 when a backend broke or its results were wrong (it is not timed
-    then). A bad argument ends the process with status 2 and a message.
+    Returns 0, or 1 if a backend failed or gave wrong results (it is not timed then). A
+    bad argument ends the process with status 2 and a message.
     """
     parser = make_parser(__doc__)
     if arguments is None:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_arguments(args)
         if args.threads is not None:
-            # read by OpenMP when torch loads it
+            # OpenMP reads it when torch loads it
             os.environ["OMP_NUM_THREADS"] = str(args.threads)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import torch

@@ -3,11 +3,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Quality of the hybrid path: perplexity and greedy agreement on a text file.
 
-Compares an int4 checkpoint served by vLLM on the hybrid path with the same checkpoint
-dequantized (transformers, float32), which tells errors of the kernels, and with the
-16-bit model that it was quantized from, which tells what int4 costs. With ``--heads``
-it compares settings of the lm_head with the first one given instead.
-Exit status: 0; 1 when a model cannot be run; 2 for a bad argument.
+Compares an int4 checkpoint, served by vLLM on the hybrid path, with the same checkpoint
+dequantized (transformers, float32), which shows errors of the kernels, and with the
+16-bit model before quantization, which shows the cost of int4. With ``--heads`` it
+compares settings of the lm_head with the first one instead.
+Exit status: 0; 1 if a model cannot run; 2 for a bad argument.
 """
 
 import argparse
@@ -32,6 +32,7 @@ HYBRID, DEQUANTIZED, SIXTEEN_BIT = "hybrid", "dequantized", "16-bit"
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Parse the command line; a bad one ends the process with status 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("checkpoint", type=Path, help="int4 checkpoint folder")
@@ -46,8 +47,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--model-16bit", type=Path, help="folder of the model before quantization")
     add("--window", type=int, default=512, help="tokens per window (default 512)")
     add("--windows", type=int, default=16, help="windows of the text (default 16)")
-    add("--prompt", type=int, default=32, help="tokens of a prompt (default 32)")
-    add("--tokens", type=int, default=64, help="tokens of a completion (default 64)")
+    add("--prompt", type=int, default=32, help="tokens per prompt (default 32)")
+    add("--tokens", type=int, default=64, help="tokens per completion (default 64)")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     add("--json", type=Path, metavar="F", help="write the results")
     options = parser.parse_args(arguments)
@@ -57,13 +58,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if not options.text.exists():
         parser.error(f"there is no text file or folder {options.text}")
     if not 2 <= options.prompt < options.window or options.tokens < 1:
-        parser.error("2 <= --prompt < --window and --tokens >= 1, please")
+        parser.error("expected 2 <= --prompt < --window and --tokens >= 1")
     options.command = shlex.join(["quality.py", *arguments])
     return options
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process, which gives back its memory."""
+    """Call a function in a new process, so that its memory is freed afterwards."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(function, *arguments).result()
@@ -78,7 +79,7 @@ def windows_of(options: argparse.Namespace) -> list[list[int]]:
     if options.text.is_dir():
         files = sorted(options.text.glob("*.py"))
     size, found = options.window, []
-    most = -(-options.windows // max(1, len(files)))  # of one file
+    most = -(-options.windows // max(1, len(files)))  # per file
     for file in files:
         text = file.read_text(encoding="utf-8")
         tokens = tokenizer.encode(text, verbose=False)
@@ -96,9 +97,9 @@ def compare(
 
     Args:
         scores: by model, of the text's windows and then of prompts with hybrid's
-            completions (hybrid: of the windows alone).
-        completions: hybrid's greedy ones.
-        windows: how many sequences are of the text.
+            completions (for hybrid of the windows only).
+        completions: hybrid's greedy completions.
+        windows: number of sequences that are windows of the text.
     """
     text = {
         name: (
@@ -158,7 +159,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All models, one after the other. Raises ``ValueError``."""
+    """Run all models, one after the other. Raises ``ValueError``."""
     windows = windows_of(options)
     if options.heads:
         return in_process(

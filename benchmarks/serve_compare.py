@@ -3,9 +3,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Compares ways to serve a model: ``vllm serve`` under ``vllm bench serve``.
 
-Each round starts every variant's server once, warms it up and drives all load points;
-rounds alternate the order. With --together all servers start once, side by side, and
-take turns. Writes DIR/serve.json, serve.md and serve.png. Exit status: 0; 1 when a
+Each round starts every variant's server once, warms it up and runs all load points; the
+order alternates between rounds. With --together all servers start once, side by side,
+and take turns. Writes DIR/serve.json, serve.md and serve.png. Exit status: 0; 1 if a
 variant did not run; 2 for a bad argument; 130 after Ctrl-C, which stops the servers.
 """
 
@@ -42,22 +42,22 @@ Case = tuple[Variant, str]  # and its mode
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line; ends the process with status 2 and a message if it is bad."""
+    """Parse the command line; a bad one ends the process with status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", nargs="?", help="checkpoint folder or hub name")
+    add("model", nargs="?", help="checkpoint folder, or name of a model on the Hub")
     add(
         "--variant",
         action="append",
         metavar="NAME[=WORDS]",
         help=f"one to compare, may be repeated; the first is the baseline. A preset "
-        f"({', '.join(PRESETS)}), or any NAME with words: VAR=value is environment, "
-        "--model X another checkpoint, the rest goes to vllm serve; after a preset's "
-        "name they come on top (default: stock and hybrid)",
+        f"({', '.join(PRESETS)}), or any NAME with words: VAR=value sets the "
+        "environment, --model X another checkpoint, the rest goes to vllm serve; words "
+        "after a preset's name add to the preset (default: stock and hybrid)",
     )
-    add("--mode", default="eager", help="eager, compiled or both, with a comma")
+    add("--mode", default="eager", help="eager, compiled or eager,compiled")
     add(
         "--lengths", default="100:128", help="INPUT:OUTPUT tokens,... (default 100:128)"
     )
@@ -72,17 +72,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--together",
         action="store_true",
         help="start all servers side by side and keep them for all rounds; only one is "
-        "driven at a time, their memory has to fit (--serve-args)",
+        "loaded at a time, but their memory must fit (--serve-args)",
     )
     add(
         "--serve-args", default="", help="arguments for every vllm serve, as one string"
     )
     add("--vllm", type=Path, help="the vllm command (default: beside this Python)")
     add("--start-timeout", type=float, default=1800, help="seconds (default 1800)")
-    add("--bandwidth", type=float, help="GB/s of the memory, for the roofline line")
+    add("--bandwidth", type=float, help="memory bandwidth in GB/s, for the roofline")
     add("--out", type=Path, default=CHECKOUT / "build/serve", metavar="DIR")
     add("--title", help="heading of the plot (default: the checkpoint's name)")
-    add("--note", default="", help="a text that goes into the results")
+    add("--note", default="", help="text to record in the results")
     options = parser.parse_args(arguments)
     try:
         options.variants = [
@@ -111,7 +111,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def _make_folder(out: Path) -> None:
-    """Make ``--out``; raises ``ValueError`` where nothing can be written there."""
+    """Create ``--out``; raises ``ValueError`` if it is not writable."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -121,7 +121,7 @@ def _make_folder(out: Path) -> None:
 
 
 class Comparison:
-    """A run: what has been measured so far and where it is written."""
+    """One run: the measurements so far and where they are written."""
 
     def __init__(self, options: argparse.Namespace, progress: Progress) -> None:
         self.options = options
@@ -132,7 +132,7 @@ class Comparison:
         self.facts: dict[str, Any] = {}
 
     def run(self) -> None:
-        """All rounds; results are written after each."""
+        """Run all rounds; results are written after each."""
         options = self.options
         self.progress.say("looking at the machine and the checkpoints")
         contexts = sorted({p.input_len + p.output_len // 2 for p in options.points})
@@ -157,7 +157,7 @@ class Comparison:
                 self.write()
 
     def server(self, case: Case, number: int) -> VllmServer:
-        """A server that starts when it is entered."""
+        """A server that starts when the context is entered."""
         variant, mode = case
         log = self.options.out / f"{variant.name}-{mode}-{number + 1}.log"
         words = [*MODES[mode], *shlex.split(self.options.serve_args)]
@@ -172,7 +172,7 @@ class Comparison:
     def start_all(
         self, cases: list[Case], kept: contextlib.ExitStack
     ) -> dict[str, VllmServer]:
-        """By name of the case: its server, ready unless the failure is noted."""
+        """Start a server per case; returns those that are ready, by the case's name."""
         self.progress.say(f"starting {len(cases)} servers")
         servers = {_name(c): kept.enter_context(self.server(c, 0)) for c in cases}
         for case in cases:
@@ -182,6 +182,7 @@ class Comparison:
 
     @contextlib.contextmanager
     def noting_failure(self, case: Case) -> Iterator[None]:
+        """Context manager that records a ``ServerError`` as the case's failure."""
         try:
             yield
         except ServerError as error:
@@ -189,13 +190,14 @@ class Comparison:
             self.progress.say(f"  FAILED: {_name(case)}: {error}")
 
     def wait_ready(self, server: VllmServer) -> None:
+        """Wait for the server, showing progress. Raises ``ServerError``."""
         server.wait_ready(
             self.options.start_timeout, MilestoneWatch(server, self.progress)
         )
         self.progress.say("  the server is ready")
 
     def measure(self, number: int, case: Case, server: VllmServer) -> None:
-        """All load points of a server that is ready. Raises ``ServerError``."""
+        """Run all load points on a server that is ready. Raises ``ServerError``."""
         variant, mode = case
         for point in self.options.points:
             values = self.drive(server, variant, point)
@@ -218,6 +220,7 @@ class Comparison:
     def drive(
         self, server: VllmServer, variant: Variant, point: Point
     ) -> dict[str, float]:
+        """Run one load point; returns its metrics. Raises ``ServerError``."""
         options = self.options
         result = options.out / "bench.json"
         words = load.command(
@@ -233,7 +236,7 @@ class Comparison:
         return load.drive(words, result, options.out / "bench.log")
 
     def result(self) -> dict[str, Any]:
-        """Everything, as serve.json has it."""
+        """All results, in the form of serve.json."""
         options = self.options
         return {
             **self.facts,
@@ -259,11 +262,12 @@ class Comparison:
         }
 
     def write(self) -> None:
+        """Write serve.json, serve.md and serve.png."""
         result = self.result()
         out = self.options.out
         (out / "serve.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "serve.md").write_text(report.markdown(result))
-        (out / "serve.png").unlink(missing_ok=True)  # of an earlier run
+        (out / "serve.png").unlink(missing_ok=True)  # from an earlier run
         if result["summary"]:
             report.plot(out / "serve.png", result)
 
@@ -273,12 +277,12 @@ def _name(case: Case) -> str:
 
 
 def moe_lines(log: str) -> list[str]:
-    """What the server said about its MoE layers."""
+    """The server's log lines about its MoE layers."""
     return list(dict.fromkeys(re.findall(r"HybridW4A16 MoE.*", log)))
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Signal handler: stopping takes seconds, so say at once that it has begun."""
+    """Signal handler; stopping takes seconds, so print at once that it has begun."""
     print("\ninterrupted, stopping the servers", file=sys.stderr, flush=True)
     raise KeyboardInterrupt
 
@@ -286,7 +290,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison; returns its exit status."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    # also where SIGINT is ignored, as in a shell's background jobs
+    # also if SIGINT is ignored, as in a shell's background jobs
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     comparison = Comparison(options, Progress())

@@ -39,7 +39,7 @@ std::string refusal(std::string arch) {
 #if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
   return moe_int4::gpu::refusal(arch);
 #else
-  return "hybrid_w4a16 holds no kernels for " + arch + "; it was built for the CPU";
+  return "hybrid_w4a16 has no kernels for " + arch + "; it was built for the CPU";
 #endif
 }
 

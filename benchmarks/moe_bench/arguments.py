@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Command line of benchmark_moe.py. Does not import torch: ``--threads`` has to be in
-the environment before torch loads OpenMP."""
+"""Command line of benchmark_moe.py. Does not import torch: ``--threads`` must be in the
+environment before torch loads OpenMP."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ DEVICES = ("cpu", "cuda", "rocm")
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Options with their defaults; lists are comma separated."""
+    """The parser with its defaults; lists are comma-separated."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument(
@@ -32,16 +32,16 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--routing",
         default="uniform,skewed",
-        help="of balanced, uniform, skewed, few",
+        help="any of balanced, uniform, skewed, few",
     )
     parser.add_argument("--json", type=pathlib.Path, help="write results to this file")
-    parser.add_argument("--plot", type=pathlib.Path, help="draw them into this file")
+    parser.add_argument("--plot", type=pathlib.Path, help="write a plot to this file")
     parser.add_argument(
         "--layers",
         type=int,
-        help="layer copies to rotate (default: as many as it takes to read twice the "
-        "last-level cache between two uses of a weight); fewer where memory holds no "
-        "more",
+        help="layer copies to rotate (default: enough to read twice the last-level "
+        "cache between two uses of a weight, or fewer if the memory cannot hold "
+        "them)",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument(
@@ -52,12 +52,12 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         default="",
         help="instruction set of the CPU kernels (default: the best one)",
     )
-    parser.add_argument("--note", help="recorded in the JSON file")
+    parser.add_argument("--note", help="text to record in the JSON file")
     return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Split the lists in place and check what can be checked without torch.
+    """Split the lists in place and check all that can be checked without torch.
 
     Raises ``ValueError`` naming the option, the value and what was expected.
     """
@@ -96,7 +96,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def split_names(option: str, text: str, allowed: Iterable[str]) -> list[str]:
-    """Comma separated names, each one of ``allowed``; raises ``ValueError``."""
+    """Split comma-separated names; raises ``ValueError`` if one is not ``allowed``."""
     allowed = list(allowed)
     names = text.split(",")
     for name in names:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What is measured: our experts and their peers, behind one interface."""
+"""The backends to measure, our experts and their peers, behind one interface."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ class Backend:
 
     devices: tuple[str, ...]
     weight_bits: int
-    """Bits of a stored weight: says how much memory a layer takes."""
+    """Bits per stored weight, which determine a layer's memory."""
     max_error: float
-    """Largest relative error (Frobenius) that passes for a correct set-up."""
+    """Largest relative error (Frobenius) that still counts as correct."""
     build: Callable[[Case, Int4Layer, int], Call]
-    """Weights of a layer in that many copies; raises ``vllm_experts.Unavailable``."""
+    """Prepares copies of a layer's weights; may raise ``vllm_experts.Unavailable``."""
 
     def expert_bytes(self, shape: MoEShape, group_size: int) -> int:
         """Bytes of one expert as this backend stores it."""
@@ -66,8 +66,8 @@ def _build_torch(case: Case, layer: Int4Layer, copies: int) -> Call:
     return call
 
 
-# "decode" and "prefill" are the two halves of "hybrid", for any number of tokens: where
-# they cross is where prefill should begin.
+# "decode" and "prefill" are the two halves of "hybrid" for any number of tokens;
+# prefill should begin where they cross.
 # Error bounds: 16-bit activations stay well below 0.01 on these inputs; torch sums the
 # experts in 16 bits; CPUExpertsInt4 and llama.cpp round activations to 8 bits.
 BACKENDS = {

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Memory bandwidth of the machine: the ceilings that results are held against.
+"""Memory bandwidth of the machine: the ceilings for comparison with the results.
 
-Each ceiling is the best of several methods, each at its best of several passes over
-buffers far larger than any cache, and says which method that was.
+Each ceiling is the best of several methods, each the best of several passes over
+buffers far larger than any cache. The result names the method.
 """
 
 import mmap
@@ -30,8 +30,8 @@ def measure_ceilings(
     """Read and copy ceilings in GB/s (10**9 bytes), with all methods tried.
 
     ``copy_gbps`` counts the bytes read plus the bytes written. On a GPU ``launch_us``
-    is what one near-empty kernel of a graph takes in microseconds. Given the result of
-    an ``earlier`` measurement, the better of both counts, method by method.
+    is the time of one near-empty kernel in a graph, in microseconds. Given the result
+    of an ``earlier`` measurement, the better of the two counts for each method.
     """
     if device.type == "cpu":
         methods = {"read": _cpu_reads(threads), "copy": _cpu_copies()}
@@ -68,8 +68,8 @@ def _cpu_reads(threads: int) -> dict[str, float]:
 
 
 class ReadNow:
-    """What the CPU reads at the moment: a machine shared with others may read twice as
-    much in one second as in the next, so a result needs the ceiling of its own time.
+    """The CPU's current read bandwidth. A shared machine may read twice as much in one
+    second as in the next, so a result needs a ceiling measured at the same time.
 
     Keeps the buffers of all methods; ``gbps`` has one entry per ``measure()``.
     """
@@ -79,7 +79,7 @@ class ReadNow:
         self.gbps: list[float] = []
 
     def measure(self) -> None:
-        """One pass of each method, the best one counts."""
+        """One pass of each method; the best one counts."""
         best = float("inf")
         for run in self._methods.values():
             start = time.perf_counter()
@@ -141,7 +141,7 @@ def _gpu_reads() -> dict[str, float]:
         from moe_bench.triton_read import read_sum
     except ImportError:
         return results
-    # from a few programs per multiprocessor that stay to many short ones
+    # from a few programs per multiprocessor that persist to many short ones
     for programs in (512, 1024, 4096, 32768):
         for words in (2048, 4096, 8192):
             method = f"Triton, {programs} programs, {4 * words >> 10} KiB blocks"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Compiled loops that read a buffer once: the CPU's read ceiling. Needs numba."""
+"""Compiled loops that read a buffer once, for the CPU's read ceiling. Needs numba."""
 
 import numba
 import numpy as np
@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 Int64Array = npt.NDArray[np.int64]
 
-# Blocks per buffer: enough to spread evenly over threads, large enough to stream.
+# Blocks per buffer: enough to spread evenly over threads, and large enough to stream.
 BLOCKS = 1024
 
 
@@ -46,8 +46,8 @@ def _read_four_streams(blocks, sums):
 def read_sum(data: Int64Array, streams: int, threads: int) -> int:
     """Sum of 1-D int64 ``data``, all of it read once by ``threads`` threads.
 
-    ``streams``: 1, or 4 places of a block read at once. The size of ``data`` has to be
-    a multiple of 4096.
+    ``streams``: 1, or 4 to read a block at four positions at once. The size of ``data``
+    must be a multiple of 4096.
     """
     numba.set_num_threads(threads)
     sums = np.empty(BLOCKS, dtype=np.int64)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Random layers and router outputs; seeds are fixed, so every run sees the same."""
+"""Random layers and router outputs; seeds are fixed, so every run gets the same."""
 
 import math
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class Int4Layer:
 @dataclass(frozen=True)
 class Batch:
     """Input of one experts call: x [M, H], topk_ids int32 and topk_weights fp32
-    [M, top_k]; how many different experts the routing picks."""
+    [M, top_k], and how many distinct experts the routing picks."""
 
     x: torch.Tensor
     topk_ids: torch.Tensor
@@ -48,7 +48,7 @@ class Batch:
 
 
 def random_layer(case: Case) -> Int4Layer:
-    """Uniform random nibbles; scales that keep activations near unit variance."""
+    """Uniform random nibbles, and scales that keep activations near unit variance."""
     generator = torch.Generator(case.device).manual_seed(0)
 
     def matrix(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +110,7 @@ ROUTINGS: dict[str, Callable[[MoEShape, int, torch.Generator], torch.Tensor]] = 
 
 
 def make_batches(case: Case, routing: str, tokens: int, count: int) -> list[Batch]:
-    """``count`` batches of ``tokens`` tokens with routings of their own."""
+    """``count`` batches of ``tokens`` tokens, each with its own routing."""
     shape, device = case.shape, case.device
     generator = torch.Generator().manual_seed(1000 + tokens)
     batches = []

@@ -3,9 +3,9 @@
 """llama.cpp's experts on the CPU: the graph that it builds for a layer's routed
 experts, run through the C API of the ggml libraries in the ``llama_cpp`` package.
 
-Weights are Q4_0, in the buffer type that llama.cpp picks for them at load (repacked
-where its CPU code has a layout of its own). A symmetric int4 layer with groups of 32,
-64 or 128 fits Q4_0 without loss: its blocks of 32 repeat the group's scale.
+Weights are Q4_0, in the buffer type that llama.cpp selects for them at load (repacked
+where its CPU code has its own layout). A symmetric int4 layer with groups of 32, 64 or
+128 fits in Q4_0 without loss: its blocks of 32 repeat the group's scale.
 """
 
 import ctypes
@@ -45,10 +45,10 @@ _say_nothing = _LOG(lambda level, text, data: None)
 
 
 class _Ggml:
-    """The functions that are used here; every pointer is a ``c_void_p``."""
+    """The functions that we use; every pointer is a ``c_void_p``."""
 
     def __init__(self, folder: Path) -> None:
-        # each needs the ones before
+        # each needs the ones before it
         self._libraries = [
             ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
             for name in ("libggml-base.so", "libggml-cpu.so")
@@ -80,7 +80,7 @@ class _Ggml:
         self._declare(p, "ggml_backend_cpu_reg")
         self._declare(p, "ggml_backend_cpu_init")
         self._declare(None, "ggml_backend_cpu_set_n_threads", p, ctypes.c_int)
-        self.log_set(_say_nothing, None)  # it has a line for every tensor
+        self.log_set(_say_nothing, None)  # it prints a line per tensor
 
     def _declare(self, result: Any, name: str, *arguments: Any) -> None:
         for library in self._libraries:
@@ -95,10 +95,11 @@ class _Ggml:
         raise AttributeError(f"ggml function {name} was not declared")
 
     def context(self) -> int:
+        """A new context for graphs and descriptions of tensors, without their data."""
         return self.init(_InitParams(_CONTEXT_BYTES, None, True))
 
     def weight_buffer_types(self) -> list[int]:
-        """What llama.cpp tries for weights on the CPU, in its order."""
+        """Buffer types that llama.cpp tries for weights on the CPU, in its order."""
         reg = self.backend_cpu_reg()
         address = self.backend_reg_get_proc_address(
             reg, b"ggml_backend_dev_get_extra_bufts"
@@ -113,7 +114,7 @@ class _Ggml:
 
 
 def _load() -> _Ggml:
-    spec = importlib.util.find_spec("llama_cpp")  # not imported: only its libraries
+    spec = importlib.util.find_spec("llama_cpp")  # not imported, only for its folder
     if spec is None or spec.origin is None:
         raise Unavailable("needs the package of requirements/llama-cpp.txt")
     folder = Path(spec.origin).parent / "lib"
@@ -125,7 +126,7 @@ def _load() -> _Ggml:
 def to_q4_0(words: torch.Tensor, scales: torch.Tensor) -> npt.NDArray[np.uint8]:
     """Words int32 [N, K//8] and scales [N, K//G] of one expert to Q4_0.
 
-    Returns [N, K//32 * 18]. Raises ``ValueError`` where a scale is not an fp16 number.
+    Returns uint8 [N, K//32 * 18]. Raises ``ValueError`` if a scale does not fit fp16.
     """
     half = scales.to(torch.float16)
     if not torch.equal(half.to(scales.dtype), scales):
@@ -142,7 +143,7 @@ def to_q4_0(words: torch.Tensor, scales: torch.Tensor) -> npt.NDArray[np.uint8]:
 
 
 def _free_with(owner: object, ggml: _Ggml, context: int, buffer: int) -> None:
-    """Free a context and its tensors' data once ``owner`` is gone."""
+    """Free a context and its tensors' data when ``owner`` is garbage-collected."""
     weakref.finalize(owner, ggml.free, context)
     weakref.finalize(owner, ggml.backend_buffer_free, buffer)
 
@@ -223,7 +224,7 @@ class _Graph:
 def build(
     case: Case, layer: Int4Layer, copies: int
 ) -> Callable[[int, Batch], torch.Tensor]:
-    """A layer's experts in llama.cpp, with as many threads as torch has."""
+    """A layer's experts in llama.cpp, with torch's number of threads."""
     ggml = _load()
     backend = ggml.backend_cpu_init()
     ggml.backend_cpu_set_n_threads(backend, torch.get_num_threads())
@@ -251,7 +252,7 @@ def build(
         tokens = batch.x.shape[0]
         if (index, tokens) not in graphs:
             graphs[index, tokens] = _Graph(ggml, case, layers[index], tokens)
-        if id(batch) not in inputs:  # llama.cpp's activations are fp32 to begin with
+        if id(batch) not in inputs:  # llama.cpp's activations start as fp32
             values = [batch.x.float(), batch.topk_ids, batch.topk_weights.contiguous()]
             inputs[id(batch)] = batch, values
         graph = graphs[index, tokens]

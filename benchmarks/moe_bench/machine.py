@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Facts about the machine and the software that a result was measured with."""
+"""Facts about the machine and the software behind a result."""
 
 import datetime
 import importlib.metadata
@@ -17,7 +17,7 @@ _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 def describe(device: str, threads: int) -> dict[str, Any]:
-    """What to know about where numbers come from; ``None`` where it is unknown."""
+    """Facts about the machine and the software; ``None`` for what is unknown."""
     facts: dict[str, Any] = {
         "device": device,
         "cpu": _cpu_model(),
@@ -51,7 +51,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
 
 
 def cache_bytes(device: str) -> int:
-    """Size of the last-level cache that a rotation of weights has to exceed.
+    """Size of the last-level cache, in bytes, that the rotated weights must exceed.
 
     At least 32 MiB: the memory-side cache of gfx1151 has that size, and torch does not
     report it.
@@ -76,7 +76,7 @@ def cache_bytes(device: str) -> int:
 
 
 def available_bytes(device: str) -> int:
-    """Free memory for weights."""
+    """Free memory for weights, in bytes."""
     if device != "cpu":
         return torch.cuda.mem_get_info()[0]
     return psutil.virtual_memory().available
@@ -99,10 +99,10 @@ def _version(*packages: str) -> str | None:
 
 
 def select_cpu_isa(isa: str) -> str | None:
-    """Put an instruction set of the CPU ops in force, ``""``: the best; its name.
+    """Select an instruction set of the CPU ops (``""``: the best); returns its name.
 
-    ``None`` when the op library is not there and none was asked for; ``ValueError``
-    when one was, or when this processor does not have it.
+    ``None`` if the op library is missing and no instruction set was requested. Raises
+    ``ValueError`` if one was, or if this processor does not support it.
     """
     try:
         import vllm.model_executor.layers.fused_moe.hybrid_w4a16_ops as ops

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The float32 reference that every backend is compared with before it is timed."""
+"""The float32 reference; every backend is compared with it before it is timed."""
 
 import torch
 from torch.nn.functional import silu
 
 from moe_bench.inputs import Batch, Int4Layer, dequantize
 
-# Rows of a batch that are compared: a float32 expert takes milliseconds on a CPU.
+# Maximum rows to compare per batch: a float32 expert takes milliseconds on a CPU.
 MAX_ROWS = 8
 
 
 def checked_rows(batch: Batch) -> torch.Tensor:
-    """At most ``MAX_ROWS`` row numbers, from the first to the last one."""
+    """At most ``MAX_ROWS`` row numbers, including the first and the last."""
     tokens = batch.x.shape[0]
     count = min(tokens, MAX_ROWS)
     return torch.linspace(0, tokens - 1, count, device=batch.x.device).long()
 
 
 def reference_rows(layer: Int4Layer, batch: Batch) -> torch.Tensor:
-    """Experts output of ``checked_rows``, float32 [rows, H], from the plain weights."""
+    """The experts' output for ``checked_rows``, float32 [rows, H]."""
     rows = checked_rows(batch)
     x, ids, weights = (
         tensor[rows] for tensor in (batch.x.float(), batch.topk_ids, batch.topk_weights)

@@ -27,6 +27,7 @@ _COLUMNS = (
 
 
 def ceilings_line(ceilings: dict[str, Any]) -> str:
+    """The measured ceilings as a line of text."""
     launch = ceilings.get("launch_us")
     return (
         f"ceilings: read {ceilings['read_gbps']:.1f} GB/s ({ceilings['read_method']}), "
@@ -36,10 +37,12 @@ def ceilings_line(ceilings: dict[str, Any]) -> str:
 
 
 def table_header() -> str:
+    """The titles of the table's columns."""
     return "  ".join(f"{title:>{width}}" for title, _, _, width in _COLUMNS)
 
 
 def table_line(row: Row) -> str:
+    """A row as a line of the table."""
     cells = []
     for _, key, form, width in _COLUMNS:
         text = "-" if row[key] is None else form.format(row[key])
@@ -48,11 +51,12 @@ def table_line(row: Row) -> str:
 
 
 def write_json(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Write the result to a file as JSON."""
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def write_plot(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Time against tokens: one panel per case, and the time that reading the picked
+    """Time against tokens, one panel per case, with the time that reading the picked
     experts' weights takes at the read ceiling."""
     import matplotlib
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The run itself: build the backends, check them, time them, report."""
+"""The run: builds the backends, checks them, times them and reports."""
 
 import argparse
 import gc
@@ -33,9 +33,9 @@ from moe_bench.report import (
 )
 from moe_bench.vllm_experts import Unavailable
 
-# No more than this share of the free memory is taken by weights.
+# Weights take at most this share of the free memory.
 MEMORY_SHARE = 0.8
-# The table is printed again when the second read ceiling is higher by more than this.
+# The table is printed again if the second read ceiling is higher by more than this.
 CEILING_NOISE = 1.02
 # Different routings per number on the CPU.
 MAX_BATCHES = 64
@@ -62,14 +62,15 @@ def check_names(args: argparse.Namespace) -> None:
 
 
 def say(text: str) -> None:
+    """Print a message at once."""
     print(text, flush=True)
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """A backend at work.
+    """A backend that is ready to run.
 
-    Its call, how many copies of the layer it has, and how many were wanted.
+    It has the call, the number of copies of the layer, and the number wanted.
     """
 
     call: Call
@@ -77,7 +78,7 @@ class Rotation:
     wanted: int
 
     def step(self, batches: list[Batch]) -> timing.Step:
-        """Call number ``i`` takes the next copy of the layer and the next batch."""
+        """Call number ``i`` uses the next copy of the layer and the next batch."""
 
         def step(i: int) -> object:
             return self.call(i % self.copies, batches[i % len(batches)])
@@ -86,7 +87,7 @@ class Rotation:
 
 
 class Benchmark:
-    """One run: its arguments, and the results as they come in."""
+    """One run: its arguments, and the results so far."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -115,7 +116,7 @@ class Benchmark:
         }
 
     def run(self) -> None:
-        """Measure everything; results are on disk after every shape."""
+        """Measure everything; results are written after every shape."""
         for shape in self.args.shapes:
             for group_size in self.args.group_size:
                 dtype = getattr(torch, DTYPES[self.args.dtype])
@@ -130,8 +131,8 @@ class Benchmark:
             write_plot(self.args.plot, self.result)
 
     def _measure_ceilings_again(self) -> None:
-        """Hold the rows against the better of two measurements: the machine may have
-        been busy during the first."""
+        """Use the better of two measurements of the ceilings for all rows: the machine
+        may have been busy during the first."""
         first = self.result["ceilings"]
         better = ceilings.measure_ceilings(self.device, self.threads, first)
         self.result["ceilings"] = better
@@ -165,9 +166,9 @@ class Benchmark:
                 self._run_cell(case, layer, running, routing, tokens)
 
     def _build(self, case: Case, layer: Int4Layer, names: list[str]) -> Rotation:
-        """Build the first of the backends that are still to come.
+        """Build the first of the backends that remain.
 
-        The others are named so that it leaves them their part of the memory.
+        ``names`` has all that remain, so that it leaves memory for the others.
         """
         layer_bytes, wanted = {}, {}
         for name in names:
@@ -195,7 +196,7 @@ class Benchmark:
         return Rotation(call, copies, wanted[name])
 
     def _fail(self, case: Case, name: str, error: Exception) -> None:
-        """Go on without a backend that broke: the others' results are worth having."""
+        """Continue without a backend that failed; the others are still useful."""
         self.failed = True
         traceback.print_exception(error)
         self._drop(case, name, f"FAILED: {type(error).__name__}: {error}")
@@ -242,7 +243,7 @@ class Benchmark:
             read_now = statistics.median(self.read_now.gbps)
         hybrid = statistics.median(samples["hybrid"]) if "hybrid" in samples else None
         for name, times in samples.items():
-            # a graph runs all batches, a single call one of them
+            # a graph runs all batches, a single call runs one
             used = batches[: len(times)] if on_cpu else batches
             distinct = statistics.mean(batch.distinct_experts for batch in used)
             num_bytes = distinct * case.shape.int4_bytes(case.group_size)
@@ -277,7 +278,7 @@ class Benchmark:
 
 def check(name: str, rotation: Rotation, batch: Batch, expected: torch.Tensor) -> float:
     """Relative error on a batch; raises ``ArithmeticError`` above the bound."""
-    # the last copy: a bad copy would show too
+    # the last copy, so that a wrong copy would show too
     output = rotation.call(rotation.copies - 1, batch)
     error = relative_error(output, batch, expected)
     bound = BACKENDS[name].max_error
@@ -296,17 +297,17 @@ def _free_memory() -> None:
 
 
 def copies_to_rotate(call_bytes: int, cache_bytes: int) -> int:
-    """Layer copies, so that twice the cache is read between two uses of a weight."""
+    """Layer copies needed to read twice the cache between two uses of a weight."""
     return max(2, 1 + -(-2 * cache_bytes // call_bytes))
 
 
 def share_memory(
     wanted: dict[str, int], layer_bytes: dict[str, int], usable: int
 ) -> dict[str, int]:
-    """Layer copies per backend that fit into ``usable`` bytes together.
+    """Layer copies per backend that fit in ``usable`` bytes together.
 
-    Each gets one copy. What is left is handed out so that all get the same share of
-    the copies that they want.
+    Each backend gets one copy. The rest is distributed so that all get the same share
+    of the copies that they want.
     """
     copies = dict.fromkeys(wanted, 1)
     left = usable - sum(layer_bytes.values())

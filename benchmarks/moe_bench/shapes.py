@@ -41,7 +41,7 @@ SHAPES = {
 
 
 def parse_shapes(text: str) -> list[MoEShape]:
-    """Comma separated shapes; ``all`` stands for every shape of ``SHAPES``.
+    """Parse comma-separated shapes; ``all`` stands for every shape of ``SHAPES``.
 
     Raises ``ValueError`` as ``parse_shape`` does.
     """
@@ -51,7 +51,7 @@ def parse_shapes(text: str) -> list[MoEShape]:
 
 
 def parse_shape(text: str) -> MoEShape:
-    """A name of ``SHAPES`` or ``experts:top_k:hidden:intermediate``.
+    """Parse a name of ``SHAPES`` or ``experts:top_k:hidden:intermediate``.
 
     Raises ``ValueError`` for anything else.
     """

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Times calls: one by one on the CPU, inside captured graphs on a GPU.
 
-Backends take turns in rounds, so that a machine that slows down for a while (another
-process, a lower clock) slows all of them.
+Backends alternate in rounds, so if the machine slows down for a while (another process,
+a lower clock), all of them slow down.
 """
 
 import itertools
@@ -15,16 +15,16 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_graph_timing import (
     replay,
 )
 
-# ``step(i)`` runs call ``i``: its layer copy and its batch follow from ``i``.
+# ``step(i)`` runs call ``i``, which determines its layer copy and its batch.
 Step = Callable[[int], object]
 
 ROUNDS = 4
-# A backend gets at most this long per round, but always MIN_SAMPLES samples.
+# A backend gets at most this long per round, but at least MIN_SAMPLES samples.
 ROUND_SECONDS = 0.5
 MIN_SAMPLES = 2
-# Before the first round a backend on the CPU runs this long.
+# On the CPU, a backend runs this long before the first round.
 WARM_UP_SECONDS = 0.5
-# Calls per graph: long enough that the launch of the graph itself does not show.
+# Calls per graph: enough that the launch of the graph itself does not matter.
 GRAPH_CALLS = 64
 
 
@@ -43,7 +43,7 @@ def time_on_cpu(
 
 
 def _warm_up(step: Step) -> None:
-    """At least one call; memory that was written a moment ago is slow at first."""
+    """Make at least one call; freshly written memory is slow at first."""
     start = time.perf_counter()
     for index in itertools.count():
         step(index)
@@ -54,7 +54,7 @@ def _warm_up(step: Step) -> None:
 def time_on_gpu(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
     """Microseconds per call from replays of a graph of ``GRAPH_CALLS`` calls.
 
-    Device events around each replay; about ``repeats`` replays per backend.
+    Times each replay with device events; about ``repeats`` replays per backend.
     """
     graphs = {name: capture(step, GRAPH_CALLS) for name, step in steps.items()}
     counts = {}
@@ -70,7 +70,7 @@ def time_on_gpu(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
 
 
 def samples_per_round(repeats: int) -> int:
-    """Samples of one round when time allows."""
+    """Samples per round if time allows."""
     return max(MIN_SAMPLES, -(-repeats // ROUNDS))
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""A Triton kernel that reads a buffer once: the GPU's read ceiling."""
+"""A Triton kernel that reads a buffer once, for the GPU's read ceiling."""
 
 import torch
 import triton
@@ -22,9 +22,9 @@ def _read_sum(data, sums, steps, WORDS: tl.constexpr):
 def read_sum(data: torch.Tensor, programs: int, words: int) -> torch.Tensor:
     """Sum of 1-D int32 ``data``, all of it read once, as an int64 scalar tensor.
 
-    ``programs`` programs take turns at blocks of ``words`` words (a power of two);
-    programs * words has to divide the size of ``data``. What a program sums up has to
-    fit in 32 bits.
+    ``programs`` programs alternate over blocks of ``words`` words (a power of two).
+    programs * words must divide the size of ``data``. The sum of one program must fit
+    in 32 bits.
     """
     sums = torch.empty(programs, dtype=torch.int32, device=data.device)
     steps = data.numel() // (programs * words)

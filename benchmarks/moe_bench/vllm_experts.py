@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""vLLM's modular experts classes, ours among them, called the way vLLM calls them.
+"""vLLM's modular experts classes, including ours, called the way vLLM calls them.
 
-Imports vLLM only when asked to: the torch reference runs without it.
+Imports vLLM only on request: the torch reference runs without it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ class Unavailable(Exception):
 
 @contextlib.contextmanager
 def vllm_config() -> Iterator[None]:
-    """vLLM's experts ask for a current config; does nothing where vLLM is missing."""
+    """The current config that vLLM's experts require; does nothing without vLLM."""
     try:
         from vllm.config import VllmConfig, set_current_vllm_config
     except ImportError:
@@ -40,7 +40,7 @@ def build_hybrid(
 ) -> Callable[[int, Batch], torch.Tensor]:
     """``HybridW4A16MoEExperts`` on weights in its packed layout.
 
-    ``only``: all numbers of tokens go through "decode" or "prefill".
+    ``only``: use "decode" or "prefill" for any number of tokens.
     """
     moe_config = _moe_config(case)
     try:
@@ -61,7 +61,7 @@ def build_hybrid(
     _require_support(HybridW4A16MoEExperts, moe_config, _hybrid_needs())
 
     def in_our_memory(tensor: torch.Tensor) -> torch.Tensor:
-        # as the layer's parameters are made
+        # as for the layer's parameters
         return advise_huge_pages(torch.empty_like(tensor)).copy_(tensor)
 
     packed = [shuffle_exllama_(in_our_memory(w)) for w in (layer.w13, layer.w2)]
@@ -84,8 +84,8 @@ def build_peer(
 ) -> Callable[[Case, Int4Layer, int], Callable[[int, Batch], torch.Tensor]]:
     """The class of vLLM's ``WNA16MoEBackend.<backend_name>``.
 
-    Weights are converted by vLLM's own loading code. ``needs`` is told when the class
-    does not support the device: vLLM's own reason does not say what would.
+    vLLM's own loading code converts the weights. ``needs`` is the message if the class
+    does not support the device, because vLLM's reason does not name the requirement.
     """
 
     def build(
@@ -99,7 +99,7 @@ def build_peer(
         backend = oracle.WNA16MoEBackend[backend_name]
         experts_class = oracle.backend_to_kernel_cls(backend)[0]
         _require_support(experts_class, moe_config, needs)
-        # of the layer the conversion asks for its width alone
+        # of the layer, the conversion only asks for its width
         width: Any = SimpleNamespace(
             intermediate_size_per_partition=case.shape.intermediate
         )
@@ -176,7 +176,7 @@ def _hybrid_needs() -> str:
 
 
 def _require_support(experts_class: Any, moe_config: Any, needs: str) -> None:
-    """Ask vLLM's own check whether the class runs on this device."""
+    """Raise ``Unavailable`` if vLLM's own check rejects the class on this device."""
     from vllm.model_executor.layers.fused_moe.modular_kernel import (
         FusedMoEActivationFormat,
     )
@@ -192,9 +192,9 @@ def _require_support(experts_class: Any, moe_config: Any, needs: str) -> None:
 class _ExpertsCall:
     """``apply`` of an experts class over several copies of a layer.
 
-    ``tensors``: w13, w2 and what ``make_experts`` takes (scales, zero points). Copies
-    are equal in value and apart in memory. Workspaces are made once per batch size, as
-    vLLM's workspace manager does; the output is one of them.
+    ``tensors``: w13, w2 and the arguments of ``make_experts`` (scales, zero points).
+    Copies have equal values and separate memory. Workspaces are allocated once per
+    batch size, as in vLLM's workspace manager; the output is one of them.
     """
 
     def __init__(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""An int4 checkpoint as an unquantized one, by a second, plain implementation.
+"""Converts an int4 checkpoint to an unquantized one, by an independent implementation.
 
-Nothing here comes from the code that it is the reference for. A stored linear is
-q [N, K] 0..15 with scales and zero points [N, K/G]; its weight is (q - zero) * scale.
+This module shares no code with the implementation that it is the reference for. A
+stored linear is q [N, K] (0..15) with scales and zero points [N, K/G]; its weight is
+(q - zero) * scale.
 """
 
 import json
@@ -27,7 +28,7 @@ class Format:
 
     words: str
     dequantize: Callable[[dict[str, torch.Tensor]], torch.Tensor]
-    """Stored tensors by suffix to float32 [N, K]."""
+    """Converts stored tensors, by suffix, to float32 [N, K]."""
 
 
 def unpack(
@@ -77,7 +78,7 @@ def _compressed_tensors(stored: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def format_of(config: dict[str, Any]) -> Format:
-    """The format that a ``quantization_config`` names; ``ValueError`` if unknown."""
+    """The format of a ``quantization_config``; raises ``ValueError`` if unknown."""
     method = config.get("quant_method")
     packing = config.get("packing_format", "auto_round:auto_gptq")
     if method == "auto-round" and packing == "auto_round:auto_gptq":
@@ -93,8 +94,8 @@ def format_of(config: dict[str, Any]) -> Format:
 
 
 def dequantize_checkpoint(source: Path, target: Path) -> Path:
-    """Write the checkpoint folder ``source`` to ``target`` with float32 in place of
-    int4; returns ``target``.
+    """Write the checkpoint folder ``source`` to ``target`` with float32 weights instead
+    of int4; returns ``target``.
 
     Raises ``ValueError`` for a format or a bit width without a reference.
     """

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Log-probabilities of given tokens, by vLLM and by transformers.
 
-Both functions are called in a process of their own. A score of a sequence of T tokens
-is two lists of T - 1: the log-probability (nats) of each token but the first given
-those before it, and the model's first choice in its place.
+Call both functions in a new process. The score of a sequence of T tokens is two lists
+of T - 1 values: the log-probability (nats) of each token after the first, given the
+tokens before it, and the model's own first choice at that position.
 """
 
 import os
@@ -25,7 +25,7 @@ def vllm_scores(
 
     Args:
         model: checkpoint folder.
-        count: tokens to generate per prompt, past any end of text.
+        count: tokens to generate per prompt, ignoring end of text.
         dtype: of the activations, as ``--dtype`` of vLLM.
         switch: value of ``VLLM_HYBRID_W4A16_MOE``.
     """
@@ -50,7 +50,7 @@ def vllm_scores(
             ],
         }
     finally:
-        # else this process waits at its end for the engine's, and that for this one
+        # otherwise this process and the engine's wait for each other at exit
         llm.llm_engine.engine_core.shutdown()
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What a quantized lm_head does to the next token's distribution.
+"""The effect of a quantized lm_head on the distribution of the next token.
 
-vLLM runs the model over a text; the hidden states that reach the head are kept. Each
-setting of the head then makes logits of them, up to 16 rows at a time as in decode,
-with the ops and the quantization that vLLM's lm_head gets.
+vLLM runs the model over a text, and the hidden states before the head are kept. Each
+setting of the head then computes logits from them, up to 16 rows at a time as in
+decode, with the ops and the quantization of vLLM's lm_head.
 """
 
 import os
@@ -18,11 +18,11 @@ TOP = 20
 def compare_heads(
     model: str, sequences: list[list[int]], names: list[str], dtype: str
 ) -> dict[str, Any]:
-    """Figures of head settings, each against the first one. In a process of its own.
+    """Figures of head settings, each against the first one. Call it in a new process.
 
     Args:
         model: checkpoint folder.
-        sequences: token ids; each makes a position less than it has tokens.
+        sequences: token ids; T tokens give T - 1 positions.
         names: ``SIXTEEN_BIT`` or names of ``hybrid_w4a16_head_schemes.SCHEMES``.
         dtype: of the activations, as ``--dtype`` of vLLM.
     """
@@ -54,7 +54,7 @@ def _hidden_states(model: str, sequences: list[list[int]], dtype: str) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # keeps the 16-bit weights as they are, which vLLM packs on the CPU
+    # keeps the 16-bit weights unchanged, which vLLM packs on the CPU
     os.environ["VLLM_HYBRID_W4A16_LM_HEAD"] = "int4_rescored"
     import torch
 
@@ -82,7 +82,7 @@ def _hidden_states(model: str, sequences: list[list[int]], dtype: str) -> Any:
         for tokens in sequences:
             seen.clear()
             llm.generate(TokensPrompt(prompt_token_ids=tokens), scoring, use_tqdm=False)
-            # the other call is for the token to be sampled
+            # the other call is for the next token to sample
             (rows,) = [rows for rows in seen if len(rows) == len(tokens) - 1]
             found.append(rows)
     finally:
@@ -91,7 +91,7 @@ def _hidden_states(model: str, sequences: list[list[int]], dtype: str) -> Any:
 
 
 class _Head:
-    """Logits of hidden states [M, K], and how many were rescored per row."""
+    """Computes logits of hidden states [M, K], and counts the rescored rows."""
 
     def __init__(self, name: str, weight: Any):
         from vllm.model_executor.layers.quantization import (
@@ -169,6 +169,9 @@ class _Figures:
         given: Any,
         rescored: list[int],
     ) -> None:
+        """Add positions: log-probabilities [M, N] and first tokens [M] of the reference
+        and of this head, the given tokens [M], and rescored rows per position.
+        """
         self.same += (first == reference_first).tolist()
         difference = reference.double() - logprobs.double()
         self.divergence += (reference.double().exp() * difference).sum(1).tolist()
@@ -178,6 +181,7 @@ class _Figures:
         self.rescored += rescored
 
     def summary(self) -> dict[str, Any]:
+        """The figures over all positions."""
         import math
         import statistics
 

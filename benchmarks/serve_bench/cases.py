@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What is compared: variants of a server, modes and load points, from the arguments."""
+"""The cases to compare: server variants, modes and load points, from the arguments."""
 
 import re
 import shlex
@@ -39,7 +39,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Point:
-    """One load: prompt and completion length in tokens, requests at a time."""
+    """One load: tokens per prompt and completion, concurrent requests."""
 
     input_len: int
     output_len: int
@@ -52,9 +52,9 @@ class Point:
 def parse_variant(text: str, model: str | None) -> Variant:
     """``NAME`` of a preset, or ``NAME=words``.
 
-    Words are split like a shell does: ``VAR=value`` is environment, ``--model X``
+    Words are split as in a shell: ``VAR=value`` sets the environment, ``--model X``
     another checkpoint, everything else goes to ``vllm serve``. After the name of a
-    preset they come on top of it. Raises ``ValueError``.
+    preset they add to the preset. Raises ``ValueError``.
     """
     name, equals, rest = text.partition("=")
     if not re.fullmatch(r"[\w.+-]+", name):
@@ -86,7 +86,7 @@ def parse_variant(text: str, model: str | None) -> Variant:
 
 
 def parse_points(lengths: str, concurrency: str) -> list[Point]:
-    """``100:128,1000:128`` and ``1,4``: every length at every concurrency.
+    """Parse ``100:128,1000:128`` and ``1,4``: every length at every concurrency.
 
     Raises ``ValueError``.
     """
@@ -103,7 +103,7 @@ def parse_points(lengths: str, concurrency: str) -> list[Point]:
 
 
 def parse_image(text: str) -> tuple[int, int]:
-    """Width and height of ``640x480``. Raises ``ValueError``."""
+    """Parse ``640x480`` as width and height. Raises ``ValueError``."""
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if not found or not int(found[1]) or not int(found[2]):
         raise ValueError(f"--image: {text!r} is not WIDTHxHEIGHT in pixels")
@@ -113,8 +113,8 @@ def parse_image(text: str) -> tuple[int, int]:
 def check_checkpoint(model: str) -> None:
     """Raise ``ValueError`` unless ``model`` can be a checkpoint.
 
-    That is a folder with a config.json, or the name of one on the hub, OWNER/NAME,
-    which is not looked up.
+    That is a folder with a config.json, or a name of the form OWNER/NAME, which is not
+    looked up on the Hub.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():

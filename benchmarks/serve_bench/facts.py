@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What decides a serving figure: machine, clocks, power, versions, switches, bytes.
+"""Facts that explain a result: machine, clocks, power, versions, variables, bytes.
 
-``gather`` runs in a process of its own, so that the process that starts the servers
-holds no GPU memory.
+``gather`` runs in its own process, so that the process that starts the servers holds no
+GPU memory.
 """
 
 import concurrent.futures
@@ -16,11 +16,11 @@ import subprocess
 from typing import Any
 
 _PACKAGES = ("vllm-hybrid-w4a16", "transformers", "triton")
-# Variables that change what runs. Anything else may hold secrets and is not recorded.
+# Variables that affect the run. Others may hold secrets and are not recorded.
 _PREFIXES = ("VLLM_", "HIP_", "HSA_", "ROCR_", "CUDA_", "OMP_", "PYTORCH_", "TRITON_")
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
-# Files that say what clocks the machine may run at: (name, glob)
+# Files with the clocks that the machine may run at: (name, glob)
 _POWER_FILES = (
     ("platform_profile", "/sys/firmware/acpi/platform_profile"),
     ("cpu_governor", "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
@@ -35,12 +35,12 @@ _POWER_FILES = (
 def gather(
     models: list[str], contexts: list[int], bandwidth: float | None
 ) -> dict[str, Any]:
-    """Facts of the machine; per model and context what ``explain`` says.
+    """Facts about the machine, and ``explain``'s result per model and context.
 
     Args:
         models: checkpoint folders or names.
-        contexts: tokens in the KV cache.
-        bandwidth: GB/s for the roofline, ``None``: what ``explain`` knows.
+        contexts: numbers of tokens in the KV cache.
+        bandwidth: GB/s for the roofline; ``None``: the default of ``explain``.
     """
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -70,7 +70,7 @@ def _gather(
 
 
 def power() -> dict[str, list[str]]:
-    """Clocks and power profile as far as they can be read, empty where they cannot."""
+    """Clocks and power profile; empty if they cannot be read."""
     found = {}
     for name, pattern in _POWER_FILES:
         values = []
@@ -96,7 +96,7 @@ def power() -> dict[str, list[str]]:
 
 
 def switches() -> dict[str, str]:
-    """Environment variables that change what runs."""
+    """Environment variables that affect the run."""
     return {
         name: value
         for name, value in sorted(os.environ.items())
@@ -119,7 +119,7 @@ def _doctor() -> list[dict[str, Any]] | None:
 def _rooflines(
     models: list[str], contexts: list[int], bandwidth: float | None
 ) -> dict[str, dict[str, Any]]:
-    """By model: bytes per token by context, or why there are none."""
+    """By model: bytes per token by context, or the reason why there are none."""
     try:
         from vllm.plugins.hybrid_w4a16.explain import explain
     except ImportError:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Drives one load point with ``vllm bench serve``."""
+"""Runs one load point with ``vllm bench serve``."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from typing import Any
 from .cases import Point
 from .vllm_server import MODEL_NAME, ServerError
 
-# Name of ours: name in the result of vllm bench serve. Medians are over requests.
+# Our name: name in the result of vllm bench serve. Medians are over requests.
 METRICS = {
     "ttft_ms": "median_ttft_ms",
     "tpot_ms": "median_tpot_ms",
@@ -34,8 +34,8 @@ def command(
 ) -> list[str]:
     """The ``vllm bench serve`` command line of a load point.
 
-    Random prompts of exactly the point's length, greedy, past any end of text; with
-    ``image`` each request brings one synthetic image of that width and height.
+    Random prompts of exactly the point's length, greedy, ignoring end of text; with
+    ``image`` each request has one synthetic image (width, height).
     """
     options: dict[str, object] = {
         "base-url": url,
@@ -71,10 +71,10 @@ def command(
 
 
 def drive(words: list[str], result: Path, log: Path) -> dict[str, float]:
-    """Run a ``command``, which leaves ``result``; its output goes to ``log``.
+    """Run ``words``, a result of ``command`` that writes ``result``; log to ``log``.
 
-    Returns the values of ``METRICS``. Raises ``ServerError`` when it fails or any
-    request does. The process is gone afterwards, whatever ends the wait.
+    Returns the values of ``METRICS``. Raises ``ServerError`` if the command or any
+    request fails. The process never outlives the call.
     """
     result.unlink(missing_ok=True)
     with log.open("a") as output:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What a tool that starts a server prints while it waits."""
+"""Progress messages of a tool that starts a server."""
 
 import time
 
 from .vllm_server import VllmServer
 
-# A line of the server's log that contains the text on the left shows this progress.
+# When the text on the left appears in the server's log, show the message on the right.
 MILESTONES = {
     "non-default args": "API server process is up",
     "Initializing a V1 LLM engine": "engine process is up",
-    "Starting to load model": "worker process is up, loads the weights",
+    "Starting to load model": "worker process is up, loading the weights",
     "HybridW4A16 MoE:": "int4 experts repacked for the hybrid kernels",
     "Loading weights took": "weights are loaded",
-    "Capturing CUDA graphs": "captures CUDA graphs",
+    "Capturing CUDA graphs": "capturing CUDA graphs",
     "init engine": "engine is warmed up",
 }
 REPEAT_S = 60.0
@@ -27,19 +27,20 @@ class Progress:
         self.current = ""
 
     def step(self, text: str) -> None:
-        """Begin a step; ``current`` is the one that a failure belongs to."""
+        """Begin a step; ``current`` is the step that a failure belongs to."""
         self.current = text
         self.say(text)
 
     def say(self, text: str) -> None:
+        """Print a message with the seconds since the start."""
         print(f"[{time.monotonic() - self._start:6.1f} s] {text}", flush=True)
 
 
 class MilestoneWatch:
     """Turns a growing server log into progress messages.
 
-    Called while waiting for the server. Each milestone is said once; where none comes
-    for ``REPEAT_S`` seconds, the last one is repeated.
+    Call it while waiting for the server. It prints each milestone once. If none is
+    reached for ``REPEAT_S`` seconds, it repeats the last one.
     """
 
     def __init__(self, server: VllmServer, progress: Progress) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Results as a Markdown table and as a picture."""
+"""Results as a Markdown table and as a plot."""
 
 import pathlib
 from typing import Any
@@ -23,7 +23,7 @@ _PANELS = (
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The summary as a document of its own."""
+    """The summary as a Markdown document."""
     machine, settings = result["machine"], result["settings"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['cpu_threads']} threads"
     versions = [machine["vllm"], f"torch {machine['torch']}"]
@@ -60,7 +60,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _rounds(result: dict[str, Any]) -> str:
-    """How many rounds there are results of; an interrupted run has fewer than asked."""
+    """Number of rounds with results; an interrupted run has fewer than requested."""
     done = max((row["rounds"] for row in result["summary"]), default=0)
     return f"{done} round{'s' * (done != 1)}"
 
@@ -90,18 +90,19 @@ def _cell(value: dict[str, float], form: str) -> str:
 
 
 def plot(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Write ``draw``'s picture."""
+    """Write the plot of ``draw`` to a file."""
     figure = draw(result)
     figure.savefig(path, dpi=110)
     figure.clear()
 
 
 def draw(result: dict[str, Any]) -> Any:
-    """Bars per variant and load point, whiskers from the least to the largest round.
+    """Bars per variant and load point, with whiskers from the smallest to the largest
+    round.
 
-    The legend names every variant, also one that did not run. Where the bandwidth is
-    known, a dashed line under each load of one request at a time is the time that
-    reading a token's weights and cache takes.
+    The legend names every variant, including those that did not run. If the bandwidth
+    is known, each load of one request at a time has a dashed line at the time for
+    reading a token's weights and cache.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -139,7 +140,7 @@ def draw(result: dict[str, Any]) -> Any:
 
 
 def _label(name: str, result: dict[str, Any]) -> str:
-    """The variant's name, and in which modes it did not run."""
+    """The variant's name, and the modes in which it did not run."""
     failures = [case.rpartition(", ") for case in result["failures"]]
     modes = [mode for variant, _, mode in failures if variant == name]
     if not modes:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""From the samples of all rounds to one row per variant, mode and load point."""
+"""Reduces the samples of all rounds to one row per variant, mode and load point."""
 
 import statistics
 from typing import Any
@@ -14,11 +14,11 @@ CASE = ("mode", "input_len", "output_len", "concurrency")
 
 
 def summarize(samples: list[Sample], baseline: str) -> list[Row]:
-    """Median, least and largest over the rounds; ratios against ``baseline``.
+    """Median, smallest and largest over the rounds; ratios against ``baseline``.
 
-    A ratio is formed within each round, output tokens/s over those of the baseline in
-    the same round, so that a slow spell of the machine meets both; above 1 the variant
-    is faster. Where the baseline did not run there is none (``None``).
+    A ratio is output tokens/s over those of the baseline in the same round, so a slow
+    phase of the machine affects both; above 1 the variant is faster. It is ``None`` if
+    the baseline did not run.
     """
     cases: dict[tuple[Any, ...], list[Sample]] = {}
     for sample in samples:
@@ -45,6 +45,7 @@ def summarize(samples: list[Sample], baseline: str) -> list[Row]:
 
 
 def spread(values: list[float]) -> dict[str, float]:
+    """The median, minimum and maximum of ``values``."""
     return {
         "median": statistics.median(values),
         "min": min(values),

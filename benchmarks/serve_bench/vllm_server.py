@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``vllm serve`` as a child process that is always stopped again.
+"""``vllm serve`` as a child process that is always stopped at the end.
 
 Used by serve_compare.py, the demo and the end-to-end tests.
 """
@@ -26,12 +26,12 @@ MODEL_NAME = "demo"
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, enough for small models
     "VLLM_NO_USAGE_STATS": "1",
-    # Three processes import all of vLLM, one after the other: keep compiled bytecode.
+    # Three processes import all of vLLM one after another: keep compiled bytecode.
     "PYTHONDONTWRITEBYTECODE": "",
 }
 
-# Ends the process group given when its standard input ends, which is when the process
-# that started it is gone, even if that was killed.
+# Kills the given process group when its standard input closes, which happens when the
+# process that started it is gone, even if that was killed.
 _WATCHDOG = """
 import os, sys, time
 sys.stdin.read()
@@ -42,7 +42,7 @@ os.killpg(int(sys.argv[1]), 9)
 
 _POLL_S = 0.2
 STOP_GRACE_S = 20.0
-_KILL_S = 5.0  # until a killed process is gone
+_KILL_S = 5.0  # for a killed process to disappear
 _ERROR_LINE = re.compile(r"(?:^|\s)([\w.]*(?:Error|Exception): .*)")
 
 
@@ -58,21 +58,20 @@ def free_port() -> int:
 
 
 class VllmServer:
-    """A context manager: ``vllm serve`` runs inside, and nothing of it afterwards.
+    """Context manager that runs ``vllm serve`` and leaves no process behind.
 
-    It listens on the loopback interface only. It runs in a process group of its own,
-    which is killed as a whole when the server does not stop when asked to, or when the
+    The server listens on the loopback interface only. It runs in its own process group,
+    which is killed as a whole if the server does not stop when asked to, or if the
     process that started it is killed.
-
     Args:
         model: checkpoint folder, served under the name ``MODEL_NAME``.
         log: file for everything the server prints; overwritten.
         arguments: further ``vllm serve`` arguments.
-        environment: variables on top of this process's own; ``None`` removes one.
+        environment: variables to add to this process's own; ``None`` removes one.
         port: TCP port; 0 lets the operating system choose.
-        program: the ``vllm`` command; the one beside the running Python by default.
+        program: the ``vllm`` command; by default the one next to the running Python.
 
-    Raises ``ServerError`` when there is no such command.
+    Raises ``ServerError`` if the command does not exist.
     """
 
     def __init__(
@@ -108,6 +107,7 @@ class VllmServer:
 
     @property
     def url(self) -> str:
+        """The server's base URL."""
         return f"http://{LOOPBACK}:{self.port}"
 
     def __enter__(self) -> "VllmServer":
@@ -124,7 +124,7 @@ class VllmServer:
         self._watchdog = subprocess.Popen(
             [sys.executable, "-c", _WATCHDOG, str(self._process.pid)],
             stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # it may find nothing left to kill
+            stderr=subprocess.DEVNULL,  # there may be nothing left to kill
             start_new_session=True,
         )
         return self
@@ -146,8 +146,8 @@ class VllmServer:
             timeout_s: seconds until ``ServerError``.
             on_poll: called several times a second while waiting.
 
-        Raises ``ServerError``, with the cause found in the log, when the server exits
-        or is not ready in time.
+        Raises ``ServerError``, with the cause found in the log, if the server exits or
+        is not ready in time.
         """
         deadline = time.monotonic() + timeout_s
         while not self._healthy():
@@ -165,7 +165,7 @@ class VllmServer:
     def wait_exit(self, timeout_s: float | None) -> int:
         """Wait until the server exits by itself; returns its exit status.
 
-        Raises ``ServerError`` when it still runs after ``timeout_s`` seconds; ``None``
+        Raises ``ServerError`` if it still runs after ``timeout_s`` seconds; ``None``
         waits forever.
         """
         assert self._process is not None
@@ -175,7 +175,7 @@ class VllmServer:
             raise ServerError(f"still running after {timeout_s:.0f} s") from None
 
     def exit_status(self) -> int | None:
-        """``None`` while the server runs."""
+        """The exit status; ``None`` while the server runs."""
         assert self._process is not None
         return self._process.poll()
 
@@ -184,7 +184,7 @@ class VllmServer:
         return self.log.read_text(errors="replace")
 
     def stop(self) -> None:
-        """Ask the server to stop; after a grace time kill what is left of it.
+        """Ask the server to stop, and kill what is left of it after a grace period.
 
         No process of it is left when this returns.
         """
@@ -215,6 +215,6 @@ class VllmServer:
             return False
 
     def _why(self) -> str:
-        # The first error is the cause, later ones are its echoes in other processes.
+        # The first error is the cause; later ones are consequences in other processes.
         match = _ERROR_LINE.search(self.log_text())
         return f": {match[1]}" if match else ""

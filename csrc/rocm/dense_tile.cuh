@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The product for one matrix of weights and few activation rows. Every wave needs the same
-// activations, unlike with experts: they stay in LDS for the life of a block, in the order in which
-// products read them, zeros past the end. Weights go from memory to registers as a stream of
-// windows over all of a wave's tiles. With matrix instructions a window is requested while the one
-// before is multiplied. Elsewhere a wave has one window, so that more waves fit and every load of a
-// turn is requested before the first is waited for.
+// The product of one weight matrix with few activation rows. Unlike with experts, every wave needs
+// the same activations. They stay in LDS for the lifetime of a block, in the order in which
+// products read them, with zeros past the end. Weights go from memory to registers as a stream of
+// windows over all of a wave's tiles. With matrix instructions, a window is requested while the
+// previous one is multiplied. Otherwise a wave has one window, so that more waves fit and every
+// load of a turn is requested before the first wait.
 //
-// Lanes, row sets and the matrix instruction's columns are those of wave_tile.cuh: a lane has a run
-// of kRun weights of a block, 16 bytes, of row lane_row of both row sets; a column is a pair (slot,
-// group within the block).
+// Lanes, row sets and columns of the matrix instruction are those of wave_tile.cuh: in each block a
+// lane has a run of kRun weights, 16 bytes, of row lane_row of both row sets; a column is a pair
+// (slot, group within the block).
 #pragma once
 
 #include "dense_geometry.h"
@@ -31,9 +31,9 @@ class DenseTile {
   static constexpr int kGroups = Shape::kGroups, kDepth = Shape::kDepth;
   static constexpr int kRowBytes = Shape::kRowBytes, kSums = Shape::kSums;
   static constexpr int kBlockBytes = S * kRowBytes;
-  // Matrix instructions.
+  // With matrix instructions.
   static constexpr int kPasses = (S * kGroups + 7) / 8;
-  static constexpr int kScales = gpu::kHasMma && kGroups > 1 ? 2 : 1;  // that a lane needs per row
+  static constexpr int kScales = gpu::kHasMma && kGroups > 1 ? 2 : 1;  // per lane and row
   static constexpr int kWindows = gpu::kHasMma ? 2 : 1;                // in flight
   static constexpr int kResults = !gpu::kHasMma ? S : kGroups == 1 ? 2 * kPasses : kPasses;
 
@@ -49,7 +49,7 @@ class DenseTile {
 
  public:
   // The wave's share: blocks [first, last) of k of every `step`-th tile from `tile` on. `lds` is
-  // the block's.
+  // the LDS of the block.
   GPU_DEVICE DenseTile(const DenseMatrix& matrix, int blocks, int first, int last, int tile,
                        int step, char* lds)
       : matrix_(matrix),
@@ -68,10 +68,10 @@ class DenseTile {
     enter_tile();
   }
 
-  // Requests the first window; weights are nobody's output.
+  // Requests the first window; it may run before the previous grid ends, as no grid writes weights.
   GPU_DEVICE void start() { request(windows_[0]); }
 
-  // The block's threads put the `rows` activation rows into LDS. A block barrier has to follow.
+  // All threads of the block copy the `rows` activation rows to LDS. A block barrier has to follow.
   GPU_DEVICE void stage(const uint16_t* a, int64_t stride, int rows, int threads) {
     const int thread = gpu::wave() * gpu::kWaveSize + gpu::lane();
     constexpr int kUnitsPerRow = kBlock / 8;
@@ -80,7 +80,7 @@ class DenseTile {
       const int block = i / (kUnitsPerRow * S), at = block * kBlock + 8 * unit;
       gpu::U32x4 values = {{0, 0, 0, 0}};
       if (slot < rows && at < matrix_.k) values = gpu::load_16_any(a + slot * stride + at);
-      // The same unit of all lanes along k lies side by side.
+      // The same unit of all lanes along k is contiguous.
       const int place = unit % kUnits * kLanesPerRow + unit / kUnits;
       *reinterpret_cast<gpu::U32x4*>(staged_ + block * kBlockBytes + slot * kRowBytes +
                                      16 * place) = values;
@@ -102,8 +102,8 @@ class DenseTile {
     }
   }
 
-  // Multiplies the next `tiles` tiles: visit(tile, slot, row of the tile, sum) in the lane that has
-  // it. A share without blocks has zeros.
+  // Multiplies the next `tiles` tiles: visit(tile, slot, row of the tile, sum) is called in the
+  // lane that has the sum. A share without blocks has zeros.
   template <typename Visit>
   GPU_DEVICE void run(int tiles, const Visit& visit) {
     if (first_ == last_) {
@@ -132,12 +132,12 @@ class DenseTile {
   }
 
  private:
-  // Where the rows of the next tile begin. Tiles and rows past the last one repeat it.
+  // Finds the rows of the next tile. Tiles and rows past the last one repeat it.
   GPU_DEVICE void enter_tile() {
     const int last = (matrix_.n - 1) / kRowsPerWave;
     const int row = (next_tile_ < last ? next_tile_ : last) * kRowsPerWave;
     rows_ = matrix_.stack.template rows<ZP>(row, matrix_.n, row + kRowGroups, matrix_.n);
-    if constexpr (gpu::kHasMma) {  // a lane's own pointers take fewer registers there
+    if constexpr (gpu::kHasMma) {  // pointers per lane take fewer registers there
       GPU_UNROLL
       for (int r = 0; r < 2; ++r) {
         WeightRows::Set& set = rows_.sets[r];
@@ -146,10 +146,10 @@ class DenseTile {
     }
   }
 
-  // Requests the next window. Past the end of a row a lane loads its last weights again: there
+  // Requests the next window. Past the end of a row a lane loads its last weights again, where
   // activations and sums are zero.
   GPU_DEVICE void request(Window& to) {
-    constexpr int kBytes = kBlock * Bits / 8;  // of a row in a block
+    constexpr int kBytes = kBlock * Bits / 8;  // per row and block
     gpu::order_requests();
     GPU_UNROLL
     for (int d = 0; d < kDepth; ++d) {
@@ -189,7 +189,7 @@ class DenseTile {
       if (base_ + d >= last_) break;
       add_block(window, d, base_ + d);
     }
-    // Also what no block has waited for, before its registers are used again.
+    // Also wait for what no block waited for, before its registers are reused.
     gpu::arrived(window.w[kDepth - 1][1].v[0]);
     base_ += kDepth;
     if (base_ < last_) return;
@@ -226,7 +226,7 @@ class DenseTile {
 
   GPU_DEVICE void add_mma(const gpu::U32x4 (&w)[2], const float (&scale)[2][kScales],
                           const float (&offset)[2][kScales], const char* act, const float* sums) {
-    float dot[kPasses][2][4] = {};  // two sums each: a shorter chain of dependent instructions
+    float dot[kPasses][2][4] = {};  // two sums each, for a shorter chain of dependent instructions
     GPU_UNROLL
     for (int q = 0; q < kUnits; ++q) {
       const Unpacked<DT, Bits> x(w[0], q), y(w[1], q);
@@ -291,7 +291,7 @@ class DenseTile {
     }
   }
 
-  // Hands out the tile's results and starts over.
+  // Passes on the tile's results and resets the sums.
   template <typename Visit>
   GPU_DEVICE void finish(const Visit& visit) {
     GPU_UNROLL
@@ -330,8 +330,8 @@ class DenseTile {
   char* const staged_;                        // [block][slot][kRowBytes]
   float* const sums_;                         // [block][slot][kSums]
   const uint32_t last_weights_, last_group_;  // of a row, in bytes and in groups
-  int next_tile_, next_base_;                 // of the window to be requested
-  int tile_, base_;                           // and to be multiplied
+  int next_tile_, next_base_;                 // of the window to request
+  int tile_, base_;                           // of the window to multiply
   WeightRows rows_;
   Window windows_[kWindows];
   float acc_[2][kResults] = {};

@@ -29,7 +29,7 @@ std::string refusal(const std::string& arch) {
   for (std::string one; built >> one;) {
     if (runs_on(one, arch)) return "";
   }
-  return "hybrid_w4a16 holds no kernels for " + arch + "; it was built for " HYBRID_W4A16_GPU_ARCHS;
+  return "hybrid_w4a16 has no kernels for " + arch + "; it was built for " HYBRID_W4A16_GPU_ARCHS;
 }
 
 // The kernels are part of this library, and the driver loads them.

@@ -15,22 +15,22 @@ std::string refusal(const std::string& arch) {
   for (std::string one; held >> one;) {
     if (one == arch) return "";
   }
-  return "hybrid_w4a16 holds no kernels for " + arch + "; it was built for " + ::gpu::held_archs();
+  return "hybrid_w4a16 has no kernels for " + arch + "; it was built for " + ::gpu::held_archs();
 }
 
 void load_device(int device, const std::string& arch) {
   ::gpu::load_kernels(device, arch, current_stream(device));
 }
 
-void require_current_device() {}  // every start of a kernel asks for the device's own code
+void require_current_device() {}  // every launch looks up the current device's own function
 
-// Found by name, so that one library goes with every build of torch: only ROCm's has it, under the
-// name that CUDA's has.
+// Looked up by name, so that one library works with every build of torch. Only ROCm builds have the
+// function, under the name that it has in CUDA builds.
 void* current_stream(int device) {
   static const auto get = reinterpret_cast<int (*)(int32_t, void**)>(
       ::gpu::find_symbol("aoti_torch_get_current_cuda_stream"));
   void* stream = nullptr;
-  if (get == nullptr) return stream;  // no torch for GPUs, so no stream but the default one
+  if (get == nullptr) return stream;  // a torch for CPUs: only the default stream
   if (get(device, &stream) != 0) {
     throw std::runtime_error("torch has no current stream on device " + std::to_string(device));
   }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The product for tokens that share experts, where there are matrix instructions and asynchronous
-// copies: one wave, R * kRowsPerWave rows of packed weights, a range of k, items one after the
-// other. An item is an expert with up to 8 * NB of the pairs (token, t) that picked it; the pairs
-// are the columns of the matrix instruction, so an expert's weights are read once for all of them.
-// All items form one stream of windows of group_window_blocks(R) blocks; kGroupRing - 1 of them are
-// on their way to LDS while one is multiplied, and the stream does not stop between items.
+// The product for tokens that share experts, on devices with matrix instructions and asynchronous
+// copies: one wave multiplies R * kRowsPerWave rows of packed weights over a range of k, for one
+// item after another. An item is an expert with up to 8 * NB of the pairs (token, t) that picked
+// it. The pairs are the columns of the matrix instruction, so an expert's weights are read once for
+// all of them. All items form one stream of windows of group_window_blocks(R) blocks. While one is
+// multiplied, kGroupRing - 1 are being copied to LDS. The stream does not stop between items.
 //
-// LDS of a block of weights: 16 bytes of row g, 32 weights of unit j of 4, at place
-// 4 * g + (j ^ g / 2): copies and loads of neighbouring lanes fall on different banks. A lane
-// multiplies word t of a unit, so that one pair of matrix instructions covers 32 weights of one
+// LDS layout of a block of weights: the 16 bytes with the 32 weights of row g, unit j of 4, are at
+// position 4 * g + (j ^ g / 2), so copies and loads of neighbouring lanes use different banks. A
+// lane multiplies word t of a unit, so one pair of matrix instructions covers 32 weights of one
 // group.
 #pragma once
 
@@ -19,7 +19,7 @@
 
 namespace moe_int4 {
 
-// A pair of a token, counted from the block's first, and t.
+// A pair: the token, counted from the block's first, and t.
 struct Pair {
   uint16_t bits;
   static constexpr int kTBits = 10;
@@ -28,9 +28,9 @@ struct Pair {
 };
 static_assert(kGroupTokens << Pair::kTBits <= 1 << 16 && kMaxGroupTopK <= 1 << Pair::kTBits);
 
-// The pairs of a block of tokens by expert: list i of `count` is of experts[i] and has
-// pairs[starts[i]] .. pairs[starts[i + 1] - 1], by token, then t. An expert with more pairs than
-// fit a list has several beside each other, so that they run beside each other too.
+// The pairs of a block of tokens by expert: list i of `count` belongs to experts[i] and has
+// pairs[starts[i]] .. pairs[starts[i + 1] - 1], ordered by token, then t. An expert with more pairs
+// than fit in a list has several adjacent lists, so that they also run at the same time.
 struct PairLists {
   const Pair* pairs;
   const uint16_t* experts;
@@ -38,19 +38,19 @@ struct PairLists {
   int count;
 };
 
-// Sorts the pairs whose expert is here into lists of up to `slots`; experts are in the order of
-// their first pair. Block-collective. `lds` has group_list_bytes().
+// Sorts the pairs of local experts into lists of up to `slots`; experts are in the order of their
+// first pair. All threads of the block must call it. `lds` has group_list_bytes().
 GPU_DEVICE PairLists sort_pairs(const Router& router, int first_token, int tokens, int slots,
                                 int waves, char* lds) {
   constexpr uint16_t kNone = 0xffff;
   const int pairs = tokens * router.top_k;
   const int most = pairs < router.num_experts ? pairs : router.num_experts;
   auto* const count = reinterpret_cast<uint32_t*>(lds);
-  uint32_t* const place = count + 1;  // of a pair: its expert, then slot << 16 | rank
+  uint32_t* const place = count + 1;  // per pair: its expert, then slot << 16 | rank
   auto* const sorted = reinterpret_cast<Pair*>(place + pairs);
   auto* const slot_of = reinterpret_cast<uint16_t*>(sorted + pairs);  // [num_experts]
-  uint16_t* const expert_of = slot_of + router.num_experts;           // [most], of a slot
-  uint16_t* const counts = expert_of + most;                          // pairs of a slot
+  uint16_t* const expert_of = slot_of + router.num_experts;           // [most], per slot
+  uint16_t* const counts = expert_of + most;                          // pairs per slot
   uint16_t* const slot_starts = counts + most;
   uint16_t* const starts = slot_starts + most;  // [lists + 1]
   uint16_t* const experts = starts + most_lists(pairs, router.num_experts, slots) + 1;
@@ -138,9 +138,9 @@ struct GroupItem {
   int expert, first, count, row;
 };
 
-// Where the row sets of a wave lie, two side by side at a time: row set r begins `pair` * (r / 2)
-// rows and, of the two the second, another `second` behind the first set. Rows from `limit` on
-// repeat the one before. The second of two is `stack` further.
+// Positions of the wave's row sets, which come in pairs: set r starts `pair` * (r / 2) rows after
+// the first set, and the second set of a pair another `second` rows later. Rows from `limit` on
+// repeat the last row before. The second set of a pair is also `stack` further.
 struct RowSets {
   int pair, second, limit, stack;
   GPU_DEVICE int row(int first, int r) const {
@@ -149,26 +149,26 @@ struct RowSets {
   }
 };
 
-// Shared: all waves of the block have the same items but for their rows, and share activations.
+// Shared: all waves of the block have the same items except for the rows, and share activations.
 template <typename DT, int G, bool ZP, int R, int NB, bool Shared>
 class GroupTile {
   static constexpr int kSets = 2 * R;
   static constexpr int kWindow = group_window_blocks(R);
   static constexpr int kRowBytes = group_row_bytes(R);
-  static constexpr int kSetBytes = kBlockWeightBytes / 2;  // of a row set in a block
-  static constexpr int kGroups = kBlockK / G;              // in a block
+  static constexpr int kSetBytes = kBlockWeightBytes / 2;  // per row set and block
+  static constexpr int kGroups = kBlockK / G;              // per block
   static constexpr int kWindowGroups = kWindow * kGroups;
   static constexpr int kHeld = (kWindowGroups + 3) / 4;  // groups whose scales a lane holds
-  // With few columns a second product, of -(offset + zero point), is cheaper than subtracting
-  // those from every weight; the two products have sums of their own.
+  // With few columns, a second product of -(offset + zero point) is cheaper than subtracting those
+  // from every weight; the two products have separate sums.
   static constexpr bool kSubtracts = NB > 1;
   static constexpr int kSums = kSubtracts ? 1 : 2;
 
  public:
   using Sums = float[NB][R][4];
 
-  // Blocks [first, last) of k. `ring` is the wave's LDS for weights, `rows` its (Shared: the
-  // block's) for `slots` activation rows.
+  // Multiplies blocks [first, last) of k. `ring` is the wave's LDS for weights; `rows` is the
+  // wave's (Shared: the block's) LDS for `slots` activation rows.
   GPU_DEVICE GroupTile(const WeightStack& weights, const RowSets& sets, int first, int last, int k,
                        char* ring, char* rows, int slots, int waves)
       : weights_(weights),
@@ -189,7 +189,7 @@ class GroupTile {
           gpu::lds_address(ring) + (16 * (4 * lane_row() + (j ^ lane_row() / 2)) + 4 * lane_k());
     }
     GPU_UNROLL
-    for (int b = 0; b < NB; ++b) {  // columns without a row repeat one: nobody looks at them
+    for (int b = 0; b < NB; ++b) {  // columns without a row repeat one; their results are unused
       const int slot = 8 * b + lane_row();
       act_[b] = rows_ + ((slot < slots ? slot : slots - 1) * kRowBytes + 16 * lane_k());
     }
@@ -201,11 +201,10 @@ class GroupTile {
     }
   }
 
-  // Multiplies. Items: bool next(GroupItem&) gives the next one; copies enumerate the same items.
-  // wait() returns when activations may be read; row_of(place in pairs) is such a row; begin(item)
-  // comes before an item's product and done(item, sums) behind it:
-  // sums[b][m][c] and [b][m][2 + c] are of row sets 2 * m and 2 * m + 1 and pair
-  // 8 * b + 2 * lane_k() + c.
+  // Multiplies. bool next(GroupItem&) gives the next item; copies enumerate the same items. wait()
+  // returns when activations may be read; row_of(position in pairs) is such a row. begin(item) is
+  // called before an item's product and done(item, sums) after it: sums[b][m][c] and
+  // sums[b][m][2 + c] belong to row sets 2 * m and 2 * m + 1 and to pair 8 * b + 2 * lane_k() + c.
   template <typename Items, typename Wait, typename RowOf, typename Begin, typename Done>
   GPU_DEVICE void run(const Items& items, const Wait& wait, const RowOf& row_of, const Begin& begin,
                       const Done& done) {
@@ -228,7 +227,7 @@ class GroupTile {
 
     Items current = items;
     GroupItem item;
-    int w = 0, free = kGroupRing - 1;  // the window at hand, the one to be filled
+    int w = 0, free = kGroupRing - 1;  // the current window and the one to fill
     GPU_ROLLED
     while (current.next(item)) {
       Sums sums = {};
@@ -236,7 +235,7 @@ class GroupTile {
       GPU_ROLLED
       for (int block = first_; block < last_; block += kWindow) {
         gpu::wait_copies<kGroupRing - 2>();
-        barrier();  // the others' copies too; all have read the window before
+        barrier();  // the copies of the others are done, and all reads of the previous window
         copy_weights(ask, free);
         copy_activations(ask, free, row_of);
         gpu::commit_copies();
@@ -251,11 +250,11 @@ class GroupTile {
       done(item, sums);
     }
     gpu::wait_all_copies();
-    barrier();  // the ring has been read
+    barrier();  // all reads of the ring are done
   }
 
  private:
-  // The window to be requested next.
+  // The window to request next.
   template <typename Items>
   struct Place {
     Items items;
@@ -264,7 +263,7 @@ class GroupTile {
     bool more;
   };
 
-  // Scales and zero points of a window: of four groups beside each other one in each lane.
+  // Scales and zero points of a window: each lane loads one of four adjacent groups.
   struct Scales {
     uint16_t scale[kHeld][kSets];
     uint32_t zero[kHeld][kSets];
@@ -277,7 +276,7 @@ class GroupTile {
     return at;
   }
 
-  // To the next window; true: it is another item's.
+  // Moves to the next window; true if it belongs to another item.
   template <typename Items>
   GPU_DEVICE bool advance(Place<Items>& at) const {
     if (!at.more) return false;
@@ -350,7 +349,7 @@ class GroupTile {
     }
   }
 
-  // The lane copies 8 activations in 256 of each row.
+  // The lane copies 8 of every 256 activations of each row.
   template <typename Items, typename RowOf>
   GPU_DEVICE void copy_activations(const Place<Items>& at, int window, const RowOf& row_of) const {
     constexpr int kStep = 8 * gpu::kWaveSize;
@@ -449,9 +448,9 @@ class GroupTile {
   int first_, last_, k_, slots_;
   int first_slot_, slot_step_;  // the rows that the wave copies
   int limit_;                   // first block in which the lane has no weights
-  // In the first window: where the lane's weights go, its words, its activations.
+  // In the first window: the destination of the lane's weights, its words, its activations.
   gpu::LdsAddress copy_to_, rows_, unit_[4], act_[NB];
-  // The window to be requested next.
+  // The window to request next.
   const uint32_t *q_[kSets], *z_[kSets];
   const uint16_t* s_[kSets];
   Scales scales_[kGroupRing];

@@ -25,7 +25,7 @@ Entry* first_entry = nullptr;
 
 std::runtime_error error(const std::string& message) { return std::runtime_error(message); }
 
-// The functions of HIP that are used; hipError_t is an int, handles are pointers.
+// The functions of HIP that we use; hipError_t is an int, handles are pointers.
 struct Runtime {
   int (*get_device)(int*);
   int (*set_device)(int);
@@ -35,7 +35,7 @@ struct Runtime {
   int (*launch)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                 unsigned block_y, unsigned block_z, unsigned lds_bytes, void* stream, void** args,
                 void** extra);
-  int (*is_capturing)(void* stream, int* status);  // status 0: no
+  int (*is_capturing)(void* stream, int* status);  // status 0: not capturing
   int (*last_error)();
   const char* (*error_name)(int);
   const char* (*error_string)(int);
@@ -80,12 +80,12 @@ const Runtime& runtime() {
 
 void check(int status, const std::string& what) {
   if (status == 0) return;
-  runtime().last_error();  // reported here: torch would find it after a kernel of its own
+  runtime().last_error();  // clears it: torch would report it after a kernel of its own
   throw error(what + ": " + runtime().error_name(status) + " (" + runtime().error_string(status) +
               ")");
 }
 
-// Makes a device current for a while.
+// Makes a device current for the lifetime of the object.
 class OnDevice {
  public:
   explicit OnDevice(int device) : before_(current_device()) { set_device(device); }
@@ -106,7 +106,7 @@ bool holds(const CodeObject& code, std::string_view kernel) {
   return false;
 }
 
-// The runtime reads a code object where it lies, for as long as it is loaded.
+// The runtime reads a code object in place for as long as it is loaded.
 struct Free {
   void operator()(uint8_t* p) const { std::free(p); }
 };
@@ -120,7 +120,7 @@ Image decompress(const CodeObject& code) {
   return image;
 }
 
-// Modules of one device, unloaded again unless they are kept.
+// Modules of one device, unloaded by the destructor unless keep() was called.
 class Modules {
  public:
   void* load(const CodeObject& code, int device) {
@@ -132,7 +132,7 @@ class Modules {
     return module;
   }
   void keep() {
-    static auto& kept = *new std::vector<Image>;  // until the process ends, destructors included
+    static auto& kept = *new std::vector<Image>;  // never freed, not even at exit
     std::move(images_.begin(), images_.end(), std::back_inserter(kept));
     images_.clear();
     modules_.clear();
@@ -152,8 +152,8 @@ Entry::Entry(const char* entry_name) : name(entry_name), next(std::exchange(firs
 
 void* find_symbol(const char* name) {
   if (void* const found = dlsym(RTLD_DEFAULT, name)) return found;
-  // A library that was loaded with RTLD_LOCAL and that nothing of ours depends on. Collected first:
-  // dl_iterate_phdr holds a lock that dlopen takes too.
+  // The library may have been loaded with RTLD_LOCAL, outside of our dependencies. Collect names
+  // first: dl_iterate_phdr holds a lock that dlopen takes too.
   std::vector<std::string> loaded;
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* names) {
@@ -165,7 +165,7 @@ void* find_symbol(const char* name) {
     void* const handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     if (handle == nullptr) continue;
     void* const found = dlsym(handle, name);
-    dlclose(handle);  // whoever loaded it keeps it
+    dlclose(handle);  // only our reference; the library stays loaded
     if (found != nullptr) return found;
   }
   return nullptr;
@@ -199,10 +199,10 @@ void load_kernels(int device, const std::string& arch, void* stream) {
     if (kCodeObjects[i].arch == arch) codes.push_back(&kCodeObjects[i]);
   }
   if (codes.empty()) {
-    throw error("hybrid_w4a16 holds no kernels for " + device_name(device) + ", a " + arch +
+    throw error("hybrid_w4a16 has no kernels for " + device_name(device) + ", a " + arch +
                 "; it was built for " + held_archs());
   }
-  // Looked up before anything is loaded: a failing call would leave an error behind in HIP.
+  // Look everything up before anything is loaded: a failing call would leave an error in HIP.
   std::vector<std::pair<Entry*, size_t>> entries;
   for (Entry* entry = first_entry; entry != nullptr; entry = entry->next) {
     const auto code = std::find_if(codes.begin(), codes.end(),
@@ -239,7 +239,7 @@ void load_kernels(int device, const std::string& arch, void* stream) {
 void start_kernel(const Entry& kernel, const int (&grid)[3], int threads, int lds_bytes,
                   void* stream, void** args) {
   const int device = current_device();
-  // Each device has functions of its own, from code for its architecture: no other can start here.
+  // Each device has its own functions, from the code for its architecture.
   void* const function = device >= 0 && device < kMaxDevices
                              ? kernel.function[device].load(std::memory_order_acquire)
                              : nullptr;

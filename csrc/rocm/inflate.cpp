@@ -14,12 +14,12 @@ namespace {
   throw std::runtime_error(std::string("damaged zlib stream: ") + what);
 }
 
-// The stream as bits, least significant first.
+// The stream as bits, least significant bit first.
 class Bits {
  public:
   Bits(const uint8_t* data, size_t size) : next_(data), end_(data + size) {}
 
-  // The next `count` bits, at most 16, without taking them; zeros follow the end.
+  // The next `count` bits, at most 16, without consuming them; zeros follow the end.
   uint32_t peek(int count) {
     while (held_ < count) {
       if (next_ != end_) {
@@ -49,9 +49,9 @@ class Bits {
   int held_ = 0, past_end_ = 0;
 };
 
-constexpr int kMaxLength = 15;  // of a Huffman code
+constexpr int kMaxLength = 15;  // of a Huffman code, in bits
 
-// A canonical Huffman code as a table over the next kMaxLength bits.
+// A canonical Huffman code as a table indexed by the next kMaxLength bits.
 class Huffman {
  public:
   Huffman(const uint8_t* lengths, int count) : table_(1 << kMaxLength) {
@@ -67,7 +67,7 @@ class Huffman {
     for (int symbol = 0; symbol < count; ++symbol) {
       const int length = lengths[symbol];
       if (length == 0) continue;
-      int reversed = 0;  // codes are written most significant bit first
+      int reversed = 0;  // codes are stored most significant bit first
       for (int i = 0, left = next[length]++; i < length; ++i, left >>= 1) {
         reversed = reversed << 1 | (left & 1);
       }
@@ -78,13 +78,13 @@ class Huffman {
   }
   int read(Bits& bits) const {
     const uint16_t entry = table_[bits.peek(kMaxLength)];
-    if (entry == 0) damaged("a code that stands for nothing");
+    if (entry == 0) damaged("an unassigned code");
     bits.drop(entry & 15);
     return entry >> 4;
   }
 
  private:
-  std::vector<uint16_t> table_;  // symbol << 4 | length of its code; 0: no code
+  std::vector<uint16_t> table_;  // symbol << 4 | length of its code; 0: unassigned
 };
 
 class Output {
@@ -95,7 +95,7 @@ class Output {
     data_[done_++] = byte;
   }
   void copy(size_t distance, size_t length) {
-    if (distance > done_) damaged("a copy from before the start");
+    if (distance > done_) damaged("a copy from before the start of the output");
     for (; length > 0; --length) literal(data_[done_ - distance]);  // source and copy may overlap
   }
   size_t done() const { return done_; }
@@ -105,7 +105,7 @@ class Output {
   size_t size_, done_ = 0;
 };
 
-// Symbols 257.. of lengths and 0.. of distances: what they start at and how many bits are added.
+// Lengths (symbols 257..) and distances (symbols 0..): first value and number of extra bits.
 constexpr uint16_t kLengthBase[] = {3,  4,  5,  6,  7,  8,  9,  10, 11,  13,  15,  17,  19,  23, 27,
                                     31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258};
 constexpr uint8_t kLengthBits[] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
@@ -124,10 +124,10 @@ void inflate_block(Bits& bits, const Huffman& literals, const Huffman& distances
       continue;
     }
     const int kind = symbol - 257;
-    if (kind >= kLengths) damaged("a length that does not exist");
+    if (kind >= kLengths) damaged("an invalid length");
     const uint32_t length = kLengthBase[kind] + bits.take(kLengthBits[kind]);
     const int far = distances.read(bits);
-    if (far >= kDistances) damaged("a distance that does not exist");
+    if (far >= kDistances) damaged("an invalid distance");
     out.copy(kDistanceBase[far] + bits.take(far < 2 ? 0 : far / 2 - 1), length);
   }
 }
@@ -135,7 +135,7 @@ void inflate_block(Bits& bits, const Huffman& literals, const Huffman& distances
 void inflate_stored(Bits& bits, Output& out) {
   bits.to_byte_boundary();
   const uint32_t length = bits.take(16);
-  if ((bits.take(16) ^ length) != 0xffff) damaged("the length of a stored block");
+  if ((bits.take(16) ^ length) != 0xffff) damaged("the wrong length of a stored block");
   for (uint32_t i = 0; i < length; ++i) out.literal(static_cast<uint8_t>(bits.take(8)));
 }
 
@@ -158,7 +158,7 @@ void inflate_dynamic(Bits& bits, Output& out) {
     int repeat = 1;
     uint8_t value = static_cast<uint8_t>(symbol);
     if (symbol == 16) {
-      if (i == 0) damaged("a repeat of nothing");
+      if (i == 0) damaged("a repeat without a previous length");
       value = lengths[i - 1];
       repeat = 3 + bits.take(2);
     } else if (symbol > 16) {
@@ -203,7 +203,7 @@ void inflate(const uint8_t* data, size_t size, uint8_t* out_data, size_t out_siz
         inflate_dynamic(bits, out);
         break;
       default:
-        damaged("a block of no known kind");
+        damaged("an unknown type of block");
     }
   }
   if (out.done() != out_size) damaged("fewer bytes than expected");

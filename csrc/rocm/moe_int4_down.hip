@@ -2,10 +2,10 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // Second half of a decode step: down projection, router weights and the sum over the picked
-// experts. A block owns kRowsPerWave output columns for a block of T tokens. Its waves share the
-// pairs (token, t), and 2^log2_k_slices waves share each pair's k; a wave adds its pairs' results
-// into its own sums in LDS in pair order, and the waves' sums meet in wave order: the same bits on
-// every run.
+// experts. A block computes kRowsPerWave output columns for a block of T tokens. Its waves share
+// the pairs (token, t), and 2^log2_k_slices waves share the k of each pair. A wave adds the results
+// of its pairs to its own sums in LDS in pair order, and the sums of the waves are added in wave
+// order, so every run gives the same bits.
 #include "entry_points.h"
 #include "slots.cuh"
 #include "stream_tile.cuh"
@@ -13,9 +13,9 @@
 
 namespace moe_int4 {
 
-// The kernel for one token per block where weights stream through LDS. Router ids, expert map and
-// weights are read before the previous grid has ended: that is gate_up, or a grid that lets this
-// one start only when it has ended, so that what came before it is complete.
+// The kernel for one token per block where weights stream through LDS. It reads router ids, expert
+// map and weights before the previous grid has ended. That is safe: the previous grid is gate_up,
+// or one that lets this grid start only after its own end, so everything earlier is complete.
 static_assert(!kStreams || gpu::kWaveSize == 2 * kRowsPerWave);
 template <typename DT, int G, bool ZP>
 GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
@@ -65,7 +65,7 @@ GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
 
   if (gpu::wave() != 0) return;
   const int column = first_row + gpu::lane() % kRowsPerWave;
-  float sum = 0.0f;  // half of the waves in the lower lanes, half in the upper ones
+  float sum = 0.0f;  // half of the waves in the lower lanes, half in the upper lanes
   for (int w = gpu::lane() / kRowsPerWave; w < waves; w += gpu::kWaveSize / kRowsPerWave) {
     sum += wave_lds(lds + w * wave_lds_bytes, 1).results[column - first_row];
   }
@@ -104,7 +104,7 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
   if constexpr (T == 1) {
     int t = first < last ? share : top_k;
     for (int chunk = 0; t < top_k; chunk += gpu::kWaveSize) {
-      // The lane's pair; all of the chunk's are requested here.
+      // The lane's pair; this requests all pairs of the chunk.
       const int own[1] = {chunk + gpu::lane() < top_k ? chunk + gpu::lane() : top_k - 1};
       float weight = 1.0f;
       if (topk_weights != nullptr) weight = topk_weights[first_token * tw_stride_m + own[0]];
@@ -137,7 +137,7 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
         if (token >= tokens) break;
         const int t = chunk + place, expert = picked.expert(token, t);
         if (expert < 0) continue;
-        gpu::wave_barrier();  // the lists and results of the previous pair have been used
+        gpu::wave_barrier();  // all reads of the previous pair's lists and results are done
         const int count = list_slots(
             picked, token, t, expert, [&](int slot, int slot_token, int slot_t, float weight) {
               mine.in_row[slot] = (first_token + slot_token) * top_k + slot_t;
@@ -146,7 +146,7 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
             });
         if (count == 0) continue;
         gpu::wave_barrier();
-        // Not `Once`: 144 registers, and with the cap spills.
+        // Not `Once`: that takes 144 registers, and spills with the cap.
         with_slots<false>(count, [&](auto slots, int first_slot, int left) {
           const auto row_of = [&](int s) {
             return acts + mine.in_row[first_slot + (s < left ? s : 0)] * a_stride_m;

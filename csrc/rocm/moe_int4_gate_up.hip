@@ -2,10 +2,10 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // First half of a decode step: gate and up projections of the experts that the router picked, with
-// the activation function in the epilogue. A block owns kRowGroups indices of the intermediate size
-// for one pair (token, t); a lane owns gate row i and up row i + inter; the block's waves share k
-// and their sums meet in LDS, in wave order. A block whose expert an earlier token of its block
-// of T tokens picked too has nothing to do: that token's block serves both.
+// the activation function in the epilogue. A block computes kRowGroups indices of the intermediate
+// size for one pair (token, t). A lane has gate row i and up row i + inter. The block's waves share
+// k and their sums are added in LDS, in wave order. If an earlier token of the same T tokens picked
+// the same expert, the block has nothing to do: that token's block computes both.
 #include "activation.cuh"
 #include "entry_points.h"
 #include "slots.cuh"

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Grouped skinny GEMM: block b of up to T rows, all of one expert, that the caller sorted together.
-// vLLM's decode step does not use it (it runs gate_up and down). The op stays because users of the
-// first release call it.
-// A block owns kRowsPerWave output columns; its waves share k and their sums meet in LDS in wave
-// order.
+// Grouped skinny GEMM on blocks of up to T rows; the caller sorts the rows so that all rows of a
+// block belong to one expert. vLLM's decode step does not use it (it runs gate_up and down). The op
+// stays because users of the first release call it.
+// A block computes kRowsPerWave output columns. Its waves share k, and their sums are added in LDS
+// in wave order.
 #include "entry_points.h"
 #include "slots.cuh"
 #include "wave_tile.cuh"
@@ -29,7 +29,7 @@ GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
 
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
-  // Padding reads what the block's first row reads; it writes nothing.
+  // Padding reads the same row as the block's first row and writes nothing.
   const int row = gpu::lane() < block_size_m ? gpu::lane() : 0;
   const int64_t at = static_cast<int64_t>(gpu::block_y()) * block_size_m + row;
   const int64_t id = sorted_token_ids == nullptr ? at : sorted_token_ids[at];

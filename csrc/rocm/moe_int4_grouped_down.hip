@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// down for tokens that share experts, see group_tile.cuh: a block owns R * kRowsPerWave output
+// down for tokens that share experts, see group_tile.cuh: a block computes R * kRowsPerWave output
 // columns for kGroupTokens tokens. Its waves share the lists of pairs, and 2^log2_k_slices waves
-// share each one's k; a wave adds its results into its own sums in LDS, and the waves' sums meet in
-// wave order: the same bits on every run.
+// share the k of each list. A wave adds its results to its own sums in LDS, and the sums of the
+// waves are added in wave order, so every run gives the same bits.
 #include "entry_points.h"
 
 #if GPU_HAS_MMA
@@ -14,7 +14,7 @@ namespace moe_int4 {
 
 constexpr int kRowsOf_grouped_down = 1, kRowsOf_wide_down = 2;  // R
 
-// Every step-th list.
+// Processes every step-th list.
 struct DownItems {
   PairLists lists;
   int row, step, list;
@@ -94,7 +94,7 @@ GPU_DEVICE void grouped_down(MOE_INT4_GROUPED_DOWN_ARGS) {
         out[kRowGroups] += weight[b][i] * sums[b][m][2 + i];
       }
     };
-    // One after the other where a token comes twice.
+    // One after another if a token occurs twice.
     for (int slot = twice ? 0 : item.count; slot <= item.count; ++slot) {
       GPU_UNROLL
       for (int b = 0; b < NB; ++b) {

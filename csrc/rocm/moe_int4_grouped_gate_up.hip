@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// gate_up for tokens that share experts, see group_tile.cuh: block (x, y, z) owns `row_tiles` tiles
-// of kGateUpRows * kRowGroups indices of the intermediate size per wave, for the y-th list of
+// gate_up for tokens that share experts, see group_tile.cuh: block (x, y, z) computes `row_tiles`
+// tiles of kGateUpRows * kRowGroups indices of the intermediate size per wave, for the y-th list of
 // pairs of the z-th kGroupTokens tokens. Blocks without a list have nothing to do. Waves do not
-// split k, so gate and up of an index meet in one lane.
+// split k, so one lane has both gate and up of an index.
 #include "activation.cuh"
 #include "entry_points.h"
 

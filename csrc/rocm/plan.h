@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// How gate_up and down are launched: as a value, from a rule or from the caller. Results do not
-// depend on it except for the order of fp32 sums.
+// How gate_up and down are launched, as a value that comes from a rule or from the caller. Results
+// depend on it only in the order of fp32 sums.
 #pragma once
 
 #include <cmath>
@@ -18,40 +18,40 @@ namespace moe_int4 {
 enum class Kernel {
   kPairs = 0,    // _t1: every pair (token, expert) reads the expert's weights
   kEights = 1,   // _t8: eight tokens share them
-  kGrouped = 2,  // grouped: kGroupTokens tokens share them; where there are matrix instructions
-  kWide = 3,     // the same with twice the rows per wave; down only
+  kGrouped = 2,  // grouped: kGroupTokens tokens share them; needs matrix instructions
+  kWide = 3,     // as kGrouped with twice the rows per wave; down only
 };
 
 struct GateUpPlan {
   Kernel kernel;
-  int waves;      // of a block: kPairs and kEights share k, kGrouped has row tiles of their own
+  int waves;      // per block: kPairs and kEights share k, kGrouped has row tiles of its own
   int slots;      // kGrouped: pairs of an expert per pass over its weights
-  int row_tiles;  // kGrouped: row tiles one after the other in each wave
+  int row_tiles;  // kGrouped: row tiles that each wave processes one after another
 };
 struct DownPlan {
   Kernel kernel;
-  int waves;     // of a block
-  int k_slices;  // of them share k, a power of two that divides waves
+  int waves;     // per block
+  int k_slices;  // waves that share k, a power of two that divides waves
   int slots;     // kGrouped, kWide: as in GateUpPlan
   int rows() const { return kernel == Kernel::kWide ? 2 * kRowsPerWave : kRowsPerWave; }
   bool grouped() const { return kernel == Kernel::kGrouped || kernel == Kernel::kWide; }
 };
 
-// What a rule looks at.
+// The input of a rule.
 struct Problem {
   int tokens, top_k, experts;
-  int rows;      // weight rows that a block divides: half of gate_up's, all of down's
+  int rows;      // weight rows to divide among blocks: half of gate_up's, all of down's
   int blocks;    // of kBlockK along k
   bool aligned;  // activation rows are 16-byte aligned
   int cu_count;
-  int max_lds;          // bytes that a block may have
+  int max_lds;          // bytes per block
   double expert_bytes;  // of one expert's int4 weights in this op
 
   int pairs() const { return tokens * top_k; }
   bool can_group() const {
     return kStreams && aligned && top_k <= kMaxGroupTopK && experts < (1 << 16) - 1;
   }
-  // Different experts that uniform routing picks on average: no token picks one twice.
+  // Expected number of distinct experts under uniform routing; no token picks one twice.
   double distinct() const {
     const double picked = top_k < experts ? static_cast<double>(top_k) / experts : 1.0;
     return experts * (1 - std::pow(1 - picked, static_cast<double>(tokens)));
@@ -62,7 +62,7 @@ struct Problem {
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Bytes of LDS of a block.
+// Bytes of LDS per block.
 inline int gate_up_lds(const Problem& p, const GateUpPlan& plan) {
   if (plan.kernel == Kernel::kGrouped) {
     return plan.waves * kGroupWeightBytes + group_row_ring_bytes(kGateUpRows, plan.slots) +
@@ -101,7 +101,7 @@ namespace plan_detail {
                            ": expected " + expected + ", got " + std::to_string(got));
 }
 
-// Value i of the plan, checked to be from least to most.
+// Value i of the plan, checked to be between least and most.
 inline int value(const char* op, const Plan& plan, int i, const char* name, int least, int most) {
   const int64_t got = plan.values[i];
   if (got < least || got > most) {
@@ -140,8 +140,8 @@ inline void check_lds(const char* op, int lds, const Problem& p) {
 
 }  // namespace plan_detail
 
-// The caller's plan of four integers: kernel, waves, slots, row_tiles; see GateUpPlan. Throws
-// std::runtime_error naming the value that does not fit.
+// Parses the caller's plan of four integers: kernel, waves, slots, row_tiles; see GateUpPlan.
+// Throws std::runtime_error naming the value that is not valid.
 inline GateUpPlan parse_gate_up_plan(const Plan& plan, const Problem& p) {
   using namespace plan_detail;
   constexpr const char* kOp = "gate_up";
@@ -155,7 +155,7 @@ inline GateUpPlan parse_gate_up_plan(const Plan& plan, const Problem& p) {
   return out;
 }
 
-// Likewise: kernel, waves, k_slices, slots; see DownPlan.
+// The same for kernel, waves, k_slices, slots; see DownPlan.
 inline DownPlan parse_down_plan(const Plan& plan, const Problem& p) {
   using namespace plan_detail;
   constexpr const char* kOp = "down";
@@ -174,11 +174,11 @@ inline DownPlan parse_down_plan(const Plan& plan, const Problem& p) {
 }
 
 // ---------------------------------------------------------------------------------------- the rule
-// Constants with streams and matrix instructions: an H100, six model shapes, 1 to 64 tokens,
-// 2026-11 (README.md). Those of RDNA were not measured: from the resource report and the counts of
-// isa_report.py. The host takes those of the code that it runs.
+// The constants for streams and matrix instructions were measured on an H100 (six model shapes, 1
+// to 64 tokens, 2026-11; README.md). Those for RDNA were not measured: they come from the resource
+// report and the counts of isa_report.py. The host uses those of the code that it runs.
 
-// Parts of `total`, at most `parts`, with none left empty and the largest as small as before.
+// The fewest parts of `total` whose largest is no larger than with `parts` equal parts.
 constexpr int even_parts(int total, int parts) {
   return ceil_div(total, ceil_div(total, parts < total ? parts : total));
 }
@@ -186,7 +186,7 @@ constexpr int clamp(double x, int least, int most) {
   return x < least ? least : x > most ? most : static_cast<int>(x);
 }
 
-// Waves that share k of a tile where `tiles` of them are to occupy the device.
+// Number of waves that share k of a tile if `tiles` tiles are to occupy the device.
 inline int waves_sharing_k(int blocks, int64_t tiles, int cu_count) {
   constexpr int kWavesPerCu = kStreams ? 16 : 24;
   const double wanted = std::ceil(static_cast<double>(kWavesPerCu) * cu_count / tiles);
@@ -196,10 +196,10 @@ inline int gemm_waves(int blocks, int64_t tiles, int cu_count) {
   return waves_sharing_k(blocks, tiles, cu_count);
 }
 
-// Distinct experts per pair from which on every pair on its own is faster than pairs that share.
-// To find out who shares costs about as much as reading 23% of a small expert again, mostly from
-// the cache, and 13% of a large one. An RDNA GPU needs far longer for the bytes and no longer for
-// the rest, and its loads of weights leave nothing in the last-level cache: 5%.
+// Distinct experts per pair from which pairs on their own are faster than pairs that share.
+// Finding the pairs that share costs about as much as reading 23% of a small expert again, mostly
+// from the cache, or 13% of a large one. An RDNA GPU takes far longer for the bytes and no longer
+// for the rest, and its weight loads leave nothing in the last-level cache: 5%.
 inline double few_share_limit(const Problem& p) {
   if (!kStreams) return 0.95;
   const double limit = 0.79 + 0.02 * std::log2(p.expert_bytes / 1e6);
@@ -214,14 +214,14 @@ inline GateUpPlan gate_up_plan(const Problem& p) {
     const int waves = waves_sharing_k(p.blocks, int64_t{tiles} * p.pairs(), p.cu_count);
     return {alone ? Kernel::kPairs : Kernel::kEights, waves, 0, 0};
   }
-  if (p.tokens == 1 || few_share(p)) {  // a window per wave: all of it is requested at once
+  if (p.tokens == 1 || few_share(p)) {  // one window per wave, all of it requested at once
     const int waves = even_parts(p.blocks, clamp(ceil_div(p.blocks, kWindowBlocks), 1, 8));
     return {Kernel::kPairs, waves, 0, 0};
   }
   GateUpPlan out{Kernel::kGrouped, 1, 0, 1};
   out.slots = p.tokens <= 4 ? p.tokens : p.pairs_per_expert() < 6 ? 8 : kGateUpSlots;
   out.waves = out.slots <= 4 ? 1 : out.slots / 4;
-  if (out.slots <= 8) {  // up to 24 windows a wave, as long as all waves that fit have work
+  if (out.slots <= 8) {  // up to 24 windows per wave, as long as all waves that fit have work
     const int windows = ceil_div(p.blocks, group_window_blocks(kGateUpRows));
     const double rounds = ceil_div(tiles, kGateUpRows) * p.distinct() / (16.0 * p.cu_count);
     const int most = clamp(24 / windows, 1, 24);
@@ -230,7 +230,7 @@ inline GateUpPlan gate_up_plan(const Problem& p) {
   return out;
 }
 
-// Fewer waves until the device has the LDS.
+// Reduces the waves until the block fits the device's LDS.
 inline DownPlan fitted(const Problem& p, DownPlan plan) {
   int shares = plan.waves / plan.k_slices;
   while (down_lds(p, plan) > p.max_lds && plan.waves > 1) {
@@ -248,7 +248,7 @@ inline DownPlan grouped_down_plan(const Problem& p) {
   const bool wide = p.tokens > 2 && ceil_div(p.rows, 2 * kRowsPerWave) >= 0.7 * p.cu_count;
   DownPlan out{wide ? Kernel::kWide : Kernel::kGrouped, 1, 1, 0};
   out.slots = p.tokens <= 4 ? p.tokens : p.pairs_per_expert() < (wide ? 2.2 : 3) ? 4 : kDownSlots;
-  const int least = 2 * group_window_blocks(wide ? 2 : 1);  // blocks of a slice: two windows
+  const int least = 2 * group_window_blocks(wide ? 2 : 1);  // blocks per slice: two windows
   while (out.k_slices < 4 && p.blocks / (2 * out.k_slices) >= least) out.k_slices *= 2;
   const int most = p.pairs() < p.experts ? p.pairs() : p.experts;
   const int shares = (p.tokens <= 2 ? 8 : 12) / out.k_slices;
@@ -258,7 +258,7 @@ inline DownPlan grouped_down_plan(const Problem& p) {
 
 inline DownPlan down_plan(const Problem& p) {
   const int tiles = ceil_div(p.rows, kRowsPerWave);
-  // With a tile or more for each compute unit, grouped blocks are one round whatever the tokens.
+  // With at least one tile per compute unit, the grouped blocks are one round for any tokens.
   if (p.can_group() && (tiles >= p.cu_count || !(p.tokens == 1 || few_share(p)))) {
     return grouped_down_plan(p);
   }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// wvSplitK_int_g_rescore, see hybrid_w4a16_dense_ops.py: blocks find the largest product and lower
-// bound of a part of the vocabulary each; then every block computes those products of its own part
-// again that the largest of all ask for: a wave a row of weights, or, with matrix instructions, a
-// block 8 rows at a time, its waves sharing k. Nothing but the values decides what is computed, and
-// sums have an order that depends on k alone.
+// wvSplitK_int_g_rescore, see hybrid_w4a16_dense_ops.py. First, each block finds the largest
+// product and the largest lower bound in a part of the vocabulary. Then every block recomputes the
+// products of its own part that could matter given the maximum over all parts: one row of weights
+// per wave or, with matrix instructions, 8 rows per block, whose waves share k. Which products are
+// recomputed depends only on the values, and the order of sums only on k.
 #include "dequant.cuh"
 #include "entry_points_dense.h"
 
@@ -13,7 +13,7 @@ namespace moe_int4 {
 namespace {
 
 constexpr float kLowest = -3.0e38f;
-// Rounding to 16 bits moves a product by less than this part of it, in bf16; fp16 is finer.
+// Rounding to bf16 changes a product by less than this share of it; fp16 is finer.
 constexpr float kRounding = 0x1p-7f;
 constexpr int kMaxRows = 16;
 
@@ -43,7 +43,7 @@ GPU_DEVICE float largest_of_wave(float x) {
   return larger(x, gpu::shuffle_xor<16>(x));
 }
 
-// Square of the norm of a row, by one wave, in all its lanes.
+// Squared norm of a row, computed by one wave, in all its lanes.
 template <typename DT>
 GPU_DEVICE float squares_of_row(const uint16_t* row, int k) {
   float sum = 0.0f;
@@ -55,12 +55,12 @@ GPU_DEVICE float squares_of_row(const uint16_t* row, int k) {
   return sum_of_wave(sum);
 }
 
-// The reach of a product: what it may be off by.
+// The reach of a product: its largest possible error.
 GPU_DEVICE float reach(float norm, float error, float product) {
   return norm * error + kRounding * absolute(product);
 }
 
-// norms[i] = bound * |row i of a|, by a wave each. A block barrier has to follow.
+// norms[i] = bound * |row i of a|, one wave each. A block barrier has to follow.
 template <typename DT>
 GPU_DEVICE void find_norms(const void* a, int64_t stride, int m, int k, float bound, int waves,
                            float* norms) {
@@ -124,18 +124,18 @@ GPU_DEVICE void largest(RESCORE_LARGEST_ARGS) {
   return static_cast<int>((x + (x >> 4) & 0x0f0f0f0fu) * 0x01010101u >> 24);
 }
 
-// Columns of a part that are asked for, in order.
+// The columns of a part that have to be recomputed, in order.
 struct Asked {
-  uint32_t* bits;  // [column] a bit per activation row
+  uint32_t* bits;  // [column] one bit per activation row
   uint32_t* list;  // [total] columns
   int total;
 };
 
-// Products of one row of weights, by a wave.
+// Products of one row of weights, computed by one wave.
 template <typename DT>
 GPU_DEVICE void rescore_row(const uint16_t* a, int64_t a_stride, const uint16_t* row, int k,
                             uint32_t bits, uint16_t* c, int64_t c_stride) {
-  constexpr int kTogether = 4;  // loads of 16 bytes that are requested before the first use
+  constexpr int kTogether = 4;  // loads of 16 bytes to request before the first use
   constexpr int kStep = 8 * gpu::kWaveSize;
   float sum[kMaxRows] = {};
   for (int at = 8 * gpu::lane(); at < k; at += kTogether * kStep) {
@@ -168,23 +168,23 @@ GPU_DEVICE void rescore_row(const uint16_t* a, int64_t a_stride, const uint16_t*
   }
 }
 
-constexpr int kColumns = 8;  // rows of weights at a time, the matrix instruction's columns
+constexpr int kColumns = 8;  // rows of weights at a time, the columns of the matrix instruction
 constexpr int kResults = kMaxRows * kColumns;
 
-// All products that are asked for, by a block: a wave multiplies a range of k of kColumns rows of
-// weights with all activation rows, then the waves' sums are added in order. `results` is [2][wave]
-// [row][column].
+// All products to recompute, by one block: each wave multiplies a range of k of kColumns rows of
+// weights with all activation rows, then the sums of the waves are added in order. `results` is
+// [2][wave][row][column].
 template <typename DT>
 GPU_DEVICE void rescore_columns(const uint16_t* a, int64_t a_stride, int m, const uint16_t* w,
                                 int64_t w_stride, int k, const Asked& asked, int waves,
                                 float* results, uint16_t* c, int64_t c_stride) {
   constexpr int kTogether = 4;
-  constexpr int kStep = 32;  // along k, 8 of each lane
+  constexpr int kStep = 32;  // along k, 8 per lane
   const int row = gpu::lane() / 4, lane_k = gpu::lane() % 4 * 8;
   const int steps = (k + kStep - 1) / kStep, of_wave = (steps + waves - 1) / waves;
   const int first = gpu::wave() * of_wave;
   const int last = first + of_wave < steps ? first + of_wave : steps;
-  // Activation rows that do not exist repeat the last one: their results are dropped.
+  // Activation rows that do not exist repeat the last one; their results are discarded.
   const uint16_t* const a0 = a + (row < m ? row : m - 1) * a_stride;
   const uint16_t* const a1 = a + (row + 8 < m ? row + 8 : m - 1) * a_stride;
   for (int base = 0; base < asked.total; base += kColumns) {
@@ -241,11 +241,11 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
   Asked asked = {};
   asked.bits = reinterpret_cast<uint32_t*>(results + (gpu::kHasMma ? 2 * waves * kResults : 0));
   asked.list = asked.bits + padded;
-  uint32_t* const counts = asked.list + padded;  // of every kWaveSize columns
+  uint32_t* const counts = asked.list + padded;  // per kWaveSize columns
   const auto* activations = static_cast<const uint16_t*>(a);
   auto* products = static_cast<uint16_t*>(c);
 
-  // The previous grid, largest(), began when a had been written.
+  // a is complete: the previous grid, largest(), started after it was written.
   find_norms<DT>(a, a_stride_m, m, k, bound, waves, norms);
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
@@ -283,7 +283,7 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
   products += begin;
   const uint16_t* const weights = static_cast<const uint16_t*>(w) + begin * w_stride_n;
   if constexpr (gpu::kHasMma) {
-    // Every wave counts what stands before its columns.
+    // Every wave counts the entries before its columns.
     for (int base = 0; base < padded; base += gpu::kWaveSize) {
       const uint32_t found = counts[base / gpu::kWaveSize];
       const uint32_t before = found & ((1u << gpu::lane()) - 1);

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The product of wave_tile.cuh for one activation row per expert where kStreams holds: one wave,
-// kRowsPerWave rows of packed weights, a range of k, pairs (token, expert) one after the other. All
-// pairs form one stream of windows of kWindowBlocks blocks; kRingWindows of them are on their way
-// to LDS or being multiplied, which costs no registers and does not stop between pairs.
-// Activation rows are 16-byte aligned.
+// The product of wave_tile.cuh for one activation row per expert, where kStreams is true: one wave
+// multiplies kRowsPerWave rows of packed weights over a range of k, for one pair (token, expert)
+// after another. All pairs form one stream of windows of kWindowBlocks blocks. kRingWindows windows
+// are being copied to LDS or multiplied at a time. That takes no registers and does not stop
+// between pairs. Activation rows are 16-byte aligned.
 //
-// Columns of the matrix instruction are the groups within a block; empty columns read zeros. A
-// second product, of -(offset + zero point) for every weight, takes those out.
+// The columns of the matrix instruction are the groups within a block; empty columns read zeros. A
+// second product, of -(offset + zero point) for every weight, removes those.
 #pragma once
 
 #include "wave_tile.cuh"
@@ -22,8 +22,8 @@ class StreamTile {
   static constexpr int kColumns = kGroups == 1 ? 1 : 2;  // of a lane's two, those in use
 
  public:
-  // Row sets begin at row0 and row1 of the lane; `ring` is the wave's LDS, `zeros` the block's,
-  // which its first wave fills: a block barrier has to follow.
+  // The row sets start at row0 and row1 of the lane. `ring` is the wave's LDS. `zeros` is the
+  // block's; its first wave fills it, so a block barrier has to follow.
   GPU_DEVICE StreamTile(const WeightStack& weights, int row0, int row1, int first, int last, int k,
                         char* ring, char* zeros)
       : weights_(weights),
@@ -55,15 +55,15 @@ class StreamTile {
         zero_shift_[r] = 4 * (rows[r] % 8);
       }
     }
-    // A lane multiplies four units of 8 activations in a block; the same one of all lanes along k
-    // lies side by side.
+    // A lane multiplies four units of 8 activations per block. The same unit of all lanes along k
+    // is contiguous.
     const int unit = gpu::lane() % 16;
     act_to_ = kWindowWeightBytes - 16 * gpu::lane() +
               16 * (gpu::lane() / 16 * 16 + unit % 4 * kLanesPerRow + unit / 4);
   }
 
-  // Requests the first windows of `pairs` (a bit each): weights (`experts`: lane p has pair p's),
-  // activations (`row_of(pair)`). Both, in any order, the second one with Commit.
+  // Requests the first windows of `pairs` (one bit each): weights (`experts`: lane p has pair p's)
+  // and activations (`row_of(pair)`). Call both in any order, the second with Commit.
   template <bool Commit>
   GPU_DEVICE void request_weights(uint32_t pairs, int experts) {
     experts_ = experts;
@@ -92,7 +92,7 @@ class StreamTile {
     }
   }
 
-  // Multiplies. `done(pair, sums)`: the pair's two results, in lanes with lane_k() == 0.
+  // Multiplies. done(pair, sums) gets the pair's two results, in lanes with lane_k() == 0.
   template <typename RowOf, typename Done>
   GPU_DEVICE void run(uint32_t pairs, const RowOf& row_of, const Done& done) {
     int w = 0;
@@ -102,12 +102,12 @@ class StreamTile {
       GPU_ROLLED
       for (int base = first_; base < last_; base += kWindowBlocks) {
         add_blocks<0>(acc, base, ring_ + w * kWindowBytes, act_ + w * act_window_);
-        // All of the window, also copies that no block has waited for, before it is used again.
+        // Wait for the whole window, also for copies that no block waited for, before its reuse.
         gpu::wait_copies<(kRingWindows - 1) * kWindowBlocks>();
         GPU_UNROLL
         for (int i = 0; i + 1 < kRingWindows; ++i) scales_[i] = scales_[i + 1];
         if (at_.pairs != 0) {
-          gpu::wave_barrier();  // the window has been read
+          gpu::wave_barrier();  // all reads of the window are done
           copy_activations(ring_ + w * kWindowBytes, at_.block);
         }
         copy_weights<true>(ring_ + w * kWindowBytes);
@@ -127,22 +127,22 @@ class StreamTile {
       done(gpu::first_bit(pairs), acc);
     }
     gpu::wait_all_copies();
-    gpu::wave_barrier();  // the ring has been read
+    gpu::wave_barrier();  // all reads of the ring are done
   }
 
  private:
   struct Place {
-    uint32_t pairs;  // left, the lowest bit's is the one at hand
+    uint32_t pairs;  // remaining; the lowest bit is the current pair
     int block;
   };
 
-  // Scales and zero points of a window: of four groups beside each other one in each lane.
+  // Scales and zero points of a window: each lane loads one of four adjacent groups.
   struct Scales {
     uint16_t scale[kGroups][2];
     uint32_t zero[kGroups][2];
   };
 
-  // To the next window; true: it is another pair's, or there is none.
+  // Moves to the next window; true if it belongs to another pair or does not exist.
   GPU_DEVICE bool advance(Place& at) const {
     at.block += kWindowBlocks;
     if (at.block < last_) return false;
@@ -191,7 +191,7 @@ class StreamTile {
     q_[1] += kWindowBlocks * (kBlockK / 8);
   }
 
-  // Every block has a group of copies, also those that do not exist.
+  // Every block has a group of copies, even if the block does not exist.
   static GPU_DEVICE void commit_window() {
     GPU_UNROLL
     for (int i = 0; i < kWindowBlocks; ++i) gpu::commit_copies();
@@ -234,7 +234,7 @@ class StreamTile {
     if constexpr (I < kWindowBlocks) {
       if (base + I >= last_) return;
       gpu::wait_copies<kRingWindows * kWindowBlocks - 1 - I>();
-      gpu::wave_barrier();  // what the other lanes copied
+      gpu::wave_barrier();  // the copies of the other lanes
       add_block<I>(acc, window, act);
       add_blocks<I + 1>(acc, base, window, act + act_block_);
     }
@@ -257,7 +257,7 @@ class StreamTile {
       }
       minus[r] = unpack_pair<DT, 0>(zero * 0x00010001u) ^ 0x80008000u;
     }
-    float dot[4][4] = {};  // four sums: a shorter chain of dependent instructions
+    float dot[4][4] = {};  // four sums, for a shorter chain of dependent instructions
     GPU_UNROLL
     for (int q = 0; q < 4; ++q) {
       const gpu::U32x4 a = gpu::lds_load_16(act + 16 * q * kLanesPerRow);
@@ -285,15 +285,15 @@ class StreamTile {
 
   const WeightStack& weights_;
   int first_, last_, k_;
-  int limit_;                   // first block in which the lane has no weights
-  gpu::LdsAddress ring_;        // the lane's first 16 bytes
-  int act_to_;                  // from there to the place of the activations that the lane copies
-  gpu::LdsAddress act_;         // the activations that it multiplies, in the first window, or zeros
-  int act_block_, act_window_;  // to those of the next block and window
+  int limit_;                        // first block in which the lane has no weights
+  gpu::LdsAddress ring_;             // the lane's first 16 bytes
+  int act_to_;                       // from there to the activations that the lane copies
+  gpu::LdsAddress act_;              // those that it multiplies in the first window, or zeros
+  int act_block_, act_window_;       // offsets of those in the next block and the next window
   int q_at_[2], s_at_[2], z_at_[2];  // the lane's rows in an expert, from block first_ on
   int zero_shift_[2];                // their nibbles in a word of zeros
   int experts_;
-  // The window to be requested next.
+  // The window to request next.
   Place at_;
   const uint32_t *q_[2], *z_[2];
   const uint16_t *s_[2], *a_;

@@ -17,13 +17,13 @@
 //
 // The second row set is the rows that follow, or in gate_up the up rows of the same indices.
 //
-// A turn takes kLoadDepth blocks. Its activations are requested before its weights, because AMD
-// waits for loads in the order in which they were requested, and all weights before any is used.
-// Weights stay in registers; activations go through LDS. The activations' sums, which take out the
-// nibble offset and the zero point, are made once while they are staged.
+// A turn processes kLoadDepth blocks. It requests the activations before the weights, because AMD
+// waits for loads in the order of the requests, and requests all weights before it uses any.
+// Weights stay in registers; activations go through LDS. The sums of the activations, which remove
+// the nibble offset and the zero point, are computed once, during staging.
 //
-// No load depends on a condition, which would be a branch with a wait: past the end of a row a lane
-// loads the row's last weights again, and their scale becomes 0.
+// No load depends on a condition, which would be a branch with a wait. Past the end of a row a lane
+// loads the row's last weights again, with a scale of 0.
 #pragma once
 
 #include "dequant.cuh"
@@ -34,8 +34,8 @@ namespace moe_int4 {
 GPU_DEVICE int lane_row() { return gpu::lane() / kLanesPerRow; }
 GPU_DEVICE int lane_k() { return gpu::lane() % kLanesPerRow; }
 
-// Two row sets as a lane sees them: where each begins, which is the same for all lanes, and how far
-// behind that the lane's row is, in bytes. AMD's loads take just this, a scalar and 32 bits.
+// Two row sets as a lane addresses them: the start of each, equal for all lanes, and the offset of
+// the lane's row in bytes. AMD's loads take exactly this, a scalar and 32 bits.
 struct WeightRows {
   struct Set {
     const uint32_t* q;
@@ -47,8 +47,8 @@ struct WeightRows {
   Set sets[2];
 };
 
-// A stack of packed weights, see moe_int4_args.h; strides within an expert fit 32 bits, and so do
-// kRowGroups rows in bytes.
+// A stack of packed weights, see moe_int4_args.h. Strides within an expert fit in 32 bits, and so
+// do the bytes of kRowGroups rows.
 struct WeightStack {
   const uint32_t* q;
   int64_t q_stride_e;
@@ -60,9 +60,9 @@ struct WeightStack {
   int64_t z_stride_e;
   int z_stride_n8;
 
-  // The sets that begin at rows `first0` and `first1`, in expert 0; at() then moves them. In two
-  // steps, so that most is done when the router's answer arrives. Rows from `end0` or `end1` on are
-  // taken for the last one before.
+  // The sets that start at rows `first0` and `first1` of expert 0; at() then moves them. The two
+  // steps let most of the work finish before the router's output arrives. Rows from `end0` or
+  // `end1` on repeat the last row before.
   template <bool ZP>
   GPU_DEVICE WeightRows rows(int first0, int end0, int first1, int end1) const {
     return {{set<ZP>(first0, end0 - 1), set<ZP>(first1, end1 - 1)}};
@@ -81,7 +81,7 @@ struct WeightStack {
  private:
   template <bool ZP>
   GPU_DEVICE WeightRows::Set set(int first, int last) const {
-    // With zero points rows come in eights: where four are a row set, as on AMD, all of it exist.
+    // With zero points, the number of rows is a multiple of 8, so AMD's sets of four are complete.
     constexpr bool kWhole = ZP && kRowGroups <= 4;
     if (!kWhole && first > last) first = last;
     const int row = kWhole || lane_row() < last - first ? lane_row() : last - first;
@@ -100,7 +100,7 @@ struct WeightStack {
   }
 };
 
-// The element `bytes` behind a pointer that is the same for all lanes.
+// The element `bytes` after a pointer that is the same for all lanes.
 template <typename T>
 GPU_DEVICE const T* behind(const T* base, uint32_t bytes) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + bytes);
@@ -108,7 +108,7 @@ GPU_DEVICE const T* behind(const T* base, uint32_t bytes) {
 
 GPU_DEVICE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
-// Sum over `Lanes` lanes beside each other.
+// Sum over `Lanes` neighbouring lanes.
 template <int Lanes>
 GPU_DEVICE float sum_over_lanes(float x) {
   if constexpr (Lanes > 1) x += gpu::shuffle_xor<1>(x);
@@ -118,7 +118,7 @@ GPU_DEVICE float sum_over_lanes(float x) {
   return x;
 }
 
-// What a lane loads of one block: `Scales` groups' worth of scales and zero points.
+// A lane's loads for one block: the scales and zero points of `Scales` groups.
 template <int Scales>
 struct Block {
   gpu::U32x4 w[2];
@@ -126,18 +126,18 @@ struct Block {
   uint32_t zero[2][Scales];
 };
 
-// Product of a block through the dot instruction: a lane sums over its own k.
+// Product of a block with the dot instruction: each lane sums over its own k.
 template <typename DT, int G, int S>
 struct DotProduct {
   static constexpr int kScales = 1;   // groups whose scale a lane needs, per row and block
-  static constexpr int kSummed = 32;  // activations in a sum: what a lane multiplies
+  static constexpr int kSummed = 32;  // activations per sum: those that a lane multiplies
   static constexpr int kResults = S;
 
   float acc[2][kResults] = {};
 
   static GPU_DEVICE int lane_group() { return 32 * lane_k() / G; }  // within a block
 
-  // `staged` and `sums` are at the block, of slot 0.
+  // `staged` and `sums` point to the block, in slot 0.
   GPU_DEVICE void add(const Block<kScales>& b, const float (&scale)[2][kScales],
                       const float (&offset)[2][kScales], const char* staged, const float* sums) {
     float dot[2][S] = {};
@@ -182,12 +182,12 @@ struct DotProduct {
   static GPU_DEVICE int slot(int i) { return lane_k() == 0 ? i : S; }
 };
 
-// Product of a block through the 16x8x16 matrix instruction: the wave's 16 rows are its rows, and
-// a column is a pair (slot, group within the block), so that the sums of different groups, which
-// have different scales, stay apart. A column is zero outside its group.
+// Product of a block with the 16x8x16 matrix instruction. The wave's 16 rows are the rows of the
+// instruction. A column is a pair (slot, group within the block): groups have different scales, so
+// their sums stay separate. A column is zero outside its group.
 template <typename DT, int G, int S>
 struct MmaProduct {
-  static constexpr int kGroups = kBlockK / G;  // in a block
+  static constexpr int kGroups = kBlockK / G;  // per block
   static constexpr int kPasses = (S * kGroups + 7) / 8;
   static constexpr int kScales = kGroups == 1 ? 1 : 2;
   static constexpr int kSummed = G;
@@ -206,7 +206,7 @@ struct MmaProduct {
       const int column = 8 * p + lane_row();
       const bool mine = column < S * kGroups && 32 * lane_k() / G == column % kGroups;
       const char* row = staged + column / kGroups * staged_row_bytes(S) + 16 * lane_k();
-      float dot[2][4] = {};  // two sums: a shorter chain of dependent instructions
+      float dot[2][4] = {};  // two sums, for a shorter chain of dependent instructions
       GPU_UNROLL
       for (int q = 0; q < 4; ++q) {
         if constexpr (kPasses > 1) act[q] = {{0, 0, 0, 0}};
@@ -233,7 +233,7 @@ struct MmaProduct {
   }
 
   // Sum of the activations in the lane's c-th result column of pass p. An empty column repeats
-  // slot 0: its result is dropped.
+  // slot 0; its result is discarded.
   static GPU_DEVICE float column_sum(int p, int c, const float* sums) {
     const int column = 8 * p + 2 * lane_k() + c, slot = column / kGroups;
     return sums[(slot < S ? slot : 0) * staged_sums(S) + column % kGroups];
@@ -249,7 +249,7 @@ struct MmaProduct {
     }
   }
 
-  // Slot of the lane's i-th result, S or more: none.
+  // Slot of the lane's i-th result; S or more if there is none.
   static GPU_DEVICE int slot(int i) {
     if constexpr (kGroups == 1) return 8 * (i / 2) + 2 * lane_k() + i % 2;
     if constexpr (kGroups == 2) return 4 * i + lane_k();
@@ -266,9 +266,9 @@ struct ProductOf<DT, G, S, true> {
   using Type = MmaProduct<DT, G, S>;
 };
 
-// The product over blocks [first, last) of k; finish() makes results of what run() left in the
-// lanes. S slots at a time meet the weights of a turn, P times: weights are loaded once for S * P
-// slots, and activations wait in registers and LDS for S of them only.
+// The product over blocks [first, last) of k; finish() turns what run() left in the lanes into
+// results. Each turn multiplies its weights with S slots at a time, P times: weights are loaded
+// once for S * P slots, and only S slots at a time take registers and LDS for activations.
 template <typename DT, int G, bool ZP, int S, int P = 1>
 class WaveTile {
   using Product = typename ProductOf<DT, G, S, gpu::kHasMma>::Type;
@@ -276,8 +276,8 @@ class WaveTile {
   static constexpr int kGroups = kBlockK / G;
   static constexpr int kSumsPerBlock = kBlockK / Product::kSummed;
   static constexpr int kStagedBlocks = staged_blocks(S);
-  static constexpr int kStagings = kLoadDepth / kStagedBlocks;  // in a turn
-  // Requested before the weights; of several passes as little as can be: registers.
+  static constexpr int kStagings = kLoadDepth / kStagedBlocks;  // per turn
+  // Stagings requested before the weights; with several passes as few as possible: registers.
   static constexpr int kAhead = gpu::kHasMma || P > 1 ? 1 : kStagings;
   static constexpr int kUnitsPerRow = kStagedBlocks * kBlockK / 8;  // of 16 bytes
   static constexpr int kUnitsPerLane = S * kUnitsPerRow / gpu::kWaveSize;
@@ -291,8 +291,8 @@ class WaveTile {
         last_weights_(k / 2 - 16),
         groups_(static_cast<uint32_t>(k) / G) {}
 
-  // `row_of(s)` gives the activation row of slot s, any row for an empty slot; `staged` is the
-  // wave's LDS for staged rows.
+  // `row_of(s)` is the activation row of slot s, any row for an empty slot; `staged` is the wave's
+  // LDS for staged rows.
   template <typename RowOf>
   GPU_DEVICE void run(const WeightRows& rows, const RowOf& row_of, char* staged) {
     float* const sums = reinterpret_cast<float*>(staged + S * staged_row_bytes(S));
@@ -317,7 +317,7 @@ class WaveTile {
           if (d % kStagedBlocks == 0) {
             const int staging = d / kStagedBlocks;
             if (staging >= kAhead) request_units(0, base + d);
-            gpu::wave_barrier();  // what was staged before has been read
+            gpu::wave_barrier();  // all reads of the previous staging are done
             store_staged(staging % kAhead, staged, sums);
             gpu::wave_barrier();
           }
@@ -334,7 +334,7 @@ class WaveTile {
     for (int p = 0; p < P; ++p) products_[p].finish();
   }
 
-  // visit(slot, row set, result) in the lane that holds the result for row lane_row() of the set.
+  // visit(slot, row set, result) is called in the lane that has the result of row lane_row().
   template <typename Visit>
   GPU_DEVICE void for_each_result(const Visit& visit) const {
     GPU_UNROLL
@@ -350,7 +350,7 @@ class WaveTile {
   }
 
  private:
-  // The rows of slots p * S to p * S + S - 1.
+  // Sets the activation rows of slots p * S to p * S + S - 1.
   template <typename RowOf>
   GPU_DEVICE void enter_rows(const RowOf& row_of, int p) {
     GPU_UNROLL
@@ -395,7 +395,7 @@ class WaveTile {
     }
   }
 
-  // Block base + d.
+  // Multiplies block base + d.
   GPU_DEVICE void add_block(Product& product, int d, const WeightRows& rows, int base,
                             const char* staged, const float* sums) {
     float scale[2][kScales], offset[2][kScales];
@@ -417,7 +417,7 @@ class WaveTile {
     product.add(blocks_[d], scale, offset, staged, sums);
   }
 
-  // The units of staging j, from `block` on.
+  // Loads the units of staging j, from `block` on.
   GPU_DEVICE void request_units(int j, int block) {
     GPU_UNROLL
     for (int i = 0; i < kUnitsPerLane; ++i) {
@@ -427,8 +427,8 @@ class WaveTile {
     }
   }
 
-  // A lane multiplies four units of a block; the same unit of all lanes along k lies side by side.
-  // Lanes beside each other hold the units of a sum.
+  // A lane multiplies four units of a block. The same unit of all lanes along k is contiguous.
+  // Neighbouring lanes hold the units of a sum.
   GPU_DEVICE void store_staged(int j, char* staged, float* sums) const {
     constexpr int kLanesPerSum = Product::kSummed / 8;
     float sum[kUnitsPerLane];
@@ -455,9 +455,9 @@ class WaveTile {
   }
 
   int first_, last_;
-  uint32_t last_unit_;     // a row's last 8 activations, in bytes
-  uint32_t last_weights_;  // its last 32 weights, in bytes
-  uint32_t groups_;        // in a row
+  uint32_t last_unit_;     // offset of a row's last 8 activations, in bytes
+  uint32_t last_weights_;  // offset of its last 32 weights, in bytes
+  uint32_t groups_;        // per row
   const uint16_t* act_rows_[kUnitsPerLane];
   gpu::U32x4 units_[kAhead][kUnitsPerLane];
   Block<kScales> blocks_[kLoadDepth];

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Dense skinny GEMM for weights of 4 or 8 bits: every wave takes every step-th tile of
-// kRowsPerWave rows; for small matrices the waves of a block share k of a tile instead, and their
-// sums meet in LDS in wave order.
+// Dense skinny GEMM for weights of 4 or 8 bits. Each wave processes every step-th tile of
+// kRowsPerWave rows. For small matrices the waves of a block share k of a tile instead, and their
+// sums are added in LDS in wave order.
 #include "dense_tile.cuh"
 #include "entry_points_dense.h"
 

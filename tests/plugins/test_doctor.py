@@ -59,7 +59,7 @@ def test_missing_op_library(monkeypatch, capsys):
     status, checks, following = diagnosis(capsys)
     assert status == 1
     assert checks["op library"]["found"] == "the op library X does not exist"
-    assert following.startswith("build it for the torch that is here: pip install")
+    assert following.startswith("build it for the installed torch: pip install")
 
 
 def test_unsupported_architecture(monkeypatch, capsys):

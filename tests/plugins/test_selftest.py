@@ -142,7 +142,7 @@ def test_a_wrong_product_of_the_dense_op_is_named(one_isa, monkeypatch, capsys):
         (lambda c, before: c.copy_(before), "first wrong element"),  # does nothing
         (
             lambda c, before: c.view(torch.int16)[2].bitwise_xor_(1),
-            "first wrong element [2, 0]",  # it could not matter and has to stay
+            "first wrong element [2, 0]",  # rescoring must not change it
         ),
     ],
 )
@@ -193,7 +193,7 @@ def test_bits_that_change_between_runs_are_found(one_isa, monkeypatch, capsys):
 
     break_op(monkeypatch, "gemm", spoil)
     status, out = result(capsys)
-    assert status == 1 and "run 2 wrote other bits than the first" in out
+    assert status == 1 and "run 2 wrote different bits from the first" in out
 
 
 def test_a_broken_conversion_is_found(one_isa, monkeypatch, capsys):

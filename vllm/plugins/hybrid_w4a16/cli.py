@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The command ``vllm-hybrid-w4a16``.
 
-A subcommand is a module of this package with ``add_arguments(parser)`` and
-``run(args) -> int``, the exit status. Only the one that is called gets imported. vLLM
-and torch, which take seconds, are imported by ``run`` alone and only when needed:
-``--help``, a bad path or a broken file is answered at once.
+Each subcommand is a module of this package with ``add_arguments(parser)`` and
+``run(args) -> int``, which returns the exit status. Only the requested one is imported.
+vLLM and torch take seconds to import, so only ``run`` imports them, and only if needed:
+``--help``, a bad path or a broken file gets its answer at once.
 """
 
 import argparse
@@ -26,14 +26,16 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line ``arguments``, those of the process by default."""
+    """Run the command line ``arguments`` (default: ``sys.argv``); returns the exit
+    status.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="vllm-hybrid-w4a16", description="int4 MoE on the hybrid path, for vLLM."
     )
     parser.add_argument("--version", action="version", version=version())
     subparsers = parser.add_subparsers(dest="command", required=True)
-    # the parsers of the others stay empty, so that nothing of them is imported
+    # the parsers of the other subcommands stay empty, so their modules are not imported
     called = next((word for word in arguments if not word.startswith("-")), None)
     for name, (module, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def version() -> str:
-    """Version and commit of the installed package."""
+    """Version and commit of the installed package, as text for ``--version``."""
     try:
         return f"vllm-hybrid-w4a16 {importlib.metadata.version('vllm-hybrid-w4a16')}"
     except importlib.metadata.PackageNotFoundError:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Stock vLLM against the hybrid path: ``vllm serve``, one request at a time.
+"""Compares stock vLLM with the hybrid path: ``vllm serve``, one request at a time.
 
-``report`` runs this on an owner's machine. It needs only what vLLM installs. Each
-round starts a server per variant, in alternating order, and streams completions of
-random prompts. More loads and more variants: ``benchmarks/serve_compare.py`` of the
-project's checkout.
+``report`` runs this on an owner's machine, so it needs only what vLLM installs. Each
+round starts one server per variant, in alternating order, and streams completions of
+random prompts. ``benchmarks/serve_compare.py`` in the project's repository has more
+loads and variants.
 """
 
 import contextlib
@@ -32,23 +32,23 @@ VARIANTS = {"stock": "0", "hybrid": "require"}
 INPUT_TOKENS, OUTPUT_TOKENS = 100, 128
 WARMUPS, REQUESTS = 2, 6
 START_S, STOP_S = 1800.0, 30.0
-_FIRST_TOKEN_ID = 100  # below are special tokens in most vocabularies
+_FIRST_TOKEN_ID = 100  # most vocabularies have special tokens below this
 
 
 class CompareError(RuntimeError):
-    """A server did not start, or did not answer."""
+    """A server did not start, or did not answer as expected."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Medians of one server's requests."""
+    """Medians over the requests to one server."""
 
     variant: str
     round: int
     ttft_ms: float
     tpot_ms: float
     tokens_per_s: float
-    """Output tokens over the time of whole requests."""
+    """Output tokens divided by the total time of the requests."""
     start_s: float
 
 
@@ -60,10 +60,10 @@ def compare(
     folder: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """All rounds; logs of the servers go to ``folder``.
+    """Run all rounds; the servers' logs are written to ``folder``.
 
-    Returns samples, a summary per variant (median, least, largest), the ratio of output
-    tokens/s per round, and why a variant failed, if one did.
+    Returns the samples, a summary per variant (median, min, max), the ratio of output
+    tokens/s per round, and for each variant that failed the reason.
     """
     samples: list[Sample] = []
     failures: dict[str, str] = {}
@@ -110,6 +110,7 @@ def _summary(samples: list[Sample], variant: str) -> dict[str, Any] | None:
 
 
 def spread(values: list[float]) -> dict[str, float]:
+    """The median, minimum and maximum of ``values``."""
     return {
         "median": statistics.median(values),
         "min": min(values),
@@ -118,7 +119,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def _ratio(samples: list[Sample]) -> dict[str, float] | None:
-    """Output tokens/s of hybrid over stock in the same round; above 1 it is faster."""
+    """Output tokens/s of hybrid over stock, per round; above 1 hybrid is faster."""
     by_round: dict[int, dict[str, float]] = {}
     for sample in samples:
         by_round.setdefault(sample.round, {})[sample.variant] = sample.tokens_per_s
@@ -165,10 +166,11 @@ def _measure(
 def server(
     checkpoint: str, arguments: list[str], switch_value: str, log: Path
 ) -> Iterator[str]:
-    """``vllm serve`` on a free port of this machine only; its URL once it is ready.
+    """Run ``vllm serve`` on a free port of the loopback interface; yields its URL once
+    it is ready.
 
-    Raises ``CompareError`` with the log's first error if it does not become ready. The
-    server and all its processes are stopped when the block ends, for any reason.
+    Raises ``CompareError`` with the first error in the log if it does not become ready.
+    The server and all its processes are stopped when the block ends, for any reason.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -217,12 +219,12 @@ def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None
 
 
 _IS_NO_ERROR = re.compile(r"(?:\(.*?\) )?(?:DEBUG|INFO|WARNING) ")
-# The last line of a traceback, behind what vLLM's log puts before it.
+# The last line of a traceback, after the prefix of vLLM's log.
 _RAISED = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)")
 
 
 def _cause(log: Path) -> str:
-    """The first error in a log; later ones are its echoes in other processes."""
+    """The first error in a log; later ones are its consequences in other processes."""
     for line in log.read_text(errors="replace").splitlines():
         found = _RAISED.search(line)
         if found and not _IS_NO_ERROR.match(line):
@@ -231,9 +233,10 @@ def _cause(log: Path) -> str:
 
 
 def stream(url: str, prompt: list[int]) -> list[float]:
-    """When the request was sent and when each token arrived, in seconds.
+    """Request a completion of ``prompt`` (token ids) from the server at ``url``.
 
-    Raises ``CompareError`` unless ``OUTPUT_TOKENS`` tokens were generated.
+    Returns seconds: when the request was sent, then when each token arrived. Raises
+    ``CompareError`` unless exactly ``OUTPUT_TOKENS`` tokens are generated.
     """
     body = {
         "model": "model",
@@ -265,5 +268,5 @@ def stream(url: str, prompt: list[int]) -> list[float]:
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise CompareError(f"a request failed: {error}") from error
     if made != OUTPUT_TOKENS:
-        raise CompareError(f"{made} tokens came, expected {OUTPUT_TOKENS}")
+        raise CompareError(f"got {made} tokens, expected {OUTPUT_TOKENS}")
     return times

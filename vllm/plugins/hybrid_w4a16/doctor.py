@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``vllm-hybrid-w4a16 doctor``: checks this installation, says what to fix next.
+"""``vllm-hybrid-w4a16 doctor``: check this installation and say what to fix next.
 
-Exit status: 0 when int4 MoE layers go hybrid on this machine; 1 when something is in
-the way, which the last line says how to fix; 2 for a bad argument.
+Exit status: 0 if int4 MoE layers run on the hybrid path on this machine; 1 if something
+prevents it (the last line says how to fix it); 2 for a bad argument.
 """
 
 import argparse
@@ -24,7 +24,7 @@ PLUGIN = "hybrid_w4a16"
 _REINSTALL = "pip install -v --no-build-isolation --force-reinstall --no-deps ."
 
 
-# The newest release that the tests of this version ran with.
+# The newest vLLM release that this version is tested with.
 TESTED_VLLM = (0, 33)
 
 
@@ -36,22 +36,23 @@ class Check:
     ok: bool
     found: str
     fix: str | None = None
-    """What to do, where it is not ok."""
+    """What to do if the check failed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``doctor`` to ``parser``."""
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     from vllm.logger import suppress_logging
     from vllm.model_executor.layers.fused_moe.oracle import (
         hybrid_w4a16_switch as switch,
     )
 
     switch.register()
-    with suppress_logging(logging.CRITICAL):  # the table says it all
+    with suppress_logging(logging.CRITICAL):  # the table has everything
         checks = diagnose()
     todo = next((check.fix for check in checks if not check.ok), None)
     if args.json:
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def diagnose() -> list[Check]:
-    """All checks; a cause comes before its consequences."""
+    """Run all checks; a cause comes before its consequences."""
     return [check() for check in CHECKS]
 
 
@@ -143,7 +144,7 @@ def _vllm_fits() -> Check:
         tuple(map(int, numbers)) > TESTED_VLLM
     ):
         newest = ".".join(map(str, TESTED_VLLM))
-        found += f"; not tested with vLLM {vllm.__version__}, the newest was {newest}"
+        found += f"; not tested with vLLM {vllm.__version__}, only up to {newest}"
     return Check("hooks", True, found)
 
 
@@ -156,7 +157,7 @@ def _library() -> Check:
             "op library",
             False,
             error,
-            f"build it for the torch that is here: {_REINSTALL}",
+            f"build it for the installed torch: {_REINSTALL}",
         )
     built = [f"{kind} {' '.join(names)}" for kind, names in ops.build_info().items()]
     return Check("op library", True, f"has code for: {', '.join(built)}")
@@ -234,7 +235,7 @@ def _switch() -> Check:
 
 
 def _memory() -> Check:
-    """On AMD also how much vLLM can take, which an APU does not report."""
+    """Free memory; on AMD also how much vLLM can use, which an APU does not report."""
     import torch
 
     from vllm.platforms import current_platform

@@ -30,7 +30,8 @@ DEFAULT_CONTEXT = 164
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="folder, or name of a model on the hub")
+    """Add the options of ``explain`` to ``parser``."""
+    parser.add_argument("checkpoint", help="folder, or name of a model on the Hub")
     parser.add_argument(
         "--tp", type=_positive, default=1, help="tensor-parallel GPUs (default: 1)"
     )

@@ -46,6 +46,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 

@@ -112,6 +112,7 @@ def is_decoder(name: str, index: int, depth: int) -> bool:
 
 
 def suffix(name: str) -> str:
+    """The last component of a tensor's name, such as "qweight"."""
     return name.rpartition(".")[2]
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The dense int4 linears of a checkpoint, and whether each would run on our kernel.
+"""The dense int4 linears of a checkpoint, and whether each would use our kernel.
 
-Projections that vLLM keeps in one layer count as one. Whether the kernel takes it is
-asked of ``HybridW4A16LinearKernel`` itself.
+Projections that vLLM merges into one layer count as one linear. The answer comes from
+the check that ``HybridW4A16LinearKernel`` itself uses.
 """
 
 import re
@@ -24,7 +24,7 @@ from .explain_checkpoint import Checkpoint, TensorInfo
 from .explain_layers import EXPERT_TENSOR, ZEROS, is_decoder, is_symmetric, suffix
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(?P<index>\d+)\.")
-# vLLM's layers that hold several projections of a checkpoint.
+# vLLM's merged layers, by the names of their projections in a checkpoint.
 _MERGED = {
     "q_proj": "qkv_proj",
     "k_proj": "qkv_proj",
@@ -36,14 +36,14 @@ _MERGED = {
     "in_proj_b": "in_proj_ba",
     "in_proj_a": "in_proj_ba",
 }
-# Layers whose inputs tensor parallel ranks share; others share the outputs.
+# Tensor parallelism shards the inputs of these layers and the outputs of all others.
 _ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Layers of one name, shape and verdict."""
+    """Layers with the same name, shape and answer."""
 
     name: str
     layers: int
@@ -60,12 +60,12 @@ class LinearGroup:
 def linears(
     checkpoint: Checkpoint, tp_size: int, family: DeviceFamily | str
 ) -> list[LinearGroup]:
-    """The decoder's dense int4 linears, in order of their first layer.
+    """The decoder's dense int4 linears, in the order of their first layer.
 
-    None where the config speaks of other widths than 4 bits: what is stored would then
-    have to be told apart layer by layer.
+    Empty if the config has integer weights of any width other than 4 bits: then each
+    layer would need its own width, which this function does not look up.
 
-    ``family``: the device to plan for, or why there is none.
+    ``family``: the device to plan for, or the reason why there is none.
     """
     if _bits(checkpoint.quantization or {}) != {4}:
         return []
@@ -101,11 +101,11 @@ def linears(
 
 
 def _bits(quantization: dict[str, Any]) -> set[Any]:
-    """Widths of integer weights that a quantization config speaks of."""
+    """Widths in bits of the integer weights in a quantization config."""
     groups = quantization.get("config_groups", {}).values()
     widths = {(group.get("weights") or {}).get("num_bits") for group in groups}
     widths.add(quantization.get("bits"))
-    # 16: what AutoRound's extra_config leaves alone
+    # 16: layers that AutoRound's extra_config leaves unquantized
     for override in (quantization.get("extra_config") or {}).values():
         widths.add(override.get("bits"))
     return {width for width in widths if width not in (None, 16)}
@@ -120,7 +120,7 @@ def _merged(
     tp_size: int,
     family: DeviceFamily | str,
 ) -> LinearGroup:
-    """One layer of vLLM's, ``layers`` still 1."""
+    """One of vLLM's layers as a group, with ``layers`` = 1."""
     outputs, inputs, group_size = 0, 0, 0
     for tensor in scales:
         n, groups = tensor.shape
@@ -151,6 +151,6 @@ def _merged(
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """That of the activations, if the server is not told otherwise."""
+    """The activation dtype, unless the server sets another."""
     name = checkpoint.value("torch_dtype", "dtype", default="bfloat16")
     return _DTYPES.get(str(name), torch.bfloat16)

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Reads facts about the machine: memory of an APU, power, drivers, CPU threads.
 
-Files are read below ``ROOT``.
+All files are read below ``ROOT``.
 """
 
 import dataclasses
@@ -12,48 +12,48 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tests put a folder of made-up files here.
+# Tests replace this with a folder of artificial files.
 ROOT = Path("/")
 GIB = 1 << 30
-# Reserved for the rest of the system on shared memory: the larger of these.
+# Reserved for the rest of the system if memory is shared; the larger of the two counts.
 _RESERVE_BYTES, _RESERVE_SHARE = 6 * GIB, 0.08
-# Reserved in a carve-out for the driver's and other programs' buffers.
+# Reserved in a carve-out for the buffers of the driver and of other programs.
 _CARVE_OUT_RESERVE = GIB
 
 
 @dataclass(frozen=True)
 class Memory:
-    """In bytes; ``None`` where it cannot be read."""
+    """Sizes in bytes; ``None`` if one cannot be read."""
 
     carve_out: int | None
     """Memory that the firmware sets aside for the GPU."""
     gtt: int | None
-    """How much of the system's memory the GPU may use in addition."""
+    """How much of the system's memory the GPU may use in addition to the carve-out."""
     hip_free: int
     hip_total: int
     available: int
-    """MemAvailable of Linux."""
+    """MemAvailable of /proc/meminfo."""
     system: int
     """MemTotal."""
 
     @property
     def is_shared(self) -> bool:
-        """Whether HIP's memory exceeds the carve-out, and so is the system's."""
+        """Whether HIP's memory exceeds the carve-out, and thus is the system's."""
         return self.carve_out is not None and self.hip_total > 1.05 * self.carve_out
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to give ``vllm serve``."""
+    """The argument to pass to ``vllm serve``, and why."""
 
     argument: str
     reason: str
 
 
 def read(path: str | Path) -> str | None:
-    """A file's text without the line end; ``None`` if it is not there.
+    """The text of a file without the trailing newline; ``None`` if there is no file.
 
-    ``path`` is relative to ``ROOT``, or below it.
+    ``path`` is relative to ``ROOT``, or an absolute path below it.
     """
     try:
         return (ROOT / path).read_text().strip()
@@ -62,9 +62,9 @@ def read(path: str | Path) -> str | None:
 
 
 def read_memory(hip_free: int, hip_total: int) -> Memory:
-    """Memory around an AMD GPU; ``hip_*``: what ``torch.cuda.mem_get_info`` says.
+    """The memory of an AMD GPU; ``hip_*``: the results of ``torch.cuda.mem_get_info``.
 
-    Of several cards, the one with the largest carve-out and GTT counts.
+    With several cards, the one with the largest carve-out and GTT counts.
     """
     cards = sorted((ROOT / "sys/class/drm").glob("card*/device/mem_info_vram_total"))
     sizes = [
@@ -95,10 +95,10 @@ def meminfo(field: str) -> int:
 
 
 def advise(memory: Memory) -> Advice:
-    """How much of the memory vLLM should take.
+    """How much of the memory vLLM should use.
 
-    vLLM takes its share of HIP's total and refuses to start if less is free. On an APU
-    HIP's memory is the system's, and other programs use it too.
+    vLLM uses its share of HIP's total, and does not start if less is free. On an APU,
+    HIP's memory is the system's, which other programs use too.
     """
     if memory.is_shared:
         reserve = max(_RESERVE_BYTES, round(_RESERVE_SHARE * memory.system))
@@ -129,16 +129,17 @@ def advise(memory: Memory) -> Advice:
 
 
 def gib(size: float) -> str:
+    """A size in bytes as text in GiB, such as "1.5 GiB"."""
     return f"{size / GIB:.1f} GiB"
 
 
 def power_profile() -> str | None:
-    """Of the firmware, such as "balanced"."""
+    """The firmware's power profile, such as "balanced"; ``None``: unknown."""
     return read("sys/firmware/acpi/platform_profile")
 
 
 def power_limit_watts() -> float | None:
-    """Of the first GPU that has one."""
+    """The power limit of the first GPU that has one, in watts; ``None``: unknown."""
     pattern = "sys/class/drm/card*/device/hwmon/hwmon*/power1_cap"
     for file in sorted(ROOT.glob(pattern)):
         text = read(file)
@@ -148,15 +149,15 @@ def power_limit_watts() -> float | None:
 
 
 def gpu_architectures() -> list[str]:
-    """Of the AMD GPUs, as the kernel driver knows them: such as "gfx1151".
+    """Architectures of the AMD GPUs as the kernel driver reports them: "gfx1151".
 
-    ``HSA_OVERRIDE_GFX_VERSION`` does not change these.
+    ``HSA_OVERRIDE_GFX_VERSION`` does not change them.
     """
     found = []
     for file in sorted(ROOT.glob("sys/class/kfd/kfd/topology/nodes/*/properties")):
         for line in (read(file) or "").splitlines():
             name, _, value = line.partition(" ")
-            # 110501: two decimal digits each for major, minor and stepping; 0: a CPU
+            # 110501: major, minor and stepping, two decimal digits each; 0: a CPU
             if name == "gfx_target_version" and value.isdecimal() and int(value):
                 major, rest = divmod(int(value), 10000)
                 found.append(f"gfx{major}{rest // 100:x}{rest % 100:x}")
@@ -164,7 +165,7 @@ def gpu_architectures() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Kernel, driver and ROCm, as far as they can be read."""
+    """Versions of the kernel, the driver and ROCm, where they can be read."""
     found = {
         "kernel": platform.release(),
         "amdgpu": read("sys/module/amdgpu/version"),
@@ -188,7 +189,7 @@ def _nvidia() -> str | None:
 
 
 def cpu_threads() -> tuple[int | None, str]:
-    """Threads of one vLLM worker on the CPU (``None``: unknown), and why so many."""
+    """Threads of one vLLM worker on the CPU (``None``: unknown), and the reason."""
     binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
     allowed = len(os.sched_getaffinity(0))
     if binding == "nobind":
@@ -212,7 +213,7 @@ def cpu_threads() -> tuple[int | None, str]:
 
 
 def _count(text: str) -> int | None:
-    """How many processors a list such as "0-3,8" names."""
+    """Number of processors in a list such as "0-3,8"; ``None`` if it is not a list."""
     total = 0
     try:
         for part in text.split(","):
@@ -224,7 +225,7 @@ def _count(text: str) -> int | None:
 
 
 def as_facts(memory: Memory | None) -> dict[str, object]:
-    """Everything that a report records about the machine."""
+    """Everything that a report says about the machine."""
     return {
         "memory": None if memory is None else dataclasses.asdict(memory),
         "system_memory": meminfo("MemTotal"),

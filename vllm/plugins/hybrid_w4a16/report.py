@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``vllm-hybrid-w4a16 report CHECKPOINT``: measures everything to send, in one run.
+"""``vllm-hybrid-w4a16 report CHECKPOINT``: all measurements to send, in one run.
 
-Doctor, explain, selftest, the tuning table (measured with ``--tune``), then stock vLLM
-against the hybrid path. Writes one archive to send and a block of Markdown to paste. A
-step that fails becomes part of the report. Ctrl-C goes straight to writing it.
+It runs doctor, explain and selftest, measures the tuning table with ``--tune``, and
+compares stock vLLM with the hybrid path. It writes an archive to send and a block of
+Markdown to paste. If a step fails, the report says so and the other steps still run.
+Ctrl-C skips the remaining steps and writes the report.
 
-Exit status: 0 when every step ran; 1 when one failed; 2 for a bad argument; 130 after
+Exit status: 0 if every step succeeded; 1 if one failed; 2 for a bad argument; 130 after
 Ctrl-C.
 """
 
@@ -27,14 +28,15 @@ from typing import Any
 
 from . import doctor, machine, selftest
 
-# Version of the report's format, which tools/merge_reports.py checks.
+# Version of the report's format; tools/merge_reports.py checks it.
 FORM = 1
 STEPS = ("doctor", "explain", "selftest", "tune", "compare")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``report`` to ``parser``."""
     add = parser.add_argument
-    add("checkpoint", help="folder, or name of a model on the hub")
+    add("checkpoint", help="folder, or name of a model on the Hub")
     add("--out", type=Path, default=Path("hybrid-w4a16-report"), help="folder to write")
     add("--rounds", type=int, default=3, help="servers per variant (default: 3)")
     add(
@@ -48,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=STEPS,
-        help="leave a step out; may be repeated",
+        help="skip a step; may be repeated",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     if args.rounds < 1:
-        print("error: --rounds is at least 1", file=sys.stderr)
+        print("error: --rounds must be at least 1", file=sys.stderr)
         return 2
     from vllm.model_executor.layers.fused_moe.oracle import (
         hybrid_w4a16_switch as switch,
@@ -89,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _name(checkpoint: str) -> str:
-    """What the report calls it: of a folder the last part, the rest is the owner's."""
+    """The checkpoint's name for the report: only the last part of a folder's path, as
+    the rest may identify the owner.
+    """
     folder = Path(checkpoint)
     return folder.resolve().name if folder.is_dir() else checkpoint
 
@@ -99,7 +103,7 @@ def _step(
     args: argparse.Namespace,
     report: dict[str, Any],
 ) -> str:
-    # a failing step is a finding; the other steps still run
+    # a failing step is a result too; the other steps still run
     try:
         return step(args, report)
     except Exception as error:  # noqa: BLE001
@@ -174,7 +178,7 @@ STEP_FUNCTIONS = {
 
 
 def environment() -> dict[str, Any]:
-    """Device and software, without anything that identifies a person or a network."""
+    """Facts about the device and software; nothing identifies a person or a network."""
     import torch
 
     import vllm
@@ -210,7 +214,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the installed version, or of the checkout; ``None``: unknown."""
+    """Commit of the installed version or of the checkout; ``None``: unknown."""
     _, _, named = (_version(doctor.DISTRIBUTION) or "").partition("+g")
     if named:
         return named.partition(".")[0]
@@ -231,7 +235,10 @@ def _version(package: str) -> str | None:
 
 
 def write(report: dict[str, Any], folder: Path) -> Path:
-    """report.json, report.md and the servers' logs, in one archive; its path."""
+    """Write report.json, report.md and the servers' logs into one archive.
+
+    Returns its path.
+    """
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "report.md").write_text(as_markdown(report))
     archive = folder.with_name(folder.name + ".tar.gz")
@@ -243,14 +250,14 @@ def write(report: dict[str, Any], folder: Path) -> Path:
 
 
 def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without the names of the owner's account."""
+    """Remove the owner's account names from an archive member."""
     info.uid = info.gid = 0
     info.uname = info.gname = ""
     return info
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """The block to paste."""
+    """The report as a block of Markdown to paste."""
     facts, results = report["environment"], report["results"]
     versions = [f"vLLM {facts['vllm']}", f"torch {facts['torch']}"]
     versions += [f"HIP {facts['hip']}"] if facts["hip"] else []

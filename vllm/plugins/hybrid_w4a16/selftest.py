@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``vllm-hybrid-w4a16 selftest``: do the kernels compute what they should, here.
+"""``vllm-hybrid-w4a16 selftest``: check the results of the kernels on this machine.
 
 Every kernel of the op library runs in several shapes: on a CPU those of each
-instruction set, on a GPU those of decode and prefill. Outputs are held against float64
-(on a GPU also against the CPU ops), element by element; they are filled with NaN before
-and lie between sentinels. Repeated runs must write the same bits. The conversion of
-every checkpoint format is held against the format's definition.
+instruction set, on a GPU those of decode and prefill. Each element of the outputs is
+compared with float64 (on a GPU also with the CPU ops). Outputs start as NaN and have
+sentinels on both sides. Repeated runs must write the same bits. The conversion of every
+checkpoint format is compared with the definition of the format.
 
-Exit status: 0 when all that ran is right; 1 when something is not, or nothing could
-run; 2 for a bad argument.
+Exit status: 0 if every result is right; 1 if one is not, or if nothing could run; 2 for
+a bad argument.
 """
 
 import argparse
@@ -19,14 +19,15 @@ from typing import Any
 
 from .selftest_group import Group
 
-# No case starts later than this after the command, so that it ends within a minute.
+# No case starts later than this, so the command ends within a minute.
 TIME_LIMIT_S = 55.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``selftest`` to ``parser``."""
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the random inputs (default: 0)"
+        "--seed", type=int, default=0, help="seed of the random inputs (default: 0)"
     )
     parser.add_argument(
         "--seconds",
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     start = time.monotonic()  # the imports below take seconds
     from vllm.model_executor.layers.fused_moe.oracle import (
         hybrid_w4a16_switch as switch,
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_text(report: dict[str, Any]) -> list[str]:
-    """The report as the command prints it."""
+    """The report as lines of text, as the command prints it."""
     if report.get("error"):
         return [
             f"NO  {report['error']}",

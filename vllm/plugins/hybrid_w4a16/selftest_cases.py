@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What ``selftest`` feeds to the ops, and how it looks at what they wrote."""
+"""The inputs of ``selftest``'s cases, and the checks of their outputs."""
 
 import dataclasses
 import math
@@ -17,9 +17,9 @@ from vllm.plugins.hybrid_w4a16 import random_layers
 from vllm.plugins.hybrid_w4a16.random_layers import LayerShape
 
 SENTINEL = 1234.0
-GUARD = 64  # elements before and behind an output
-# An element may be off by this many times the error that is allowed on average: the
-# largest of 1e6 normal deviates is about 5 deviations.
+GUARD = 64  # sentinel elements before and after an output
+# An element may be off by this many times the average error allowed: the largest of 1e6
+# normal deviates is about 5 deviations.
 ELEMENT_FACTOR = 8.0
 TOKENS = (1, 2, 3, 5, 8, 33)
 ACTIVATIONS: tuple[tuple[str, float, float, float | None], ...] = (
@@ -36,7 +36,7 @@ class WrongResultError(Exception):
 
 
 class Poisoned:
-    """An output [rows, cols] full of NaN between sentinels."""
+    """An output [rows, cols] that is full of NaN and lies between sentinels."""
 
     def __init__(self, rows: int, cols: int, dtype: torch.dtype, device: str) -> None:
         self.flat = torch.empty(
@@ -47,20 +47,23 @@ class Poisoned:
 
     @classmethod
     def of(cls, case: "Case", op: str, tokens: int, device: str) -> "Poisoned":
-        """For ``op`` on so many tokens of a case."""
+        """The output of ``op`` for ``tokens`` tokens of a case."""
         columns = case.expected[op].shape[1]
         return cls(case.rows(op, tokens), columns, case.shape.dtype, device)
 
     def poison(self) -> None:
+        """Fill the output with NaN again."""
         self.view.fill_(float("nan"))
 
     def bits(self) -> torch.Tensor:
+        """A copy of the output and its sentinels as int16, flat."""
         return self.flat.view(torch.int16).clone()
 
     def check(self, expected: torch.Tensor, tolerance: float) -> float:
-        """The relative error; ``expected`` is NaN where nothing may be written.
+        """Check the output against ``expected`` and return the relative error.
 
-        Raises ``WrongResultError`` naming the first wrong element.
+        ``expected`` is NaN where nothing may be written. Raises ``WrongResultError``
+        that names the first wrong element, or a damaged sentinel.
         """
         got, want = self.view.double().cpu(), expected
         self._check_guards()
@@ -107,7 +110,7 @@ class Poisoned:
 def first_wrong(
     got: torch.Tensor, expected: torch.Tensor, wrong: torch.Tensor, why: str
 ) -> None:
-    """Raises ``WrongResultError`` for the first place where ``wrong`` is true."""
+    """Raise ``WrongResultError`` for the first element where ``wrong`` is true."""
     places = wrong.nonzero()
     if len(places):
         at = tuple(places[0].tolist())
@@ -119,18 +122,21 @@ def first_wrong(
 
 @dataclass
 class DenseCase:
-    """Weights quantized by group, one matrix, and its products in float64."""
+    """A matrix quantized by group and its products in float64."""
 
     dtype: torch.dtype
     bits: int
     group_size: int
     x: torch.Tensor
-    """[16, K]"""
+    """``dtype`` [16, K]"""
     words: torch.Tensor
+    """The packed weights: int32 [N, K//8] for 4 bits, uint8 [N, K] for 8 bits."""
     scales: torch.Tensor
+    """``dtype`` [N, K//G]"""
     zero_points: torch.Tensor | None
+    """int32 [N//8, K//G]"""
     expected: torch.Tensor
-    """[16, N]"""
+    """float64 [16, N]"""
 
     @classmethod
     def make(
@@ -141,7 +147,8 @@ class DenseCase:
         group_size: int,
         generator: torch.Generator,
     ) -> "DenseCase":
-        n, k = 344, 896  # no power of two, and a part of a block of either
+        """A random case on the CPU; ``bits`` is 4 or 8."""
+        n, k = 344, 896  # not powers of two; a partial block in each
         shape = LayerShape(1, 1, k, n, group_size, dtype, symmetric)
         matrix = random_layers.random_matrix(shape, n, k, generator)
         words, scales = matrix.words[0], matrix.scales[0]
@@ -158,6 +165,7 @@ class DenseCase:
         return cls(dtype, bits, group_size, *args, x.double() @ w.T)
 
     def to(self, device: str) -> "DenseCase":
+        """The case with its inputs on ``device``."""
         zeros = self.zero_points
         return dataclasses.replace(
             self,
@@ -168,7 +176,7 @@ class DenseCase:
         )
 
     def launch(self, c: torch.Tensor, cu_count: int) -> None:
-        """Of the first ``len(c)`` rows."""
+        """Run ``wvSplitK_int_g`` on the first ``len(c)`` rows of ``x``, into ``c``."""
         dense_ops.wvSplitK_int_g(
             self.x[: len(c)],
             self.words,
@@ -188,7 +196,7 @@ class DenseCase:
 
 @dataclass
 class RescoreCase:
-    """Products that are off by known errors, and which of them matter."""
+    """Products with known errors, and which of them have to be computed again."""
 
     dtype: torch.dtype
     window: float
@@ -198,11 +206,11 @@ class RescoreCase:
     """[N, K]"""
     errors: torch.Tensor
     before: torch.Tensor
-    """[5, N]: what rescoring starts from."""
+    """[5, N]: the products before rescoring."""
     expected: torch.Tensor
     """[5, N]: float64 where the product is computed again, ``before`` elsewhere."""
     either: torch.Tensor
-    """[5, N]: so close to the edge that rounding decides."""
+    """Bool [5, N]: so close to the threshold that rounding decides."""
 
     BOUND = 7.0
 
@@ -210,6 +218,7 @@ class RescoreCase:
     def make(
         cls, dtype: torch.dtype, window: float, generator: torch.Generator
     ) -> "RescoreCase":
+        """A random case on the CPU; ``window`` is as in ``wvSplitK_int_g_rescore``."""
         rows, n, k = 5, 1200, 328
         x = torch.randn(rows, k, generator=generator).to(dtype)
         w = (torch.randn(n, k, generator=generator) / k**0.5).to(dtype)
@@ -232,10 +241,12 @@ class RescoreCase:
         return cls(dtype, window, x, w, errors, before, expected, more ^ less)
 
     def to(self, device: str) -> "RescoreCase":
+        """The case with its inputs on ``device``."""
         moved = {n: getattr(self, n).to(device) for n in ("x", "w", "errors", "before")}
         return dataclasses.replace(self, **moved)
 
     def launch(self, c: torch.Tensor) -> None:
+        """Copy ``before`` to ``c`` [5, N] and rescore it."""
         partials = torch.full((len(c), 2 * dense_ops.PARTS), math.nan, device=c.device)
         c.copy_(self.before)
         dense_ops.wvSplitK_int_g_rescore(
@@ -247,7 +258,7 @@ class RescoreCase:
 
 
 class at:  # noqa: N801
-    """Context that puts ``where`` before the message of what goes wrong inside."""
+    """Context manager that prefixes errors raised inside it with ``where``."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -265,13 +276,13 @@ class at:  # noqa: N801
 
 @dataclass
 class Case:
-    """One shape's weights and inputs, and what the ops make of them in float64."""
+    """The weights and inputs of one shape, and the outputs of the ops in float64."""
 
     shape: LayerShape
     activation: tuple[str, float, float, float | None]
     layer: random_layers.RandomLayer
     x: torch.Tensor
-    """[M, H]; M is the most tokens of ``TOKENS``."""
+    """[M, H]; M is the largest of ``TOKENS``."""
     middle: torch.Tensor
     """[M * top_k, I]: input of down."""
     ids: torch.Tensor
@@ -281,7 +292,7 @@ class Case:
 
     @classmethod
     def make(cls, shape: LayerShape, number: int, seed: int) -> "Case":
-        """Case ``number``; every second one with an expert map."""
+        """Case ``number``; every second case has an expert map."""
         generator = torch.Generator().manual_seed(seed + number)
         layer = random_layers.random_layer(shape, generator)
         tokens, dtype = max(TOKENS), shape.dtype
@@ -291,7 +302,7 @@ class Case:
         expert_map = None
         wide = shape
         if number % 2:
-            # two experts more than are here
+            # two experts more than this rank holds
             wide = dataclasses.replace(shape, experts=shape.experts + 2)
             expert_map = torch.full((wide.experts,), -1, dtype=torch.int32)
             places = torch.randperm(wide.experts, generator=generator)
@@ -306,7 +317,7 @@ class Case:
 
     @property
     def local(self) -> torch.Tensor:
-        """int64 [M, top_k]: local expert or -1."""
+        """int64 [M, top_k]: the local expert, or -1."""
         ids = self.ids.long()
         return ids if self.expert_map is None else self.expert_map.long()[ids]
 
@@ -337,13 +348,16 @@ class Case:
         }
 
     def rows(self, op: str, tokens: int) -> int:
+        """Output rows of ``op`` for ``tokens`` tokens."""
         per_token = op in ("down", "prefill")
         return tokens if per_token else tokens * self.shape.top_k
 
     def expect(self, op: str, tokens: int) -> torch.Tensor:
+        """float64 [rows, columns]: the output of ``op`` for the first tokens."""
         return self.expected[op][: self.rows(op, tokens)]
 
     def to(self, device: str) -> "Case":
+        """The case with its weights and inputs on ``device``."""
         moved: dict[str, Any] = {
             "layer": self.layer.to(device),
             "expert_map": None
@@ -360,13 +374,19 @@ Launch = Callable[[Case, torch.Tensor, int, int], None]
 
 
 class DecodeOps:
-    """The three ops on one device, on any run of a case's tokens."""
+    """The three ops on one device, on any range of a case's tokens.
+
+    Args:
+        cu_count: compute units, passed to the ops.
+        plan: launch plan; ``None``: the rule's.
+    """
 
     def __init__(self, cu_count: int, plan: tuple[int, ...] | None = None) -> None:
         self.cu_count = cu_count
         self.plan: dict[str, Any] = {} if plan is None else {"plan": plan}
 
     def gate_up(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
+        """Run gate_up on ``tokens`` tokens from ``first`` on, into c [M * top_k, I]."""
         w, scales, zeros = case.layer.w13
         name, alpha, beta, limit = case.activation
         rows = slice(first, first + tokens)
@@ -388,6 +408,7 @@ class DecodeOps:
         )
 
     def down(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
+        """Run down on ``tokens`` tokens from ``first`` on, into c [M, H]."""
         w, scales, zeros = case.layer.w2
         top_k = case.shape.top_k
         rows = slice(first, first + tokens)
@@ -406,6 +427,9 @@ class DecodeOps:
         )
 
     def gemm(self, case: Case, c: torch.Tensor, first: int, tokens: int) -> None:
+        """Run the gemm with w13 on ``tokens`` tokens from ``first`` on, into
+        c [M * top_k, 2 * I].
+        """
         w, scales, zeros = case.layer.w13
         top_k = case.shape.top_k
         sorted_ids, expert_ids, size = _blocks(case, first, tokens)
@@ -427,7 +451,7 @@ class DecodeOps:
 def _blocks(
     case: Case, first: int, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Pairs in blocks of one expert, as gemm takes them; 1 to 5 rows to a block."""
+    """Pairs in blocks of one expert, as gemm takes them, with 1 to 5 rows per block."""
     size = 1 + (tokens - 1) % 5
     local = case.local[first : first + tokens].flatten().cpu()
     nothing = len(local)
@@ -447,7 +471,7 @@ def _blocks(
 
 
 def kernel_name(op: str, shape: LayerShape) -> str:
-    """As the kernels are called, but for how many tokens share a wave."""
+    """The kernel's name, without the number of tokens that share a wave."""
     dtype = random_layers.dtype_name(shape.dtype)
     zeros = "sym" if shape.symmetric else "asym"
     return f"moe_int4_{op}_{dtype}_g{shape.group_size}_{zeros}"

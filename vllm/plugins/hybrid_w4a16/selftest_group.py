@@ -1,41 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""A line of ``selftest``'s output; importing it imports nothing else."""
+"""A line of ``selftest``'s output. Importing this module imports nothing else."""
 
 from dataclasses import dataclass
 
 RUNS = 20
-"""Runs that have to write the same bits."""
+"""Runs that must all write the same bits."""
 
 
 @dataclass
 class Group:
-    """What was found about the kernels of one line of the output."""
+    """The results of the kernels on one line of the output."""
 
     name: str
     cases: int = 0
     rounds: int = 0
-    """Shapes that ran ..."""
+    """Shapes that ran."""
     planned: int = 0
-    """... of so many."""
+    """Shapes that were planned."""
     error: float = 0.0
     """Worst relative error of an output, in the Frobenius norm."""
     tolerance: float = 0.0
-    """What was allowed there."""
+    """The error that was allowed there."""
     where: str = ""
     repeated: int = 0
-    """Cases of which ``RUNS`` runs wrote the same bits."""
+    """Cases in which ``RUNS`` runs wrote the same bits."""
     alone: tuple[int, int] = (0, 0)
-    """Rows whose bits do not depend on the batch they come in, of rows compared."""
+    """Rows whose bits do not depend on the rest of the batch, and rows compared."""
     failure: str | None = None
 
     def note(self, error: float, tolerance: float, where: str) -> None:
+        """Count a case with relative error ``error``; keep it if it is the worst."""
         self.cases += 1
         worst = self.error / self.tolerance if self.tolerance else -1.0
         if error / tolerance > worst:
             self.error, self.tolerance, self.where = error, tolerance, where
 
     def line(self) -> str:
+        """The group as a line of text."""
         text = f"{'ok ' if self.failure is None else 'NO '} {self.name:<24}"
         text += f" {self.cases:>4} cases"
         if self.rounds < self.planned and self.failure is None:
@@ -45,8 +47,8 @@ class Group:
                 f", worst error {self.error:.1e} of {self.tolerance:.0e} ({self.where})"
             )
         if self.repeated:
-            text += f"; {RUNS} runs alike in {self.repeated} cases"
+            text += f"; {RUNS} identical runs in {self.repeated} cases"
         same, rows = self.alone
         if rows:
-            text += f"; {same}/{rows} rows the same alone as in a batch"
+            text += f"; {same}/{rows} rows identical alone and in a batch"
         return text

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What ``selftest`` runs, in which order, and what it reports."""
+"""The order in which ``selftest`` runs its cases, and its report."""
 
 import dataclasses
 import functools
@@ -34,15 +34,15 @@ from vllm.plugins.hybrid_w4a16.selftest_cases import (
 )
 from vllm.plugins.hybrid_w4a16.selftest_group import RUNS, Group
 
-# experts, top_k, hidden, intermediate: multiples of 128. The last has a reduction that
-# spreads over many waves and is no power of two.
+# experts, top_k, hidden, intermediate: multiples of 128. The last one has a reduction
+# size that is spread over many waves and is not a power of two.
 SIZES = ((6, 2, 384, 128), (8, 4, 1024, 256), (4, 3, 1664, 384))
-# At first every kernel runs once: the first size in every format, with as few numbers
-# of tokens as reach all of them (one token, few rows per expert, many). A busy machine
-# may have no time for more.
+# First every kernel runs once: the first size in every format, with the fewest numbers
+# of tokens that reach all of them (one token, few rows per expert, many). A busy
+# machine may have time for no more.
 COVER_TOKENS = (1, 3, 33)
-# Launch plans that bring every kernel to run, whatever the rule would choose. Those
-# that the device has no kernel for are refused by the op.
+# Launch plans that together run every kernel, whatever the rule would choose. The op
+# rejects those for which the device has no kernel.
 PLANS: dict[str, tuple[tuple[int, ...], ...]] = {
     "gate_up": ((0, 4, 0, 0), (1, 4, 0, 0), (2, 4, 8, 1), (2, 4, 16, 2)),
     "down": (
@@ -62,24 +62,24 @@ WINDOWS = (0.0, 0.5, 1e4)
 
 
 class Round(NamedTuple):
-    """One shape, with the numbers of tokens that it runs with."""
+    """One shape and the numbers of tokens to run it with."""
 
     number: int
     shape: LayerShape
     tokens: tuple[int, ...]
     repeats: bool
-    """Whether runs are repeated, and rows compared with the same row alone."""
+    """Whether to repeat runs and to compare rows with the same rows run alone."""
 
 
 class Selftest:
     """One run of the command.
 
     Args:
-        device: "cpu" or "cuda", as torch calls it.
-        family: what ``device_family`` says of it.
+        device: "cpu" or "cuda", torch's name.
+        family: the result of ``device_family``.
         isas: the CPU's instruction sets to run, best first.
-        seed: of all inputs.
-        deadline: no case starts later than this, on the clock of ``time.monotonic``.
+        seed: for all inputs.
+        deadline: no case starts later than this, by the clock of ``time.monotonic``.
         progress: called with the name of the group after each case.
     """
 
@@ -101,7 +101,7 @@ class Selftest:
 
     # ------------------------------------------------------------------ planning
     def rounds(self) -> list[Round]:
-        """Every format in the first size, so that all kernels have run; then more."""
+        """Every format in the first size, so that all kernels run; then more sizes."""
         shapes = [
             LayerShape(*sizes, group_size, dtype, symmetric)
             for sizes in SIZES
@@ -118,11 +118,11 @@ class Selftest:
         ]
 
     def formats(self) -> list[LayerShape]:
-        """Of the first size."""
+        """The first size in every format."""
         return [round.shape for round in self.rounds() if not round.repeats]
 
     def dense_cases(self) -> list[tuple[torch.dtype, int, bool, int]]:
-        """dtype, bits, symmetric, group size of every kernel of the dense op."""
+        """dtype, bits, symmetric and group size of every kernel of the dense op."""
         return [
             (dtype, bits, symmetric, group_size)
             for dtype in random_layers.DTYPES.values()
@@ -131,7 +131,7 @@ class Selftest:
         ]
 
     def steps(self) -> int:
-        """Calls of ``progress`` in a whole run."""
+        """Number of calls of ``progress`` in a whole run."""
         isas = max(1, len(self.isas))
         rescores = len(random_layers.DTYPES) * len(WINDOWS)
         dense = (len(self.dense_cases()) + rescores) * isas
@@ -139,7 +139,7 @@ class Selftest:
         return moe + 2 * dense + len(PACKINGS) + len(self.prefill_plan())
 
     def prefill_plan(self) -> list[tuple[LayerShape, Any]]:
-        """Shapes and tiles: each format and each tile of the table at least once."""
+        """Shapes and tiles that use each format and each tile of the table."""
         if self.family.tuning is None:
             return []
         tiles, formats = table_tiles(self.family.tuning), self.formats()
@@ -150,7 +150,7 @@ class Selftest:
 
     # ------------------------------------------------------------------- running
     def _launch(self, call: Callable[..., None], *arguments: Any) -> None:
-        """An op with all threads; what is around it takes one, see ``run``."""
+        """Run an op with all threads; everything else uses one, see ``run``."""
         torch.set_num_threads(self.threads)
         try:
             call(*arguments)
@@ -158,10 +158,10 @@ class Selftest:
             torch.set_num_threads(1)
 
     def run(self) -> list[Group]:
-        """All groups, in the order of their lines.
+        """Run everything; returns the groups in the order of their lines.
 
-        References and comparisons are small: on a busy machine threads that wait for
-        each other would take most of the time.
+        References and comparisons are small and use one thread: on a busy machine,
+        waiting for other threads would take most of the time.
         """
         torch.set_num_threads(1)
         try:
@@ -223,6 +223,7 @@ class Selftest:
             self._in_group("prefill", work)
 
     def seconds_left(self) -> float:
+        """Seconds until the deadline, negative after it."""
         return self.deadline - time.monotonic()
 
     def _in_group(self, name: str, work: Callable[[Group], None]) -> None:
@@ -236,11 +237,11 @@ class Selftest:
             work(group)
         except WrongResultError as error:
             group.failure = str(error)
-        except RuntimeError as error:  # the op refused, or the device failed
+        except RuntimeError as error:  # the op rejected its arguments or the GPU failed
             group.failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
     def _decode(self, round: Round) -> None:
-        """All ops on one shape."""
+        """Run all ops on one shape."""
         case = here = None
         if self.seconds_left() > 0:
             case = Case.make(round.shape, round.number, self.seed)
@@ -259,7 +260,7 @@ class Selftest:
         case: Case | None,
         here: Case | None,
     ) -> None:
-        if case is None or here is None:  # the time was up before
+        if case is None or here is None:  # out of time before the case was made
             return
         shape, tolerance = case.shape, reference.TOLERANCE[case.shape.dtype]
         kernel = kernel_name(op, shape)
@@ -288,7 +289,7 @@ class Selftest:
         with at(f"{kernel}, 3 tokens, {shape}"):
             self._repeat(launch, here, op, 3)
             group.repeated += 1
-        if op != "gemm":  # its blocks are the caller's: a row alone is another call
+        if op != "gemm":  # the caller makes its blocks: a row alone is another call
             same, rows = group.alone
             same += self._same_alone(launch, here, op, 8)
             group.alone = same, rows + 8
@@ -327,7 +328,7 @@ class Selftest:
                 got,
                 wanted,
                 kept & (got != wanted),
-                "it could not matter and has to stay",
+                "rescoring should not have changed it",
             )
             if repeats:
                 self._same_bits(launch, output)
@@ -359,23 +360,25 @@ class Selftest:
             )
 
     def _repeat(self, launch: Launch, here: Case, op: str, tokens: int) -> None:
-        """The same bits in ``RUNS`` runs and, on a GPU, in replays of a graph."""
+        """``RUNS`` runs and, on a GPU, replays of a graph must write the same bits."""
         output = Poisoned.of(here, op, tokens, self.device)
         call = functools.partial(launch, here, output.view, 0, tokens)
-        # gemm's blocks come from the host
+        # gemm's blocks come from the host, so it cannot be captured
         self._same_bits(call, output, in_graph=op != "gemm")
 
     def _same_bits(
         self, call: Callable[[], None], output: Poisoned, in_graph: bool = True
     ) -> None:
-        """``call`` writes the same bits into ``output`` whenever it runs."""
+        """Check that ``call`` writes the same bits into ``output`` in every run."""
         self._launch(call)
         first = output.bits()
         for run in range(1, RUNS):
             output.poison()
             self._launch(call)
             if not torch.equal(output.bits(), first):
-                raise WrongResultError(f"run {run + 1} wrote other bits than the first")
+                raise WrongResultError(
+                    f"run {run + 1} wrote different bits from the first"
+                )
         if self.device == "cpu" or not in_graph:
             return
         graph = torch.cuda.CUDAGraph()
@@ -386,7 +389,8 @@ class Selftest:
             graph.replay()
             if not torch.equal(output.bits(), first):
                 raise WrongResultError(
-                    f"replay {run + 1} of a graph wrote other bits than a plain call"
+                    f"replay {run + 1} of a graph wrote different bits from a plain "
+                    "call"
                 )
 
     def _same_alone(self, launch: Launch, here: Case, op: str, tokens: int) -> int:
@@ -426,13 +430,15 @@ class Selftest:
             output.poison()
             self._launch(call.run, output.view, here.activation)
             if not torch.equal(output.bits(), first):
-                raise WrongResultError("the second run wrote other bits than the first")
+                raise WrongResultError(
+                    "the second run wrote different bits from the first"
+                )
         group.repeated += 1
         group.note(error, 2 * tolerance, f"{tiles.gate_up}, {shape}")
 
 
 def table_tiles(name: str) -> list[Any]:
-    """Distinct prefill tiles of the tuning table."""
+    """The distinct prefill tiles of the tuning table ``name``."""
     tiles = []
     for row in tuning.table(name)["rows"]:
         block_m = row["block_m"]
@@ -445,7 +451,7 @@ def table_tiles(name: str) -> list[Any]:
 
 
 def repack(group: Group, format: packing.CheckpointPacking) -> None:
-    """Random stored tensors, which always mean something, before and after."""
+    """Convert random stored tensors, all of which are valid, and check the result."""
     generator = torch.Generator().manual_seed(len(format.name))
     for n, k, group_size in ((64, 128, 32), (256, 512, 128), (24, 192, 64)):
         shapes = format.shapes(n, k, group_size)
@@ -472,9 +478,9 @@ def repack(group: Group, format: packing.CheckpointPacking) -> None:
 def selftest(
     seed: int, time_limit_s: float, progress: Any, start: float | None = None
 ) -> dict[str, Any]:
-    """What the command prints, as the object of its ``--json``.
+    """Run everything; returns the object that the command prints for ``--json``.
 
-    ``start``, by default now, is when the time limit begins.
+    ``start`` is the time from which ``time_limit_s`` seconds count, by default now.
     """
     start = time.monotonic() if start is None else start
     family = devices.device_family()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The kernels on random layers of one shape, for ``tune``: what is right, how fast.
+"""Runs the kernels on random layers of one shape for ``tune``: verifies and times them.
 
-Weights are cold: calls go round more of them than the last-level cache holds. Every
-number of tokens has ``BATCHES`` routings.
+The weights are cold: calls rotate over more of them than the last-level cache holds.
+There are ``BATCHES`` routings for every number of tokens.
 """
 
 import sys
@@ -29,47 +29,61 @@ from vllm.plugins.hybrid_w4a16.tune_search import (
     tile_sizes,
 )
 
-# Bytes of weights that calls rotate over: at least so many times the last-level cache,
-# 32 MiB on gfx1151 (which torch does not report), and at most MOST_BYTES.
+# Bytes of weights that calls rotate over: at least ROTATE_CACHES times the last-level
+# cache (32 MiB on gfx1151, which torch does not report), and at most MOST_BYTES.
 ROTATE_CACHES = 8
 LEAST_CACHE = 32 << 20
 MOST_BYTES = 6 << 30
 CALLS = 24  # launches in a graph
-BATCHES = 8  # routings of their own that they go through
+BATCHES = 8  # different routings that the launches rotate over
 
 
 class Bench(Protocol):
     """The kernels on random layers of one shape."""
 
     def families(self, op: str) -> list[Family]:
-        """Grids of plans that may exist on this device."""
+        """The grids of launch plans for ``op`` ("gate_up" or "down") on this device."""
         ...
 
     def is_right(self, op: str, tokens: int, plan: Plan | None) -> bool:
-        """Whether the op takes the plan and then computes what it should."""
+        """Whether ``op`` accepts the plan and its result is right."""
         ...
 
     def sample_decode(
         self, op: str, tokens: int
-    ) -> Callable[[Plan | None, int], list[float]]: ...
+    ) -> Callable[[Plan | None, int], list[float]]:
+        """A function that times a plan: (plan, count) to ``count`` samples in us."""
+        ...
 
-    def tile_candidates(self, op: str, block_m: int, tokens: int) -> list[Tile]: ...
+    def tile_candidates(self, op: str, block_m: int, tokens: int) -> list[Tile]:
+        """The tiles of ``block_m`` rows that compile and whose result is right."""
+        ...
 
-    def sample_tile(self, op: str, tokens: int) -> Sampler: ...
+    def sample_tile(self, op: str, tokens: int) -> Sampler:
+        """A sampler that times ``op`` of prefill with a ``Tile``."""
+        ...
 
     def sample_whole(
         self, tokens: int, plans: tuple[Plan | None, Plan | None], tiles: PrefillTiles
     ) -> Sampler:
-        """Of candidates "decode" and "prefill": the whole experts call."""
+        """A sampler that times all of an experts call, by "decode" or by "prefill"."""
         ...
 
     def drop_graphs(self) -> None:
-        """Forget what was captured."""
+        """Free the captured graphs."""
         ...
 
 
 class GpuBench:
-    """``Bench`` on the GPU at hand; timed by events around replays of graphs."""
+    """``Bench`` on the current GPU; it times graph replays with events.
+
+    Args:
+        shape: of the random layers.
+        cu_count: compute units, passed to the ops.
+        variants: pool that compiles prefill tiles in advance; ``None``: no pool.
+
+    Raises ``ValueError`` if one layer takes more than half of the free memory.
+    """
 
     def __init__(self, shape: LayerShape, cu_count: int, variants: Any = None) -> None:
         self.shape, self.cu_count, self.pool = shape, cu_count, variants
@@ -95,7 +109,9 @@ class GpuBench:
 
     # ---------------------------------------------------------------------- decode
     def batches(self, tokens: int) -> list[tuple[torch.Tensor, ...]]:
-        """x, ids, weights, middle for each of ``BATCHES`` routings."""
+        """``BATCHES`` inputs: x [M, H], ids and weights [M, top_k], middle
+        [M * top_k, I], with x and middle in the shape's dtype.
+        """
         if tokens not in self.inputs:
             generator = torch.Generator().manual_seed(tokens)
             shape, made = self.shape, []
@@ -115,7 +131,7 @@ class GpuBench:
                         )
                     )
                 )
-            self.inputs = {tokens: made}  # those of one number at a time
+            self.inputs = {tokens: made}  # only for one number of tokens at a time
             self.right.clear()
         return self.inputs[tokens]
 
@@ -128,7 +144,10 @@ class GpuBench:
         out: torch.Tensor,
         middle: torch.Tensor | None = None,
     ) -> None:
-        """One launch of ``op``; down reads ``middle``, the batch's own by default."""
+        """Launch ``op`` once, writing ``out``.
+
+        down reads ``middle`` [M * top_k, I], by default that of the batch.
+        """
         layer = self.layers[call % len(self.layers)]
         x, ids, weights, own_middle = self.batches(tokens)[call % BATCHES]
         cu_count, group = self.cu_count, self.shape.group_size
@@ -145,6 +164,7 @@ class GpuBench:
         )
 
     def output(self, op: str, tokens: int) -> torch.Tensor:
+        """An output of ``op`` filled with NaN: [M * top_k, I] or [M, H]."""
         shape = self.shape
         rows = tokens * shape.top_k if op == "gate_up" else tokens
         columns = shape.intermediate if op == "gate_up" else shape.hidden
@@ -152,7 +172,7 @@ class GpuBench:
         return torch.full((rows, columns), nan, dtype=shape.dtype, device="cuda")
 
     def expected(self, op: str, tokens: int) -> torch.Tensor:
-        """Of call 0, in float32 from dequantized weights."""
+        """The result of call 0, in fp32 from dequantized weights."""
         if (op, tokens) not in self.right:
             x, ids, weights, middle = self.batches(tokens)[0]
             shape, layer = self.shape, self.layers[0]
@@ -172,10 +192,15 @@ class GpuBench:
         return self.right[op, tokens]
 
     def families(self, op: str) -> list[Family]:
+        """The grids of launch plans for ``op`` on this GPU."""
         return plan_families(op, self.matrix_units)
 
     def is_right(self, op: str, tokens: int, plan: Plan | None) -> bool:
-        """Whether the op takes the plan and then computes what it should."""
+        """Whether ``op`` accepts the plan and its result is right.
+
+        Prints a warning for a wrong result. Raises ``RuntimeError`` for any error of
+        the op other than a rejected plan.
+        """
         out = self.output(op, tokens)
         try:
             self.launch(op, tokens, 0, plan, out)
@@ -196,6 +221,7 @@ class GpuBench:
     def sample_decode(
         self, op: str, tokens: int
     ) -> Callable[[Plan | None, int], list[float]]:
+        """A function that times a plan: (plan, count) to ``count`` samples in us."""
         out = self.output(op, tokens)
 
         def sample(plan: Plan | None, count: int) -> list[float]:
@@ -208,6 +234,7 @@ class GpuBench:
 
     # --------------------------------------------------------------------- prefill
     def call(self, tokens: int, call: int, tiles: PrefillTiles) -> Any:
+        """Prefill number ``call`` on ``tokens`` tokens; its launches are separate."""
         x, ids, weights, _ = self.batches(tokens)[call % BATCHES]
         layer = self.layers[call % len(self.layers)]
         return prefill_kernels.PrefillCall(
@@ -215,7 +242,7 @@ class GpuBench:
         )
 
     def tile_candidates(self, op: str, block_m: int, tokens: int) -> list[Tile]:
-        """Tiles that compile and whose result is right."""
+        """The tiles of ``block_m`` rows that compile and whose result is right."""
         good = []
         for tile in tile_sizes(block_m):
             pair = PrefillTiles(tile, tile)
@@ -236,7 +263,9 @@ class GpuBench:
         return good
 
     def whole(self, tokens: int) -> torch.Tensor:
-        """Call 0 of the whole layer by the decode ops, in the rule's plans."""
+        """Call 0 of the whole layer with the decode ops, fp32 [M, H], planned by the
+        rule.
+        """
         if ("whole", tokens) not in self.right:
             middle = self.output("gate_up", tokens)
             self.launch("gate_up", tokens, 0, None, middle)
@@ -246,6 +275,7 @@ class GpuBench:
         return self.right["whole", tokens]
 
     def sample_tile(self, op: str, tokens: int) -> Sampler:
+        """A sampler that times ``op`` of prefill with a ``Tile``."""
         calls: dict[Tile, list[Any]] = {}
 
         def sample(tile: Tile, count: int) -> list[float]:
@@ -268,6 +298,7 @@ class GpuBench:
     def sample_whole(
         self, tokens: int, plans: tuple[Plan | None, Plan | None], tiles: PrefillTiles
     ) -> Sampler:
+        """A sampler that times all of an experts call, by "decode" or by "prefill"."""
         middle, out = self.output("gate_up", tokens), self.output("down", tokens)
         calls = [self.call(tokens, i, tiles) for i in range(BATCHES)]
 
@@ -293,7 +324,9 @@ class GpuBench:
         calls: int = CALLS,
         keep: bool = True,
     ) -> list[float]:
-        """Microseconds per call of ``count`` replays of a graph of ``calls`` calls."""
+        """``count`` samples in microseconds per call, each of a graph of ``calls``
+        calls. The graph is captured once per ``key`` if ``keep``.
+        """
         graph = self.graphs.get(key)
         if graph is None:
             graph = timing.capture(launch, calls)
@@ -302,4 +335,5 @@ class GpuBench:
         return timing.replay(graph, count, calls)
 
     def drop_graphs(self) -> None:
+        """Free the captured graphs."""
         self.graphs.clear()

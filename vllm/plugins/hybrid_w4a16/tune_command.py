@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What ``vllm-hybrid-w4a16 tune`` does: shapes, measurements, tables; see ``tune``."""
+"""The steps of ``vllm-hybrid-w4a16 tune``: shapes, measurements, tables."""
 
 import argparse
 import dataclasses
@@ -35,7 +35,7 @@ from vllm.plugins.hybrid_w4a16.tune_shape import (
 
 
 def parse_shape(text: str, dtype: str) -> MoEShape:
-    """``E,TOP_K,H,I,G``; raises ``ValueError``."""
+    """Parse ``E,TOP_K,H,I,G``; raises ``ValueError`` for anything else."""
     sizes = text.split(",")
     if len(sizes) != 5 or not all(s.strip().isdecimal() and int(s) for s in sizes):
         raise ValueError(f"--shape {text!r} is not E,TOP_K,H,I,G: five numbers above 0")
@@ -46,13 +46,13 @@ def parse_shape(text: str, dtype: str) -> MoEShape:
         raise ValueError(f"--shape {text!r}: group size {group}, known: 32, 64, 128")
     if hidden % group or inter % group:
         raise ValueError(
-            f"--shape {text!r}: {hidden} and {inter} are no multiples of {group}"
+            f"--shape {text!r}: {hidden} and {inter} are not multiples of {group}"
         )
     return MoEShape(experts, top_k, hidden, inter, group, dtype)
 
 
 def parse_tokens(text: str | None) -> tuple[int, ...]:
-    """Of ``--tokens``; raises ``ValueError``."""
+    """Parse the value of ``--tokens``; raises ``ValueError``."""
     if text is None:
         return DECODE_TOKENS
     words = text.split(",")
@@ -62,9 +62,9 @@ def parse_tokens(text: str | None) -> tuple[int, ...]:
 
 
 def shapes_of(args: argparse.Namespace, family: Any) -> list[MoEShape]:
-    """Of ``--shape`` and of the checkpoints' hybrid layers, each once.
+    """The shapes of ``--shape`` and of the checkpoints' hybrid layers, without repeats.
 
-    Raises ``ValueError``, also for a checkpoint that cannot be read.
+    Raises ``ValueError`` for a bad shape or a checkpoint that cannot be read.
     """
     shapes = [parse_shape(text, args.dtype or "bf16") for text in args.shape]
     for name in args.checkpoint:
@@ -86,7 +86,7 @@ def shapes_of(args: argparse.Namespace, family: Any) -> list[MoEShape]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     switch.register()
     family = devices.device_family()
     try:
@@ -171,12 +171,12 @@ def measure(
             if pool is not None:
                 pool.close()
             print(
-                f"\ninterrupted: what was measured is in "
+                f"\ninterrupted: the measurements so far are in "
                 f"{tuning.owner_table(family.name)}",
                 file=sys.stderr,
             )
             return 130
-        except ValueError as error:  # a layer that does not fit into memory
+        except ValueError as error:  # a layer that does not fit in memory
             print(f"error: {error}", file=sys.stderr)
             return 1
     if args.json:
@@ -199,7 +199,7 @@ def measure(
 
 
 def show(family: Any, shapes: list[MoEShape]) -> list[str]:
-    """Tables, and what would be used for ``shapes``."""
+    """Lines for ``--show``: the tables, and the current choice for ``shapes``."""
     arch = family.name
     if family.tuning is None:
         return [f"{arch}: no tables, the CPU ops have nothing to tune"]
@@ -223,7 +223,7 @@ def show(family: Any, shapes: list[MoEShape]) -> list[str]:
         shape = tuning.entry_shape(entry)
         text = f"  {shape}: {entry.get('source', 'no source')}"
         if not usable:
-            text += " (of other kernels or another device: not used)"
+            text += " (for other kernels or another device: not used)"
         lines.append(text)
     for shape in shapes:
         tuned = tuning.lookup(arch, family.cu_count, shape)
@@ -243,4 +243,5 @@ def show(family: Any, shapes: list[MoEShape]) -> list[str]:
 
 
 def tiles_of(tiles: PrefillTiles) -> tuple[Tile, Tile]:
+    """The tiles of gate_up and down, in this order."""
     return tiles.gate_up, tiles.down

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The launch plans and tiles that exist, and the search for the fastest.
+"""The candidate launch plans and tiles, and the search for the fastest.
 
-Launch plans of decode form a grid per kernel. ``search`` descends on it from several
-starts and measures all neighbours of its result; ``sweep`` measures the whole grid.
-``finals`` decides between the best few and what is used now.
+The launch plans of decode form one grid per kernel. ``search`` descends on the grids
+from several starts and measures all neighbours of its result. ``sweep`` measures every
+plan. ``finals`` decides between the best few and the current choice.
 """
 
 import itertools
@@ -19,10 +19,10 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import Plan, Tile
 
 SIFT_REPLAYS, FINAL_REPLAYS = 3, 12
 FINALISTS = 3
-# Least gain that counts, as a share; more where the samples spread more.
+# Smallest gain that counts, as a share; more is needed if the samples spread more.
 LEAST_GAIN = 0.01
-# The search descends from this many of the best starts, and from the best start of each
-# kernel unless that is slower than the best of all by this factor.
+# The search descends from this many of the best starts. It also descends from the best
+# start of each kernel, unless that is slower than the overall best by this factor.
 STARTS, HOPELESS = 2, 2.0
 
 Sampler = Callable[[Any, int], list[float]]
@@ -34,16 +34,16 @@ Measure = Callable[[Any], float | None]
 # ---------------------------------------------------------------------- candidates
 @dataclass(frozen=True)
 class Family:
-    """Plans of one kernel: a point of the grid that ``axes`` span makes a plan.
+    """The launch plans of one kernel: each point of the grid of ``axes`` is a plan.
 
-    ``make(*values)`` returns ``None`` where a combination means nothing.
+    ``make(*values)`` returns ``None`` for a combination that is not a plan.
     """
 
     axes: tuple[tuple[int, ...], ...]
     make: Callable[..., Plan | None]
 
     def plan(self, point: tuple[int, ...]) -> Plan | None:
-        """Of a point, given by its place along each axis; ``None`` outside the grid."""
+        """The plan at a point, an index along each axis; ``None`` outside the grid."""
         if any(
             not 0 <= place < len(axis)
             for place, axis in zip(point, self.axes, strict=True)
@@ -53,17 +53,18 @@ class Family:
         return self.make(*values)
 
     def points(self) -> Iterator[tuple[int, ...]]:
+        """All points of the grid, including those without a plan."""
         return itertools.product(*(range(len(axis)) for axis in self.axes))
 
     def plans(self) -> Iterator[Plan]:
-        """The whole grid."""
+        """All plans of the grid."""
         for point in self.points():
             plan = self.plan(point)
             if plan is not None:
                 yield plan
 
     def starts(self) -> Iterator[tuple[int, ...]]:
-        """Points at a quarter and three quarters of each axis."""
+        """The points at one quarter and three quarters of each axis."""
         yield from itertools.product(
             *(
                 sorted({(len(axis) - 1) // 4, (3 * len(axis) - 3) // 4})
@@ -72,10 +73,10 @@ class Family:
         )
 
     def neighbours(self, point: tuple[int, ...]) -> tuple[list, list]:
-        """Points one move along one axis, and those along several axes at a time.
+        """The points one move away along one axis, and those along several axes.
 
-        Along an axis a move is a step, or doubles or halves the value; along several it
-        is the same kind of move on all.
+        A move along one axis is a step, or doubles or halves the value. A move along
+        several axes makes the same kind of move on all of them.
         """
         found: dict[tuple[int, ...], int] = {}
         for step in itertools.product((-1, 0, 1), repeat=len(point)):
@@ -92,13 +93,13 @@ def _step(axis: tuple[int, ...], place: int, step: int) -> int:
 
 
 def _scale(axis: tuple[int, ...], place: int, step: int) -> int:
-    """The place of twice the value (``step`` 1), of half of it (-1)."""
+    """The index of twice the value (``step`` 1) or half of it (-1)."""
     wanted = axis[place] * 2.0**step
     beyond = [i for i, value in enumerate(axis) if (value - wanted) * step >= 0]
     if step == 0:
         return place
     if not beyond:
-        return -1  # outside
+        return -1  # outside the grid
     return beyond[0] if step > 0 else beyond[-1]
 
 
@@ -107,7 +108,7 @@ _SLOTS = (1, 2, 3, 4, 8, 16)
 
 
 def plan_families(op: str, matrix_units: bool) -> list[Family]:
-    """All plans of ``op`` ("gate_up" or "down") that ``csrc/rocm/plan.h`` knows of.
+    """All plans of ``op`` ("gate_up" or "down") that ``csrc/rocm/plan.h`` defines.
 
     gate_up: kernel, waves, slots, row_tiles; down: kernel, waves, k_slices, slots.
     """
@@ -140,7 +141,7 @@ def plan_families(op: str, matrix_units: bool) -> list[Family]:
 
 
 def tile_sizes(block_m: int) -> Iterator[Tile]:
-    """Tiles worth a try; a thread holds at most 64 sums of one projection."""
+    """Tiles worth trying; a thread holds at most 64 sums of one projection."""
     for block_n, warps, stages in itertools.product(
         (32, 64, 128), (2, 4, 8), stages_here()
     ):
@@ -149,13 +150,15 @@ def tile_sizes(block_m: int) -> Iterator[Tile]:
 
 
 def stages_here() -> tuple[int, ...]:
-    """More than one crashes in Triton on AMD and gains nothing there."""
+    """Numbers of pipeline stages to try. On AMD, more than one crashes Triton and gains
+    nothing.
+    """
     return (1,) if torch.version.hip else (2, 3, 4)
 
 
 # -------------------------------------------------------------------------- search
 class Measured:
-    """Remembers what ``measure`` said of each candidate."""
+    """Remembers the result of ``measure`` for each candidate."""
 
     def __init__(self, measure: Measure) -> None:
         self._measure = measure
@@ -167,16 +170,17 @@ class Measured:
         return self.times[candidate]
 
     def ranked(self) -> list[Any]:
-        """The fastest first."""
+        """The candidates that have a time, fastest first."""
         known = {plan: us for plan, us in self.times.items() if us is not None}
         return sorted(known, key=known.__getitem__)
 
 
 def search(families: Sequence[Family], measure: Measured) -> list[Plan]:
-    """The plans measured, the fastest first, most of the grid left out.
+    """Search for the fastest plan; returns the measured plans, fastest first.
 
-    From the best starts (see ``Family.starts``) it goes to the fastest neighbour, at
-    first along the axes, then across them, until no neighbour is faster.
+    Most of the grid is left out. The search goes from the best starts (see
+    ``Family.starts``) to the fastest neighbour, first along one axis and then along
+    several, until no neighbour is faster.
     """
     begins: list[tuple[float, Family, tuple[int, ...]]] = []
     for family in families:
@@ -221,7 +225,7 @@ def _time(family: Family, point: tuple[int, ...], measure: Measured) -> float | 
 
 
 def sweep(families: Sequence[Family], measure: Measured) -> list[Plan]:
-    """All plans of the grids, the fastest first."""
+    """Measure every plan of the grids; returns them, fastest first."""
     for family in families:
         for plan in family.plans():
             measure(plan)
@@ -230,13 +234,13 @@ def sweep(families: Sequence[Family], measure: Measured) -> list[Plan]:
 
 # -------------------------------------------------------------------------- choice
 class Choice(NamedTuple):
-    """What ``finals`` found; times in microseconds."""
+    """The result of ``finals``; times in microseconds."""
 
     winner: Any
     us: float
     current_us: float
     fastest_us: float
-    """The least of all entrants', within the noise or not."""
+    """The lowest time of all candidates, even if the gain is within the noise."""
 
 
 def finals(
@@ -245,10 +249,11 @@ def finals(
     sample: Sampler,
     step: Callable[[str], None] = lambda name: None,
 ) -> Choice:
-    """Whether one of ``finalists`` replaces ``current``.
+    """Decide whether one of ``finalists`` replaces ``current``.
 
-    All take turns in two passes, in opposite orders. A finalist wins if in each pass it
-    is faster by more than ``LEAST_GAIN`` and more than the quartiles of both spread.
+    All candidates alternate in two passes, in opposite orders. A finalist wins if in
+    each pass it is faster by more than ``LEAST_GAIN`` and more than the interquartile
+    spread of both.
     """
     entrants = [current, *(f for f in finalists if f != current)]
     samples: list[dict[int, list[float]]] = []
@@ -281,7 +286,7 @@ def choose(
     sample: Sampler,
     step: Callable[[str], None] = lambda name: None,
 ) -> Choice:
-    """All candidates are measured, the best few go to the ``finals``."""
+    """Measure all candidates, then hold ``finals`` among the best few."""
     measure = Measured(sifting(sample, step))
     for candidate in candidates:
         measure(candidate)
@@ -289,7 +294,7 @@ def choose(
 
 
 def sifting(sample: Sampler, step: Callable[[str], None]) -> Measure:
-    """A quick measurement: the least of a few samples."""
+    """A quick measurement: the lowest of a few samples."""
 
     def measure(candidate: Any) -> float:
         step("sifting")
@@ -303,6 +308,6 @@ def _median_gain(old: list[float], new: list[float]) -> float:
 
 
 def _spread(samples: list[float]) -> float:
-    """Half the distance of the quartiles, relative to the median."""
+    """Half the interquartile range, relative to the median."""
     low, middle, high = statistics.quantiles(samples, n=4)
     return (high - low) / 2 / middle

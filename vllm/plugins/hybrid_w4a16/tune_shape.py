@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Tunes one shape: what ``tune`` measures in which order, and the entry it writes."""
+"""Tunes one shape: the order of the measurements, and the table entry they give."""
 
 import dataclasses
 import functools
@@ -28,15 +28,15 @@ BEGIN_TOKENS = (4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)
 
 
 class Tuner:
-    """Measures one shape; ``entry`` is what the table gets.
+    """Measures one shape; ``entry`` is the result for the tuning table.
 
     Args:
-        current: what is used for the shape now.
-        save: called with the entry whenever it has grown.
+        current: the current choice for the shape.
+        save: called with the entry whenever the entry has grown.
         progress: has ``step(name)`` and ``say(text)``.
-        decode_tokens: numbers of tokens that launch plans are measured for.
-        full: measure every launch plan there is, and say how far the search is from
-            the fastest of them.
+        decode_tokens: numbers of tokens to measure launch plans for.
+        full: measure every launch plan, and report how far the result of the search is
+            from the fastest.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Tuner:
         }
 
     def run(self, decode: bool, prefill: bool) -> dict[str, Any]:
+        """Tune ``decode``, ``prefill`` or both; returns the entry."""
         if decode:
             for tokens in self.decode_tokens:
                 self.tune_decode(tokens)
@@ -74,6 +75,7 @@ class Tuner:
         return self.entry
 
     def tune_decode(self, tokens: int) -> None:
+        """Add the launch plans of gate_up and down for ``tokens`` tokens."""
         row: dict[str, Any] = {"tokens": tokens}
         texts = []
         for op in ("gate_up", "down"):
@@ -86,10 +88,10 @@ class Tuner:
         self.progress.say(f"  {tokens} tokens: {'; '.join(texts)}")
 
     def _decode_plan(self, op: str, tokens: int) -> dict[str, Any]:
-        """The plan (``None``: the rule's), its microseconds and the rule's.
+        """The chosen plan (``None``: the rule's), its microseconds and the rule's.
 
-        In a full sweep also ``search_behind``: by what share the plan that the search
-        found takes longer than the fastest of all, in finals of their own.
+        A full sweep adds ``search_behind``: how much slower the best plan of the search
+        is than the fastest of all, as a share, from finals of their own.
         """
         families = self.bench.families(op)
         sample = self.bench.sample_decode(op, tokens)
@@ -105,7 +107,7 @@ class Tuner:
         tried = len(measure.times)
         found: dict[str, Any] = {}
         if self.full:
-            # the rule is one that the search offers
+            # the rule's plan is among the candidates
             best = choice.winner
             ranked = sweep(families, measure)
             every = finals(best, ranked[: 2 * FINALISTS], sample, step)
@@ -121,12 +123,13 @@ class Tuner:
         }
 
     def tune_prefill(self, tokens: int) -> None:
+        """Add the fastest prefill tiles for ``tokens`` tokens."""
         shape = self.current.shape
         rows_per_expert = tokens * shape.top_k / shape.experts
         now = self.current.prefill_tiles(tokens * shape.top_k)
-        # a block far larger than what an expert gets is padding only
+        # blocks far larger than an expert's rows are mostly padding
         sizes = [m for m in (16, 32, 64, 128) if m == 16 or m < 4 * rows_per_expert]
-        sizes.sort(key=lambda m: m != now.gate_up.block_m)  # what there is comes first
+        sizes.sort(key=lambda m: m != now.gate_up.block_m)  # the current size first
         best: tuple[float, PrefillTiles] | None = None
         now_us = 0.0
         for block_m in sizes:
@@ -173,7 +176,7 @@ class Tuner:
         self.progress.say(f"  prefill, {tokens} tokens: {us:.1f} us{before}")
 
     def find_begin(self) -> None:
-        """The least number of tokens from which prefill is faster and stays so."""
+        """Find the lowest number of tokens from which prefill is always faster."""
         shape = self.current.shape
         tuned = dataclasses.replace(
             self.current, entry=self.entry if self.entry["rows"] else None
@@ -228,7 +231,7 @@ def _decode_text(op: str, found: dict[str, Any]) -> str:
 
 
 def farthest_behind(entries: Sequence[dict[str, Any]]) -> tuple[float, str] | None:
-    """Of entries measured in full: the largest ``search_behind``, and where it is."""
+    """The largest ``search_behind`` of fully swept entries, and where it is."""
     found = [
         (row[f"{op}_search_behind"], f"{op}, {row['tokens']} tokens, {shape}")
         for entry in entries

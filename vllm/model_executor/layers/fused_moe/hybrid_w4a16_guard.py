@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Checks the first layer of a model when it is ready to run.
+"""Checks a model's first layer when the model is ready to run.
 
 Silently wrong text is the worst failure of a kernel. So before a model serves, its
 converted weights are compared with the checkpoint's (one expert). Then the decode and
 prefill kernels run on them for a few tokens, and the results are compared with plain
 torch on the same device (two experts, row by row). Later layers are checked if their
 shape or format differs. This also compiles the Triton kernels that the model will use,
-so that no request waits for them.
+so no request waits for them.
 """
 
 import time
@@ -32,20 +32,20 @@ _checked: set[tuple[object, ...]] = set()
 
 
 class Kept(NamedTuple):
-    """What ``check`` needs of a layer as it was before the conversion."""
+    """What ``check`` needs to know about a layer before the conversion."""
 
     signature: tuple[object, ...]
     expert: int
-    """The local expert that checksums were made of."""
+    """The local expert that the checksums are of."""
     sums: dict[str, sums.Sums]
     """By "w13" and "w2"."""
 
 
 def keep(method: "Int4MoEMethod", layer: "RoutedExperts") -> Kept | None:
-    """Checksums of a part of what is about to be converted, for ``check``.
+    """Checksums for ``check`` of part of the tensors that are about to be converted.
 
-    ``None`` where nothing will be checked: a layer like one that was checked, weights
-    on the meta device, and while torch.compile or a graph capture looks on.
+    ``None`` if nothing will be checked: for a layer like one that was checked, weights
+    on the meta device, and during torch.compile or a graph capture.
     """
     if oracle.begins_model(layer.layer_name):
         _checked.clear()
@@ -64,8 +64,8 @@ def check(
 ) -> None:
     """Compare the layer with ``kept`` and its kernels with plain torch.
 
-    Does nothing for ``kept is None``. Raises ``RuntimeError`` naming the layer, what is
-    wrong and where, and how to serve without these kernels.
+    Does nothing if ``kept`` is ``None``. Raises ``RuntimeError`` that names the layer,
+    what is wrong and where, and how to serve without these kernels.
     """
     if kept is None:
         return
@@ -97,7 +97,7 @@ def check(
 
 
 def _signature(method: "Int4MoEMethod", layer: "RoutedExperts") -> tuple[object, ...]:
-    """Layers that agree in it run the same code on weights of the same form."""
+    """Layers with equal signatures run the same code on weights of the same form."""
     moe = method.moe
     return (
         method.packing.name,

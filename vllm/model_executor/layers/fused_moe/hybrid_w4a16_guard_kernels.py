@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The kernels on a layer's own weights, held against plain torch; for the guard."""
+"""Compares the kernels on a layer's own weights with plain torch, for the guard."""
 
 import math
 import time
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-# Of a row's outputs against the size that they have with random activations. Kernels
-# that are right reach 0.01 (bf16; int8 activations on some CPUs); one scale of 16 that
-# is wrong by half makes 0.1.
+# Allowed error of a row's outputs, relative to their typical size for random
+# activations. Correct kernels reach 0.01 (bf16; int8 activations on some CPUs). If one
+# scale of 16 is wrong by half, the error is 0.1.
 TOLERANCE = 0.04
-# A chunk of dequantized weights takes at most this part of an expert's bytes.
+# A chunk of dequantized weights takes at most this share of an expert's bytes.
 _CHUNK_SHARE = 2
 _DECODE_TOKENS = (1, 3)
 _PREFILL_TOKENS = 24
@@ -47,7 +47,7 @@ class _Run(NamedTuple):
 
 
 class KernelCheck:
-    """The kernels on a few tokens that all pick the same two experts."""
+    """Runs the kernels on a few tokens that all pick the same two experts."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class KernelCheck:
         tokens = max(*self._decode_tokens(), self._prefill_tokens())
         x = torch.randn(tokens, self.hidden, generator=generator)
         self.x = x.to(self.dtype).to(self.device)
-        # slots take turns; the second expert comes first in every other token
+        # slots alternate; the second expert comes first in every other token
         local = torch.tensor([0, expert])
         slots = (torch.arange(tokens)[:, None] + torch.arange(self.top_k)) % 2
         self.local = local[slots].to(self.device)
@@ -94,7 +94,7 @@ class KernelCheck:
             ]
             ids = torch.tensor(globals_)[slots].to(self.device)
         self.ids = ids.to(torch.int32)
-        # vLLM loads models with their own dtype as torch's default
+        # vLLM loads models with the model's dtype as torch's default
         weights = torch.rand(
             tokens, self.top_k, generator=generator, dtype=torch.float32
         )
@@ -105,7 +105,7 @@ class KernelCheck:
         return 0 if self.kernel.prefill_from is None else _PREFILL_TOKENS
 
     def problem(self) -> str | None:
-        """What differs from plain torch, the first of it; ``None``: nothing."""
+        """The first difference from plain torch; ``None`` if there is none."""
         try:
             runs = [self._decode(tokens) for tokens in self._decode_tokens()]
         except RuntimeError as error:
@@ -124,7 +124,7 @@ class KernelCheck:
         return self._gate_up_problem(runs) or self._down_problem(runs)
 
     def _decode_tokens(self) -> list[int]:
-        """A few, and every number that the tuning table has plans for."""
+        """A few token counts, and all for which the tuning table has plans."""
         planned = self.kernel.tuned.decode if self.kernel.tuned is not None else {}
         return sorted({*_DECODE_TOKENS, *planned})
 
@@ -172,7 +172,7 @@ class KernelCheck:
         return _Run(f"decode, {tokens} tokens", tokens, middle, out)
 
     def _tiles(self) -> list[tuning.PrefillTiles]:
-        """Of every number of tokens that the model can get at once."""
+        """The tiles for every number of tokens that the model can get at once."""
         assert self.kernel.prefill_from is not None and self.kernel.tuned is not None
         tokens, found = self.kernel.prefill_from, []
         while tokens <= 1 << 17:
@@ -219,7 +219,7 @@ class KernelCheck:
             prefill.Activation(*self.activation),
             tiles,
         )
-        # plane order back into the order of the intermediate's columns
+        # from plane order back to the order of the intermediate's columns
         k = torch.arange(self.inter, device=self.device)
         place = 128 * (k // 128) + 16 * (k % 8) + (k % 128) // 8
         middle = workspace.middle.index_select(1, place)
@@ -245,7 +245,7 @@ class KernelCheck:
                 acted = reference.activate(
                     gate, torch.ones_like(up), name, alpha, 0.0, limit
                 )
-                # what errors in gate and up come to in their product
+                # the error of the product, given the errors of gate and up
                 gate_size, up_size = gate_norm * size, up_norm * size
                 allowed = (_rms(up + beta, 0) + TOLERANCE * up_size) * gate_size
                 allowed += _rms(acted, 0) * up_size + _rms(want, 0)
@@ -260,7 +260,7 @@ class KernelCheck:
         return None
 
     def _down_problem(self, runs: list[_Run]) -> str | None:
-        """Of each run by what its own gate_up wrote."""
+        """The first wrong row of down, given what gate_up wrote in the same run."""
         mixed: dict[int, list[torch.Tensor]] = {expert: [] for expert in self.experts}
         for run in runs:
             slots = run.middle.view(run.tokens, self.top_k, self.inter).float()
@@ -302,7 +302,7 @@ class KernelCheck:
     ) -> str | None:
         """The first row whose error is larger than ``TOLERANCE * allowed``."""
         limit = torch.finfo(self.dtype).max
-        inside = want.abs() < limit  # fp16 may overflow in a model that is sound
+        inside = want.abs() < limit  # fp16 may overflow even if the model is sound
         error = _rms(torch.where(inside, got - want, 0.0), 0)
         wrong = ~(error <= TOLERANCE * allowed + 1e-30)
         if not bool(wrong.any()):
@@ -318,7 +318,7 @@ class KernelCheck:
         )
 
     def _chunks(self, rows: int, k: int) -> Iterator[torch.Tensor]:
-        """Rows to compare, so many at a time that temporaries stay small."""
+        """The rows to compare, in chunks so that temporaries stay small."""
         every = some_rows(rows, k, self.device)
         expert_bytes = 3 * self.hidden * self.inter // 2
         # two temporaries of 4 bytes each per weight
@@ -332,7 +332,7 @@ class KernelCheck:
         rows: torch.Tensor,
         x: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [M, K] times ``rows`` of the expert, fp32 [M, rows]; norms of the rows.
+        """x [M, K] times ``rows`` of the expert, fp32 [M, rows], and the rows' norms.
 
         A row's norm is at least that of weights one step from zero.
         """
@@ -350,6 +350,6 @@ class KernelCheck:
 
 
 def _rms(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Root of the mean square, over all or along ``dim``."""
+    """Root mean square over all elements, or along ``dim``."""
     square = x.float().square()
     return (square.mean() if dim is None else square.mean(dim)).sqrt()

@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Checksums of an expert's tensors, as the checkpoint stores them and converted.
 
-Sums and not copies: the conversion may need a whole expert's room besides.
+The guard keeps sums rather than copies because the conversion may itself need room for
+a whole expert.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,26 +18,26 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import Int4MoEMethod
 
-# Weights of a matrix that are compared with per expert; rows are left out where there
-# are more (Mixtral's 58 million would take a second on a CPU).
+# Number of weights to compare per matrix and expert; of larger matrices only some rows
+# are compared (all of Mixtral's 58 million would take a second on a CPU).
 _MAX_WEIGHTS = 2 << 20
-# Most weights to unpack at a time.
+# Maximum number of weights to unpack at a time.
 _CHUNK_WEIGHTS = 1 << 18
 
 
 class Sums(NamedTuple):
-    """Of one matrix of one expert."""
+    """Checksums of one matrix of one expert."""
 
     rows: torch.Tensor
-    """int32 [N]: of a row's weights, scales and zero points together."""
+    """int32 [N]: one sum over a row's weights, scales and zero points."""
     totals: dict[str, int]
-    """Of all rows, for each of the three."""
+    """One sum over all rows for each of the three."""
 
 
 def stored(
     method: "Int4MoEMethod", layer: "RoutedExperts", expert: int
 ) -> dict[str, Sums]:
-    """Of a local expert's tensors before the conversion, by "w13" and "w2"."""
+    """Checksums of a local expert's tensors before the conversion: "w13" and "w2"."""
     packing = method.packing
     found = {}
     for name in ("w13", "w2"):
@@ -74,7 +75,7 @@ def conversion_problem(
     expert: int,
     kept: dict[str, Sums],
 ) -> str | None:
-    """How the converted expert differs from what the checkpoint said, if it does."""
+    """How the converted expert differs from the checkpoint; ``None`` if it does not."""
     packing = method.packing
     for name in ("w13", "w2"):
         words = getattr(layer, f"{name}_{packing.qweight}")[expert]
@@ -105,10 +106,10 @@ def conversion_problem(
 
 
 def _sampled_rows(rows: int, share: int, device: torch.device) -> torch.Tensor:
-    """About ``rows / share`` rows in blocks of 8, over all positions in a tile."""
+    """About ``rows / share`` rows in blocks of 8, at all positions within a tile."""
     blocks = rows // 8
     wanted = max(1, blocks // share)
-    # an odd stride, so that all remainders modulo a tile's size come up
+    # an odd stride, so that all remainders modulo the size of a tile occur
     stride = max(1, blocks // wanted) | 1
     picked = (torch.arange(wanted, device=device) * stride) % blocks
     picked = picked.unique()
@@ -116,7 +117,7 @@ def _sampled_rows(rows: int, share: int, device: torch.device) -> torch.Tensor:
 
 
 def some_rows(rows: int, k: int, device: torch.device) -> torch.Tensor:
-    """All rows, or so many that they hold about ``_MAX_WEIGHTS``."""
+    """All rows, or as many as hold about ``_MAX_WEIGHTS`` weights."""
     share = -(-rows * k // _MAX_WEIGHTS)
     if share <= 1:
         return torch.arange(rows, device=device)
@@ -126,13 +127,13 @@ def some_rows(rows: int, k: int, device: torch.device) -> torch.Tensor:
 def _row_words(
     packing: CheckpointPacking, words: torch.Tensor, rows: torch.Tensor, along_k: bool
 ) -> torch.Tensor:
-    """Stored words that hold ``rows``, whole blocks of 8; ``along_k``: one row each."""
+    """The stored words of ``rows``, in whole blocks of 8; ``along_k``: one row each."""
     index = rows if along_k else rows[::8] // 8
     return words.index_select(1 if packing.k_first else 0, index)
 
 
 def _reduction(packing: CheckpointPacking, words: torch.Tensor) -> int:
-    """K of stored words."""
+    """K, from the shape of the stored words."""
     stored = words.shape[0 if packing.k_first else 1]
     return 8 * stored if packing.words_along_k else stored
 
@@ -142,7 +143,7 @@ def _checksums(
     k: int,
     parts: Callable[[torch.Tensor], Iterable[tuple[str, torch.Tensor]]],
 ) -> Sums:
-    """Sums over integers times factors that depend on their place in the row; 0 for
+    """Sums of integers times factors that depend on their position in the row; 0 for
     rows that are left out.
 
     ``parts(rows)`` yields names and values [len(rows), any].
@@ -151,7 +152,7 @@ def _checksums(
     sums = torch.zeros(count, dtype=torch.int32, device=device)
     totals: dict[str, int] = {}
     step = max(8, _CHUNK_WEIGHTS // k // 8 * 8)
-    # the share of an expert that temporaries may take, 12 bytes per weight
+    # the share of an expert allowed for temporaries, 12 bytes per weight
     step = min(step, max(8, count // 24 // 8 * 8))
     place = torch.arange(k, dtype=torch.int32, device=device)
     factors = (place * 40503).remainder_(32749).add_(1)

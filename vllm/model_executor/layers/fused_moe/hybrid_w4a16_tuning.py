@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The tuning tables: launch plans of decode, where prefill begins, tiles of prefill.
+"""The tuning tables: launch plans for decode, the start of prefill, tiles for prefill.
 
-One file per device in ``configs/hybrid_w4a16``, and the owner's of the same form in
-``VLLM_CONFIG_ROOT/hybrid_w4a16``, which take precedence::
+There is one file per device in ``configs/hybrid_w4a16``. The owner's tables have the
+same form, are in ``VLLM_CONFIG_ROOT/hybrid_w4a16`` and take precedence::
 
     source        what the numbers were measured on
-    prefill_from  least number of tokens that prefill takes
-    prefill_rows_per_expert  ... or fewer, where experts get more rows each; optional
+    prefill_from  lowest number of tokens that prefill handles
+    prefill_rows_per_expert  ... or fewer, if experts get more rows each; optional
     row_padding   bytes added to packed weight rows of a multiple of 1024 bytes
     rows          prefill tiles by shape: hidden, intermediate, rows_per_expert;
                   block_m, and [block_n, num_warps, num_stages] of gate_up and down
-    shapes        what was measured for one shape, see ``MoEShape``: compute_units and
+    shapes        measurements for one shape, see ``MoEShape``: compute_units and
                   kernel_version, prefill_from, rows as above, and decode: by tokens
                   the plans of gate_up and down, as the ops take them, or null
 
-``vllm-hybrid-w4a16 tune`` writes the owner's table. A lookup takes the nearest shape.
-Where none is near, the rule in the op library plans decode, and prefill begins at the
+``vllm-hybrid-w4a16 tune`` writes the owner's table. A lookup uses the nearest shape. If
+none is near, the rule in the op library plans decode, and prefill begins at the
 device's ``prefill_from``.
 """
 
@@ -47,11 +47,11 @@ def table_name(arch: str) -> str:
 
 @dataclass(frozen=True)
 class Tile:
-    """How a GEMM is cut up.
+    """How a GEMM is divided into blocks.
 
-    ``block_m`` rows of activations (a power of two, 16 or more) times ``block_n``
-    weight rows (of gate and of up each), by ``num_warps`` warps, loads running
-    ``num_stages`` steps ahead.
+    A block is ``block_m`` rows of activations (a power of two, at least 16) times
+    ``block_n`` weight rows (of gate and of up each). ``num_warps`` warps compute it,
+    and loads run ``num_stages`` steps ahead.
     """
 
     block_m: int
@@ -62,14 +62,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class PrefillTiles:
-    """Tiles of the two GEMMs; they share the sorted pairs, hence ``block_m``."""
+    """Tiles of the two GEMMs; they share the sorted pairs and thus ``block_m``."""
 
     gate_up: Tile
     down: Tile
 
 
-# For a device that nobody has measured: small enough for every device's registers and
-# shared memory.
+# For a device without measurements: small enough for the registers and shared memory of
+# every device.
 _DEFAULT: dict[str, Any] = {
     "prefill_from": 32,
     "row_padding": 0,
@@ -88,7 +88,7 @@ _DEFAULT: dict[str, Any] = {
 
 @functools.cache
 def table(name: str) -> dict[str, Any]:
-    """The table ``name``; one warning and small tiles where there is none."""
+    """The table ``name``; if there is none, small tiles and one warning."""
     path = TABLES / f"{name}.json"
     if path.is_file():
         return json.loads(path.read_text())
@@ -101,12 +101,12 @@ def table(name: str) -> dict[str, Any]:
 
 
 def prefill_from(name: str, num_experts: int, top_k: int) -> int:
-    """Least number of tokens that prefill takes; fewer go to decode.
+    """Lowest number of tokens that prefill handles; decode handles fewer.
 
     Args:
         name: of the table, see ``table_name``.
-        num_experts: experts that tokens spread over, on all ranks.
-        top_k: experts of a token.
+        num_experts: experts on all ranks, over which the tokens spread.
+        top_k: experts per token.
     """
     entry = table(name)
     tokens = entry["prefill_from"]
@@ -117,11 +117,11 @@ def prefill_from(name: str, num_experts: int, top_k: int) -> int:
 
 
 def row_padding(name: str, k: int) -> int:
-    """int32 words to pad a packed row of ``k`` int4 weights with.
+    """Number of int32 words to add to a packed row of ``k`` int4 weights.
 
-    Caches of RDNA may alias rows whose stride is a multiple of 1024 bytes. Upstream,
-    128 bytes more took 13 to 23 % off the time to first token of dense int4 kernels on
-    gfx1151. It was not measured on these kernels, so no shipped table pads.
+    RDNA caches may alias rows whose stride is a multiple of 1024 bytes. Upstream, 128
+    more bytes reduced the time to first token of dense int4 kernels on gfx1151 by 13 to
+    23 %. It was not measured on these kernels, so no shipped table pads.
     """
     return table(name)["row_padding"] // 4 if k % 2048 == 0 else 0
 
@@ -130,12 +130,12 @@ def row_padding(name: str, k: int) -> int:
 def prefill_tiles(
     name: str, pairs: int, num_experts: int, hidden: int, intermediate: int
 ) -> PrefillTiles:
-    """Tiles of the measured case that is nearest, on a logarithmic scale.
+    """Tiles of the nearest measured case, on a logarithmic scale.
 
     Args:
         name: of the table, see ``table_name``.
         pairs: M * top_k.
-        num_experts: experts that the pairs spread over, on all ranks.
+        num_experts: experts on all ranks, over which the pairs spread.
         hidden, intermediate: sizes on this rank.
     """
     rows = table(name)["rows"]
@@ -149,7 +149,7 @@ def nearest_tiles(
     hidden: int,
     intermediate: int,
 ) -> PrefillTiles:
-    """As ``prefill_tiles``, of the ``rows`` of a table or of an entry."""
+    """As ``prefill_tiles``, from the ``rows`` of a table or of an entry."""
 
     def distance(row: dict[str, Any]) -> float:
         return (
@@ -163,10 +163,10 @@ def nearest_tiles(
     return PrefillTiles(Tile(block_m, *row["gate_up"]), Tile(block_m, *row["down"]))
 
 
-# Raise it when a kernel changes what a plan means or which one is fastest: entries of
-# another version are not used.
+# Increase this when a kernel changes the meaning of a plan or which plan is fastest:
+# entries with another version are not used.
 KERNEL_VERSION = 1
-# Entries further from a shape than this are not used for it. A factor of 1.5 in one
+# Entries further than this from a shape are not used for it. A factor of 1.5 in one
 # size is 0.4.
 _NEAR = 0.45
 
@@ -175,10 +175,10 @@ Plan = tuple[int, ...]
 
 @dataclass(frozen=True)
 class MoEShape:
-    """What a table is looked up by: sizes of one rank's layer."""
+    """The key of a table lookup: sizes of one rank's layer."""
 
     experts: int
-    """On all ranks, over which the pairs of a batch spread."""
+    """Experts on all ranks, over which the pairs of a batch spread."""
     top_k: int
     hidden: int
     intermediate: int
@@ -196,29 +196,29 @@ class MoEShape:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What is used for one shape."""
+    """The choice for one shape."""
 
     arch: str
     shape: MoEShape
     prefill_from: int
-    """Least number of tokens that prefill takes."""
+    """Lowest number of tokens that prefill handles."""
     origin: str
-    """Where it is from: "owner", "shipped", or "rule" (with the device's tiles)."""
+    """Its source: "owner", "shipped", or "rule" (with the device's tiles)."""
     entry: dict[str, Any] | None = None
-    """The entry of a table, if there is one near."""
+    """The table entry, if one is near."""
     exact: bool = False
     decode: dict[int, tuple[Plan | None, Plan | None]] = field(default_factory=dict)
     """Plans of gate_up and down by number of tokens."""
 
     def decode_plans(self, tokens: int) -> tuple[Plan | None, Plan | None]:
-        """Of the least measured number of tokens that is not below ``tokens``."""
+        """The plans for the smallest measured number of tokens >= ``tokens``."""
         for measured, plans in self.decode.items():
             if measured >= tokens:
                 return plans
         return None, None
 
     def prefill_tiles(self, pairs: int) -> PrefillTiles:
-        """As the function of that name."""
+        """As the module's ``prefill_tiles``."""
         shape = self.shape
         sizes = (pairs, shape.experts, shape.hidden, shape.intermediate)
         if self.entry is not None and self.entry.get("rows"):
@@ -238,12 +238,12 @@ def _is(tuned: Tuned, arch: str, shape: MoEShape) -> bool:
     return (tuned.arch, tuned.shape) == (arch, shape)
 
 
-# What was looked up in this process, in order.
+# All lookups in this process, in order.
 _used: list[Tuned] = []
 
 
 def lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
-    """What the tables say of a shape on a device, the owner's first.
+    """Look up a shape on a device, first in the owner's table.
 
     Args:
         arch: such as "gfx1151" or "sm_90".
@@ -286,7 +286,7 @@ def _lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
 
 
 def as_plan(values: list[int] | None) -> Plan | None:
-    """A plan as the ops take it, of one as an entry has it."""
+    """The plan of an entry in the form that the ops take."""
     return None if values is None else tuple(values)
 
 
@@ -295,14 +295,14 @@ def _rule(arch: str, shape: MoEShape) -> int:
 
 
 def distance(entry: dict[str, Any], shape: MoEShape) -> float:
-    """Distance of an entry from a shape; 0: the same shape."""
+    """Distance between an entry and a shape; 0 if the shapes are equal."""
     spread = entry["top_k"] * shape.experts / (entry["experts"] * shape.top_k)
     sizes = (
         spread,
         entry["experts"] / shape.experts,
         entry["hidden"] / shape.hidden,
         entry["intermediate"] / shape.intermediate,
-        # a quarter of the groups is little less work
+        # a quarter as many groups is only a little less work
         (entry["group_size"] / shape.group_size) ** 0.25,
     )
     far = sum(abs(math.log(ratio)) for ratio in sizes)
@@ -310,12 +310,12 @@ def distance(entry: dict[str, Any], shape: MoEShape) -> float:
 
 
 def owner_table(arch: str) -> Path:
-    """Where the owner's table for an architecture is, whether or not it exists."""
+    """Path of the owner's table for an architecture, whether or not it exists."""
     return Path(envs.VLLM_CONFIG_ROOT) / "hybrid_w4a16" / f"{arch}.json"
 
 
 def owner_entries(arch: str) -> list[dict[str, Any]]:
-    """``shapes`` of the owner's table; none, and a warning, where it is broken."""
+    """``shapes`` of the owner's table; if it is broken, none and a warning."""
     path = owner_table(arch)
     if not path.is_file():
         return []
@@ -344,7 +344,7 @@ SHAPE_FIELDS = ("experts", "top_k", "hidden", "intermediate", "group_size", "dty
 
 
 def write_owner_entry(arch: str, entry: dict[str, Any]) -> Path:
-    """Put an entry into the owner's table, in place of one with the same key.
+    """Add an entry to the owner's table; it replaces an entry with the same key.
 
     The file is replaced as a whole. Returns its path.
     """
@@ -366,7 +366,7 @@ def write_owner_entry(arch: str, entry: dict[str, Any]) -> Path:
 
 
 def _entry_text(entry: dict[str, Any]) -> str:
-    """JSON with a line per measured case."""
+    """The entry as JSON with one line per measured case."""
     lines = []
     for name, value in entry.items():
         if name in ("decode", "rows"):
@@ -378,17 +378,17 @@ def _entry_text(entry: dict[str, Any]) -> str:
 
 
 def shape_fields(shape: MoEShape) -> dict[str, Any]:
-    """A shape as an entry has it."""
+    """A shape as the fields of an entry."""
     return asdict(shape)
 
 
 def entry_shape(entry: dict[str, Any]) -> MoEShape:
-    """The shape that an entry is of."""
+    """The shape of an entry."""
     return MoEShape(**{name: entry[name] for name in SHAPE_FIELDS})
 
 
 def used_text() -> str | None:
-    """One line on what was looked up in this process; ``None``: nothing was."""
+    """One line about the lookups in this process; ``None`` if there were none."""
     if not _used:
         return None
     files = []

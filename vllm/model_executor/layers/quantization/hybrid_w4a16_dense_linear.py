@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Linears over the dense ops' weights, for any number of activation rows.
+"""Linears on the weights of the dense ops, for any number of activation rows.
 
-On the CPU one C++ op takes them all. On a GPU the skinny GEMM takes up to
-``hybrid_w4a16_dense_ops.MAX_ROWS``. More go to the Triton GEMM of the MoE prefill (4
-bits) or to a 16-bit GEMM on dequantized weights (8 bits).
+On the CPU one C++ op handles any number. On a GPU the skinny GEMM handles up to
+``hybrid_w4a16_dense_ops.MAX_ROWS`` rows. More rows use the Triton GEMM of the MoE
+prefill (4 bits) or a 16-bit GEMM on dequantized weights (8 bits).
 """
 
 import functools
@@ -28,8 +28,8 @@ def multiply(
 ) -> torch.Tensor:
     """``x @ w^.T`` in ``x``'s dtype, [..., N] for fp16/bf16 ``x`` [..., K].
 
-    weights, scales and zero_points are as ``hybrid_w4a16_dense_ops`` has them, on a
-    device of ``family``. Repeatable bits, no host sync.
+    weights, scales and zero_points are as in ``hybrid_w4a16_dense_ops``, on a device of
+    ``family``. Repeatable bits, no host sync.
     """
     rows = x.reshape(-1, x.shape[-1])
     sizes = family.cu_count, group_size, bits
@@ -45,9 +45,9 @@ def multiply(
 
 @functools.cache
 def register_gpu_op() -> None:
-    """Make the op known that torch.compile does not look into: it branches on the rows.
+    """Register the op that branches on the number of rows, opaque to torch.compile.
 
-    To be called before anything is traced.
+    Call this before anything is traced.
     """
     direct_register_custom_op(
         "hybrid_w4a16_linear", _multiply_on_gpu, fake_impl=_output_on_gpu
@@ -78,7 +78,7 @@ def _multiply_on_gpu(
     bits: int,
     tuning: str,
 ) -> torch.Tensor:
-    """Choose by the number of rows. ``tuning`` names the table of the Triton tiles."""
+    """Choose a kernel by the number of rows; ``tuning``: the table of Triton tiles."""
     rows, inputs = x.shape
     if rows <= ops.MAX_ROWS:
         return _multiply_few(
@@ -87,7 +87,7 @@ def _multiply_on_gpu(
     if bits == 8:
         dense = ops.dequantize(weights, scales, bits).to(x.dtype)
         return torch.nn.functional.linear(x, dense)
-    # imported here: a CPU may have no Triton
+    # imported here because a CPU machine may not have Triton
     from vllm.model_executor.layers.fused_moe.experts import (
         hybrid_w4a16_triton as prefill,
     )

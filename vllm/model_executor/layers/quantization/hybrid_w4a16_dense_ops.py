@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The dense ops for weights quantized by group: fakes, typed wrappers, quantization.
+"""The dense ops for group-quantized weights: fakes, typed wrappers, quantization.
 
-Notation: M activation rows, K the reduction size, N output rows, G the group size. The
-weights of both widths, ``w^[n, k] = (q[n, k] - zp[n, k//G]) * scales[n, k//G]``::
+Notation: M activation rows, K the reduction size, N output rows, G the group size.
+Weights have 4 or 8 bits, ``w^[n, k] = (q[n, k] - zp[n, k//G]) * scales[n, k//G]``::
 
     4 bits   int32 [N, K//8], ExLlama-shuffled as in ``hybrid_w4a16_ops``; zp 8, or
              zero_points int32 [N//8, K//G], row n at word n//8, bits 4*(n%8)
@@ -19,7 +19,8 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 
 GROUP_SIZES = (32, 64, 128)
 MAX_ROWS = 16
-"""Activation rows that a call takes at most; ``wvSplitK_int_g`` on the CPU: any number.
+"""Maximum number of activation rows per call. On the CPU ``wvSplitK_int_g`` takes any
+number.
 """
 PARTS = 256
 """Parts of the vocabulary in ``partials``: ``kRescoreParts`` of the op library."""
@@ -29,20 +30,20 @@ _OPS = ("wvSplitK_int_g", "wvSplitK_int_g_rescore")
 
 @functools.cache
 def load_error() -> str | None:
-    """Load the op library once; why the ops are not there, ``None`` if they are."""
+    """Load the op library once; returns why the ops are missing, or ``None``."""
     error = hybrid_w4a16_ops.load_error()
     if error is not None:
         return error
     missing = [op for op in _OPS if not hasattr(torch.ops._rocm_C, op)]
     if missing:
-        return f"the op library is of another version: it lacks {', '.join(missing)}"
+        return f"the op library has another version: it lacks {', '.join(missing)}"
     for op in _OPS:
         torch.library.register_fake(f"_rocm_C::{op}", _no_output)
     return None
 
 
 def _no_output(*args: object, **kwargs: object) -> None:
-    """Fake implementation: the ops return nothing, they write ``c``."""
+    """Fake implementation: the ops write ``c`` and return nothing."""
 
 
 def wvSplitK_int_g(
@@ -84,9 +85,9 @@ def wvSplitK_int_g_rescore(
     window: float,
     bound: float,
 ) -> None:
-    """Compute those products in ``c`` again from 16-bit weights that could matter.
+    """Recompute the products in ``c`` that could matter, from the 16-bit weights.
 
-    ``c`` is what ``wvSplitK_int_g`` made of the quantized ``w``. With
+    ``c`` is the output of ``wvSplitK_int_g`` for the quantized ``w``. With
     ``reach[m, n] = bound * |a[m]| * errors[n] + 2**-7 * |c[m, n]|`` (the second term
     covers the rounding of ``c``), ``c[m, n]`` becomes ``a[m] @ w[n]``, summed in fp32
     in a fixed order, where
@@ -95,18 +96,19 @@ def wvSplitK_int_g_rescore(
     * ``c[m, n] >= max(c[m]) - window``.
 
     So the largest element is that of the 16-bit product, unless an error exceeds its
-    bound; elements more than ``window`` below the largest keep the quantized value. The
-    cost grows with the rows that qualify; a row of ``w`` is read once for all of ``a``.
+    bound. Elements more than ``window`` below the largest keep the quantized value. The
+    cost grows with the rows that qualify; each row of ``w`` is read once for all of
+    ``a``.
 
     Args:
         a: fp16/bf16 [M, K], M up to 16, K a multiple of 8, innermost stride 1.
         w: [N, K] in ``a``'s dtype, 16-byte aligned, row stride a multiple of 8.
-        errors: fp32 [N], ``|w[n] - w^[n]| / sqrt(K)``; negative: row n does not exist,
-            its products are neither looked at nor written.
+        errors: fp32 [N], ``|w[n] - w^[n]| / sqrt(K)``. A negative value marks a row
+            that does not exist: its products are ignored and stay unchanged.
         c: ``a``'s dtype [M, N], innermost stride 1, read and written.
         partials: fp32 [M, 2 * PARTS], scratch, written.
         window: width in units of ``c``, at least 0.
-        bound: standard deviations of an error that are allowed for, at least 0.
+        bound: allowed error in standard deviations, at least 0.
 
     Raises ``RuntimeError`` naming an argument that does not fit.
     """
@@ -116,20 +118,19 @@ def wvSplitK_int_g_rescore(
 def quantize(
     weight: torch.Tensor, bits: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize rows by group, with the scales that lose least.
+    """Quantize rows by group, with the scales of the smallest error.
 
-    A group's scale is searched for: fractions of the one that maps the weight of
-    largest magnitude to the most negative integer, each improved twice by the least
-    squares solution for the integers it gave. The one with the smallest squared error
-    is taken.
+    The search tries fractions of the scale that maps the largest weight of the group to
+    the most negative integer. It improves each twice by the least-squares solution for
+    the rounded integers, and keeps the scale with the smallest squared error.
 
     Args:
         weight: fp16/bf16 [N, K], finite; K a multiple of ``group_size``.
         bits: 4 or 8.
         group_size: G.
 
-    Returns the packed weights and scales, as ``wvSplitK_int_g`` takes them, and fp32
-    [N], ``|w[n] - w^[n]| / sqrt(K)``.
+    Returns the packed weights and the scales, in the form ``wvSplitK_int_g`` takes, and
+    fp32 [N], ``|w[n] - w^[n]| / sqrt(K)``.
     """
     n, k = weight.shape
     device = weight.device
@@ -155,7 +156,7 @@ _IMPROVEMENTS = 2
 
 
 def _search_scales(groups: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Scales [N, groups, 1], rounded to ``dtype``, of weights [N, groups, G]."""
+    """Scales [N, groups, 1], rounded to ``dtype``, for weights [N, groups, G]."""
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     best = torch.zeros_like(largest)
     least = torch.full_like(largest, float("inf"))
@@ -174,7 +175,7 @@ def _search_scales(groups: torch.Tensor, bits: int, dtype: torch.dtype) -> torch
 
 
 def _round(groups: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers of weights, as floats; zeros where the scale is 0."""
+    """The integers of the weights, as floats; 0 where the scale is 0."""
     inverse = torch.where(scale == 0, 0, 1 / scale)
     half = 2 ** (bits - 1)
     return (groups * inverse).round_().clamp_(-half, half - 1)
@@ -191,7 +192,7 @@ def _pack(q: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def dequantize(packed: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """fp32 [N, K] from what ``quantize`` returned."""
+    """fp32 [N, K] from the packed weights and scales of ``quantize``."""
     if bits == 8:
         q = packed.float() - 128
     else:
@@ -209,9 +210,9 @@ def rescored_rows(
     window: float,
     bound: float,
 ) -> torch.Tensor:
-    """Bool [M, N]: the products that ``wvSplitK_int_g_rescore`` computes again.
+    """Bool [M, N]: the products that ``wvSplitK_int_g_rescore`` recomputes.
 
-    The rule in torch, for tests and for counting; arguments as there.
+    The same rule in torch, for tests and for counting. The arguments are the same.
     """
     products = c.float()
     exists = errors >= 0

@@ -2,26 +2,26 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """lm_head in int8 or int4, quantized when the model is loaded.
 
-The head is the largest read of a decoded token. ``SCHEMES`` lists what it can be kept
-in. ``int4_rescored`` scans all rows in int4 and then computes those again from the
-16-bit weights that could matter (``wvSplitK_int_g_rescore``):
+The head is the largest read of a decoded token. ``SCHEMES`` lists the formats for it.
+``int4_rescored`` scans all rows in int4, then recomputes the logits that could matter
+from the 16-bit weights (``wvSplitK_int_g_rescore``):
 
-* exact: the first token, which is that of the 16-bit head unless an error of the int4
-  logits exceeds ``BOUND`` standard deviations (over 12.6 million logits of a trained
-  model the largest was 5.8); and every logit within ``WINDOW`` of the largest, so also
-  what is sampled among them. "Exact" means up to the order of fp32 sums;
-* approximate: logits further below, each less than ``exp(-WINDOW)`` = 3e-4 as likely
-  as the first token. They keep their int4 value. Where a grammar or a bias leaves none
-  but such tokens to choose from, the choice is that of an int4 head.
+* exact: the most likely token, which is that of the 16-bit head unless an error of the
+  int4 logits exceeds ``BOUND`` standard deviations (the largest of 12.6 million logits
+  of a trained model was 5.8); and every logit within ``WINDOW`` of the largest, and so
+  also sampling among those. "Exact" means up to the order of fp32 sums;
+* approximate: logits further below, each less than ``exp(-WINDOW)`` = 3e-4 as likely as
+  the most likely token. They keep their int4 value. If a grammar or a bias allows only
+  such tokens, the choice is that of an int4 head.
 
-With tensor parallelism each rank goes by the largest logit of its own rows: it
-computes more again, never less. More than 16 rows at once (``prompt_logprobs``) take
-the 16-bit weights. Other schemes free them, unless an embedding is tied to them.
+With tensor parallelism each rank uses the largest logit of its own rows, so it
+recomputes more logits, never fewer. More than 16 rows at once (``prompt_logprobs``) use
+the 16-bit weights. Other schemes free those, unless an embedding is tied to them.
 
 Drafters (MTP, EAGLE) that share the head can read it in int4 or int8 without rescoring,
-whatever the head itself is kept in: that changes which drafts are accepted, not the
+whatever format the head itself has. That changes which drafts are accepted, not the
 distribution of the output. Their weights are parameters of the shared head, so they are
-quantized, loaded anew and put to sleep with it.
+quantized, reloaded and put to sleep with it.
 """
 
 import contextlib
@@ -66,26 +66,26 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-# A patched vLLM tree has no plugin that did it: without, reading the variable fails.
+# In a patched vLLM tree no plugin has done this, and reading the variable would fail.
 register()
 
 BOUND = 7.0
-"""Standard deviations of an int4 logit's error that are allowed for."""
+"""Allowed error of an int4 logit, in standard deviations."""
 WINDOW = 8.0
-"""Logits this close to the largest are computed in 16 bits."""
+"""Logits within this distance of the largest are computed in 16 bits."""
 
 _TIED_METHOD = "_hybrid_w4a16_tied_head_method"
-"""Attribute of an embedding that a quantized head is tied to."""
+"""Attribute of an embedding to which a quantized head is tied."""
 
 
 @switch.unless_off
 def lm_head_config_method(
     self: OnlineQuantizationConfig, layer: torch.nn.Module, prefix: str
 ) -> QuantizeMethodBase | None:
-    """Hook of ``OnlineQuantizationConfig.get_quant_method``, which refuses heads.
+    """Hook of ``OnlineQuantizationConfig.get_quant_method``, which rejects heads.
 
-    A head with one of our names is built and loaded in 16 bits; ``lm_head_built`` then
-    takes over.
+    A head with one of our schemes is built and loaded in 16 bits; ``lm_head_built``
+    replaces its method afterwards.
     """
     if isinstance(layer, ParallelLMHead) and _target(self, prefix) is not None:
         return UnquantizedEmbeddingMethod()
@@ -95,20 +95,20 @@ def lm_head_config_method(
 @switch.unless_off
 def lm_head_built(self: VocabParallelEmbedding) -> None:
     """Hook of ``VocabParallelEmbedding.update_param_tp_status``, the last step of the
-    constructor and of loading weights anew: gives a head that was asked for its
-    quantization method.
+    constructor and of a weight reload: sets the quantization method of a head that is
+    to be quantized.
 
-    Raises ``ValueError`` naming the head where it cannot have it.
+    Raises ``ValueError`` naming the head if the scheme does not support it.
     """
     if not isinstance(self, ParallelLMHead):
         tied = getattr(self, _TIED_METHOD, None)
-        if tied is not None:  # what vLLM loads anew does not reach the head
+        if tied is not None:  # the head has a copy, which a reload does not reach
             tied.is_stale = True
         return
     if isinstance(self.quant_method, HybridW4A16HeadMethod):
-        return  # its weights were loaded anew
+        return  # its weights were reloaded
     if _is_loading_drafter:
-        return  # mostly replaced by the target's head, and then never loaded
+        return  # usually replaced by the target's head and then never loaded
     vllm_config = get_current_vllm_config_or_none()
     online = _online_config(vllm_config)
     name = pattern = None
@@ -128,14 +128,14 @@ def lm_head_built(self: VocabParallelEmbedding) -> None:
     if not sources:
         return
     self.quant_method = HybridW4A16HeadMethod(name, self.prefix, draft)
-    if online is not None and name is not None:  # vLLM's line of what is quantized
+    if online is not None and name is not None:  # for vLLM's log of quantized layers
         online.quantized_layers[self.prefix] = ("targets", name, pattern)
 
 
 def _draft_target(
     vllm_config: "VllmConfig | None", online: OnlineQuantizationConfig | None
 ) -> tuple[str | None, str]:
-    """The scheme for drafters that share the head, and what asked for it."""
+    """The scheme for drafters that share the head, and the option that set it."""
     speculative = None if vllm_config is None else vllm_config.speculative_config
     if speculative is None:
         return None, ""
@@ -174,9 +174,9 @@ def draft_model_loaded(
     model_config: "ModelConfig",
     prefix: str = "",
 ) -> torch.nn.Module | None:
-    """Hook of ``BaseModelLoader.load_model``: a drafter's own head stays as the
-    checkpoint has it, and its logits come from the weights for drafts of the head that
-    vLLM gives it afterwards.
+    """Hook of ``BaseModelLoader.load_model``: a drafter's own head keeps the format of
+    the checkpoint. If vLLM replaces it by the target's head afterwards, the drafter's
+    logits come from that head's weights for drafts.
     """
     speculative = vllm_config.speculative_config
     if (
@@ -209,7 +209,7 @@ def _apply_draft_head(
     hidden_states: torch.Tensor,
     embedding_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """A drafter's ``LogitsProcessor._apply_head``."""
+    """``LogitsProcessor._apply_head`` for a drafter."""
     method = lm_head.quant_method
     if embedding_bias is None and isinstance(method, HybridW4A16HeadMethod):
         return method.apply_draft(lm_head, hidden_states)
@@ -226,7 +226,7 @@ def _online_config(
 
 
 def _target(online: OnlineQuantizationConfig, prefix: str) -> tuple[str, str] | None:
-    """Pattern and scheme that ``targets`` gives to a head, if it is one of ours."""
+    """The pattern and scheme of a head in ``targets``, if the scheme is one of ours."""
     targets = online.args.targets
     if targets is None:
         return None
@@ -239,7 +239,7 @@ def _target(online: OnlineQuantizationConfig, prefix: str) -> tuple[str, str] | 
 def _decline_reason(
     layer: ParallelLMHead, scheme: HeadScheme, vllm_config: "VllmConfig | None"
 ) -> str | None:
-    """Why the head cannot be kept in ``scheme``, ``None`` if it can."""
+    """Why the head cannot be quantized with ``scheme``; ``None`` if it can."""
     method = layer.quant_method
     if not isinstance(method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)):
         return f"the checkpoint quantizes it already ({type(method).__name__})"
@@ -265,20 +265,20 @@ def _decline_reason(
 
 
 class HybridW4A16HeadMethod(QuantizeMethodBase):
-    """Quantization method of an lm_head. The layer gets, padding of the vocabulary
-    included (N rows)::
+    """Quantization method of an lm_head. The layer gets these tensors, where N includes
+    the padding of the vocabulary::
 
         qweight        see ``hybrid_w4a16_dense_ops``
         weight_scale   activation dtype [N, K//G]
         weight_error   rescored only: fp32 [N], negative for rows of padding
         weight         rescored, 16-bit, or tied to an embedding: as loaded, [N, K]
         draft_qweight, draft_weight_scale
-                       for drafters, where they are asked for in another scheme
+                       for drafters, if they use another scheme
 
     Args:
-        name: scheme of the head, ``None``: 16 bits.
+        name: scheme of the head; ``None``: 16 bits.
         prefix: the layer's name, for messages.
-        draft: scheme that drafters read, ``None``: they do as the target does.
+        draft: scheme for drafters; ``None``: the same as the target's.
     """
 
     def __init__(self, name: str | None, prefix: str, draft: str | None = None):
@@ -288,7 +288,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         self.draft_name = draft
         self.is_tied = False
         self.is_stale = False
-        """The tied embedding was loaded anew since the head was quantized."""
+        """Whether the tied embedding was reloaded since the head was quantized."""
         self._unquantized = UnquantizedEmbeddingMethod()
         self._cu_count = 1
 
@@ -304,6 +304,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         return self.scheme is None or self.scheme.rescored
 
     def create_weights(self, layer: torch.nn.Module, *args, **kwargs) -> None:
+        """Register the 16-bit weight, as for a head that is not quantized."""
         self._unquantized.create_weights(layer, *args, **kwargs)
 
     def tie_weights(
@@ -315,7 +316,10 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         return self._unquantized.tie_weights(layer, embed_tokens)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Quantize. ``ValueError`` naming the tensor where a weight is not finite."""
+        """Quantize the head.
+
+        Raises ``ValueError`` naming the tensor if a weight is not finite.
+        """
         family = device.device_family()
         assert isinstance(family, device.DeviceFamily), family
         device.load_kernels(family)
@@ -404,7 +408,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         )
 
     def apply_draft(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        """The same for a drafter that shares the head."""
+        """As ``apply`` without a bias, for a drafter that shares the head."""
         if self.draft is None:
             return self.apply(layer, x)
         self._follow_tied(layer)

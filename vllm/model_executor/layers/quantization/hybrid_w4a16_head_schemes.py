@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Names under which vLLM's users ask for a quantized lm_head, or linear.
+"""Names that select a quantized lm_head or linear in vLLM's options.
 
-``--quantization-config '{"targets": {"lm_head": "int4_rescored"}}'``, which composes
-with any checkpoint whose head is in 16 bits. vLLM checks the names of ``targets`` when
-it reads the command line, for ``LLM(...)`` before it loads plugins. There the variable
-``VLLM_HYBRID_W4A16_LM_HEAD`` says the same.
+``--quantization-config '{"targets": {"lm_head": "int4_rescored"}}'`` works with any
+checkpoint whose head is in 16 bits. vLLM checks the names in ``targets`` when it reads
+the command line; for ``LLM(...)`` that is before it loads plugins. There the variable
+``VLLM_HYBRID_W4A16_LM_HEAD`` sets the scheme instead.
 
-What drafters (MTP, EAGLE) that share the head compute their logits from is named apart:
-``--speculative-config '{..., "draft_lm_head_quantization": "int4"}'``, an option that
-vLLM has since 0.33 for other formats, or the target ``draft_lm_head``.
+The scheme for drafters (MTP, EAGLE) that share the head is set separately, by
+``--speculative-config '{..., "draft_lm_head_quantization": "int4"}'`` (since 0.33 vLLM
+has this option for other formats), or by the target ``draft_lm_head``.
 """
 
 from dataclasses import dataclass
@@ -40,19 +40,19 @@ ENV_NAME = "VLLM_HYBRID_W4A16_LM_HEAD"
 
 @dataclass(frozen=True)
 class HeadScheme:
-    """How the rows of an lm_head are kept."""
+    """The format of an lm_head's weights."""
 
     bits: int
     group_size: int
     rescored: bool = False
-    """The 16-bit weights stay beside the quantized ones and correct their logits."""
+    """Whether the 16-bit weights are kept to correct the quantized logits."""
 
     def bytes_per_weight(self) -> float:
-        """Of one pass over the quantized weights and their 16-bit scales."""
+        """Bytes to read per weight: the quantized weights and their 16-bit scales."""
         return self.bits / 8 + 2 / self.group_size
 
     def kept_bytes_per_weight(self) -> float:
-        """In memory, without what a tied embedding keeps anyway."""
+        """Bytes in memory per weight, without those that a tied embedding keeps."""
         return self.bytes_per_weight() + (2 if self.rescored else 0)
 
 
@@ -65,9 +65,10 @@ SCHEMES = {
 
 
 def linear_key(scheme: HeadScheme) -> QuantKey:
-    """What vLLM's table of linear methods knows a scheme by.
+    """The key of a scheme in vLLM's table of linear methods.
 
-    Scales are in the activation dtype; bf16 tells the key from vLLM's own of int4.
+    Scales are in the activation dtype; bf16 here distinguishes the key from vLLM's own
+    key for int4.
     """
     dtype = scalar_types.uint4b8 if scheme.bits == 4 else scalar_types.uint8b128
     return QuantKey(
@@ -80,25 +81,25 @@ DRAFT_OPTION = "draft_lm_head_quantization"
 DRAFT_ATTRIBUTE = "hybrid_w4a16_draft_lm_head"
 """Attribute of a ``SpeculativeConfig``: the scheme that ``DRAFT_OPTION`` asked for."""
 DRAFT_TARGET = "draft_lm_head"
-"""Key of ``targets`` that says the same."""
+"""Key of ``targets`` that does the same."""
 DRAFT_SCHEMES = {"int4": "int4_g128", "int8": "int8_g32"}
-"""Values of ``DRAFT_OPTION``, beside the names of schemes, which both keys take."""
+"""Values of ``DRAFT_OPTION``; the names of schemes are valid for both keys."""
 
 
 def draft_scheme(value: object) -> str | None:
-    """The scheme that a drafter's option names, ``None`` if it names none of ours.
+    """The scheme named by a drafter's option; ``None`` if it is not one of ours.
 
-    Rescored schemes are not among them: drafts are verified anyway.
+    Rescored schemes are excluded because drafts are verified anyway.
     """
     name = DRAFT_SCHEMES.get(str(value), str(value))
     return name if name in SCHEMES and not SCHEMES[name].rescored else None
 
 
 def register() -> None:
-    """Make the names known to vLLM, as values of ``targets`` and of the variable.
+    """Register the names with vLLM, as values of ``targets`` and of the variable.
 
-    Experts get vLLM's own error, and so does a linear that is to be rescored: the names
-    define no spec for them.
+    The names define no spec for experts, nor for a linear with rescoring, so those get
+    vLLM's own error.
     """
     for name, scheme in SCHEMES.items():
         linear = None if scheme.rescored else QuantSpec(weight=linear_key(scheme))
@@ -108,7 +109,7 @@ def register() -> None:
     )
 
 
-# Drafters whose head can be the target's, by the names that vLLM gives the methods.
+# Drafters that can share the target's head, by vLLM's names of the methods.
 _SHARING_METHODS = ("eagle", "eagle3", "mtp")
 
 
@@ -118,8 +119,8 @@ def draft_head_config(
     target_model_config: "ModelConfig",
     target_parallel_config: "ParallelConfig",
 ) -> "SpeculativeConfig | None":
-    """Hook of ``EngineArgs.create_speculative_config``: takes ``DRAFT_OPTION`` out of
-    ``--speculative-config`` where it names a scheme of ours, and remembers it.
+    """Hook of ``EngineArgs.create_speculative_config``: removes ``DRAFT_OPTION`` from
+    ``--speculative-config`` if it names one of our schemes, and stores the scheme.
 
     Raises ``ValueError`` for a drafter that has no head to share.
     """

@@ -55,7 +55,7 @@ logger = init_logger(__name__)
 
 
 class HybridW4A16MoEMethod(FusedMoEMethodBase):
-    """An int4 MoE layer on the hybrid path; a format's subclass names its packing.
+    """An int4 MoE layer on the hybrid path; a subclass per format names its packing.
 
     Args:
         moe: the layer's MoE configuration.
@@ -85,11 +85,12 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register what the checkpoint holds, for E local experts, [N, K] = [2*I, H]
-        for w13 and [H, I] for w2: ``_<qweight>`` int32, ``_<scales>`` in
-        ``params_dtype``, ``_<zeros>`` int32, each [E, ...] with the packing's shape.
-        w2 has smaller groups where its shard cuts the checkpoint's
-        (``shard_group_size``).
+        """Register the checkpoint's tensors for E local experts.
+
+        With [N, K] = [2*I, H] for w13 and [H, I] for w2 these are ``_<qweight>`` int32,
+        ``_<scales>`` in ``params_dtype`` and ``_<zeros>`` int32, each [E, ...] with the
+        packing's shape. w2 has smaller groups if tensor parallelism splits the
+        checkpoint's (``shard_group_size``).
         """
         packing = self.packing
         with_zeros = packing.symmetric_zeros or not self.symmetric
@@ -155,14 +156,19 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
                 _register(layer, weight, packing.weight_shape, shapes, attributes)
 
     def process_weights_after_loading(self, layer: "RoutedExperts") -> None:
+        """Convert the loaded tensors and set up the kernel; also after a reload.
+
+        Raises an error naming the layer if a tensor was not loaded or the check of the
+        converted weights fails.
+        """
         loaded = not is_packed(getattr(layer, f"w13_{self.packing.qweight}"))
         if loaded and not self._weights_are_made_up:
             self._loader.check_complete(layer)
         kernel = setup_hybrid_w4a16_moe(self, layer)
         if self.moe_kernel is None:
             self._install(kernel)
-        # Else weights were reloaded: vLLM copies them into the tensors that the kernel
-        # has, and that compiled code and captured graphs read.
+        # Otherwise weights were reloaded: vLLM copies them into the existing tensors,
+        # which the kernel, compiled code and captured graphs read.
         for weight in ("w13", "w2"):
             setattr(layer, f"{weight}_{BIAS}", None)
         oracle.report_ready(layer.layer_name, self.padding_bytes)
@@ -172,6 +178,7 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         self.moe_quant_config = kernel.fused_experts.quant_config
 
     def get_fused_moe_quant_config(self, layer: "RoutedExperts") -> FusedMoEQuantConfig:
+        """vLLM's description of the layer's scales, zero points and group size."""
         scales, zeros = self.packing.scales, self.packing.zeros
         return int4_w4a16_moe_quant_config(
             w1_scale=getattr(layer, f"w13_{scales}"),
@@ -196,7 +203,7 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         if not torch.compiler.is_compiling() and config.w1_scale is not getattr(
             layer, f"w13_{self.packing.scales}"
         ):
-            # somebody put other tensors in place of those that were converted
+            # the converted tensors were replaced after loading
             self._install(make_kernel(self, layer))
         assert self.moe_kernel is not None
         return self.moe_kernel.apply(

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """16-bit linears that are quantized to int8 or int4 when the model is loaded.
 
-``--quantization-config '{"targets": {"*shared_expert*": "int8_g32"}}'`` names them, in
-the way of vLLM's own quantization at load; a shared expert is what most int4
-checkpoints leave in 16 bits. The 16-bit weights are freed.
+``--quantization-config '{"targets": {"*shared_expert*": "int8_g32"}}'`` selects them,
+as for vLLM's own quantization at load. Most int4 checkpoints leave the shared expert in
+16 bits. The 16-bit weights are freed.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from vllm.model_executor.utils import replace_parameter
 
 
 class HybridW4A16OnlineLinearMethod(OnlineLinearBase):
-    """A linear in one of the schemes. After loading the layer holds, for N x K::
+    """A linear in one of the schemes. After loading, an N x K layer has::
 
     weight         see ``hybrid_w4a16_dense_ops``
     weight_scale   activation dtype [N, K//G]
@@ -58,7 +58,7 @@ class HybridW4A16OnlineLinearMethod(OnlineLinearBase):
     ) -> None:
         """Register the 16-bit weight, [N, K].
 
-        Raises ``ValueError`` naming the layer where it cannot have the scheme.
+        Raises ``ValueError`` naming the layer if the scheme does not support it.
         """
         reason = self._family if isinstance(self._family, str) else ops.load_error()
         if params_dtype not in (torch.float16, torch.bfloat16):
@@ -87,7 +87,10 @@ class HybridW4A16OnlineLinearMethod(OnlineLinearBase):
         )
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Quantize. ``ValueError`` naming the layer where a weight is not finite."""
+        """Quantize the weight.
+
+        Raises ``ValueError`` naming the layer if a weight is not finite.
+        """
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         assert isinstance(self._family, DeviceFamily), self._family
@@ -124,19 +127,25 @@ class HybridW4A16OnlineLinearMethod(OnlineLinearBase):
 
 
 class Int8G32OnlineLinearMethod(HybridW4A16OnlineLinearMethod):
+    """Linears in int8 with groups of 32."""
+
     scheme_name = "int8_g32"
 
 
 class Int4G32OnlineLinearMethod(HybridW4A16OnlineLinearMethod):
+    """Linears in int4 with groups of 32."""
+
     scheme_name = "int4_g32"
 
 
 class Int4G128OnlineLinearMethod(HybridW4A16OnlineLinearMethod):
+    """Linears in int4 with groups of 128."""
+
     scheme_name = "int4_g128"
 
 
 def register() -> None:
-    """Make the methods known to vLLM's quantization at load."""
+    """Register the methods with vLLM's quantization at load."""
     for method in (
         Int8G32OnlineLinearMethod,
         Int4G32OnlineLinearMethod,

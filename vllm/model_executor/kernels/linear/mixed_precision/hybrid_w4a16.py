@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Dense int4 (W4A16) linears on the ops of the MoE layers, as with one expert.
+"""Dense int4 (W4A16) linears.
 
 The weights are stored once, ExLlama-shuffled (layout in ``hybrid_w4a16_dense_ops``).
-What multiplies how many activation rows is in ``hybrid_w4a16_dense_linear``.
+``hybrid_w4a16_dense_linear`` chooses the kernel by the number of activation rows.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 _QUANT_TYPES = (scalar_types.uint4, scalar_types.uint4b8)
 _GROUP_SIZES = (32, 64, 128)
-# The skinny GEMM keeps a row of activations in a block's shared memory: 39 of at least
-# 48 KiB at this size.
+# The skinny GEMM keeps a row of activations in a block's shared memory. At this size it
+# takes 39 KiB; every device has at least 48.
 _MAX_GPU_INPUT_SIZE = 16384
 
 
 class HybridW4A16LinearKernel(MPLinearKernel):
     """fp16/bf16 activations, int4 weights in groups, fp32 accumulation.
 
-    After loading the layer holds, with K inputs, N outputs and groups of G::
+    After loading, with K inputs, N outputs and groups of G, the layer has::
 
         weights      int32 [N, K//8], ExLlama-shuffled
         scales       activation dtype [N, K//G]
@@ -39,10 +39,12 @@ class HybridW4A16LinearKernel(MPLinearKernel):
 
     @classmethod
     def get_min_capability(cls) -> int:
+        """The lowest CUDA capability: any, as ``can_implement`` decides."""
         return 0 if current_platform.is_cuda_alike() else -1
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
+        """Whether this device can run a layer, and if not, why."""
         from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
             device_family,
         )
@@ -75,10 +77,11 @@ class HybridW4A16LinearKernel(MPLinearKernel):
         oracle.count_linear()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Bring the checkpoint's tensors into the layout of the class.
+        """Convert the checkpoint's tensors to the layout of the class.
 
-        Weights arrive with eight neighbours along K in a word, as [K//8, N] (GPTQ, and
-        AWQ as vLLM converts it) or [N, K//8] (compressed-tensors).
+        Each word of the weights holds eight neighbours along K. They arrive as
+        [K//8, N] (GPTQ, and AWQ after vLLM's conversion) or [N, K//8]
+        (compressed-tensors).
         """
         from vllm.model_executor.layers.fused_moe import hybrid_w4a16_packing as packing
         from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
@@ -95,7 +98,7 @@ class HybridW4A16LinearKernel(MPLinearKernel):
         if self.config.zero_points:
             self._transform_param(layer, self.w_zp_name, _rows_first)
         elif getattr(layer, self.w_zp_name or "", None) is not None:
-            setattr(layer, self.w_zp_name, None)  # stored all the same, every one 8
+            setattr(layer, self.w_zp_name, None)  # the checkpoint stores them, all 8
 
     def apply_weights(
         self,
@@ -118,12 +121,12 @@ class HybridW4A16LinearKernel(MPLinearKernel):
 def incompatibility_reason(
     c: MPLinearLayerConfig, family: "DeviceFamily"
 ) -> str | None:
-    """Why the kernel does not take a layer on a device, ``None`` if it does."""
+    """Why the kernel does not support a layer on a device; ``None`` if it does."""
     return _layer_reason(c, family) or _switch_reason(c.act_type, family)
 
 
 def _layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
-    """Why the ops do not compute such a layer, ``None`` if they do."""
+    """Why the ops do not support such a layer; ``None`` if they do."""
     if c.weight_type not in _QUANT_TYPES:
         return f"weights of type {c.weight_type}, supported: {_QUANT_TYPES}"
     if c.zero_points and c.weight_type != scalar_types.uint4:
@@ -145,7 +148,7 @@ def _layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
 
 
 def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
-    """Why the kernel is not wanted on a device, ``None`` if it is."""
+    """Why the kernel is not enabled on a device; ``None`` if it is."""
     otherwise = ""
     # fork: begin overlay
     from vllm.model_executor.layers.fused_moe.oracle import (
@@ -178,6 +181,6 @@ def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
 
 
 def _rows_first(parameter: Any) -> torch.Tensor:
-    """Scales or zero points with N as the first dimension, in memory too."""
+    """The scales or zero points with N as the first dimension, contiguous."""
     data = parameter.data
     return (data.t() if parameter.output_dim == 1 else data).contiguous()
