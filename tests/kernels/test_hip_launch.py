@@ -2,11 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The host side of the AMD kernels, without an AMD GPU.
 
-The op library is built as for a wheel. Its code objects are loaded and its launchers
-run on a stand-in for HIP's runtime (tests/kernels/hip_stand_in), which checks every
-launch against the code object's metadata and then executes the kernel of that name in
-the host build; results are compared with float64. Faults are planted in copies of the
-sources, to see that they are found.
+The op library is built as for a wheel. A stand-in for HIP's runtime
+(tests/kernels/hip_stand_in) loads its code objects and runs its launchers. It checks
+every launch against the code object's metadata and then executes the kernel of the same
+name in the host build; results are compared with float64. Tests also plant faults in
+copies of the sources and check that they are found.
 """
 
 import dataclasses
@@ -44,13 +44,13 @@ STAND_IN = Path(__file__).with_name("hip_stand_in")
 WORK = ROOT / "build" / "hip_stand_in"
 ARCHS = ("gfx1100", "gfx1151")
 SONAME = "libamdhip64.so.7"
-# A program that starts kernels hides its own names: the stand-in has kernels so called.
+# The program must not export its kernel names, because the stand-in has the same ones.
 FOR_HIP = ("-DHYBRID_W4A16_HIP", "-fvisibility=hidden")
 LINK = ("clang++-22", "-fsanitize=address,undefined")
 
 
 def run(*command, **options):
-    """Standard output of a command that must succeed."""
+    """Run a command that must succeed; returns its standard output."""
     command = [str(part) for part in command]
     result = subprocess.run(command, capture_output=True, text=True, **options)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
@@ -58,7 +58,7 @@ def run(*command, **options):
 
 
 def objects(sources, *flags):
-    """Object files of the sources, sanitized, from a cache where they are unchanged."""
+    """Sanitized object files of the sources, cached while the sources are unchanged."""
     flags = [f"--flag={flag}" for flag in flags]
     return run(sys.executable, BUILD, "--objects", *flags, *sources).split()
 
@@ -70,7 +70,7 @@ def launcher_sources():
 
 @pytest.fixture(scope="module")
 def library():
-    """The op library with AMD code alone, by the project's own build."""
+    """The op library with only AMD code, built by the project's own build."""
     build = WORK / "library"
     scripts = Path(sysconfig.get_path("scripts"))
     settings = {
@@ -89,14 +89,14 @@ def library():
 
 @pytest.fixture(scope="module")
 def code_objects(library):
-    """Paths of the code objects by (source, architecture)."""
+    """Paths of the code objects, by (source, architecture)."""
     files = (library.parent / "csrc/rocm/device_code").glob("*.co")
     return {tuple(file.stem.split(".")): file for file in files}
 
 
 @pytest.fixture(scope="module")
 def runtime():
-    """The stand-in with the kernels of the host build."""
+    """The stand-in, with the kernels of the host build."""
     sources = [STAND_IN / f"{name}.cpp" for name in ("host_kernels", "code_object")]
     sources += [STAND_IN / "runtime.cpp", ROCM / "host" / "scheduler.cpp"]
     path = WORK / "sanitized" / SONAME
@@ -109,14 +109,14 @@ def runtime():
 
 @dataclasses.dataclass
 class Launcher:
-    """Builds programs that run op calls on the stand-in, parts of them wrong."""
+    """Builds programs that run op calls on the stand-in, optionally with faults."""
 
     runtime: Path
     folder: Path
     code_objects: dict
 
     def embed(self, code_objects):
-        """device_code.cpp with these code objects: (architecture, file) each."""
+        """device_code.cpp with these code objects, (architecture, file) each."""
         out = self.folder / f"code{len(list(self.folder.iterdir()))}" / "code.cpp"
         out.parent.mkdir()
         entries = [f"{arch}={file}" for arch, file in code_objects]
@@ -127,7 +127,7 @@ class Launcher:
         return [(arch, file) for (_, arch), file in sorted(self.code_objects.items())]
 
     def link(self, sources=None, code_objects=None):
-        """A program; by default from the real sources and code objects."""
+        """A program, by default from the real sources and code objects."""
         sources = [*(sources or launcher_sources())]
         sources.append(self.embed(code_objects or self.all_code()))
         program = self.folder / f"program{len(list(self.folder.iterdir()))}"
@@ -137,7 +137,7 @@ class Launcher:
         return program
 
     def changed(self, name, pattern, replacement):
-        """csrc/rocm/`name` with `pattern` replaced, in a folder of its own."""
+        """csrc/rocm/`name` with `pattern` replaced, in a new folder."""
         text, count = re.subn(pattern, replacement, (ROCM / name).read_text())
         assert count, f"{pattern} is not in {name}"
         copy = self.folder / f"source{len(list(self.folder.iterdir()))}" / name
@@ -146,7 +146,7 @@ class Launcher:
         return copy
 
     def link_changed(self, name, pattern, replacement):
-        """A program whose csrc/rocm/`name` is not the real one."""
+        """A program with a changed csrc/rocm/`name`."""
         sources = [s for s in launcher_sources() if s.name != name]
         return self.link([*sources, self.changed(name, pattern, replacement)])
 
@@ -173,7 +173,7 @@ def answer(program, *records, devices="gfx1151", **env):
 
 
 def failure(program, *records, devices="gfx1151"):
-    """What the program says when it fails, as it must."""
+    """The error message of the program, which must fail."""
     result = answer(program, *records, devices=devices)
     assert result.returncode != 0
     return result.stderr.decode(errors="replace")
@@ -192,7 +192,7 @@ def launched(tmp_path_factory):
 
 
 def check_results(program, launched, cases):
-    """Runs the cases on one gfx1151; notes in `launched` which kernels that started."""
+    """Run the cases on one gfx1151; add the launched kernels to `launched`."""
     records = [prepare(0, "gfx1151"), *(record(case.fields) for case in cases)]
     result = answer(program, *records, HIP_STAND_IN_LOG=str(launched))
     assert result.returncode == 0, result.stderr.decode(errors="replace")[:4000]
@@ -208,7 +208,7 @@ def test_results_are_right(program, launched, op, dtype):
     for group in (32, 64, 128):
         for zero_points in (False, True):
             every = list(Maker(False, op, dtype, group, zero_points).cases())
-            # the last two ask for a kernel each; test_moe_int4_on_host.py has all
+            # the last two request specific kernels; test_moe_int4_on_host.py has all
             cases += [every[0], every[len(every) // 2], *every[-2:]]
     check_results(program, launched, cases)
 
@@ -234,7 +234,7 @@ def test_rescoring_is_right(program, launched, dtype, rows, window):
 
 
 def test_every_kernel_was_started(library, launched):
-    """Runs after the tests above, which start them."""
+    """Runs after the tests above, which launch them."""
     assert launched.exists(), "run the whole file"
     embedded = (library.parent / "csrc/rocm/device_code/device_code.cpp").read_text()
     kernels = set(re.findall(r'"(\w+)\\n"', embedded))
@@ -290,7 +290,7 @@ PLANTED = {
         "launch.cpp",
         SHAPE + r"args\.c,",
         r"\1static_cast<void*>(&stream),",
-        "is no device memory",
+        "is not device memory",
     ),
     "too little LDS": (
         "launch.cpp",
@@ -400,7 +400,7 @@ def test_finds_a_planted_fault_in_the_launcher(launcher, fault):
 
 
 def test_finds_a_launch_on_the_wrong_device(launcher):
-    """The check of the device is taken out: handles of device 0 serve all devices."""
+    """With the device check removed, handles of device 0 serve all devices."""
     program = launcher.link_changed(
         "hip_runtime.cpp", r"function\[device\]\.load", "function[0].load"
     )
@@ -412,7 +412,7 @@ def test_finds_a_launch_on_the_wrong_device(launcher):
 
 
 def test_finds_code_for_another_architecture(launcher):
-    """gfx1100's code objects under the name of gfx1151."""
+    """gfx1100's code objects under the name gfx1151."""
     code = [
         ("gfx1151", file) for arch, file in launcher.all_code() if arch == "gfx1100"
     ]
@@ -430,7 +430,7 @@ def test_finds_a_missing_kernel(launcher):
 
 
 def test_finds_code_with_arguments_in_another_order(launcher, tmp_path):
-    """The code object is built from a source whose arguments have changed places."""
+    """The code object is built from a source with two arguments swapped."""
     header = launcher.changed(
         "entry_points.h", r"int n, int k, void \*c,", "void *c, int n, int k,"
     )
@@ -497,7 +497,7 @@ if hip:
 
 @pytest.fixture(scope="module")
 def loading_runtimes():
-    """The stand-in without kernels, for Python: today's, and one of an old release."""
+    """The stand-in without kernels, for Python: a current and an old release."""
     sources = [f"{name}.cpp" for name in ("runtime", "code_object", "metadata_only")]
     paths = []
     for name, flags in (("new", []), ("old", ["-DSTAND_IN_OLD"])):
@@ -525,7 +525,7 @@ def load(library, loading_runtimes):
 
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_loads_every_code_object_on_every_device(load, code_objects, scope):
-    """The runtime is found where torch's libraries are loaded out of sight, too."""
+    """The runtime is also found if torch's libraries are loaded with RTLD_LOCAL."""
     calls = ("0:gfx1151", "1:gfx1100", "0:gfx1151")
     lines = load(*calls, devices="gfx1151 gfx1100", scope=scope)
     on_0, on_1, again, end = lines

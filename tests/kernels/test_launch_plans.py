@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The rule of csrc/rocm/plan.h that selects launch plans by shape.
+"""The rule in csrc/rocm/plan.h that selects launch plans by shape.
 
-On a fine grid of shapes, the bytes that the rule expects a call to read do not jump
+On a fine grid of shapes, the bytes that the rule expects a call to read must not jump
 when a token or a column is added. The plans that it selects for RDNA run on the host.
 """
 
@@ -89,7 +89,7 @@ def distinct(tokens, top_k, experts):
 
 
 def expected_reads(device, problem, kernel, weights):
-    """Experts that a call reads, and the cost of finding sharers, in experts."""
+    """Experts that a call reads, plus the cost of finding sharers, in experts."""
     tokens, top_k, experts = problem[:3]
     if kernel == PAIRS:
         return tokens * top_k
@@ -160,9 +160,9 @@ def test_no_cliff_where_columns_are_added(device, plans):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_experts_are_read_once_for_few_tokens_on_rdna(name, plans):
-    """At most 5% of the bytes are read again up to 8 tokens, whatever the shape.
+    """At most 5% of the bytes are read again up to 8 tokens, for any shape.
 
-    But for down, where the fifth and later tokens of an expert read it again.
+    The exception is down, where the fifth and later tokens of an expert read it again.
     """
     shape = SHAPES[name]
     problems = [(t, *shape) for t in range(1, 9)]
@@ -173,8 +173,8 @@ def test_experts_are_read_once_for_few_tokens_on_rdna(name, plans):
             assert reads <= once / 0.95
 
 
-# A call is scaled down to an eighth of hidden, intermediate and compute units, so that
-# the rule sees as many tiles per compute unit as in the real one.
+# Calls are scaled down to an eighth of hidden, intermediate and compute units, so that
+# the rule sees as many tiles per compute unit as in the full call.
 RUNS = [
     pytest.param(name, tokens, marks=[] if short else [pytest.mark.nightly])
     for name, tokens in itertools.product(SHAPES, (1, 2, 4, 8, 16))
@@ -206,7 +206,7 @@ def test_rdna_plans_of_the_rule_run(name, tokens, build):
 @pytest.mark.nightly
 @pytest.mark.parametrize("mma", [False, True], ids=["dot products", "mma"])
 def test_long_rows_and_many_experts_run(mma, build):
-    """Mixtral's k in down, 512 experts of ten each; few rows, by the rule's plan."""
+    """Mixtral's k in down, 512 experts with top-10; few rows, with the rule's plan."""
     calls = []
     for op, tokens, n, k, routed in (
         ("gate_up", 3, 24, 4096, (2, 8)),

@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The GPU kernels of the int4 MoE ops, run on the host, against float64.
 
-Every kernel of csrc/rocm is executed with its real launcher, in five orders of lanes
-and waves, under AddressSanitizer and UBSan (csrc/rocm/host), once as it is built for
-gfx11 and gfx12 and once as it is built for matrix instructions.
-tests/support/kernels_on_host.py has the data and the runner.
+Every kernel of csrc/rocm runs with its real launcher, in five orders of lanes and
+waves, under AddressSanitizer and UBSan (csrc/rocm/host): once as built for gfx11 and
+gfx12, and once as built for matrix instructions. tests/support/kernels_on_host.py has
+the data and the runner.
 """
 
 import math
@@ -54,13 +54,13 @@ class Maker:
         )
         names = ("gemm", "gate_up", "down").index(op), dtype, group, int(zero_points)
         self.rng = np.random.default_rng([SEED, int(mma), *names])
-        self.aligned = False  # rows of a lie on 16-byte boundaries
+        self.aligned = False  # whether rows of a start at 16-byte boundaries
 
     def pick(self, *values):
         return values[self.rng.integers(len(values))]
 
     def activations(self, fields, rows, columns, size=1.0):
-        """Adds a, normally distributed with deviation `size`; returns it as float64."""
+        """Add a, normally distributed with deviation `size`; returns it as float64."""
         a = size * self.rng.standard_normal((rows, columns))
         bits = to_bits(a, self.dtype)
         gaps, offsets = ((0, 8, 24), (0,)) if self.aligned else ((0, 1, 8), (0, 2, 6))
@@ -108,7 +108,7 @@ class Maker:
         return value * np.repeat(from_bits(scales, self.dtype), self.group, -1)
 
     def routing(self, fields, tokens, top_k, experts):
-        """Adds the router's output; returns local experts [tokens, top_k], -1: none."""
+        """Add the router's output; returns local experts [tokens, top_k], -1: none."""
         ids = self.rng.integers(0, experts, (tokens, top_k))
         local = ids
         fields["map_size"] = 0
@@ -132,7 +132,7 @@ class Maker:
         return local
 
     def plan(self, fields, size, kernel=None):
-        """Adds a launch plan or, where no kernel is named, perhaps none; see plan.h."""
+        """Add a launch plan; if no kernel is named, possibly none. See plan.h."""
         if kernel is None:
             kernel = self.pick(None, PAIRS, EIGHTS)
         if kernel == PAIRS and self.mma and not self.aligned:
@@ -143,7 +143,7 @@ class Maker:
         if kernel not in (GROUPED, WIDE):
             slots = row_tiles = 0
         else:
-            few, many = (3, 8), (9, 16)  # up to 8 and more: kernels of their own
+            few, many = (3, 8), (9, 16)  # separate kernels for up to 8 and for more
             slots = self.pick(*(few if size % 2 or self.op == "down" else many))
             if size <= 2:
                 slots = self.pick(1, slots)
@@ -193,7 +193,7 @@ class Maker:
         return self.finish(fields, expected, written, label)
 
     def gate_up(self, tokens, n, k, kernel=None, routed=None):
-        """``routed``: top_k and experts, otherwise random."""
+        """``routed``: top_k and experts; random by default."""
         fields = {}
         top_k, experts = routed or (self.pick(1, 2, 3), self.pick(1, 2, 4))
         a = self.activations(fields, tokens, k, size=0.25 / math.sqrt(k))
@@ -221,7 +221,7 @@ class Maker:
     def down(self, tokens, n, k, kernel=None, routed=None):
         """As ``gate_up``."""
         fields = {}
-        # More than 32: a wave has a lane for each of that many pairs at a time.
+        # More than 32, because a wave handles that many pairs at a time, one per lane.
         most = 40 if tokens == 1 else 8
         top_k, experts = routed or (self.pick(1, 2, 3, most), self.pick(1, 2, 4))
         a = self.activations(fields, tokens * top_k, k)
@@ -245,7 +245,7 @@ class Maker:
     def cases(self, every=False):
         """Every block size or token count, some of them with a short and a long K.
 
-        The grouped kernels get a sample of the token counts, or ``every`` one of them.
+        The grouped kernels get a sample of the token counts, or all if ``every``.
         """
         sizes = range(1, 6) if self.op == "gemm" else range(1, 10)
         step = 8 if self.zero_points else 1
@@ -253,7 +253,7 @@ class Maker:
             both = (self.pick(1, 2, 3, 5) * self.group, 1024 + self.group)
             for k in both if size in (1, 3, 8) else (self.pick(*both),):
                 n = step * int(self.rng.integers(1, 48 // step + 1))
-                # Some kernels for one row ask for it.
+                # Some of the kernels for one row require aligned rows.
                 self.aligned = size == 1 or self.pick(True, False)
                 yield getattr(self, self.op)(size, n, k)
         if self.op == "gemm":
@@ -327,8 +327,8 @@ def test_grouped_results_are_right_at_every_size(programs, combination):
 
 
 def test_down_takes_fewer_waves_where_there_is_less_lds(programs):
-    """sm_86 and sm_89 have 99 KiB a block. One wave of any kernel fits in 30,000 bytes;
-    the waves that the rule would like do not.
+    """sm_86 and sm_89 have 99 KiB per block. One wave of any kernel fits in 30,000
+    bytes; as many waves as the rule prefers do not.
     """
     less = {"GPU_HOST_LDS_BYTES": "30000"}
     key = True, "down", BF16, 128, False

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The GPU kernels of the dense op and of rescoring, run on the host, against float64.
 
-As test_moe_int4_on_host.py: real launchers, several orders of lanes and waves,
+As in test_moe_int4_on_host.py: real launchers, several orders of lanes and waves,
 AddressSanitizer and UBSan.
 """
 
@@ -97,7 +97,7 @@ class Maker:
         return Case(fields, a @ w.T, written, before, stride, self.dtype, label)
 
     def cases(self, every):
-        """Of every kernel one; ``every``: of every number of rows, short and long K."""
+        """One case per kernel; ``every``: all numbers of rows, short and long K."""
         step = 8 if self.zero_points else 1
         for rows in (1, 2, 3, 5, 8, 9, 16) if every else (1, 3, 8, 16):
             both = self.pick(1, 2, 3, 5) * self.group, 1024 + self.group
@@ -154,17 +154,17 @@ def test_every_kernel_ran(programs, outcomes, mma):
 
 
 def rescore_case(dtype, rows, n, k, window, rng):
-    """A call, the products before it, and which of them are asked for."""
+    """A call, the products before it, and which of them have to be recomputed."""
     a = to_bits(rng.standard_normal((rows, k)), dtype)
     w = to_bits(rng.standard_normal((n, k)) / np.sqrt(k), dtype)
     exact = from_bits(a, dtype) @ from_bits(w, dtype).T
     errors = rng.uniform(0.01, 0.02, n).astype(np.float32)
     norms = np.linalg.norm(from_bits(a, dtype), axis=1, keepdims=True)
-    # Off by up to 7 deviations, so that bounds hold and decide.
+    # Off by up to 7 deviations, so that the bounds hold and are decisive.
     off = exact + np.clip(rng.standard_normal(exact.shape) * 3, -7, 7) * norms * errors
     missing = rng.random(n) < 0.1
     errors[missing] = -1
-    off[:, missing] = 1e4  # larger than all: nobody may look at them
+    off[:, missing] = 1e4  # larger than all others, but must be ignored
     bits = to_bits(off, dtype)
     products = from_bits(bits, dtype)
     reach = 7 * norms * errors + np.abs(products) * 2**-7
@@ -172,7 +172,7 @@ def rescore_case(dtype, rows, n, k, window, rng):
     reached = np.where(missing, -np.inf, products - reach).max(1, keepdims=True)
     largest = seen.max(1, keepdims=True)
     asked = (seen + reach >= reached) | (seen >= largest - window)
-    # Closer to the edge than fp32 sums may be: either is right.
+    # Closer to the threshold than the error of fp32 sums: either result is right.
     edge = (np.abs(seen + reach - reached) < 1e-3) | (
         np.abs(seen - largest + window) < 1e-4
     )
@@ -216,7 +216,7 @@ def test_rescoring_computes_what_is_asked_for(
 
 
 def check_rescored(case, dtype, written):
-    """What ``rescore_case`` asks for was computed again, and nothing else."""
+    """The products of ``rescore_case`` were recomputed, and nothing else."""
     fields, exact, before, asked, edge, stride = case
     flat = np.frombuffer(written, dtype=np.uint16)
     after = np.lib.stride_tricks.as_strided(flat, before.shape, (2 * stride, 2))
@@ -225,7 +225,7 @@ def check_rescored(case, dtype, written):
     assert kept[~asked & ~edge].all()
     right = np.abs(from_bits(after, dtype) - exact) <= np.abs(exact) * 2**-7 + 1e-5
     assert right[asked & ~edge].all()
-    # The largest product of the rows that exist is among those computed again.
+    # The largest product of the rows that exist is among the recomputed ones.
     exists = np.frombuffer(fields["errors"], dtype=np.float32) >= 0
     winner = np.where(exists, exact, -np.inf).argmax(1)
     assert (asked | edge)[np.arange(len(exact)), winner].all()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What doctor reads of the machine, from made-up files, and what it advises."""
+"""What doctor reads about the machine, from artificial files, and its advice."""
 
 import dataclasses
 import importlib.metadata
@@ -22,7 +22,7 @@ def made_up_files(tmp_path, monkeypatch):
 
 @pytest.fixture
 def strix_halo(tmp_path):
-    """Files of an APU; call with carve-out, GTT and memory in GiB."""
+    """Create an APU's files; call it with carve-out, GTT and memory in GiB."""
 
     def make(carve_out, gtt, total, available):
         device = tmp_path / "sys/class/drm/card1/device"
@@ -55,7 +55,7 @@ def strix_halo(tmp_path):
 
 @pytest.fixture
 def on_rocm(monkeypatch):
-    """A GPU as torch reports it; call with HIP's free and total memory in GiB."""
+    """A GPU as torch reports it; call it with HIP's free and total memory in GiB."""
 
     def make(free, total):
         sizes = int(free * GIB), int(total * GIB)

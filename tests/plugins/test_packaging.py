@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Installs of the overlay into temporary virtual environments.
+"""Installs the overlay into temporary virtual environments.
 
-Most of them hold a stand-in for vLLM: a few empty modules at the places that matter,
+Most of them contain a stand-in for vLLM: a few empty modules at the relevant places,
 installed as a wheel, as setuptools' editable install (an import hook) or as a folder on
-the path. One holds a copy of the real vLLM. The op library is the one that this
-environment has; ``make venv`` built it with the same setup.py.
+the path. One contains a copy of the real vLLM. The op library is that of this
+environment, which ``make venv`` built with the same setup.py.
 """
 
 import base64
@@ -40,21 +40,21 @@ SKIP_CHECK = {"HYBRID_W4A16_SKIP_VLLM_CHECK": "1"}
 
 
 def module_name(file: str) -> str:
-    """Import name of a file given relative to the vllm folder."""
+    """Import name of a file whose path is relative to the vllm folder."""
     return ".".join(("vllm", *Path(file).with_suffix("").parts)).removesuffix(
         ".__init__"
     )
 
 
 def entry_modules() -> list[str]:
-    """Those of our modules whose parent package is vLLM's."""
+    """Those of our modules whose parent package belongs to vLLM."""
     own_packages = [module_name(file) for file in OURS if file.endswith("__init__.py")]
     names = [module_name(file) for file in MODULES]
     return [name for name in names if name.rpartition(".")[0] not in own_packages]
 
 
 def vllm_packages() -> list[str]:
-    """The packages of vLLM that our modules go into, with all their parents."""
+    """vLLM's packages that contain our modules, with all their parents."""
     found = set()
     for name in entry_modules():
         while name := name.rpartition(".")[0]:
@@ -63,7 +63,7 @@ def vllm_packages() -> list[str]:
 
 
 def run(*command: object, env: dict[str, str] | None = None, cwd: object = None) -> str:
-    """Output of a command that must succeed."""
+    """Run a command that must succeed; returns its output."""
     result = attempt(*command, env=env, cwd=cwd)
     assert result.returncode == 0, result.stdout
     return result.stdout
@@ -82,7 +82,7 @@ def attempt(*command, env=None, cwd=None) -> subprocess.CompletedProcess:
 
 @dataclass
 class Env:
-    """A virtual environment without pip, served by the pip of this one."""
+    """A virtual environment without pip; the pip of this environment serves it."""
 
     root: Path
 
@@ -103,7 +103,7 @@ class Env:
         return run(*self.pip(*options, *arguments), env=env)
 
     def files(self) -> dict[str, bytes]:
-        """Every file in site-packages with its hash, byte code left out."""
+        """Hashes of all files in site-packages, except byte code."""
         return {
             str(file.relative_to(self.site)): hashlib.sha256(file.read_bytes()).digest()
             for file in self.site.rglob("*")
@@ -141,7 +141,7 @@ def torch_files(version="2.13.0+cpu", cuda=None, hip=None) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def library() -> dict[str, str]:
-    """Environment variable that makes setup.py take the op library that is here."""
+    """Environment variable that makes setup.py use this environment's op library."""
     error = hybrid_w4a16_ops.load_error()
     assert error is None, error
     root = Path(hybrid_w4a16_ops.__file__).parents[3]
@@ -150,7 +150,7 @@ def library() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
-    """A copy of what is installed, under a name that needs quoting."""
+    """A copy of the sources, in a folder whose name needs quoting."""
     copy = tmp_path_factory.mktemp("source") / "check 'out'"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -164,7 +164,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_env(tmp_path_factory):
-    """Makes environments with setuptools and, unless told otherwise, a torch."""
+    """Creates environments with setuptools and, by default, a torch."""
 
     def make(torch: str | None = "2.13.0+cpu") -> Env:
         env = Env(tmp_path_factory.mktemp("env"))
@@ -180,7 +180,7 @@ def make_env(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wheel(source, library, tmp_path_factory) -> Path:
-    """Our wheel, built where there is no vLLM."""
+    """Our wheel, built in an environment without vLLM."""
     folder = tmp_path_factory.mktemp("wheel")
     options = ["--no-index", "--no-deps", "--no-build-isolation", "-w", folder]
     pip = [sys.executable, "-m", "pip"]
@@ -196,13 +196,13 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
 
 
 def add_vllm(env: Env, version: str = "0.32.0") -> Path:
-    """The stand-in for vLLM as a regular install; returns the folder of its package."""
+    """Install the stand-in for vLLM as usual; returns the folder of its package."""
     write_files(env.site, vllm_files(version))
     return env.site / "vllm"
 
 
 def add_editable_vllm(env: Env, how: str, project: Path) -> Path:
-    """The stand-in, its package elsewhere: found by an import hook or on the path."""
+    """Install the stand-in with its package elsewhere: by import hook or by path."""
     write_files(project, vllm_files())
     if how == "path":
         (env.site / "vllm.pth").write_text(f"{project}\n")
@@ -276,7 +276,7 @@ def test_install_beside(vllm, ours, make_env, source, library, wheel, tmp_path):
 
 
 def test_extends_packages_that_are_already_imported(make_env, source):
-    """As where no .pth file has run: site-packages is on PYTHONPATH alone."""
+    """The case in which no .pth file runs: site-packages is only on PYTHONPATH."""
     env = make_env()
     vllm_folder = add_vllm(env)
     code = f"""
@@ -320,7 +320,7 @@ def test_wheel_holds_our_files_and_none_of_vllms(wheel):
 
 
 def test_version_carries_the_commit(source, library, tmp_path):
-    """In a checkout without tags; what is built from its sdist has the same version."""
+    """In a checkout without tags; a build from its sdist has the same version."""
     checkout = tmp_path / "checkout"
     shutil.copytree(source, checkout)
     git = ["git", "-C", checkout, "-c", "user.name=t", "-c", "user.email=t@localhost"]
@@ -363,7 +363,7 @@ def test_library_that_is_cut_short_is_told_before_it_is_loaded(
 
 
 def vllm_distribution() -> str:
-    """Name of the distribution that this environment's vLLM belongs to."""
+    """Name of the distribution that provides this environment's vLLM."""
     names = set(packages_distributions()["vllm"]) - {"vllm-hybrid-w4a16"}
     (name,) = names
     return name
@@ -375,7 +375,7 @@ def test_reinstall_over_itself(make_env, source, library, wheel):
     env.install(wheel)
     first = env.files()
     env.install("--force-reinstall", source, env=library)
-    # direct_url.json names the folder or the wheel that was installed
+    # direct_url.json has the folder or the wheel that was installed
     assert {name for name in env.files() if "direct_url" not in name} == {
         name for name in first if "direct_url" not in name
     }
@@ -422,7 +422,7 @@ def test_wheel_beside_the_real_vllm(make_env, wheel, tmp_path):
 
 
 def copy_real_vllm(env: Env) -> None:
-    """vLLM as a regular install of ``env``, everything that it needs by links."""
+    """Install vLLM in ``env`` like a regular one, with links to its dependencies."""
     dist = distribution(vllm_distribution())
     for file in dist.files or ():
         if ".." in file.parts or file.suffix == ".pyc":
@@ -446,7 +446,7 @@ def copy_real_vllm(env: Env) -> None:
 
 
 def record_mismatches(env: Env) -> list[str]:
-    """Files of vLLM's RECORD that are not there or not what they were."""
+    """Files in vLLM's RECORD that are missing or changed."""
     (record,) = env.site.glob("vllm*.dist-info/RECORD")
     wrong = []
     for name, digest, _ in csv.reader(record.read_text().splitlines()):
@@ -463,7 +463,7 @@ def record_mismatches(env: Env) -> list[str]:
 
 
 def failing_install(env: Env, source: Path) -> str:
-    """Output of ``pip install`` of our source, which must fail and install nothing."""
+    """Output of a ``pip install`` of our source that must fail and install nothing."""
     before = env.files()
     options = ["install", "--no-index", "--no-deps", "--no-build-isolation"]
     result = attempt(*env.pip(*options, source))
@@ -513,13 +513,13 @@ def test_message_when_vllm_has_a_file_of_ours(make_env, source):
 
 @pytest.fixture
 def plan_gpu(tmp_path, monkeypatch):
-    """What setup.py decides for a torch, the compilers that are found, variables."""
+    """What setup.py decides, given a torch, the available compilers and variables."""
     for name in ("CUDA_HOME", "CUDA_PATH", "HYBRID_W4A16_GPU"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("HYBRID_W4A16_GPU_ARCHS", raising=False)
 
     def plan(torch: dict[str, str], nvcc: str = "", **variables: str):
-        """The plan, or the message of the error that stops the build."""
+        """The plan, or the error message that stops the build."""
         write_files(tmp_path, torch_files(**torch))
         path = tmp_path / "bin"
         if nvcc:
@@ -527,7 +527,7 @@ def plan_gpu(tmp_path, monkeypatch):
             (path / "nvcc").chmod(0o755)
         for name, value in variables.items():
             monkeypatch.setenv(f"HYBRID_W4A16_{name}", value)
-        # nothing of this machine: /usr/local/cuda may be there
+        # independent of this machine, which may have /usr/local/cuda
         monkeypatch.setattr(
             overlay_target,
             "_find_tool",
@@ -584,7 +584,7 @@ def test_gpu_plan_refuses_what_cannot_be_built(plan_gpu, torch, variables, messa
 
 @pytest.mark.slow
 def test_build_isolation(make_env, source, library, tmp_path):
-    """Plain ``pip install .`` finds vLLM and torch of the environment it is for."""
+    """Plain ``pip install .`` finds the target environment's vLLM and torch."""
     wheelhouse = tmp_path / "wheelhouse"
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     requires = project["build-system"]["requires"]

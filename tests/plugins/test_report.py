@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``report`` and ``tools/merge_reports.py``: what is written and what becomes of it."""
+"""``report`` and ``tools/merge_reports.py``: what they write, and how they fail."""
 
 import io
 import json
@@ -21,7 +21,7 @@ def sample(variant, number, tokens_per_s):
 
 @pytest.fixture
 def made_up(monkeypatch, tmp_path):
-    """No servers and no kernels: their results are given."""
+    """Replace servers and kernels by fixed results."""
     rates = {"stock": [20.0, 22.0], "hybrid": [40.0, 55.0]}
 
     def measure(checkpoint, vocabulary, arguments, variant, number, log):
@@ -64,7 +64,7 @@ def test_a_report_of_everything(made_up, tmp_path, capsys):
     assert "47.5 (40.0 to 55.0)" in out and "hybrid / stock" in out
     assert "tune: not run" in out
     assert out.splitlines()[-1].startswith(f"send {archive}")
-    # of the folder the name alone
+    # only the last part of the folder's path
     assert f": {BUNDLED.name}\n" in out and str(BUNDLED.parent) not in out
     assert found["checkpoint"] == BUNDLED.name
     assert "* a token reads " in out and " MB" in out
@@ -86,7 +86,7 @@ def test_a_server_that_does_not_start_is_part_of_the_report(made_up, tmp_path, c
     out = capsys.readouterr().out
     assert "| stock | vllm serve ended with status 1: OSError: no |" in out
     assert "* compare: failed: stock: vllm serve ended with status 1: OSError" in out
-    assert found["results"]["compare"]["summary"]["hybrid"]  # it went on
+    assert found["results"]["compare"]["summary"]["hybrid"]  # the run continued
     assert "| machine" not in merge_reports.row(found)
     assert " | - | 47.5 (40.0 to 55.0) | - | " in merge_reports.row(found)
 
@@ -156,7 +156,7 @@ def test_merging_reports_keeps_one_row_for_each(made_up, tmp_path):
     assert row.count("|") == merge_reports.HEADER.count("|")
     assert "No report has been received" not in once
 
-    # another commit's archive is a row of its own
+    # a report of another commit gets its own row
     found["environment"]["commit"] = "f" * 40
     other = archive_of(tmp_path / "other.tar.gz", found)
     assert merge_reports.main([str(archive), str(other), *words[1:]]) == 0

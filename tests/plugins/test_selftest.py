@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``selftest``: passes on sound kernels, and names a kernel that is broken."""
+"""``selftest`` passes with correct kernels, and names a kernel that is broken."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def result(capsys, *arguments):
 
 
 def break_op(monkeypatch, name, spoil):
-    """Lets ``spoil(output)`` change what op ``name`` wrote."""
+    """Apply ``spoil(output)`` to what op ``name`` wrote."""
     whole = f"fused_moe_wvSplitK_int4_{name}"
     spoil_output(monkeypatch, ops, whole, spoil)
 
@@ -90,7 +90,7 @@ def test_sound_kernels_pass(monkeypatch, capsys):
 
 
 def test_every_kernel_runs_before_any_repeats(one_isa):
-    """So that a busy machine, on which the time is up early, has seen all of them."""
+    """Even a busy machine, which runs out of time early, has run all of them."""
     names = []
     family = devices.device_family()
     isas = ops.build_info()["cpu"]
@@ -163,7 +163,7 @@ def test_wrong_rescoring_is_named(spoil, why, one_isa, monkeypatch, capsys):
 
 
 def test_small_errors_everywhere_are_found(one_isa, monkeypatch, capsys):
-    """One part in fifty: no element stands out."""
+    """An error of one part in fifty, with which no single element stands out."""
     break_op(monkeypatch, "down", lambda c: c.mul_(1.02))
     status, out = result(capsys)
     assert status == 1 and "relative error of all 0.02" in out

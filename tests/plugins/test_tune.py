@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``tune``: what wins, what is written and looked up again; timings are made up."""
+"""``tune`` with simulated timings: what it chooses, writes and looks up again."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def own_config_root(tmp_path, monkeypatch):
 
 
 def sampler(times, noise=0.002, seed=0):
-    """Samples of made-up candidates; ``times`` may be a function of the call count."""
+    """Samples of simulated candidates; ``times`` may depend on the call count."""
     rng = random.Random(seed)
 
     def sample(candidate, count):
@@ -60,7 +60,7 @@ def test_a_gain_within_the_noise_does_not_count():
 
 
 def test_a_machine_that_slows_down_makes_no_winner():
-    """Later samples are slower: taking turns, in both orders, takes that away."""
+    """Later samples are slower; alternating in both orders cancels that out."""
     calls = []
 
     def times(candidate):
@@ -75,7 +75,7 @@ def test_no_candidate_is_no_error():
     assert choose(None, [], sampler({None: 3.0})).winner is None
 
 
-# Sizes of a plan on a logarithmic scale, in which made-up costs are smooth.
+# Sizes of a plan on a logarithmic scale, on which simulated costs are smooth.
 def sizes(op, plan):
     kernel, waves, third, fourth = plan
     if op == "down":
@@ -84,7 +84,7 @@ def sizes(op, plan):
 
 
 def made_up_cost(op, seed, rough=0.0):
-    """A valley per kernel that lies across the axes, some plans refused."""
+    """A valley per kernel, oblique to the axes; some plans are rejected."""
     rng = random.Random(seed)
     floor = {kernel: rng.uniform(10, 14) for kernel in range(4)}
     centre = {kernel: [rng.uniform(0, 4) for _ in range(3)] for kernel in range(4)}
@@ -92,7 +92,7 @@ def made_up_cost(op, seed, rough=0.0):
 
     def cost(plan):
         kernel, at = sizes(op, plan)
-        if kernel == 2 and at[0] + at[2] > 7:  # as where shared memory is short
+        if kernel == 2 and at[0] + at[2] > 7:  # as if shared memory were short
             return None
         x, y, z = (a - c for a, c in zip(at, centre[kernel], strict=True))
         xy, yz, xz = lean[kernel]
@@ -106,7 +106,7 @@ def made_up_cost(op, seed, rough=0.0):
 @pytest.mark.parametrize("matrix_units", [True, False])
 @pytest.mark.parametrize("op", ["gate_up", "down"])
 def test_the_search_comes_within_three_percent_of_the_sweep(op, matrix_units):
-    """Over 60 made-up devices, with a bump of up to 1% on every plan."""
+    """Over 60 simulated devices, with a bump of up to 1% on every plan."""
     families = tune_search.plan_families(op, matrix_units)
     shares = []
     for seed in range(60):
@@ -135,7 +135,7 @@ def test_the_search_visits_all_neighbours_of_what_it_finds(op):
 
 
 def test_an_optimum_off_the_axes_is_found():
-    """A diagonal ridge: no step along one axis gets lower from most of its points."""
+    """A diagonal ridge: from most of its points no step along one axis goes down."""
     families = tune_search.plan_families("gate_up", True)
 
     def cost(plan):
@@ -226,7 +226,7 @@ def test_what_is_measured_is_what_is_looked_up():
 
 
 class MissedBench(MadeUpBench):
-    """The best plan is one that the search does not come by."""
+    """The best plan is one that the search does not reach."""
 
     def families(self, op):
         return tune_search.plan_families(op, True)
@@ -327,7 +327,7 @@ def test_a_broken_table_is_said_and_not_used(text, caplog, monkeypatch):
 def test_the_rule_of_where_prefill_begins_has_no_cliff():
     begins = [tuning.prefill_from("sm_90", experts, 8) for experts in range(8, 513)]
     assert begins == sorted(begins)
-    # an expert more is as many tokens more as give one expert that many rows
+    # one more expert needs as many more tokens as give one expert that many rows
     assert all(b - a <= 2 for a, b in zip(begins, begins[1:], strict=False))
     assert begins[0] < begins[-1]
 

@@ -29,7 +29,7 @@ struct Value {
   }
 };
 
-// The types of MessagePack that LLVM writes.
+// The MessagePack types that LLVM writes.
 class Reader {
  public:
   Reader(const uint8_t* data, size_t size) : next_(data), end_(data + size) {}
@@ -144,7 +144,7 @@ CodeObject read_code_object(const void* data) {
   Elf64_Ehdr header;
   std::memcpy(&header, image, sizeof(header));
   if (std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0 || header.e_machine != kMachineAmdgpu) {
-    throw std::runtime_error("no AMDGPU code object");
+    throw std::runtime_error("not an AMDGPU code object");
   }
   const Value root = metadata(image, header);
   const std::set<std::string> names = symbols(image, header);

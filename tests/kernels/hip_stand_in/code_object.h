@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// What a runtime reads in an AMDGPU code object: the metadata note (LLVM's AMDGPU usage guide, code
-// object v3 and later), MessagePack in an ELF note.
+// What a runtime reads from an AMDGPU code object: the metadata note (LLVM's AMDGPU usage guide,
+// code object v3 and later), which is MessagePack in an ELF note.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,7 @@ struct CodeObject {
   std::vector<Kernel> kernels;
 };
 
-// The code object that starts at `image`. Throws std::runtime_error where it is none.
+// The code object that starts at `image`. Throws std::runtime_error if there is none.
 CodeObject read_code_object(const void* image);
 
 }  // namespace stand_in

@@ -66,7 +66,7 @@ void run_host_kernel(const std::string& name, const HostKernel& kernel, const un
 
 }  // namespace stand_in
 
-// Every entry point that the launchers know is a row of the table.
+// The table has a row for every entry point that the launchers know.
 #undef GPU_DECLARE_ENTRY
 #define GPU_DECLARE_ENTRY(max_threads, name, ...) \
   extern "C" void name(__VA_ARGS__);              \

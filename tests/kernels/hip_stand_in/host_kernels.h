@@ -18,14 +18,14 @@ struct HostArgument {
 
 struct HostKernel {
   std::vector<HostArgument> arguments;
-  // One lane, with the arguments of a segment.
+  // Runs one lane with the arguments in a segment.
   std::function<void(const char* segment)> lane;
 };
 
-// Null where there is no kernel of that name.
+// Null if there is no kernel with that name.
 const HostKernel* find_host_kernel(const std::string& name);
 
-// Runs the kernel over the grid, every time in another order of lanes.
+// Runs the kernel over the grid, each time with another order of lanes.
 void run_host_kernel(const std::string& name, const HostKernel& kernel, const unsigned (&grid)[3],
                      unsigned threads, size_t lds_bytes, const char* segment);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// In place of host_kernels.cpp: a stand-in that loads code objects and runs none.
+// Replaces host_kernels.cpp: a stand-in that loads code objects but runs none.
 #include "host_kernels.h"
 
 namespace stand_in {

@@ -2,14 +2,14 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // A stand-in for libamdhip64 with the functions that csrc/rocm/hip_runtime.cpp uses. Modules are
-// real AMDGPU code objects; a launch is checked against their metadata and then runs the kernel of
-// that name in the host build. Device memory is host memory. What HIP reports is an error code
-// here too; what HIP would not notice ends the process with a message. Environment:
+// real AMDGPU code objects. A launch is checked against their metadata and then runs the kernel of
+// the same name in the host build. Device memory is host memory. Errors that HIP reports are error
+// codes here too; errors that HIP would not notice end the process with a message. Environment:
 //   HIP_STAND_IN_DEVICES    architectures of the devices, default "gfx1151"
-//   HIP_STAND_IN_FAIL_LOAD  this many module loads succeed, the next one is out of memory
-//   HIP_STAND_IN_LOG        file that the names of started kernels are appended to
+//   HIP_STAND_IN_FAIL_LOAD  number of module loads that succeed; the next one is out of memory
+//   HIP_STAND_IN_LOG        file to which the names of launched kernels are appended
 //   HIP_STAND_IN_CAPTURING  set: every stream is being captured into a graph
-// Built with STAND_IN_OLD it has no hipStreamIsCapturing.
+// If built with STAND_IN_OLD it has no hipStreamIsCapturing.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -97,7 +97,7 @@ bool is_device_memory(const void* p) {
   return static_cast<const char*>(p) <= start + size;
 }
 
-// The segment that a kernel reads its arguments from, filled as the metadata says.
+// The segment from which a kernel reads its arguments, filled according to the metadata.
 std::vector<char> argument_segment(const stand_in::Kernel& kernel, void** args) {
   std::vector<char> segment(kernel.kernarg_bytes, '\xff');
   size_t i = 0;
@@ -109,7 +109,7 @@ std::vector<char> argument_segment(const stand_in::Kernel& kernel, void** args) 
       void* pointer;
       std::memcpy(&pointer, to, sizeof(pointer));
       if (pointer != nullptr && !is_device_memory(pointer)) {
-        fault(kernel.name + ": argument " + text(i) + " is no device memory");
+        fault(kernel.name + ": argument " + text(i) + " is not device memory");
       }
     }
     ++i;
@@ -203,13 +203,13 @@ HIP_API int hipModuleLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y
           ", a " + machine().archs[machine().device]);
   }
   if (stream != nullptr || extra != nullptr || args == nullptr) {
-    fault(name + ": a stream, or arguments of another form, that nobody made");
+    fault(name + ": an unknown stream, or arguments in an unsupported form");
   }
   const unsigned grid[] = {grid_x, grid_y, grid_z};
   for (const unsigned size : grid) {
     if (size == 0) fault(name + ": an empty grid");
   }
-  // Work items along x are counted in 32 bits; y and z take 16 bits of blocks.
+  // HIP counts work items along x in 32 bits, and blocks along y and z in 16 bits.
   if (uint64_t{grid_x} * block_x > UINT32_MAX || grid_y > UINT16_MAX || grid_z > UINT16_MAX) {
     fault(name + ": a grid of " + text(grid_x) + " x " + text(grid_y) + " x " + text(grid_z));
   }
@@ -286,7 +286,7 @@ HIP_API int hipMemcpy(void* to, const void* from, size_t size, int) {
   return kSuccess;
 }
 
-// For tests: modules that are loaded on a device, and kernels in them.
+// For tests: the number of modules loaded on a device, and of kernels in them.
 HIP_API int hipStandInModules(int device) {
   int count = 0;
   for (const auto& [handle, module] : machine().modules) count += module->device == device;
