@@ -112,6 +112,7 @@ namespace gpu {
 
 constexpr int kWaveSize = 32;
 
+// fork: begin overlay
 #if defined(HYBRID_W4A16_AMD_PATH)
 constexpr bool kAmdPath = true;
 #define GPU_CUDA_HAS_MMA 0
@@ -120,6 +121,7 @@ constexpr bool kAmdPath = false;
 #define GPU_CUDA_HAS_MMA 1
 #endif
 
+// fork: end
 struct Half {};  // tags: the 16-bit types are bit containers, uint16_t and uint32_t (a pair)
 struct BFloat16 {};
 
@@ -478,6 +480,7 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 
 }  // namespace gpu
 
+// fork: begin ops
 #elif defined(HYBRID_W4A16_CUDA) || defined(HYBRID_W4A16_HIP)
 // ---------------------------------------------------- plain C++ that starts CUDA or HIP kernels
 // For CUDA an entry point is declared as an ordinary function: its address is the vendor's handle.
@@ -622,6 +625,8 @@ void launch(KernelRef<P...> kernel, const LaunchShape& shape, Stream stream, A..
 
 }  // namespace gpu
 
+// fork: end
+// fork: begin overlay
 #else
 // ---------------------------------------------------------------------------------------- host
 #include "host/gpu_host.h"
@@ -635,4 +640,5 @@ inline void order_requests() {}
 template <typename T>
 inline void arrived(T&) {}
 }  // namespace gpu
+// fork: end
 #endif

@@ -15,8 +15,10 @@ void launch_gate_up(const GateUpArgs& args, void* queue);
 // that grid lets the next one start early, as gate_up does: they are not its output.
 void launch_down(const DownArgs& args, void* queue);
 
+// fork: begin lm_head
 void launch_dense(const DenseArgs& args, void* stream);
 // Reads c, which the grid before may still write, in its first grid and writes it in its second.
 void launch_rescore(const RescoreArgs& args, void* stream);
 
+// fork: end
 }  // namespace moe_int4

@@ -25,9 +25,13 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     device_family,
 )
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
+
+# fork: begin overlay
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
+
+# fork: end
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -249,13 +253,15 @@ def peak_of_processing(layer: RoutedExperts) -> int:
 
 
 def fresh_gate_records(monkeypatch) -> None:
-    """For one test: empty gate records, the tests' default switch, and log lines that
-    caplog sees."""
+    """For one test: empty records of the decision, the tests' default switch, and log
+    lines that caplog sees."""
     monkeypatch.setattr(oracle, "_model", oracle._Model())
     monkeypatch.setattr(oracle, "_reasons_logged", set())
+    # fork: begin overlay
     monkeypatch.delenv(switch.NAME, raising=False)
     if is_opt_in():
         monkeypatch.setenv(switch.NAME, "1")
+    # fork: end
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The hook table, and its application at run time (in source: ``fork.py``).
+"""The hook table, and its application at run time.
 
 A hook is a prologue on a vLLM method factory: the handler is called with the factory's
-own arguments; what it returns, unless ``None``, is the result; otherwise the factory's
-own body runs, untouched. A further checkpoint format is one more row.
+own arguments. Its result, unless ``None``, is the factory's; otherwise the factory's
+own body runs. With the switch off, handlers are not called. A further checkpoint format
+is one more row.
 """
 
 import functools
@@ -13,6 +14,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,7 @@ class Hook:
     parameters: tuple[str, ...]
     """Names that the factory's parameters must have, in order."""
     handler: str
-    """``module:function`` with the same parameters in the same order; decorated with
-    ``switch.unless_off``."""
+    """``module:function`` with the same parameters in the same order."""
     why: str
     """Why the hook exists."""
     until: str = "vLLM selects HybridW4A16MoEExperts for such layers itself."
@@ -156,7 +160,9 @@ def _is_static(attribute: object) -> bool:
 def _install(hook: Hook, owner: type, original: Callable[..., Any]) -> None:
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
-        result = _load_handler(hook.handler)(*args, **kwargs)
+        result = None
+        if switch.value() != "0":
+            result = _load_handler(hook.handler)(*args, **kwargs)
         return original(*args, **kwargs) if result is None else result
 
     setattr(factory, _MARK, hook)

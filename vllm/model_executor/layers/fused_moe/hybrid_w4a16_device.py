@@ -26,7 +26,7 @@ class DeviceFamily:
     prefill: str
     """Kernels that take many tokens."""
     opt_in: bool
-    """Only on request (``VLLM_HYBRID_W4A16_MOE=1``), not by default."""
+    """Only where the path is asked for, not by default."""
     cu_count: int
     """Compute units that a GPU grid is spread over; 1 on the CPU."""
     tuning: str | None = None
@@ -34,6 +34,7 @@ class DeviceFamily:
 
 
 _HIP_KERNELS = "HIP wvSplitK"
+# fork: begin overlay
 _CUDA_KERNELS = "CUDA wvSplitK"
 
 # For planning on another machine. CUs of gfx1151: AMD's product page of Strix Halo.
@@ -44,6 +45,7 @@ PLANNED = {
     "cuda": DeviceFamily("cuda", _CUDA_KERNELS, "Triton", True, 1, "sm_90"),
     "cpu": DeviceFamily("cpu", "C++", "C++", False, 1),
 }
+# fork: end
 
 
 def device_family() -> DeviceFamily | str:
@@ -63,10 +65,12 @@ def device_family() -> DeviceFamily | str:
     if current_platform.is_rocm():
         arch = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
         return _gpu_family(arch, _HIP_KERNELS, opt_in=False)
+    # fork: begin overlay
     if current_platform.is_cuda():
         major, minor = torch.cuda.get_device_capability()
         arch = f"sm_{major}{minor}"
         return _gpu_family(arch, _CUDA_KERNELS, opt_in=True)
+    # fork: end
     return f"platform {current_platform.device_name!r} has no int4 MoE kernels"
 
 

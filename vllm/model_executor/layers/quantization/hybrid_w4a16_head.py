@@ -26,7 +26,6 @@ from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as device
-from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -63,7 +62,6 @@ _TIED_METHOD = "_hybrid_w4a16_tied_head_method"
 """Attribute of an embedding that a quantized head is tied to."""
 
 
-@switch.unless_off
 def lm_head_config_method(
     self: OnlineQuantizationConfig, layer: torch.nn.Module, prefix: str
 ) -> QuantizeMethodBase | None:
@@ -77,7 +75,6 @@ def lm_head_config_method(
     return None
 
 
-@switch.unless_off
 def lm_head_built(self: VocabParallelEmbedding) -> None:
     """Hook of ``VocabParallelEmbedding.update_param_tp_status``, the last step of the
     constructor and of loading weights anew: gives a head that was asked for its

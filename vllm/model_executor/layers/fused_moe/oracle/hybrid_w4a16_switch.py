@@ -11,41 +11,36 @@ require     like 1, and an int4 MoE layer that is declined is an error
 =========== ==========================================================================
 """
 
-import functools
 import os
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 from vllm import envs
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 
 NAME = "VLLM_HYBRID_W4A16_MOE"
 CHOICES = ["auto", "1", "0", "require"]
 
 
 def register() -> None:
-    """Make the switch known to ``vllm.envs``.
+    """Make the switch known to ``vllm.envs``, and the decision ask it.
 
     vLLM warns about ``VLLM_*`` variables that it does not know, refuses them under
     ``--fail-on-environ-validation``, and makes the known ones part of the key of its
     compile cache.
     """
     envs.environment_variables.setdefault(NAME, lambda: os.getenv(NAME) or CHOICES[0])
+    oracle.mode = mode
 
 
-def unless_off(handler: Callable[P, T]) -> Callable[P, T | None]:
-    """Decorator of a hook's handler: under 0 it is not called, the result is ``None``.
-
-    In the fork the hooks are part of vLLM's factories whatever the switch says.
-    """
-
-    @functools.wraps(handler)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | None:
-        return None if value() == "0" else handler(*args, **kwargs)
-
-    return wrapper
+def mode() -> oracle.Mode:
+    """What the switch's value means for the decision."""
+    found = value()
+    return oracle.Mode(
+        found in ("1", "require"),
+        found == "require",
+        f"{NAME}={found}",
+        f"{NAME}=0",
+        f"{NAME}=1",
+    )
 
 
 def value() -> str:
