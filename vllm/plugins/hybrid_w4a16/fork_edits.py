@@ -14,6 +14,8 @@ _QUANTIZATION = "vllm/model_executor/layers/quantization"
 ORACLE = f"{_MOE}/oracle/int_wna16.py"
 CONFIG = "vllm/config/kernel.py"
 INC = f"{_QUANTIZATION}/inc/schemes/inc_wna16_scheme.py"
+GPTQ = f"{_QUANTIZATION}/auto_gptq.py"
+AWQ = f"{_QUANTIZATION}/auto_awq.py"
 ONLINE = f"{_QUANTIZATION}/online/base.py"
 EMBEDDING = "vllm/model_executor/layers/vocab_parallel_embedding.py"
 SHORTHANDS = "vllm/config/quantization.py"
@@ -182,6 +184,29 @@ INSERTIONS: tuple[Insertion, ...] = (
         )
 
 """,
+    ),
+    *(
+        Insertion(
+            "backend",
+            path,
+            f"{name}.get_quant_method",
+            rf"^class {name}\((?:.|\n)*?"
+            + _function("get_quant_method")
+            + r"            if not check_moe_marlin_supports_layer\(\n.*\n            \)",
+            " and not hybrid_w4a16_wna16.takes(layer.moe_config, self)",
+        )
+        for path, name in ((GPTQ, "AutoGPTQConfig"), (AWQ, "AutoAWQConfig"))
+    ),
+    *(
+        Insertion(
+            "backend",
+            path,
+            "import",
+            r"(?=^from [\w.]*\.oracle\.int_wna16 import \(\n)",
+            "from vllm.model_executor.layers.fused_moe.oracle import "
+            "hybrid_w4a16_wna16\n",
+        )
+        for path in (GPTQ, AWQ)
     ),
     Insertion(
         "backend",

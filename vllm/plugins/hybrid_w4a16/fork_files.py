@@ -126,6 +126,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "int4_formats.py",
             "moe_layers.py",
             "fork/tests/quantization/hybrid_w4a16/__init__.py",
+            "fork/tests/quantization/hybrid_w4a16/conftest.py",
             "test_oracle.py",
             "fork/docs/features/quantization/hybrid_w4a16.md",
             "benchmark_hybrid_w4a16_moe.py",

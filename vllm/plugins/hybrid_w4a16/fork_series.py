@@ -228,7 +228,7 @@ quantized head.""",
         ),
     ),
     "token": Commit(
-        title="[ROCm][CPU] Int4 linear layers, shared experts and router in fewer launches",
+        title="[ROCm][CPU] Add int4 linear layers and fused router and shared experts",
         why="""\
 Once routed experts and head are fast, the dense int4 projections, the shared expert
 and the router are what is left of a decoded token, in many small launches.""",

@@ -24,13 +24,18 @@ from .moe_layers import (
     run_layer,
 )
 
+# format, symmetric; vLLM's configs refuse GPTQ with zero points
 FORMATS = (
-    "auto_round:auto_gptq",
-    "auto_round:auto_awq",
-    "gptq",
-    "gptq_v2",
-    "awq",
-    "compressed-tensors",
+    ("auto_round:auto_gptq", True),
+    ("auto_round:auto_gptq", False),
+    ("auto_round:auto_awq", True),
+    ("auto_round:auto_awq", False),
+    ("gptq", True),
+    ("gptq_v2", True),
+    ("awq", True),
+    ("awq", False),
+    ("compressed-tensors", True),
+    ("compressed-tensors", False),
 )
 pytestmark = pytest.mark.skipif(
     not current_platform.is_cpu() or not isinstance(device_family(), DeviceFamily),
@@ -38,8 +43,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format,symmetric", FORMATS)
 @pytest.mark.parametrize(
     "shape", [Shape(), Shape(hidden=288, intermediate=96, group_size=32)], ids=str
 )

@@ -131,7 +131,6 @@ def test_it_is_the_first_choice(rdna):
 REASONS = [
     (gptq, {"weight_bits": 8}, {}, "8-bit weights, supported: 4"),
     (gptq, {"group_size": 16}, {}, r"group size 16, supported: \(32, 64, 128\)"),
-    (gptq, {"desc_act": True}, {}, "desc_act: groups follow the activation order"),
     (
         gptq,
         {"full_config": {"checkpoint_format": "marlin"}},
@@ -179,9 +178,8 @@ def test_another_device_is_declined(monkeypatch):
 
 
 def test_another_moe_backend_leaves_it_out(rdna):
-    backend, experts = select(gptq(), "emulation")
-    assert backend == WNA16MoEBackend.EMULATION
-    assert experts is not HybridW4A16MoEExperts
+    with pytest.raises(ValueError, match="'EMULATION' does not support"):
+        select(gptq(), "emulation")
 
 
 # --------------------------------------------------------------- weight conversion
@@ -207,12 +205,8 @@ class Weights:
     def packed_zeros(self) -> torch.Tensor:
         return words_along(self.zeros, 1)
 
-    def as_gptq(self, stored_minus: int):
-        return (
-            words_along(self.q, 2),
-            self.scales,
-            words_along(self.zeros - stored_minus, 1),
-        )
+    def as_rows(self):
+        return words_along(self.q, 2), self.scales, words_along(self.zeros, 1)
 
     def as_awq(self):
         order = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -230,22 +224,19 @@ class Weights:
         )
 
 
+# name: config, form, whether it has zero points
 CONVERSIONS = {
-    "gptq v1": (gptq(is_sym=False), lambda w: w.as_gptq(1)),
-    "gptq v2": (
-        gptq(is_sym=False, full_config={"checkpoint_format": "gptq_v2"}),
-        lambda w: w.as_gptq(0),
-    ),
-    "awq": (awq(), Weights.as_awq),
-    "compressed-tensors": (tensors(symmetric=False), lambda w: w.as_gptq(0)),
-    "moe_wna16": (moe_wna16(sym=False), Weights.as_bytes),
+    "gptq": (gptq(), Weights.as_rows, False),
+    "awq": (awq(), Weights.as_awq, True),
+    "compressed-tensors": (tensors(symmetric=False), Weights.as_rows, True),
+    "moe_wna16": (moe_wna16(sym=False), Weights.as_bytes, True),
 }
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
 def test_weights_of_each_method_are_converted(name):
     torch.manual_seed(0)
-    quant_config, stored = CONVERSIONS[name]
+    quant_config, stored, zeros = CONVERSIONS[name]
     w13, w2 = Weights(2 * INTERMEDIATE, HIDDEN), Weights(HIDDEN, INTERMEDIATE)
     (q13, s13, z13), (q2, s2, z2) = stored(w13), stored(w2)
     converted = int_wna16.convert_to_wna16_moe_kernel_format(
@@ -260,15 +251,16 @@ def test_weights_of_each_method_are_converted(name):
         *(w13.packed(), w2.packed(), w13.scales, w2.scales),
         *(w13.packed_zeros(), w2.packed_zeros()),
     )
-    for got, wanted in zip(converted, expected):
+    count = 6 if zeros else 4
+    for got, wanted in zip(converted[:count], expected, strict=False):
         assert got is not None
         assert torch.equal(got, wanted)
-    assert converted[6:] == (None,) * 4
+    assert all(tensor is None for tensor in converted[count:])
 
 
 def test_symmetric_checkpoints_have_no_zero_points_and_no_bias():
     weights = Weights(2 * INTERMEDIATE, HIDDEN)
-    q, s, z = weights.as_gptq(1)
+    q, s, z = weights.as_rows()
     bias = torch.zeros(EXPERTS, 2 * INTERMEDIATE)
 
     def convert(bias):

@@ -14,11 +14,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     AWQ,
-    GPTQ_V1,
     CheckpointPacking,
-    gptq_v1_to_row_zeros,
     rows_to_exllama,
-    transposed_copy,
 )
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 from vllm.model_executor.layers.fused_moe.oracle import (
@@ -41,7 +38,7 @@ class _Recipe(NamedTuple):
     group_size: int | None
     has_zeros: bool
     in_bytes: bool
-    """Tensors are those of ``MoeWNA16Method``: uint8, zero points in the form of v2."""
+    """Tensors are those of ``MoeWNA16Method``, uint8."""
 
 
 def _recipe(quant_config: Any) -> _Recipe:
@@ -64,7 +61,7 @@ def _recipe(quant_config: Any) -> _Recipe:
     elif isinstance(config, AutoGPTQConfig):
         checkpoint_format = config.full_config.get("checkpoint_format")
         packing = formats.gptq(checkpoint_format, config.desc_act)
-        zeros = not config.is_sym
+        zeros = False  # AutoGPTQConfig refuses others
     elif isinstance(config, MoeWNA16Config):
         full, zeros = config.full_config, config.has_zp
         if config.linear_quant_method == "gptq":
@@ -105,6 +102,13 @@ def incompatibility_reason(moe_config: FusedMoEConfig, quant_config: Any) -> str
     return None
 
 
+def takes(moe_config: FusedMoEConfig, quant_config: Any) -> bool:
+    """Whether the oracle is going to pick HYBRID_W4A16."""
+    if moe_config.moe_backend not in ("auto", oracle.BACKEND):
+        return False
+    return incompatibility_reason(moe_config, quant_config) is None
+
+
 def convert_weights(
     quant_config: Any,
     w13: torch.Tensor,
@@ -141,8 +145,6 @@ def convert_weights(
         w13_scale, w2_scale = (
             s.transpose(1, 2).contiguous() for s in (w13_scale, w2_scale)
         )
-    elif packing is GPTQ_V1:
-        to_zeros = _v1_zeros
     return (
         _each(w13, to_words),
         _each(w2, to_words),
@@ -166,11 +168,6 @@ def _each(
     for expert, source in enumerate(stacked):
         result[expert] = first if expert == 0 else convert(source)
     return result
-
-
-def _v1_zeros(zeros: torch.Tensor) -> torch.Tensor:
-    """GPTQ v1 zero points int32 [N//8, K//G], stored minus one."""
-    return gptq_v1_to_row_zeros(transposed_copy(zeros))
 
 
 def _zero_words(zeros: torch.Tensor | None) -> torch.Tensor | None:
