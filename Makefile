@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 #
-# Thin wrappers; each line is a command that can be run by hand.
+# Thin wrappers: each recipe is a command that can be run by hand.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
 
-# pytest processes. A file is run by one of them; those of tests/e2e come first, since
+# pytest processes. Each file runs in one of them, and the files of tests/e2e start first, because
 # they take longest.
 WORKERS ?= 2
 PYTEST := $(VENV)/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile \

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Build of the overlay distribution vllm-hybrid-w4a16 (metadata: pyproject.toml).
+"""Builds the overlay distribution vllm-hybrid-w4a16 (metadata: pyproject.toml).
 
-A wheel holds vllm_hybrid_w4a16.py, a .pth file that runs it when Python starts, our
+A wheel contains vllm_hybrid_w4a16.py, a .pth file that runs it when Python starts, our
 modules at their in-tree paths below ``vllm/``, and the op library. An editable install
-holds only a .pth file that names this checkout; the op library is put into it.
+contains only a .pth file that points to this checkout; the op library is built into the
+checkout.
 
 Environment variables:
-    HYBRID_W4A16_SKIP_VLLM_CHECK=1   build without a supported vLLM at hand
+    HYBRID_W4A16_SKIP_VLLM_CHECK=1   build without a supported vLLM installed
     HYBRID_W4A16_PREBUILT=FILE       use this op library instead of building one
     HYBRID_W4A16_GPU=hip|cuda|none   GPU kernels to build; default: torch's kind
     HYBRID_W4A16_GPU_ARCHS=...       GPU architectures, such as "gfx1151" or "sm_90"
@@ -40,7 +41,7 @@ RELEASE = "0.1.0"
 
 
 def our_modules() -> list[str]:
-    """Our files below ``vllm/``, relative to it: modules and tables, nothing built."""
+    """Return our modules and tables below ``vllm/``, as paths relative to it."""
     root = CHECKOUT / "vllm"
     files = [*root.rglob("*.py"), *root.rglob("*.json")]
     return sorted(str(file.relative_to(root)) for file in files)
@@ -49,7 +50,7 @@ def our_modules() -> list[str]:
 def build_library(destination: Path) -> None:
     """Compile the op library, or copy a prebuilt one, to ``destination``.
 
-    Prints what was found and what is built; exits with a message where that fails.
+    Prints what it found and what it builds. On an error it exits with a message.
     """
     path = target.search_path()
     try:
@@ -70,7 +71,7 @@ def build_library(destination: Path) -> None:
         library = Path(prebuilt)
     else:
         library = run_cmake(torch, gpu, report)
-    # Replaced as a whole: a running process may have the old file mapped.
+    # Replace the file atomically: a running process may have the old one mapped.
     new = destination.with_suffix(".new")
     new.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(library, new)
@@ -83,7 +84,7 @@ def print_report(lines: list[str]) -> None:
 
 
 def run_cmake(torch: target.Package, gpu: target.GpuPlan, report: list[str]) -> Path:
-    """Configure, complete and print the report, compile; returns the library."""
+    """Configure, print the completed report, and compile; return the library."""
     tools = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
     cmake = shutil.which("cmake", path=os.pathsep.join(tools))
     ninja = shutil.which("ninja", path=os.pathsep.join(tools))
@@ -95,7 +96,7 @@ def run_cmake(torch: target.Package, gpu: target.GpuPlan, report: list[str]) -> 
 
     configure = [cmake, "-S", str(CHECKOUT), "-B", str(build)]
     if cache.exists() and f"CMAKE_COMMAND:INTERNAL={cmake}\n" not in cache.read_text():
-        configure += ["--fresh"]  # another CMake made it, perhaps gone by now
+        configure += ["--fresh"]  # made by another CMake, which may be gone
     if ninja:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure += [
@@ -129,12 +130,12 @@ def run_or_exit(command: list[str]) -> None:
 class BuildOverlay(build_py):
     """Adds our files below ``vllm/``, the op library and the .pth file to a wheel.
 
-    They are no ``packages`` of the distribution: it would then claim the top-level
-    name ``vllm`` in its metadata, which belongs to vLLM.
+    They are not ``packages`` of the distribution: its metadata would then claim the
+    top-level name ``vllm``, which belongs to vLLM.
     """
 
     def run(self) -> None:
-        shutil.rmtree(self.build_lib, ignore_errors=True)  # modules since removed
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # may hold removed modules
         super().run()
         root = Path(self.build_lib)
         build_library(root / "vllm" / LIBRARY)
@@ -157,8 +158,8 @@ class OverlayWheel(bdist_wheel):
 class EditableOverlay(Command):
     """PEP 660 wheel: a .pth file that loads the bootstrap from this checkout.
 
-    The checkout must not get onto ``sys.path``, nor ``vllm`` be mapped to it: either
-    would hide a vLLM that is itself installed in editable mode.
+    The checkout must not be put on ``sys.path``, and ``vllm`` must not be mapped to it.
+    Either would hide a vLLM that is itself installed in editable mode.
     """
 
     description = "create the wheel of an editable install"
@@ -204,14 +205,14 @@ class EditableOverlay(Command):
 
 
 class OverlayDistribution(Distribution):
-    """Has a compiled part, which is no Python extension: a platform wheel."""
+    """Makes a platform wheel: the compiled part is not a Python extension."""
 
     def has_ext_modules(self) -> bool:
         return True
 
 
-# The commit tells two builds of a release apart. Where there is none (an sdist, a copy)
-# the version is what PKG-INFO says, or the release alone.
+# The commit distinguishes two builds of a release. Outside of git (an sdist, a copy)
+# the version is the one in PKG-INFO, or the release alone.
 VERSION = {
     "version_scheme": lambda version: RELEASE,
     "local_scheme": "node-and-date",

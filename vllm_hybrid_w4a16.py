@@ -2,15 +2,15 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Bootstrap of the overlay: makes our modules importable at their in-tree names.
 
-Our files lie in a folder ``vllm`` beside this file: in the installed ``vllm`` package
-itself when a regular vLLM shares our site-packages, elsewhere when vLLM or this project
-is installed in editable mode. In the second case each vLLM package that has a
-counterpart in our folder gets that counterpart appended to its ``__path__``; vLLM's own
-folder stays first, so that nothing of vLLM's can be shadowed.
+Our files are in a folder ``vllm`` beside this file. If a regular vLLM shares our
+site-packages, that folder is the installed ``vllm`` package itself. If vLLM or this
+project is installed in editable mode, it is a separate folder. Then each vLLM package
+with a counterpart in our folder gets that counterpart appended to its ``__path__``.
+vLLM's own folder stays first, so that none of its modules can be shadowed.
 
-``vllm_hybrid_w4a16.pth`` runs this when Python starts, hence only ``os`` and ``sys``
-are imported here. The ``vllm.general_plugins`` entry point names ``register``,
-the command ``vllm-hybrid-w4a16`` is ``main``.
+``vllm_hybrid_w4a16.pth`` runs this file when Python starts, so it imports only ``os``
+and ``sys``. The ``vllm.general_plugins`` entry point is ``register``; the command
+``vllm-hybrid-w4a16`` is ``main``.
 """
 
 import os
@@ -20,10 +20,10 @@ _ROOT = os.path.join(os.path.dirname(os.path.realpath(__file__)), "vllm")
 
 
 class _PathExtender:
-    """Meta-path finder: extends the search path of vLLM's packages as they load.
+    """Meta-path finder that extends the search path of vLLM's packages as they load.
 
-    It never finds a module itself. It asks the finders after it and adds our folder to
-    what they found, so that no package of vLLM's has to be imported for our sake.
+    It never finds a module itself. It asks the later finders and adds our folder to
+    their result, so that it need not import any vLLM package.
     """
 
     @classmethod
@@ -34,8 +34,8 @@ class _PathExtender:
         later = sys.meta_path[sys.meta_path.index(cls) + 1 :]
         for finder in later:
             spec = finder.find_spec(name, path, target)
-            # No loader: a folder without __init__.py, such as our own, which hides an
-            # editable vLLM because setuptools' finder comes after the path's. Go on.
+            # No loader: a folder without __init__.py, such as our own. It hides an
+            # editable vLLM, because setuptools' finder comes after the path's. Go on.
             if spec is not None and spec.loader is not None:
                 _append_once(spec.submodule_search_locations, folder)
                 return spec
@@ -43,7 +43,7 @@ class _PathExtender:
 
 
 def _counterpart(name: str) -> str | None:
-    """Our folder for the vLLM package ``name``; ``None`` if there is none."""
+    """Return our folder for the vLLM package ``name``; ``None`` if there is none."""
     top, *below = name.split(".")
     if top != "vllm":
         return None
@@ -58,9 +58,9 @@ def _append_once(paths: list[str] | None, folder: str) -> None:
 
 
 def extend_vllm_path() -> None:
-    """Let our modules import under their in-tree names; safe to call repeatedly.
+    """Make our modules importable under their in-tree names; may be called repeatedly.
 
-    Does nothing where our files already are in vLLM's own package folder.
+    Does nothing if our files are in vLLM's own package folder.
     """
     if os.path.exists(os.path.join(_ROOT, "__init__.py")):
         return
@@ -85,11 +85,11 @@ def main() -> int:
     import importlib
     import types
 
-    # vLLM logs to standard output, where the command's own output goes
+    # vLLM logs to standard output, which the command needs for its own output
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     extend_vllm_path()
-    # Under a name of their own: as part of vllm.plugins they would import vLLM and
-    # torch, seconds before --help or a bad path is answered.
+    # Load them under a separate name: as part of vllm.plugins they would import vLLM
+    # and torch first, which takes seconds even for --help or a bad path.
     commands = types.ModuleType(f"{__name__}_commands")
     commands.__path__ = [os.path.join(_ROOT, "plugins", "hybrid_w4a16")]
     sys.modules[commands.__name__] = commands

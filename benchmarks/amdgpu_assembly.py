@@ -407,8 +407,11 @@ class Loop:
         """Weight bytes per lane in units of 16, which is 512 bytes per wave."""
         return sum(n * size for size, n in self.weight_loads.items()) / LANE_LOAD_BYTES
 
-    def faults(self) -> list[str]:
-        """Why this loop must not ship; empty when it may."""
+    def faults(self, activations_through_lds: bool = True) -> list[str]:
+        """Why this loop must not ship; empty when it may.
+
+        Where activations do not go through LDS, wide loads without the hint are theirs.
+        """
         found = (
             []
             if self.weight_loads
@@ -417,7 +420,7 @@ class Loop:
         for size, n in self.weight_loads.items():
             if size < LANE_LOAD_BYTES:
                 found.append(f"weight loads of {size} bytes in the main loop ({n})")
-        if self.plain_wide_loads > self.wide_lds_stores:
+        if activations_through_lds and self.plain_wide_loads > self.wide_lds_stores:
             excess = self.plain_wide_loads - self.wide_lds_stores
             found.append(
                 f"weight loads that are not non-temporal in the main loop ({excess})"

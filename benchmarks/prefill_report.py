@@ -46,12 +46,14 @@ def compile_kernel(
 
     from vllm.model_executor.layers.fused_moe.experts import hybrid_w4a16_triton
 
-    kernel = getattr(hybrid_w4a16_triton, f"moe_int4_prefill_{name}")
+    of_experts = "down" if name == "dense" else name  # a dense linear is one expert
+    kernel = getattr(hybrid_w4a16_triton, f"moe_int4_prefill_{of_experts}")
     block_m, block_n, warps, stages = tile
     constants = {
         "GROUP": group,
         "HAS_ZEROS": bool(zeros),
-        "HAS_WEIGHTS": True,
+        "HAS_WEIGHTS": name != "dense",
+        "SORTED": name != "dense",
         "EVEN_K": True,
         "ACTIVATION": 0,
         "BLOCK_M": block_m,
@@ -145,9 +147,9 @@ def main() -> int:
     for arch in args.arch.split(","):
         rows = table(table_name(arch))["rows"]
         tiles = {
-            (name, (row["block_m"], *row[name]))
+            (name, (row["block_m"], *row["down" if name == "dense" else name]))
             for row in rows
-            for name in ("gate_up", "down")
+            for name in ("gate_up", "down", *(["dense"] if args.all else []))
         }
         for name, tile in sorted(tiles):
             for variant in ALL_VARIANTS if args.all else VARIANTS:

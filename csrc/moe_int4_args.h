@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Plain arguments of the int4 MoE ops: what is left of a call once every tensor has been
-// checked. CPU kernels and GPU launchers take these structs and know nothing of torch.
+// Argument structs of the int4 MoE ops. The checks in moe_int4_checks.h turn tensors into these
+// structs, so CPU kernels and GPU launchers do not depend on torch.
 //
-// Layout contract (DESIGN "Weight contract"; the packer is hybrid_w4a16_packing.py):
+// Weight layout (hybrid_w4a16_packing.py packs it):
 //   weights      int32 [E, N, K/8], ExLlama-shuffled: word bits
 //                v0 | v2<<4 | v4<<8 | v6<<12 | v1<<16 | v3<<20 | v5<<24 | v7<<28,
 //                so that (word >> 4*i) & 0x000f000f is the pair (v[2i], v[2i+1])
@@ -20,19 +20,19 @@ namespace moe_int4 {
 
 enum class DType : int32_t { kHalf = 0, kBFloat16 = 1 };
 
-// Activations: this is all that C++ knows of them; a test compares it with the Triton kernel and
-// the Python map. An activation is act(min(gate, limit)) * (clamp(up, -limit, limit) + beta).
+// Activations. A test compares this list with the Triton kernel and the Python map. The gated
+// activation is act(min(gate, limit)) * (clamp(up, -limit, limit) + beta).
 enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
-// X(kind, weight): act(x) = x * weight. epilogue.h (CPU) and activation.cuh (GPU) have the
-// functions in it. tanh-GELU: 0.5 * (1 + tanh(y)) is sigmoid(2 * y), y = sqrt(2 / pi) * (x +
-// 0.044715 x^3).
+// X(kind, weight): act(x) = x * weight. epilogue.h (CPU) and activation.cuh (GPU) define the
+// functions that the formulas call. tanh-GELU uses 0.5 * (1 + tanh(y)) = sigmoid(2 * y) with y =
+// sqrt(2 / pi) * (x + 0.044715 x^3).
 #define MOE_INT4_ACTIVATIONS(X) \
   X(kSilu, sigmoid(alpha* x))   \
   X(kGelu, normal_cdf(x))       \
   X(kGeluTanh, sigmoid(1.5957691216057308f * x * (1.0f + 0.044715f * x * x)))
 
-// What the op argument `activation` may be. swigluoai is silu with alpha 1.702, beta 1, limit 7.
+// Values of the op argument `activation`. swigluoai is silu with alpha 1.702, beta 1, limit 7.
 struct ActivationName {
   const char* name;
   Activation kind;
@@ -52,15 +52,15 @@ struct Weights {
   int64_t s_stride_e, s_stride_n;
   const uint32_t* zeros;  // [E, N/8, K/G] or null
   int64_t z_stride_e, z_stride_n8;
-  int32_t num_experts;  // E: experts that live here
+  int32_t num_experts;  // E: experts on this rank
   int32_t n, k, group_size;
-  // Of a weight. 8: bytes in order of k with zero point 128, q counts them in words of four
-  // (wvSplitK_int_g only); zeros is null.
+  // Bits per weight. With 8 (wvSplitK_int_g only) weights are bytes in order of k with zero point
+  // 128, q and its strides count words of four bytes, and zeros is null.
   int32_t bits = 4;
 };
 
-// Router output. The local expert of (token m, slot t) is
-// map ? map[ids[m, t]] : ids[m, t]; a result outside 0..E-1 means "not here": the pair is skipped.
+// Router output. The local expert of (token m, slot t) is map ? map[ids[m, t]] : ids[m, t]. A
+// result outside 0..E-1 means that the expert is not on this rank; the pair is skipped.
 struct Routing {
   const void* ids;  // [M, top_k], int32 or int64
   bool ids_are_int64;
@@ -71,15 +71,16 @@ struct Routing {
   int32_t top_k;
 };
 
-// The `plan` argument of gate_up and down: a GPU launch plan. The launcher that interprets the
-// values checks them; nothing else looks inside.
+// The `plan` argument of gate_up and down: a GPU launch plan. Only the launcher interprets and
+// checks the values.
 struct Plan {
   static constexpr int32_t kMaxValues = 8;
   int64_t values[kMaxValues];
-  int32_t size;  // 0: no plan given, the launcher's own rule decides
+  int32_t size;  // 0: no plan given, the launcher chooses
 };
 
-// fused_moe_wvSplitK_int4_gemm: row r of c = w[expert_ids[r_block]] applied to row id/top_k of a.
+// fused_moe_wvSplitK_int4_gemm: output row r is row r / top_k of a times the weights of the expert
+// of r's block.
 struct GemmArgs {
   DType dtype;
   const void* a;  // [M, K]
@@ -87,9 +88,9 @@ struct GemmArgs {
   Weights w;
   void* c;  // [M * top_k, N]
   int64_t c_stride_m;
-  const int32_t* expert_ids;  // [num_blocks], -1: skip the block
-  const int32_t*
-      sorted_token_ids;  // [num_blocks * block_size_m] or null (identity); >= M*top_k: padding
+  const int32_t* expert_ids;        // [num_blocks], -1: skip the block
+  const int32_t* sorted_token_ids;  // [num_blocks * block_size_m] or null (identity); an id >=
+                                    // M*top_k is padding
   int32_t num_blocks;
   int32_t block_size_m;  // 1..5
   int32_t num_rows;      // M * top_k
@@ -97,8 +98,7 @@ struct GemmArgs {
   int32_t cu_count;  // compute units to spread over (GPU grid); ignored on the CPU
 };
 
-// fused_moe_wvSplitK_int4_gate_up: c[m*top_k + t, i] = act(gate row i, up row i + I) of expert (m,
-// t).
+// fused_moe_wvSplitK_int4_gate_up: c[m*top_k + t, i] = act(gate row i, up row i) of expert (m, t).
 struct GateUpArgs {
   DType dtype;
   const void* a;  // [M, K]
@@ -114,8 +114,7 @@ struct GateUpArgs {
 };
 
 // fused_moe_wvSplitK_int4_down: c[m] = sum over t of topk_weights[m, t] * w[expert(m, t)] a[m*top_k
-// + t], summed in fp32 in a fixed order. Every element of c is written (0 when all pairs are
-// skipped).
+// + t], in fp32 and in a fixed order. Every element of c is written (0 when all pairs are skipped).
 struct DownArgs {
   DType dtype;
   const void* a;  // [M * top_k, K = I]
@@ -124,13 +123,14 @@ struct DownArgs {
   void* c;    // [M, N]
   int64_t c_stride_m;
   Routing routing;
-  const float* topk_weights;  // [M, top_k] or null (weight 1: the router weight is on the input)
+  const float*
+      topk_weights;  // [M, top_k] or null: all 1, the router weight was applied to the input
   int64_t tw_stride_m;
   int32_t cu_count;
   Plan plan;
 };
 
-// wvSplitK_int_g: c = a w^T for one matrix of weights (num_experts is 1).
+// wvSplitK_int_g: c = a w^T for one weight matrix (num_experts is 1).
 struct DenseArgs {
   DType dtype;
   const void* a;  // [M, K]
@@ -142,7 +142,8 @@ struct DenseArgs {
   int32_t cu_count;
 };
 
-// wvSplitK_int_g_rescore: c[m, n] = rows of w applied to a again, where the bounds ask for it.
+// wvSplitK_int_g_rescore: recomputes c[m, n] from the unquantized w where the error bounds do not
+// rule out that it is the row's largest.
 struct RescoreArgs {
   DType dtype;
   const void* a;  // [M, K]
@@ -154,12 +155,12 @@ struct RescoreArgs {
   int32_t n, k;
   void* c;  // [M, N]
   int64_t c_stride_m;
-  float* partials;  // [M, kRescoreParts, 2]: largest product and largest lower bound of a part
+  float* partials;  // [M, kRescoreParts, 2]: largest product and largest lower bound per part
   int64_t p_stride_m;
   float window, bound;
 };
 
-// Parts of the vocabulary whose largest values are found on their own.
+// The vocabulary is cut into this many parts; each finds its largest values independently.
 constexpr int32_t kRescoreParts = 256;
 
 }  // namespace moe_int4

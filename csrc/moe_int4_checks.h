@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Argument checks of the int4 MoE ops, from tensors to the plain structs of moe_int4_args.h.
-// Every check that fails throws std::runtime_error (RuntimeError in Python) with a message
-// "<op>: <argument>: expected <what>, got <what>". Values inside tensors (ids) are not looked at:
-// on a GPU that would synchronise; kernels skip ids that are out of range.
+// Argument checks of the int4 MoE ops: they turn tensors into the structs of moe_int4_args.h. A
+// failed check throws std::runtime_error (RuntimeError in Python) with the message "<op>:
+// <argument>: expected <what>, got <what>". Values inside tensors (expert ids) are not checked,
+// because reading them would synchronise a GPU. Kernels skip ids that are out of range.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -31,7 +31,7 @@ using torch::stable::Device;
 using torch::stable::DeviceType;
 using torch::stable::Tensor;
 
-// A dimension of an expected shape: its name in messages and its size (kAny: not checked).
+// A dimension of an expected shape: its name in messages and its size (kAny: unchecked).
 struct Dim {
   static constexpr int64_t kAny = -1;
   const char* name;
@@ -40,7 +40,7 @@ struct Dim {
 
 class ArgumentChecks {
  public:
-  // `a` sets the device and the dtype of the call; `device` is what the kernels run on.
+  // `a` sets the device and the dtype of the call; `device` is the type that the kernels run on.
   ArgumentChecks(const char* op, DeviceType device, const Tensor& a)
       : op_(op), device_(a.device()), dtype_(a.scalar_type()) {
     if (device_.type() != device) {
@@ -53,7 +53,7 @@ class ArgumentChecks {
 
   DType dtype() const { return dtype_ == ScalarType::Half ? DType::kHalf : DType::kBFloat16; }
 
-  // Checks device, dtype, shape, innermost stride and that sizes and strides can be indexed.
+  // Checks device, dtype, shape and innermost stride.
   void tensor(const char* argument, const Tensor& t, std::initializer_list<ScalarType> dtypes,
               std::initializer_list<Dim> dims) const {
     if (t.device() != device_)
@@ -94,7 +94,7 @@ class ArgumentChecks {
     return integer(argument, value, 1, std::numeric_limits<int32_t>::max());
   }
 
-  // Packed weights, scales and zero points of a reduction over `k` columns of a.
+  // Checks packed weights, scales and zero points; `k` is the number of columns of a.
   Weights weights(const Tensor& w, const Tensor& scales, const std::optional<Tensor>& zero_points,
                   int64_t k, int64_t group_size) const {
     if (group_size != 32 && group_size != 64 && group_size != 128) {
@@ -168,7 +168,7 @@ class ArgumentChecks {
     fail("activation", names, "'" + name + "'");
   }
 
-  // A launch plan is for GPUs only: on the CPU there is nothing that it could choose.
+  // Only GPU launchers take a plan; the CPU has nothing to choose.
   Plan plan(const std::optional<std::vector<int64_t>>& plan) const {
     Plan out{};
     if (!plan.has_value()) return out;

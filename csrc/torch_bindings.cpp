@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Schemas of the int4 MoE ops, a fragment of the _rocm_C namespace, whichever library they are
-// linked into. Implementations register themselves per dispatch key: csrc/cpu, csrc/rocm. Argument
-// by argument documentation: vllm/model_executor/layers/fused_moe/hybrid_w4a16_ops.py.
+// Schemas of the int4 MoE ops. They form a fragment of the _rocm_C namespace, whichever library
+// they are linked into. csrc/cpu and csrc/rocm register the implementations. hybrid_w4a16_ops.py in
+// vllm/model_executor/layers/fused_moe documents each argument.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -22,7 +22,7 @@
 namespace {
 
 // One line per device type that the library has kernels for: its name, then the CPU's instruction
-// sets, best first, or the GPU architectures.
+// sets (best first) or the GPU architectures.
 std::string build_info() {
   std::string info;
 // fork: begin cpu
@@ -75,7 +75,7 @@ std::string cpu_kernels(int64_t group_size, torch::headeronly::ScalarType dtype)
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
-  // Not used by the MoE layer, which runs gate_up and down; users of the first release call it.
+  // The MoE layer runs gate_up and down instead. Users of the first release still call this op.
   m.def(
       "fused_moe_wvSplitK_int4_gemm(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor expert_ids, int block_size_m, int cu_count, int group_size, "
@@ -98,16 +98,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "Tensor(p!) partials, float window, float bound) -> ()");
   // fork: end
   m.def("hybrid_w4a16_build_info() -> str");
-  // Whether the library has kernels for "cpu", "gfx1151", "sm_90": an empty string, or else a
+  // An empty string if the library has kernels for `arch` ("cpu", "gfx1151", "sm_90"); otherwise a
   // sentence that names what it was built for.
   m.def("hybrid_w4a16_refusal(str arch) -> str");
 // fork: begin cpu
 #if defined(HYBRID_W4A16_CPU)
-  // For tests and benchmarks: puts an instruction set in force on the CPU ("": the best one) and
-  // returns its name.
+  // For tests and benchmarks: selects the CPU's instruction set ("": the best one) and returns its
+  // name.
   m.def("hybrid_w4a16_cpu_isa(str isa) -> str");
-  // The kernels that run under the instruction set in force, a line each: its name and from how
-  // many rows of an expert on it runs.
+  // The kernels of the selected instruction set, one per line: the name and the smallest number of
+  // rows of an expert for which it runs.
   m.def("hybrid_w4a16_cpu_kernels(int group_size, ScalarType dtype) -> str");
 #endif
   // fork: end

@@ -5,16 +5,17 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "moe_int4_checks.h"
 
 namespace moe_int4 {
 
-constexpr int32_t kDenseRows = 16;  // activation rows that a call takes at most
+constexpr int32_t kDenseRows = 16;  // most activation rows per call
 
-inline int32_t check_rows(const ArgumentChecks& checks, const Tensor& a) {
+inline int32_t check_rows(const ArgumentChecks& checks, const Tensor& a, int64_t most) {
   checks.activation("a", a, {{"M"}, {"K"}});
-  return checks.integer("a", a.size(0), 0, kDenseRows);
+  return checks.integer("a", a.size(0), 0, most);
 }
 
 inline DenseArgs check_dense(DeviceType device, const Tensor& a, const Tensor& w,
@@ -24,7 +25,9 @@ inline DenseArgs check_dense(DeviceType device, const Tensor& a, const Tensor& w
   const ArgumentChecks checks("wvSplitK_int_g", device, a);
   DenseArgs args{};
   args.dtype = checks.dtype();
-  args.m = check_rows(checks, a);
+  // The CPU's kernels take any number of rows.
+  constexpr int64_t kAnyRows = std::numeric_limits<int32_t>::max();
+  args.m = check_rows(checks, a, device == DeviceType::CPU ? kAnyRows : kDenseRows);
   args.a = a.const_data_ptr();
   args.a_stride_m = a.stride(0);
   const int64_t k = a.size(1);
@@ -36,7 +39,7 @@ inline DenseArgs check_dense(DeviceType device, const Tensor& a, const Tensor& w
     checks.fail("a", "columns a multiple of group_size " + std::to_string(group_size),
                 std::to_string(k));
   }
-  // A row of weights in elements of w: words of eight nibbles, or bytes.
+  // w counts words of eight nibbles (4 bits) or bytes (8 bits).
   const int64_t columns = bits == 4 ? k / 8 : k, per_16_bytes = bits == 4 ? 4 : 16;
   checks.tensor("w", w, {bits == 4 ? ScalarType::Int : ScalarType::Byte},
                 {{"N"}, {bits == 4 ? "K//8" : "K", columns}});
@@ -84,7 +87,7 @@ inline RescoreArgs check_rescore(DeviceType device, const Tensor& a, const Tenso
   const ArgumentChecks checks("wvSplitK_int_g_rescore", device, a);
   RescoreArgs args{};
   args.dtype = checks.dtype();
-  args.m = check_rows(checks, a);
+  args.m = check_rows(checks, a, kDenseRows);
   args.a = a.const_data_ptr();
   args.a_stride_m = a.stride(0);
   args.k = checks.positive("a", a.size(1));

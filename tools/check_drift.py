@@ -4,10 +4,10 @@
 
     python -m tools.check_drift [VERSION ...]
 
-Part of `make nightly`. Without VERSION: the newest release. Nothing of the release is
-run or installed: its source distribution is fetched and checked as by
-`vllm-hybrid-w4a16 fork --check`. Exit status: 0 all fits; 1 something does not; 2 a
-release could not be fetched or read.
+Part of `make nightly`. Without VERSION it checks the newest release. It downloads the
+release's source distribution and checks it like `vllm-hybrid-w4a16 fork --check`,
+without running or installing it. Exit status: 0 if everything fits, 1 if something does
+not, 2 if a release could not be downloaded or read.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from vllm.plugins.hybrid_w4a16 import fork
 
 
 def check(version: str) -> bool:
-    """Print what does not fit vLLM ``version``; whether all fits.
+    """Print what does not fit vLLM ``version``; return whether everything fits.
 
     Raises ``vllm_source.FetchError`` and ``fork.ForkError``.
     """

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Check that imports point one way and that one file knows the GPU vendors apart.
+"""Check that imports point one way and that only one file distinguishes GPU vendors.
 
     python tools/check_imports.py [CHECKOUT]
 
-Our modules below ``vllm/`` import plugins -> quantization -> fused_moe, without a
-circle; imports inside functions and for type checkers count. Outside of
-``gpu_compat.cuh``, nothing in ``csrc`` asks for a vendor's compiler.
+Our modules below ``vllm/`` import plugins -> kernels -> quantization -> fused_moe,
+without a circle. Imports inside functions and for type checkers count. In ``csrc`` only
+``gpu_compat.cuh`` may use the macros of a vendor's compiler.
 """
 
 import ast
@@ -19,7 +19,12 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 LAYERS = "vllm.model_executor.layers"
 # A module may import from its own row and from the rows below it.
-ORDER = ("vllm.plugins", f"{LAYERS}.quantization", f"{LAYERS}.fused_moe")
+ORDER = (
+    "vllm.plugins",
+    "vllm.model_executor.kernels",
+    f"{LAYERS}.quantization",
+    f"{LAYERS}.fused_moe",
+)
 GROUND_FLOOR = f"{LAYERS}.fused_moe.hybrid_w4a16_packing"
 VENDOR_MACRO = re.compile(r"\b__(?:HIP|CUDA|NV|AMDGCN|AMDGPU|AMD_|GFX|gfx)\w*")
 KNOWS_VENDORS = "gpu_compat.cuh"
@@ -27,7 +32,7 @@ CXX_SUFFIXES = {".h", ".cpp", ".cuh", ".cu", ".hip"}
 
 
 def modules(checkout: Path) -> dict[str, Path]:
-    """Our modules below ``vllm/`` by dotted name."""
+    """Return our modules below ``vllm/`` by dotted name."""
     found = {}
     for file in (checkout / "vllm").rglob("*.py"):
         parts = file.relative_to(checkout).with_suffix("").parts
@@ -37,7 +42,7 @@ def modules(checkout: Path) -> dict[str, Path]:
 
 
 def imports(name: str, file: Path, ours: dict[str, Path]) -> Iterator[tuple[str, int]]:
-    """(module of ours, line) for everything that module ``name`` imports of us."""
+    """Yield (our module, line) for each import of our modules in module ``name``."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -57,7 +62,7 @@ def imports(name: str, file: Path, ours: dict[str, Path]) -> Iterator[tuple[str,
 
 
 def rank(name: str) -> int | None:
-    """The row of ``ORDER`` that a module is in, ``None`` for none."""
+    """Return the row of ``ORDER`` that a module is in, ``None`` if it is in none."""
     for row, prefix in enumerate(ORDER):
         if name == prefix or name.startswith(f"{prefix}."):
             return row

@@ -4,8 +4,8 @@
 
     python -m tools.demo
 
-Exit status: 0; 1 when a step failed; 2 when the server works but its MoE layers are
-not all hybrid; 130 after Ctrl-C.
+Exit status: 0 on success; 1 if a step failed; 2 if the server works but not all of its
+MoE layers are hybrid; 130 after Ctrl-C.
 """
 
 import argparse
@@ -38,7 +38,7 @@ OMP_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 RESERVED_CPU = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 SMALL_MACHINE_CORES = 2
 
-# What the plugin logs once a model's MoE layers are ready (vllm/plugins/hybrid_w4a16).
+# The plugin logs this when a model's MoE layers are ready (vllm/plugins/hybrid_w4a16).
 SUMMARY = re.compile(
     r"HybridW4A16 MoE: (?P<taken>\d+)/(?P<all>\d+) layers "
     r"\(decode: (?P<decode>.+), prefill: (?P<prefill>.+)\), \d+ declined"
@@ -51,7 +51,7 @@ def stream_completion(
 ) -> tuple[int, float, float]:
     """Print a completion as it arrives.
 
-    Returns the number of tokens, the seconds to the first and to the last.
+    Returns the number of tokens and the seconds until the first and the last token.
     Raises ``openai.OpenAIError``.
     """
     client = openai.OpenAI(
@@ -70,7 +70,7 @@ def stream_completion(
         stream=True,
         stream_options={"include_usage": True},
         max_tokens=MAX_TOKENS,
-        temperature=0.6,  # greedy decoding of so small a model soon repeats itself
+        temperature=0.6,  # with greedy decoding such a small model soon repeats itself
         top_p=0.9,
         seed=0,
     ):
@@ -84,7 +84,7 @@ def stream_completion(
 
 
 def show_method(log: str) -> bool:
-    """Say which method and kernels run the MoE layers; whether all are hybrid."""
+    """Print which kernels run the MoE layers; return whether all layers are hybrid."""
     summaries = list(SUMMARY.finditer(log))
     for found in summaries:
         print(
@@ -100,10 +100,10 @@ def show_method(log: str) -> bool:
 
 
 def cpu_threads(cores: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables with which vLLM's CPU backend computes on all ``cores``.
+    """Return the variables that make vLLM's CPU backend use all ``cores``.
 
-    vLLM keeps one core free for its front end. Of two cores that is half of the
-    machine, and a single one would leave none. Empty where ``environment`` has a say.
+    vLLM keeps one core free for its front end: half of a machine with two cores, and
+    all of one with a single core. Empty if ``environment`` already sets one of them.
     """
     if cores > SMALL_MACHINE_CORES or OMP_BIND in environment:
         return {}
@@ -111,9 +111,9 @@ def cpu_threads(cores: int, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def run(options: argparse.Namespace, progress: Progress) -> int:
-    """The demo; returns its exit status.
+    """Run the demo and return its exit status.
 
-    Raises ``ServerError``, ``ImportError`` without the OpenAI client.
+    Raises ``ServerError``, or ``ImportError`` without the OpenAI client.
     """
     arguments = [f"--max-model-len={MAX_MODEL_LEN}"]
     if options.enforce_eager:
@@ -122,12 +122,16 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
     cores = len(os.sched_getaffinity(0))
     environment = cpu_threads(cores, os.environ)
     for name, value in environment.items():
-        progress.say(f"{name}={value}: on a CPU vLLM computes with all {cores} cores")
+        progress.say(
+            f"{name}={value}, so that vLLM's CPU backend uses all {cores} cores"
+        )
     progress.step(f"vllm serve {options.model} ({mode} mode)")
     with VllmServer(
         options.model, options.log, arguments, environment, options.port, options.vllm
     ) as server:
-        openai = importlib.import_module("openai")  # slow, so while the server starts
+        openai = importlib.import_module(
+            "openai"
+        )  # slow, so it is imported while the server starts
         server.wait_ready(START_TIMEOUT_S, MilestoneWatch(server, progress))
         progress.step(f"completion through the OpenAI API at {server.url}/v1")
         try:
@@ -147,14 +151,14 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
 
 
 def explain_failure(step: str, error: Exception, log: Path) -> None:
-    """Say which step failed, why, and what to do."""
+    """Print which step failed, why, and what to do."""
     if log.exists():
         lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         print("\n".join([f"--- end of {log}", *lines, "---"]), file=sys.stderr)
     print(
         f"\nFAILED      {step}\n"
         f"why         {error}\n"
-        f"what to do  read {log}; `make demo` rebuilds and reinstalls what has changed",
+        f"what to do  read {log}; `make demo` rebuilds and reinstalls changed files",
         file=sys.stderr,
     )
 
@@ -163,7 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--log", type=Path, default=LOG, help="file for its output")
     parser.add_argument("--model", default=CHECKPOINT, help="checkpoint folder")
-    parser.add_argument("--port", type=int, default=0, help="default: any free one")
+    parser.add_argument("--port", type=int, default=0, help="default: any free port")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument(
         "--enforce-eager",
@@ -172,7 +176,7 @@ def parse_arguments() -> argparse.Namespace:
         help="without torch.compile: starts sooner (default); --no-enforce-eager is "
         "vLLM's own default",
     )
-    parser.add_argument("--vllm", type=Path, help="default: beside this Python")
+    parser.add_argument("--vllm", type=Path, help="default: the one beside this Python")
     parser.add_argument(
         "--keep", action="store_true", help="leave the server running until Ctrl-C"
     )
@@ -181,8 +185,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
-    # Also where SIGINT is ignored, as in a shell's background jobs: the server has to
-    # be stopped.
+    # Handle SIGINT even if it is ignored, as in a shell's background jobs: the server
+    # must be stopped.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     progress = Progress()

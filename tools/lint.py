@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Check style, types and layers: ruff, clang-format, mypy, tools/check_imports.py.
 
-python tools/lint.py          report what is wrong, exit status 1 if anything is
-python tools/lint.py --fix    rewrite what can be rewritten, then check
+python tools/lint.py          report problems; exit status 1 if there are any
+python tools/lint.py --fix    fix what can be fixed automatically, then check
 """
 
 import argparse
@@ -22,7 +22,7 @@ def cxx_sources() -> list[str]:
 
 
 def commands(fix: bool) -> list[list[str]]:
-    """The checks in order; with ``fix`` the first three rewrite files instead."""
+    """Return the checks in order; with ``fix`` the first three rewrite files."""
     clang_format = ["-i"] if fix else ["--dry-run", "-Werror"]
     return [
         ["ruff", "check", *(["--fix"] if fix else [])],
@@ -47,7 +47,7 @@ def main() -> int:
     if subprocess.run(check, cwd=CHECKOUT, check=False).returncode != 0:
         failed.append("check_imports")
     if failed:
-        print(f"FAILED: {', '.join(failed)} (make format rewrites what it can)")
+        print(f"FAILED: {', '.join(failed)} (make format fixes what it can)")
     return 1 if failed else 0
 
 

@@ -4,8 +4,9 @@
 
     python -m tools.results_table FILE [--routing uniform] [--tokens 1,4] [--peer NAME]
 
-A row per shape and number of tokens: microseconds of hybrid and of the peer, the peer's
-time over hybrid's, and the share of the read ceiling that hybrid reached.
+The table has a row per shape and number of tokens: microseconds of hybrid and of the
+peer, the peer's time divided by hybrid's, and the share of the read ceiling that hybrid
+reached.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 def rows(
     data: dict, routing: str, tokens: list[int] | None, peer: str
 ) -> list[tuple[str, int, float, float, float]]:
-    """(shape, tokens, hybrid us, peer us, hybrid's percentage of the read ceiling)."""
+    """Return (shape, tokens, hybrid us, peer us, hybrid's percent of the ceiling)."""
     by_case: dict[tuple[str, int], dict[str, dict]] = {}
     for row in data["rows"]:
         if row.get("routing", routing) == routing:
@@ -38,7 +39,7 @@ def rows(
 def table(
     data: dict, routing: str, tokens: list[int] | None, peer: str, name: str
 ) -> str:
-    """The rows as a Markdown table, ``name`` heading the peer's column."""
+    """Return the rows as a Markdown table; ``name`` heads the peer's column."""
     lines = [
         f"| shape | tokens | hybrid | {name} | ratio | read ceiling |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -5,7 +5,7 @@
     python tools/vllm_source.py [VERSION] [--to build/vllm-source]
 
 Prints the folder of the unpacked tree. A tree from an earlier call is reused. Without
-VERSION: the newest release.
+VERSION it fetches the newest release.
 """
 
 import argparse
@@ -22,11 +22,11 @@ TIMEOUT_SECONDS = 300
 
 
 class FetchError(Exception):
-    """The release could not be fetched; the message is pip's."""
+    """The release could not be downloaded; the message is pip's."""
 
 
 def fetch(version: str, folder: Path = FOLDER) -> Path:
-    """The unpacked source tree of vLLM ``version`` in ``folder``.
+    """Return the unpacked source tree of vLLM ``version`` in ``folder``.
 
     Raises ``FetchError``, for example without a network.
     """
@@ -36,7 +36,7 @@ def fetch(version: str, folder: Path = FOLDER) -> Path:
     archive = folder / f"vllm-{version}.tar.gz"
     if not archive.is_file():
         # pip builds metadata even for a download. Without the override vLLM's setup.py
-        # makes up a version outside git, which pip rejects.
+        # invents a version outside of git, and pip rejects it.
         environment = {
             **os.environ,
             "VLLM_VERSION_OVERRIDE": version,
@@ -53,7 +53,7 @@ def fetch(version: str, folder: Path = FOLDER) -> Path:
 
 
 def newest() -> str:
-    """Version of the newest vLLM release that pip sees; ``FetchError`` if none."""
+    """Return the newest vLLM version that pip lists; ``FetchError`` if none."""
     match = re.search(r"\((\S+)\)", _pip("index", "versions", "vllm"))
     if match is None:
         raise FetchError("pip lists no version of vllm")

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch.nn.functional import silu
 
-from moe_bench import vllm_experts
+from moe_bench import llama_cpp, vllm_experts
 from moe_bench.inputs import Batch, Case, Int4Layer, dequantize
 from moe_bench.shapes import MoEShape
 
@@ -69,7 +69,7 @@ def _build_torch(case: Case, layer: Int4Layer, copies: int) -> Call:
 # "decode" and "prefill" are the two halves of "hybrid", for any number of tokens: where
 # they cross is where prefill should begin.
 # Error bounds: 16-bit activations stay well below 0.01 on these inputs; torch sums the
-# experts in 16 bits; CPUExpertsInt4 rounds activations to 8 bits.
+# experts in 16 bits; CPUExpertsInt4 and llama.cpp round activations to 8 bits.
 BACKENDS = {
     "hybrid": Backend(("cpu", "cuda", "rocm"), 4, 0.02, vllm_experts.build_hybrid),
     "decode": Backend(
@@ -81,6 +81,7 @@ BACKENDS = {
     "cpu-int4": Backend(
         ("cpu",), 4, 0.05, vllm_experts.build_peer("CPU", "needs x86 with AMX")
     ),
+    "llama-cpp": Backend(("cpu",), 4, 0.05, llama_cpp.build),
     "marlin": Backend(
         ("cuda", "rocm"), 4, 0.02, vllm_experts.build_peer("MARLIN", "needs CUDA")
     ),

@@ -10,7 +10,10 @@ import itertools
 import time
 from collections.abc import Callable
 
-import torch
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_graph_timing import (
+    capture,
+    replay,
+)
 
 # ``step(i)`` runs call ``i``: its layer copy and its batch follow from ``i``.
 Step = Callable[[int], object]
@@ -79,37 +82,3 @@ def _time_round(step: Step, taken: list[float], wanted: int) -> None:
         start = time.perf_counter_ns()
         step(len(taken))
         taken.append((time.perf_counter_ns() - start) / 1e3)
-
-
-def capture(step: Step, calls: int) -> torch.cuda.CUDAGraph:
-    """A graph of ``calls`` calls, after one call outside of it."""
-    # what a first call does (compilation, workspaces) must not end up in the graph
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(calls):
-            step(index)
-    return graph
-
-
-def replay(graph: torch.cuda.CUDAGraph, count: int, calls: int) -> list[float]:
-    """Microseconds per call of ``count`` replays, one after another, of such a graph.
-
-    They are queued at once behind an untimed one, so that the host's work of launching
-    a graph is hidden behind the replay before it.
-    """
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    graph.replay()
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    events[-1].synchronize()
-    return [
-        start.elapsed_time(end) * 1e3 / calls
-        for start, end in itertools.pairwise(events)
-    ]

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// What follows a product: the activation (formulas: moe_int4_args.h) and the conversion to the
-// output's dtype. Compiled for an instruction set by its fp32 kernel's file; written so that
-// compilers vectorise it.
+// The step after a product: the activation (formulas in moe_int4_args.h) and the conversion to the
+// output's dtype. Each instruction set's fp32 kernel file compiles this header. The loops are
+// written so that compilers vectorise them.
 #pragma once
 
 #include "kernels_common.h"
@@ -20,8 +20,8 @@ void store(DType dtype, const float* y, int32_t n, void* to) {
   }
 }
 
-// exp by range reduction to |r| <= ln(2)/2 and a Taylor polynomial of degree 7 (truncation below
-// 1e-8 there); arguments are clamped to the range in which the result is a normal float.
+// exp by range reduction to |r| <= ln(2)/2 and a Taylor polynomial of degree 7 (truncation error
+// below 1e-8 there). Arguments are clamped to the range in which the result is a normal float.
 inline float exp_clamped(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Activations as 16-bit integers for the int8 dot-product kernels. Each group has a step of
-// max|a| / 32639, so that its error is below 1e-4 of its norm, a twentieth of bf16's own rounding.
-// An integer is 256 * high + low, two signed bytes. Activations below 1e-33 count as zero.
+// Converts activations to 16-bit integers for the int8 dot-product kernels. The step of a group is
+// max|a| / 32639, so the error is below 1e-4 of the group's norm, a twentieth of bf16's own
+// rounding. An integer is 256 * high + low with two signed bytes. Activations below 1e-33 become
+// zero.
 #pragma once
 
 #include "vectors_avx512.h"
@@ -16,10 +17,10 @@ struct Quantized {
   int32_t high, low;  // sums of the bytes
 };
 
-// Integers of a group.
+// Converts the values of one group.
 inline Quantized quantize(const float* values, int32_t count, int16_t* to) {
   constexpr float kLargest = 127 * 256 + 127;
-  int32_t bits = 0;  // of the largest magnitude, where NaN counts as the largest
+  int32_t bits = 0;  // of the largest magnitude; NaN counts as the largest
   for (int32_t i = 0; i < count; ++i) {
     const int32_t magnitude = bits_as<int32_t>(values[i]) & 0x7fffffff;
     bits = magnitude > bits ? magnitude : bits;
@@ -37,9 +38,10 @@ inline Quantized quantize(const float* values, int32_t count, int16_t* to) {
   return {largest / kLargest, high, total - 256 * high};
 }
 
-// Splits 128 integers into bytes in the order of 16 runs of 8 weights. Of 4 bits a run is a word:
-// bits 0..3 of its bytes are the weights v0 v4 v1 v5 (half 0), bits 4..7 v2 v6 v3 v7 (half 1). Of 8
-// bits half 0 is v0 v1 v2 v3, half 1 v4 v5 v6 v7. [half][run].
+// Splits 128 integers into high and low bytes, as [half][run]: 16 runs of 8 weights. With 4 bits a
+// run is one word: half 0 holds the activations of v0 v4 v1 v5 (bits 0..3 of the word's bytes),
+// half 1 those of v2 v6 v3 v7 (bits 4..7). With 8 bits half 0 is v0 v1 v2 v3, half 1 is v4 v5 v6
+// v7.
 template <int32_t Bits = 4>
 inline void split(const int16_t* integers, __m512i (&high)[2], __m512i (&low)[2]) {
   const __m512i order = _mm512_broadcast_i32x4(
@@ -49,10 +51,12 @@ inline void split(const int16_t* integers, __m512i (&high)[2], __m512i (&low)[2]
   __m512i v[4];
   for (int32_t i = 0; i < 4; ++i) {
     const __m512i x = _mm512_loadu_si512(integers + 32 * i);
-    // + 128, then the low byte is low + 128 and the high byte is rounded
+    // Adding 128 rounds the high byte and leaves low + 128 in the low byte; the xor undoes the
+    // latter.
     v[i] = _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi16(x, half), half), order);
   }
-  // From [4 words][4 kinds] in each of the four to [kind][16 words].
+  // From [4 words][4 kinds] in each of the four vectors to [kind][16 words]. A kind is a half's
+  // high or low bytes.
   const __m512i word_of =
       _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
   const __m512i word_of_2 =

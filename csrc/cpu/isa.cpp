@@ -34,8 +34,9 @@ bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vn
 
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
-// The processor has AMX tiles with bf16 and int8, the operating system saves them, and Linux lets
-// this process use them (Intel SDM volume 1, chapter 18; Linux Documentation/arch/x86/xstate.rst).
+// True if the processor has AMX tiles with bf16 and int8, the operating system saves them, and
+// Linux lets this process use them (Intel SDM volume 1, chapter 18; Linux
+// Documentation/arch/x86/xstate.rst).
 bool has_amx() {
 #if defined(__linux__)
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -102,7 +103,7 @@ std::string kernels_by_rows(int32_t group_size, DType dtype) {
   std::string lines;
   const Kernel* previous = nullptr;
   int64_t rows = 1;
-  for (const Rule& rule : set.rules) {  // the kernel can only change behind a rule's last row
+  for (const Rule& rule : set.rules) {  // the kernel can only change after a rule's last row
     if (!fits(rule, group_size, dtype) || rows > kAllRows) continue;
     const Kernel& kernel = kernel_for(set, static_cast<int32_t>(rows), group_size, dtype);
     if (&kernel != previous) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// What the processor offers, and the instruction set in force.
+// The processor's instruction sets, and the one that is selected.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace moe_int4::cpu {
 
 struct InstructionSet;  // tuning.h
 
-// Whether this processor, under this operating system, runs the kernels of an instruction set.
+// Whether this processor and its operating system run the kernels of an instruction set.
 bool always();
 bool has_avx2();
 bool has_avx512();
@@ -21,19 +21,19 @@ bool has_avx512_vnni();
 bool has_avx512_bf16();
 bool has_amx();
 
-// The instruction set in force.
+// The selected instruction set.
 const InstructionSet& instruction_set();
 
 // Names of the instruction sets that this library can use on this processor, best first, separated
-// by blanks.
+// by spaces.
 std::string available_isas();
 
-// Puts the named instruction set in force ("": the best one) and returns its name. Throws
-// std::runtime_error when the name is unknown or the instruction set is not available.
+// Selects an instruction set by name ("": the best one) and returns its name. Throws
+// std::runtime_error if the name is unknown or the instruction set is not available.
 std::string select_isa(const std::string& name);
 
-// The kernels that run under the instruction set in force, a line each: the name, and from how many
-// rows of an expert on it runs. For example "avx512_vnni 1\namx_int8 2\namx_bf16 17".
+// The kernels of the selected instruction set, one per line: the name and the smallest number of
+// rows of an expert for which it runs, for example "avx512_vnni 1\namx_int8 2\namx_bf16 17".
 std::string kernels_by_rows(int32_t group_size, DType dtype);
 
 }  // namespace moe_int4::cpu

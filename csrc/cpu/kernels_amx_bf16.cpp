@@ -3,13 +3,13 @@
 //
 // bf16 kernel on AMX tiles (tdpbf16ps), for many activation rows.
 //
-// Weights become 128 + q in bf16, as in kernels_avx512_bf16.cpp, pair by pair: no transposition is
-// needed when they are the left operand. Products are summed per group and scaled in fp32; the 128
-// and the zero points are subtracted by way of the activations' sums. fp16 activations are split
+// Weights become 128 + q in bf16, as in kernels_avx512_bf16.cpp, one pair at a time. As the left
+// operand they need no transposition. Products are summed per group and scaled in fp32; the 128 and
+// the zero points are subtracted through the sums of the activations. fp16 activations are split
 // into two bf16 planes, a = high + low.
 //
-// One step: 32 weight rows times 32 activation rows, 32 k deep. Numbers are tile registers; each
-// tile is 16 rows of 64 bytes.
+// One step multiplies 32 weight rows by 32 activation rows over 32 values of k. The numbers are
+// tile registers. Each tile has 16 rows of 64 bytes: 16 pairs of bf16 or 16 fp32 results.
 //
 //                                  activations, transposed
 //                                  r+0..15     r+16..31
@@ -23,18 +23,19 @@
 //     n+16..31  |      5      |   |    2    | |    3    |
 //               +-------------+   +---------+ +---------+
 //
-// With up to 16 activation rows left, odd groups use 1 and 3 and even ones 0 and 2, so that one
-// group is multiplied while the previous one is stored.
+// With at most 16 activation rows left, even groups use tiles 0 and 2 and odd groups 1 and 3, so
+// that one group is multiplied while the previous one is stored.
 //
-// A tile holds pairs of one group only. Pair i (0..3) of word j (0..15) of a chunk of 128 weights
-// goes to this tile (0..3) of the chunk, at this place (column of weights, row of activations):
+// A tile holds pairs of one group only. A chunk is 128 weights of a row: 16 words of 4 pairs, in 4
+// tiles. Pair i (0..3) of word j (0..15) goes to this tile of the chunk (0..3), at this pair of the
+// tile (0..15):
 //
-//     group size   tile                place
+//     group size   tile                pair of the tile
 //     128          i                   j
 //      64          2 * (j/8) + i/2     8 * (i%2) + j%8
 //      32          j/4                 4 * i + j%4
 //
-// Prepared activations: [16 rows][chunk][plane][4 tiles][16 pairs][16 rows]; their sums:
+// Prepared activations in memory: [16 rows][chunk][plane][4 tiles][16 pairs][16 rows]; their sums:
 // [16 rows][group][16 rows].
 #include <immintrin.h>
 
@@ -44,9 +45,9 @@
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kChunk = 128;  // weights in a vector of words
+constexpr int32_t kChunk = 128;  // weights in a vector of 16 words
 constexpr int32_t kTileBytes = 1024;
-constexpr int32_t kChunkBytes = 4 * kTileBytes;  // of 16 rows, one plane
+constexpr int32_t kChunkBytes = 4 * kTileBytes;  // 16 rows, one plane
 constexpr int32_t kColumns = 32;                 // weight rows dequantized together
 
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
@@ -57,7 +58,7 @@ int64_t row_bytes(DType dtype, int32_t k) {
 
 int32_t rows_allocated(DType, int32_t m) { return round_up(m, 16); }
 
-// 16 pairs of a row of activations.
+// Loads 16 pairs of an activation row, as one plane (bf16) or two (fp16).
 inline void load_pairs(DType dtype, const uint16_t* a, __m512i (&planes)[2]) {
   const __m512i pairs = _mm512_loadu_si512(a);
   if (dtype == DType::kBFloat16) {
@@ -72,7 +73,7 @@ inline void load_pairs(DType dtype, const uint16_t* a, __m512i (&planes)[2]) {
   const __m512 high1 = _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16));
   const __m512 low0 = _mm512_sub_ps(x0, high0), low1 = _mm512_sub_ps(x1, high1);
-  // high = infinity leaves low = NaN: make that 0.
+  // Where high is infinite, low is NaN; use 0.
   const __mmask16 ok0 = _mm512_cmp_ps_mask(low0, low0, _CMP_ORD_Q);
   const __mmask16 ok1 = _mm512_cmp_ps_mask(low1, low1, _CMP_ORD_Q);
   planes[0] = high;
@@ -117,12 +118,12 @@ void prepare(const Source& source, const PreparedRows& rows) {
 }
 
 // Scratch of a call:
-//   weights  two chunks of dequantized weights, each [2 blocks of 16 rows][4 tiles]
-//   results  of one step, four tiles
-//   totals   the same for all activation rows: [block of 32][4 tiles][16 weight rows][16]
+//   weights        two chunks of dequantized weights, each [2 blocks of 16 rows][4 tiles]
+//   results        one step's results, four tiles
+//   totals         sums for all activation rows: [block of 32][4 tiles][16 weight rows][16]
 //   scales, zeros  scale and -scale * (128 + zp) of the weight rows
 struct Scratch {
-  int64_t groups;  // padded
+  int64_t groups;  // padded count
   char* weights;
   float* results;
   float* scales;  // [row][group]
@@ -144,7 +145,7 @@ int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t m) {
   return 4 * kChunkBytes + 4 * floats;
 }
 
-// Dequantizes a chunk of one weight row: a row of each of its 4 tiles. G groups in a chunk.
+// Dequantizes a chunk of one weight row into one row of each of its 4 tiles. A chunk has G groups.
 template <int32_t G>
 inline void dequantize(__m512i words, char* to) {
   __m512i v[4] = {pairs<0>(words), pairs<1>(words), pairs<2>(words), pairs<3>(words)};
@@ -165,7 +166,7 @@ inline void dequantize(__m512i words, char* to) {
   for (int32_t i = 0; i < 4; ++i) _mm512_store_si512(to + i * kTileBytes, v[i]);
 }
 
-// Weight rows from `n` on; rows past the tile's last one repeat it.
+// Weight rows from `n` on; past the tile's last row, that row again.
 struct RowsFrom {
   const Tile& t;
   int32_t n;
@@ -175,8 +176,8 @@ struct RowsFrom {
   }
 };
 
-// Dequantizes a quarter of a chunk's kColumns weight rows. Quarters let the compiler interleave
-// other work.
+// Dequantizes a quarter of a chunk's kColumns weight rows. Working in quarters lets the compiler
+// interleave the tile products.
 template <int32_t G>
 inline void dequantize_quarter(const RowsFrom& rows, int32_t chunk, int32_t quarter,
                                const Scratch& scratch) {
@@ -185,7 +186,7 @@ inline void dequantize_quarter(const RowsFrom& rows, int32_t chunk, int32_t quar
   const int32_t word = chunk * kChunk / 8;
   const __mmask16 mask = first_lanes(t.k / 8 - word);
   char* to = scratch.chunk(chunk);
-  // Prefetches the rows that come next, in address order: 64 bytes for each row here.
+  // Prefetches the following rows in address order, 64 bytes for each row dequantized here.
   const char* ahead = row_ahead(t, rows.n + kColumns) + int64_t{chunk} * kColumns * 64;
   for (int32_t j = quarter * kRows; j < (quarter + 1) * kRows; ++j) {
     _mm_prefetch(ahead + 64 * j, _MM_HINT_T1);
@@ -201,11 +202,11 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// gcc's tile intrinsics do not say that they access memory.
+// gcc does not know that its tile intrinsics access memory.
 inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
-// A tile of a group's weights, of both blocks of 16 weight rows, times 32 activation rows in P
-// planes. `first`: the group's first tile.
+// Multiplies one tile of a group's weights (both blocks of 16 weight rows) by 32 activation rows in
+// P planes. `first`: it is the group's first tile.
 template <int32_t P>
 inline void multiply_two(bool first, const char* w, const char* a0, const char* a1) {
   if (first) {
@@ -226,7 +227,7 @@ inline void multiply_two(bool first, const char* w, const char* a0, const char* 
   }
 }
 
-// The same with 16 activation rows.
+// The same with up to 16 activation rows.
 template <int32_t P>
 inline void multiply_one(bool first, bool odd, const char* w, const char* a) {
   _tile_loadd(4, w, 64);
@@ -266,8 +267,8 @@ inline void add_scaled(const Scratch& scratch, int32_t group, int32_t block, con
   }
 }
 
-// Adds the results of the first, or only, 16 activation rows: tiles 0 and 2, or 1 and 3 of an odd
-// group.
+// Adds the results of the first (or only) 16 activation rows, which are in tiles 0 and 2, or in 1
+// and 3 if the group is odd.
 inline void add_first(const Scratch& scratch, int32_t group, bool odd, const float* sums,
                       float* totals) {
   if (odd) {
@@ -301,15 +302,16 @@ void store_totals(const float* total, float* out, int64_t stride, int32_t rows, 
   }
 }
 
-// Adds a chunk of kColumns weight rows times up to 32 activation rows, from r on, to the totals.
-// G groups in a chunk, P planes. The first call of a chunk (r = 0) also dequantizes the next chunk.
+// Adds a chunk of kColumns weight rows times up to 32 activation rows, from r on, to the totals. A
+// chunk has G groups; activations have P planes. The call with r = 0 also dequantizes the next
+// chunk.
 template <int32_t G, int32_t P>
 void multiply_chunk(const RowsFrom& rows, int32_t chunk, int32_t r, const Scratch& scratch) {
   constexpr int32_t kTiles = 4 / G;  // of a group
   const Tile& t = rows.t;
   const int32_t groups = groups_of(t);
   const bool two = t.m - r > 16;
-  const bool alone = t.m <= 16;  // the only block of rows: results may stay in their tiles
+  const bool alone = t.m <= 16;  // a single block of rows: results may stay in their tiles
   const bool dequantizing = r == 0 && (chunk + 1) * kChunk < t.k;
   const char* a0 = t.a.data + r * t.a.stride + int64_t{chunk} * P * kChunkBytes;
   const char* a1 = a0 + 16 * t.a.stride;

@@ -4,8 +4,9 @@
 // Int8 dot-product kernel on AMX tiles (tdpbusd), for few activation rows.
 //
 // Activations are 16-bit integers, stored as two signed bytes, high and low (integers_avx512.h).
-// Weights are unsigned bytes 0..15: a mask (half 0 of a word) or a shift and a mask (half 1) makes
-// four of them from 32 bits. Sums over a group are exact; they are scaled in fp32, group by group.
+// Weights are unsigned bytes 0..15. A mask extracts four of a word's weights (half 0); a shift and
+// a mask extract the other four (half 1). Sums over a group are exact integers and are then scaled
+// in fp32.
 //
 // One tile product, 64 weights deep:
 //
@@ -17,9 +18,9 @@
 //    |          | rows     | each)          | rows  |          | each)
 //    +----------+          +----------------+       +----------+
 //
-// A lane is the high or the low bytes of one activation row. Fewer rows need fewer lanes, so
-// several groups share a product: each has a set of lanes of its own, and the activations are zero
-// in the lanes of the other groups. With 2 rows (r0, r1; h = high bytes, l = low bytes):
+// A lane holds the high or the low bytes of one activation row. With few rows a product has lanes
+// to spare, so several groups share it. Each group has its own set of lanes, and its activations
+// are zero in the lanes of the other groups. With 2 rows (r0, r1; h = high bytes, l = low bytes):
 //
 //     lanes        0  1  2  3   4  5  6  7   8  9 10 11  12 13 14 15
 //     group g     h0 h1 l0 l1   0  0  0  0   0  0  0  0   0  0  0  0
@@ -27,23 +28,27 @@
 //     group g+2    0  0  0  0   0  0  0  0  h0 h1 l0 l1   0  0  0  0
 //     group g+3    0  0  0  0   0  0  0  0   0  0  0  0  h0 h1 l0 l1
 //
-//     rows of a panel                  1, 2   3, 4   5 to 8
-//     lanes in a set (L)                 4      8      16
-//     groups in a unit (sets, 16 / L)    4      2       1
-//     chunks of 128 weights in a unit, or units in a chunk:
-//       group size 128                4 chunks  2 chunks  1 chunk
-//       group size  64                2 chunks  1 chunk   2 units
-//       group size  32                1 chunk   2 units   4 units
+// Activation rows are processed in panels of up to 8. A unit is the set of groups whose results
+// share a pair of result tiles:
 //
-// A unit is the groups whose results are in flight together. Its weights in a chunk are two tiles
-// (half 0 of 16 words, half 1 of 16 words); or one, where a chunk has two units (half 0 of 8 words,
-// then their half 1); or one of half as many columns, where it has four (4 words).
+//     rows of the panel                1, 2      3, 4      5 to 8
+//     lanes per group (L)              4         8         16
+//     groups per unit (16 / L)         4         2         1
+//     size of a unit, in chunks of 128 weights:
+//       group size 128                 4         2         1
+//       group size  64                 2         1         1/2
+//       group size  32                 1         1/2       1/4
 //
-// A prepared panel (up to 8 activation rows) in memory:
-//     [chunk][32 words, half 0 and half 1 as above][16 lanes][4 bytes]
-//     [unit][16 lanes]  float: the step of each lane's integers; 256 steps for high bytes
-//     [unit][16 lanes]  int32: -8 * the sum of the lane's bytes, which results start from: it makes
-//                       up for weights that are 0..15 instead of -8..7
+// Weight tiles of one chunk and unit:
+//     unit of 1 chunk or more          2 tiles: half 0 of the chunk's 16 words; their half 1
+//     half a chunk                     1 tile:  half 0 of 8 words, then their half 1
+//     quarter of a chunk               1 tile of 32-byte rows: half 0 of 4 words, then their half 1
+//
+// A prepared panel in memory:
+//     [chunk][32 half words, in the order of the weight tiles][16 lanes][4 bytes]
+//     [unit][16 lanes]  float: the step of each lane's integers; 256 times the step for high bytes
+//     [unit][16 lanes]  int32: -8 * the sum of the lane's bytes. Results start from it, because the
+//                       kernel multiplies by q = 0..15 instead of q - 8.
 #include <immintrin.h>
 
 #include "integers_avx512.h"
@@ -51,17 +56,17 @@
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kPanel = 8;    // activation rows
+constexpr int32_t kPanel = 8;    // activation rows in a panel
 constexpr int32_t kChunk = 128;  // weights in a vector of words
 constexpr int32_t kChunkWords = 16;
 constexpr int32_t kTileBytes = 1024;
-constexpr int32_t kChunkBytes = 2 * kTileBytes;  // of a panel, or unpacked of 16 weight rows
-constexpr int32_t kRows = 32;                    // weight rows at once, two blocks
+constexpr int32_t kChunkBytes = 2 * kTileBytes;  // a panel's chunk, or 16 unpacked weight rows
+constexpr int32_t kRows = 32;                    // weight rows per pass, two blocks of 16
 constexpr int32_t kTableGroups = 16;             // groups whose scales are converted together
-// Weight rows at once that are neighbours in memory: as many as outputs of one store.
+// Of these, rows that are adjacent in memory: as many as one store has outputs.
 constexpr int32_t kAdjacent = 4;
 
-// L lanes in a set, G groups in a chunk (the table above).
+// L lanes per group, G groups in a chunk (the table above).
 template <int32_t G, int32_t L>
 struct Shape {
   static constexpr int32_t kSets = 16 / L;                       // groups in a unit
@@ -71,7 +76,7 @@ struct Shape {
 
 int32_t chunks_of(int32_t k) { return (k + kChunk - 1) / kChunk; }
 
-// Lanes in a set for an expert that has m rows.
+// Lanes per group for an expert with m rows.
 int32_t lanes_of(int32_t m) { return m <= 2 ? 4 : m <= 4 ? 8 : 16; }
 
 int32_t panels_of(int32_t m) { return (m + kPanel - 1) / kPanel; }
@@ -89,13 +94,13 @@ int64_t panel_bytes(int32_t k, int32_t group_size, int32_t lanes) {
 
 int64_t row_bytes(DType, int32_t k) { return int64_t{chunks_of(k)} * (kChunkBytes / 4); }
 
-// Steps and sums of up to 4 units add a quarter to the words of a chunk.
+// The steps and sums of up to 4 units add a quarter to a chunk's size.
 int32_t rows_allocated(DType, int32_t m) {
   const int32_t rows = 5 * panels_of(m);
   return rows > m ? rows : m;
 }
 
-// Puts the words' halves in the order of the tiles. U units in a chunk.
+// Puts the halves of the words in the order of the weight tiles. A chunk has U units.
 template <int32_t U>
 inline void arrange(__m512i (&v)[2]) {
   if constexpr (U == 1) return;
@@ -109,14 +114,15 @@ inline void arrange(__m512i (&v)[2]) {
   }
 }
 
-// Group, in a chunk of G, of word p of 32 in the order of arrange<U>.
+// The group, of G in a chunk, of half word p (0..31) in the order of arrange<U>.
 template <int32_t G, int32_t U>
 constexpr int32_t group_of_word(int32_t p) {
   constexpr int32_t kWords = 16 / U;  // of a unit
   return (p / (2 * kWords) * kWords + p % kWords) * G / 16;
 }
 
-// Stores 16 words of L lanes as [word][16 lanes]: word p in its set of lanes, zeros in the others.
+// Stores 16 words of L lanes as [word][16 lanes]: each word in its group's lanes, zeros in the
+// others.
 template <int32_t L>
 inline void store_lanes(const __m512i (&v)[L], const int32_t* sets, char* to) {
   const auto lanes = [&](int32_t p) {
@@ -150,7 +156,7 @@ inline void store_lanes(const __m512i (&v)[L], const int32_t* sets, char* to) {
   }
 }
 
-// Rows [begin, end) of the source as a panel.
+// Prepares rows [begin, end) of the source as one panel.
 template <int32_t G, int32_t L>
 void prepare_panel(const Source& source, int32_t begin, int32_t end, char* to) {
   using S = Shape<G, L>;
@@ -232,9 +238,9 @@ void prepare(const Source& source, const PreparedRows& rows) {
 struct Scratch {
   char* weights;     // two chunks, unpacked: [2 blocks][tiles]
   float* scales;     // [kRows][kTableGroups]
-  float* zeros;      // the same of scale * (8 - zero point)
+  float* zeros;      // the same shape: scale * (8 - zero point)
   float* totals;     // [panel][kRows][16 lanes]
-  int32_t* results;  // [kRows][16 lanes] of a unit of a panel
+  int32_t* results;  // [kRows][16 lanes], for one unit and panel
   Scratch(void* scratch, int32_t panels) {
     weights = static_cast<char*>(scratch);
     scales = reinterpret_cast<float*>(weights + 2 * 2 * kChunkBytes);
@@ -249,7 +255,7 @@ int64_t scratch_bytes(int32_t, int32_t, int32_t m) {
   return tables + int64_t{4} * (panels_of(m) + 1) * kRows * 16;
 }
 
-// Tiles 0..3 hold results, 4 and 5 weights, 6 and 7 activations. U units in a chunk.
+// Tile registers: 0..3 results, 4 and 5 weights, 6 and 7 activations. A chunk has U units.
 template <int32_t U>
 struct alignas(64) TileConfig {
   static constexpr uint16_t kWeights = U == 4 ? 32 : 64;
@@ -258,28 +264,28 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, kWeights / 4, kWeights / 4};
 };
 
-// gcc's tile intrinsics do not say that they access memory.
+// gcc does not know that its tile intrinsics access memory.
 inline void memory_barrier() { asm volatile("" ::: "memory"); }
 
-// Weight rows of a part of a tile: kRows times `passes`, or up to kRows in a single pass. A pass
-// takes kAdjacent rows from each of several streams, and the next pass continues the streams: long
-// runs of memory are read fastest.
+// Weight rows that one Multiplier handles: kRows per pass, or fewer in a single pass. A pass takes
+// kAdjacent rows from each of several streams, and the next pass continues the streams, because
+// long runs of memory are read fastest.
 struct Part {
   int32_t first, columns, passes;
-  const uint32_t* next;     // weights that the thread reads afterwards
+  const uint32_t* next;     // weights that the thread reads after this part
   const void* next_scales;  // and its scales
 
-  // Row j of pass 0; rows past the last one repeat it.
+  // Row j of pass 0; past the last row, that row again.
   int32_t row(int32_t j) const {
     const int32_t at = j / kAdjacent * kAdjacent * passes + j % kAdjacent;
     return first + (at < columns ? at : columns - 1);
   }
 };
 
-// Multiplies a part. G groups in a chunk, L lanes in a set, Z: has zero points.
+// Multiplies a part. A chunk has G groups, a group has L lanes; Z: there are zero points.
 //
-// A tile load from memory that was just written stalls, and so does a result that is stored right
-// after its product. So the work overlaps: the first step of a unit multiplies it, unpacks weights
+// Loading a tile from memory that was just written stalls, and so does storing a result right after
+// its product. Therefore the work overlaps: the first step of a unit multiplies it, unpacks weights
 // of a later chunk, and stores and scales the results of the previous unit.
 template <int32_t G, int32_t L, bool Z>
 class Multiplier {
@@ -315,7 +321,7 @@ class Multiplier {
  private:
   using S = Shape<G, L>;
 
-  // A unit of a pass times a panel.
+  // One unit in one pass for one panel.
   struct Unit {
     int32_t pass, unit, panel;
   };
@@ -362,7 +368,8 @@ class Multiplier {
     }
   }
 
-  // The current unit's results are in tiles 0 (first 16 weight rows) and 1, or 2 and 3 if odd.
+  // The current unit's results are in tiles 0 (first 16 weight rows) and 1; in 2 and 3 if it is
+  // odd.
   void start_results(const char* start) const {
     if (odd_) {
       _tile_loadd(2, start, 0);
@@ -390,7 +397,7 @@ class Multiplier {
   void store_results() {
     int32_t* to = scratch_.results;
     memory_barrier();
-    if (odd_) {  // so the previous unit was even
+    if (odd_) {  // the previous unit was even
       _tile_stored(0, to, 64);
       _tile_stored(1, to + 256, 64);
     } else {
@@ -401,7 +408,7 @@ class Multiplier {
     waiting_ = true;
   }
 
-  // Moves on to the next chunk to unpack; past the end, repeats the last one.
+  // Selects the next chunk to unpack; past the end, the last one again.
   void next_source() {
     source_ = t_.q + int64_t{source_pass_} * kAdjacent * t_.q_stride + source_chunk_ * kChunkWords;
     mask_ = first_lanes(t_.k / 8 - source_chunk_ * kChunkWords);
@@ -419,8 +426,8 @@ class Multiplier {
     }
   }
 
-  // Unpacks quarters [begin, end) of the chunk's weight rows. Quarters let the compiler interleave
-  // other work.
+  // Unpacks quarters [begin, end) of the chunk's weight rows. Working in quarters lets the compiler
+  // interleave the tile products.
   void unpack(int32_t begin, int32_t end) const {
     const __m512i nibbles = _mm512_set1_epi32(0x0f0f0f0f);
     const uint32_t* source = source_;  // a copy: stores below might alias members
@@ -429,7 +436,7 @@ class Multiplier {
     char* to = unpacked_;
     const __mmask16 mask = mask_;
     for (int32_t j = begin * (kRows / 4); j < end * (kRows / 4); ++j) {
-      // Prefetches what comes next in the stream, in address order.
+      // Prefetches the stream's following rows in address order.
       _mm_prefetch(ahead + j / kAdjacent * stream + j % kAdjacent * 64, _MM_HINT_T1);
       const __m512i words = _mm512_maskz_loadu_epi32(mask, source + offsets_[j]);
       __m512i v[2] = {_mm512_and_si512(words, nibbles),
@@ -441,7 +448,7 @@ class Multiplier {
     }
   }
 
-  // Converts the scales and zero points of kTableGroups groups when their first group is reached.
+  // Converts the scales and zero points of kTableGroups groups when it reaches the first of them.
   void load_tables(int32_t pass, int32_t group) {
     for (int32_t i = 0; i < S::kSets; ++i, next_scales_ += 2 * kRows) {
       _mm_prefetch(next_scales_, _MM_HINT_T0);
@@ -496,7 +503,8 @@ class Multiplier {
     if (unit_.unit + 1 == units_) finish();
   }
 
-  // out = totals of high bytes + totals of low bytes, summed over the sets; clears the totals.
+  // out = totals of the high bytes + totals of the low bytes, summed over the groups' lanes; clears
+  // the totals.
   void finish() const {
     const int32_t first = unit_.panel * kPanel;
     const int32_t rows = t_.m - first < kPanel ? t_.m - first : kPanel;
@@ -537,7 +545,7 @@ class Multiplier {
   const Part& part_;
   const Scratch scratch_;
   const int32_t panels_, groups_, units_, chunks_;
-  const int64_t vectors_at_, panel_bytes_;  // of a panel: where its steps lie
+  const int64_t vectors_at_, panel_bytes_;  // of a panel: offset of its steps, and size
   int32_t rows_[kRows];                     // weight rows of pass 0
   int64_t offsets_[kRows];
   const char *next_scales_, *ahead_ = nullptr;
@@ -546,7 +554,7 @@ class Multiplier {
   __mmask16 mask_ = 0;
   int32_t source_pass_ = 0, source_chunk_ = 0;
   bool odd_ = false;
-  bool pending_ = false, waiting_ = false;  // results of unit_ are in tiles; in memory
+  bool pending_ = false, waiting_ = false;  // unit_'s results are in tiles; in memory
   Unit unit_{};
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The fp32 kernels for AVX-512.
+// The fp32 kernel for AVX-512.
 #define MOE_INT4_LANES 16
 #include "epilogue.h"
 #include "kernels_fma.h"

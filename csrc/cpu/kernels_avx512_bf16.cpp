@@ -9,8 +9,8 @@
 // subtracted as scale * (128 + zp) * (sum of the group's activations), which costs five of fp32's
 // 24 bits.
 //
-// 32 weight rows are transposed and dequantized so that lanes are weight rows, then multiplied for
-// blocks of up to kMaxBlock activation rows.
+// 32 weight rows are dequantized and transposed so that each lane is a weight row. They are then
+// multiplied with blocks of up to kMaxBlock activation rows.
 #include <immintrin.h>
 
 #include "kernels_common.h"
@@ -19,11 +19,12 @@
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kChunk = 128;      // activations ordered together
-constexpr int32_t kChunkWords = 16;  // words of their weights
+constexpr int32_t kChunk = 128;      // weights (and activations) in a chunk
+constexpr int32_t kChunkWords = 16;  // words in a chunk
 constexpr int32_t kPlaneBytes = 256;
-constexpr int32_t kColumns = 32;   // weight rows dequantized together
-constexpr int32_t kBlockK = 256;   // ... of this many weights each: 16 KiB, fits the L1 cache
+constexpr int32_t kColumns = 32;  // weight rows dequantized together
+constexpr int32_t kBlockK =
+    256;  // weights of each dequantized together: 16 KiB in all, fits the L1 cache
 constexpr int32_t kMaxBlock = 12;  // activation rows per block: 24 accumulators
 
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
@@ -32,7 +33,7 @@ int64_t row_bytes(DType dtype, int32_t k) {
   return round_up<int64_t>(k, kChunk) / kChunk * kPlaneBytes * planes_of(dtype);
 }
 
-// Stores the 64 pairs of a chunk of one plane as [i 0..3][word 0..15]: pair i of every word.
+// Stores the 64 pairs of a chunk of one plane as [i 0..3][word 0..15]: pair i of each word.
 inline void store_plane(const uint16_t* values, char* to) {
   uint32_t words[64], ordered[64];
   memcpy(words, values, sizeof(words));
@@ -77,7 +78,7 @@ void prepare(const Source& source, const PreparedRows& rows) {
 }
 
 // Scratch of a call: scales and -scale * (128 + zp) of kColumns weight rows, transposed; the same
-// of one weight row; the dequantized weights.
+// for one weight row; the dequantized weights.
 struct Scratch {
   int64_t groups;
   float *scales, *zeros, *row_scales, *row_zeros;
@@ -95,8 +96,8 @@ int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
   return int64_t{8} * (kColumns + 1) * round_up(k / group_size, 16) + 2 * kColumns * kBlockK;
 }
 
-// Dequantizes words [word0, word0 + count) of kColumns weight rows from n on into
-// [word][i 0..3][weight row 0..31] pairs. Rows past the last one repeat it.
+// Dequantizes words [word0, word0 + count) of kColumns weight rows from n on into pairs [word][i
+// 0..3][weight row 0..31]. Past the tile's last row, that row is repeated.
 void dequantize(const Tile& t, int32_t n, int32_t word0, int32_t count, char* to) {
   const int32_t last = t.first + t.columns - 1;
   for (int32_t half = 0; half < 2; ++half, to += 64) {
@@ -121,13 +122,13 @@ void dequantize(const Tile& t, int32_t n, int32_t word0, int32_t count, char* to
   }
 }
 
-// One block of dequantized weights: groups [g0, g1) of columns [column, column + 32).
+// A block of dequantized weights: groups [g0, g1) of columns [column, column + 32).
 struct Block {
   int32_t column, g0, g1;
   __mmask16 mask[2];
   const float *scales, *zeros;  // [group][32], from group 0
   const char* weights;          // [word][i][32] pairs, from group g0
-  const char* ahead;            // weights to prefetch meanwhile, ahead_step bytes per word
+  const char* ahead;            // weights to prefetch in the loop, ahead_step bytes per word
   int64_t ahead_step;
 };
 
@@ -213,7 +214,7 @@ void multiply_many(const Tile& t, const Scratch& scratch) {
       block.ahead = row_ahead(t, t.first + column + kColumns) + block.g0 * words * 4 * kColumns;
       block.ahead_step = 4 * kColumns;
       const int32_t blocks = (t.m + kMaxBlock - 1) / kMaxBlock;
-      for (int32_t i = 0; i < blocks; ++i) {  // as even as possible
+      for (int32_t i = 0; i < blocks; ++i) {  // as evenly as possible
         const int32_t begin = t.m * i / blocks, end = t.m * (i + 1) / blocks;
         multiply_block_of<P>(end - begin, t, begin, block);
         block.ahead_step = 0;  // prefetched already

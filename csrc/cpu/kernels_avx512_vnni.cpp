@@ -3,28 +3,28 @@
 //
 // Int8 dot-product kernel on AVX512_VNNI (vpdpbusd), for few activation rows (decode).
 //
-// Activations are 16-bit integers, stored as two signed bytes (integers_avx512.h): sums over a
-// group are exact. Lanes are the 16 words of a chunk of a weight row. The row is read once for up
-// to four activation rows. A prepared activation row in memory, padded with zeros:
+// Activations are 16-bit integers, stored as two signed bytes (integers_avx512.h), so sums over a
+// group are exact. A vector's lanes are the 16 words of a chunk of a weight row. The row is read
+// once for up to four activation rows. A prepared activation row in memory, padded with zeros:
 //     [chunk of 128][high, low][half][word][4 bytes], each chunk followed by
-//                   [word] float: -8 * the sum of the word's integers; it makes up for weights that
-//                   are 0..15 instead of -8..7 (8 bits: -128, 0..255)
-//     [group] float: the step of the group's integers, repeated to the end of the padding
-// Weights of 8 bits take the same way: a run of 8 of them counts as a word.
+//                   [word] float: -8 * the sum of the word's integers, because the kernel
+//                   multiplies by q = 0..15 instead of q - 8 (8 bits: -128 and 0..255)
+//     [group] float: the step of the group's integers; the last one fills the padding
+// 8-bit weights work the same way: a run of 8 weights counts as a word.
 //
-// The weight rows of a tile are read as four streams that lie far apart, one row from each at a
-// time: rows side by side in one page defeat the hardware prefetcher (2 threads, GB/s, four rows
-// side by side and apart: Zen 4 22 and 58, Sapphire Rapids 39 and 43).
+// A tile's weight rows are read as four streams that are far apart, one row of each at a time.
+// Adjacent rows in one page defeat the hardware prefetcher. GB/s with 2 threads, four adjacent rows
+// against four streams: 22 and 58 (Zen 4), 39 and 43 (Sapphire Rapids).
 #include "integers_avx512.h"
 
 namespace moe_int4::cpu {
 namespace {
 
-constexpr int32_t kChunk = 128;         // weights in a vector of words
+constexpr int32_t kChunk = 128;         // weights in a vector of 16 words
 constexpr int32_t kChunkWords = 16;     // words in it
-constexpr int32_t kIntegerBytes = 256;  // activations of a chunk
+constexpr int32_t kIntegerBytes = 256;  // bytes of a chunk's activations
 constexpr int32_t kChunkBytes = kIntegerBytes + 64;
-constexpr int32_t kWeightRows = 4;  // at once
+constexpr int32_t kWeightRows = 4;  // weight rows at once
 constexpr int32_t kTogether = 4;    // activation rows at once
 constexpr int32_t kRun = 8;         // rows of a stream whose scales are read together
 // Bytes of a stream between prefetch and use: into the L2 cache, then into L1.
@@ -32,7 +32,7 @@ constexpr int32_t kBytesAhead = 2048, kBytesNear = 512;
 
 int64_t integer_bytes(int32_t k) { return round_up<int64_t>(k, kChunk) / kChunk * kChunkBytes; }
 
-// Groups, padded so that a vector can be read from any group on.
+// Number of groups, padded so that a vector can be loaded from any group on.
 int64_t padded_groups(int32_t k, int32_t group_size) {
   return round_up<int64_t>(k / group_size, 16) + 16;
 }
@@ -41,8 +41,8 @@ int64_t row_bytes(DType, int32_t k) {
   return integer_bytes(k) + 4 * padded_groups(k, 32);  // steps of the smallest groups
 }
 
-// Floats of scratch per activation row: scale * step of the groups of a run of each stream, and
-// what a vector may read past them.
+// Floats of scratch per activation row: scale * step for the groups of one run of each stream, plus
+// what a vector load may read past them.
 int64_t product_floats(int32_t groups) {
   return round_up<int64_t>(int64_t{kWeightRows} * kRun * groups, 16) + 16;
 }
@@ -51,7 +51,7 @@ int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
   return 4 * kTogether * product_floats(k / group_size);
 }
 
-// -8 or -128 * the sum of each word's activations, from the bytes of their chunk.
+// -8 or -128 times the sum of each word's activations, computed from the bytes of their chunk.
 template <int32_t Bits>
 void store_offsets(const char* bytes, float* to) {
   constexpr float kMinusZero = Bits == 8 ? -128 : -8;
@@ -113,7 +113,7 @@ inline __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 struct Sizes {
-  int32_t groups, words;  // of a row
+  int32_t groups, words;  // per row
   int32_t rows_ahead;     // between prefetch and use
   int64_t products;       // floats per activation row
   explicit Sizes(const Tile& t) : groups(groups_of(t)), words(t.k / 8) {
@@ -129,7 +129,7 @@ struct Streams {
   int32_t row(int32_t r, int32_t n) const { return first + r * apart + n; }
 };
 
-// products[i] = scale * step, of the groups of `rows` weight rows from n on.
+// products[i] = scale * step for the groups of `rows` weight rows from n on.
 inline void load_products(const Tile& t, const Sizes& sizes, int32_t n, int32_t rows,
                           const float* steps, float* products) {
   const int32_t groups = sizes.groups;
@@ -145,8 +145,8 @@ inline void load_products(const Tile& t, const Sizes& sizes, int32_t n, int32_t 
   }
 }
 
-// Products of rows [begin, end) of R streams for T activation rows from r0 on:
-// [activation row][stream][row][group].
+// The products of rows [begin, end) of R streams for T activation rows from r0 on, as [activation
+// row][stream][row][group].
 template <int32_t T, int32_t R>
 void load_run(const Tile& t, const Sizes& sizes, const Streams& streams, int32_t begin, int32_t end,
               int32_t r0) {
@@ -166,7 +166,8 @@ void load_run(const Tile& t, const Sizes& sizes, const Streams& streams, int32_t
   }
 }
 
-// Sum over the groups of weight row n of product * (8 - zero point) * sum, still spread over lanes.
+// Sum over the groups of weight row n of product * (8 - zero point) * sum, not yet summed over
+// lanes.
 inline __m512 offset_of(const Tile& t, int32_t groups, int32_t n, const float* products,
                         const float* sums) {
   __m512 total = _mm512_setzero_ps();
@@ -180,8 +181,8 @@ inline __m512 offset_of(const Tile& t, int32_t groups, int32_t n, const float* p
   return total;
 }
 
-// The state of R weight rows times T activation rows. Loops over it are unrolled by pragma, or else
-// gcc 12 keeps the totals in memory.
+// The state of R weight rows times T activation rows. A pragma unrolls the loops over it; without
+// it gcc 12 keeps the totals in memory.
 template <int32_t T, int32_t R>
 struct Rows {
   const char* a[T];
@@ -190,8 +191,8 @@ struct Rows {
   __m512 total[R][T];
 };
 
-// The products of the G groups of a chunk, each in the lanes of its words; zeros where the mask is
-// not set, as there may be no group there.
+// The products of the G groups of a chunk, each in the lanes of its words. Lanes outside the mask
+// are zero, as there may be no group.
 template <int32_t G>
 inline __m512 spread(const float* products, __mmask16 mask) {
   if constexpr (G == 1) return _mm512_set1_ps(*products);
@@ -201,7 +202,8 @@ inline __m512 spread(const float* products, __mmask16 mask) {
   return _mm512_maskz_permutexvar_ps(mask, group_of_lane, _mm512_loadu_ps(products));
 }
 
-// The halves of a chunk of weights, as split() orders activations; zeros past the mask.
+// The halves of a chunk of weights, in the order in which split() puts activations; zeros outside
+// the mask.
 template <int32_t Bits>
 inline __attribute__((always_inline)) void load_halves(const uint32_t* q, __mmask16 mask,
                                                        __m512i& half0, __m512i& half1) {
@@ -221,7 +223,7 @@ inline __attribute__((always_inline)) void load_halves(const uint32_t* q, __mmas
   }
 }
 
-// Adds the chunk that begins at `word` of the rows.
+// Adds the chunk that starts at word `word` of the rows.
 template <int32_t G, int32_t Bits, int32_t T, int32_t R>
 inline __attribute__((always_inline)) void add_chunk(Rows<T, R>& rows, int64_t word,
                                                      __mmask16 mask) {
@@ -254,7 +256,7 @@ inline __attribute__((always_inline)) void add_chunk(Rows<T, R>& rows, int64_t w
   }
 }
 
-// R streams times T activation rows from r0 on. G groups in a chunk.
+// Multiplies R streams with T activation rows from r0 on. A chunk has G groups.
 template <int32_t G, int32_t Bits, int32_t T, int32_t R>
 void multiply_streams(const Tile& t, const Sizes& sizes, const Streams& streams, int32_t r0) {
   Rows<T, R> rows;
@@ -311,7 +313,7 @@ void multiply_streams(const Tile& t, const Sizes& sizes, const Streams& streams,
   }
 }
 
-// All weight rows of the tile times T activation rows.
+// Multiplies all weight rows of the tile with T activation rows.
 template <int32_t G, int32_t Bits, int32_t T>
 void multiply_together(const Tile& t, const Sizes& sizes, int32_t r0) {
   const int32_t apart = t.columns / kWeightRows, rest = t.columns % kWeightRows;

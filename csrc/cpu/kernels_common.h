@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Plain loops that every kernels_*.cpp compiles for its own instruction set: 16-bit conversions,
-// scales and zero points of a weight row. Written so that compilers vectorise them.
+// Plain loops for 16-bit conversions and for the scales and zero points of a weight row. Every
+// kernels_*.cpp compiles them for its own instruction set; they are written so that compilers
+// vectorise them.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +36,8 @@ inline uint16_t float_to_bf16(float f) {
 }
 
 inline float half_to_float(uint16_t h) {
-  // Shifted into a float's place the exponent is 112 too low; the product is exact and makes
-  // subnormals normal.
+  // In a float's bit position the exponent is 112 too low. The product is exact and normalises
+  // subnormals.
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
   const float scaled = bits_as<float>(magnitude) * 0x1p112f;
   const uint32_t finite = bits_as<uint32_t>(scaled);
@@ -48,7 +49,7 @@ inline uint16_t float_to_half(float f) {
   const uint32_t x = bits_as<uint32_t>(f) & 0x7fffffff;
   const uint32_t sign = (bits_as<uint32_t>(f) >> 16) & 0x8000;
   const uint32_t normal = (x - (112u << 23) + 0xfff + ((x >> 13) & 1)) >> 13;
-  // Below 2^-14 the last place is 2^-24: adding 0.5 lets the addition round there.
+  // Below 2^-14 the unit in the last place is 2^-24. Adding 0.5 makes the addition round there.
   const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(x) + 0.5f) - 0x3f000000;
   const uint32_t special = x > 0x7f800000 ? 0x7e00 : 0x7c00;
   uint32_t value = x < 0x38800000 ? subnormal : normal;
@@ -77,20 +78,20 @@ inline float sum_of_32(const float* values) {
          ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
 }
 
-// Adds the group sums of `count` values that start at `begin` (both multiples of 32).
+// Adds `count` values that start at `begin` (both multiples of 32) to the sums of their groups.
 inline void add_sums(const float* values, int32_t begin, int32_t count, int32_t group_size,
                      float* sums) {
   for (int32_t i = 0; i < count; i += 32) sums[(begin + i) / group_size] += sum_of_32(values + i);
 }
 
-// Weight row n, for prefetching: past the tile's last row, rows of the thread's next tile.
+// Weight row n, for prefetching. Past the tile's last row: rows of the thread's next tile.
 inline const char* row_ahead(const Tile& t, int32_t n) {
   const int32_t past = n - (t.first + t.columns);
   return reinterpret_cast<const char*>(past < 0 ? t.q + n * t.q_stride
                                                 : t.next + past * t.q_stride);
 }
 
-// The scales of weight row n, likewise.
+// The scales of weight row n, in the same way.
 inline const char* scales_ahead(const Tile& t, int32_t n) {
   const int32_t past = n - (t.first + t.columns);
   const void* from = past < 0 ? t.scales : t.next_scales;

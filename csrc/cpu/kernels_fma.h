@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// fp32 kernel on vectors of MOE_INT4_LANES floats, written with the vector extensions of gcc and
-// clang: one source for portable C++, AVX2 and AVX-512.
+// fp32 kernel on vectors of MOE_INT4_LANES floats. It uses the vector extensions of gcc and clang,
+// so one source serves portable C++, AVX2 and AVX-512.
 //
-// A vector of words holds a nibble position p of LANES words at once. (word & (15 << 4p)) is
-// q * 16^p, exact as a float, so activations are stored divided by 16^p and no shift is needed:
-// chunk of LANES words: [p 0..7][lane] = a[8 * (word of lane) + value at nibble p] / 16^p. Weights
-// of 8 bits take the same way: a run of 8 of them counts as a word, of which a second vector holds
-// the upper half.
+// A vector holds one word per lane. Masking nibble p of the words gives q * 16^p, which is exact as
+// a float. Activations are stored divided by 16^p, so no shift is needed. A chunk of LANES words
+// has the activations [p 0..7][lane] = a[8 * (word of the lane) + weight at nibble p] / 16^p. 8-bit
+// weights work the same way: a run of 8 weights counts as a word, and a second vector holds its
+// upper half.
 //
-// Few rows: each packed row is multiplied as it is for up to four activation rows; zero points are
-// subtracted by way of the activations' sums. Many rows: four weight rows are dequantized to fp32,
-// then multiplied for all activation rows.
+// Few rows: each packed row is multiplied directly with up to four activation rows, and the zero
+// points are subtracted through the sums of the activations. Many rows: four weight rows are
+// dequantized to fp32, then multiplied with all activation rows.
 #pragma once
 
 #include "kernels_common.h"
@@ -21,17 +21,18 @@ namespace moe_int4::cpu {
 namespace {
 
 constexpr int32_t kLanes = MOE_INT4_LANES;
-constexpr int32_t kChunk = 8 * kLanes;                // weights in one vector of words
-constexpr int32_t kBlockRows = kLanes == 16 ? 4 : 2;  // activation rows per block: by registers
-constexpr int32_t kWeightRows = 4;                    // dequantized weight rows per pass
-constexpr int32_t kRowsAhead = 4;                     // weight rows between prefetch and use
-constexpr int32_t kManyRows = 8;                      // from here on dequantizing first is faster
+constexpr int32_t kChunk = 8 * kLanes;  // weights in one vector of words
+constexpr int32_t kBlockRows =
+    kLanes == 16 ? 4 : 2;           // activation rows per block; limited by registers
+constexpr int32_t kWeightRows = 4;  // dequantized weight rows per pass
+constexpr int32_t kRowsAhead = 4;   // weight rows between prefetch and use
+constexpr int32_t kManyRows = 8;    // from this many rows on, dequantizing first is faster
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
-// Of a weight's place in a word: which of the word's weights it is, and the factor that masking
+// For each position in a word: which of the word's weights is there, and the factor that masking
 // without a shift leaves on it.
 template <int32_t Bits>
 struct Places {
@@ -58,24 +59,24 @@ inline float sum(Floats v) {
   return total;
 }
 
-// A word of each lane, of 4 or 8 bytes.
+// One word of 4 or 8 bytes per lane.
 template <int32_t Bits>
 struct Chunk {
   Words part[Bits / 4];
 };
 
-// Weight at place p of every word times Places::kFactor[p].
+// The weight at position P of every word, times Places::kFactor[P].
 template <int32_t P, int32_t Bits>
 inline Floats weight_at(const Chunk<Bits>& chunk) {
   constexpr int32_t kShift = P * Bits % 32;
   const Words w = chunk.part[P * Bits / 32];
-  // The topmost would be negative as a signed integer: shift that one down.
+  // The topmost bits would be negative as a signed integer, so they are shifted down.
   const Words masked =
       kShift + Bits == 32 ? w >> kShift : w & (((1u << Bits) - 1) << (kShift % (32 - Bits)));
   return __builtin_convertvector(reinterpret_cast<Ints>(masked), Floats);
 }
 
-// The chunk of words from `from`, of which `count` exist.
+// Loads a chunk of words, of which `count` exist; the rest are zeros.
 template <int32_t Bits>
 inline Chunk<Bits> load_words(const uint32_t* from, int32_t count) {
   constexpr int32_t kParts = Bits / 4;
@@ -118,7 +119,7 @@ void prepare(const Source& source, const PreparedRows& rows) {
   source.bits == 8 ? prepare_rows<8>(source, rows) : prepare_rows<4>(source, rows);
 }
 
-// Scratch of a call: scales and zero points of the current weight row, by group and by word; for
+// Scratch of a call: scales and zero points of the current weight row, per group and per word; with
 // many rows also the dequantized weights.
 struct Scratch {
   float *scales, *zeros, *word_scales, *word_zeros, *weights;
@@ -139,7 +140,7 @@ int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
   return 4 * (2 * groups + 2 * round_up<int64_t>(padded / 8, 16) + kWeightRows * padded);
 }
 
-// Repeats the value of each group for its words; zeros fill the last chunk.
+// Repeats the value of each group for the group's words; zeros fill the last chunk.
 inline void expand(const Tile& t, const float* groups, float* words) {
   const int32_t per_group = t.group_size / 8;
   for (int32_t g = 0; g < groups_of(t); ++g) {
@@ -223,7 +224,7 @@ void dequantize_row(const Tile& t, int32_t n, const Scratch& scratch, float* to)
   }
 }
 
-// T activation rows times N dequantized weight rows; both are in prepared order.
+// T activation rows times N dequantized weight rows, both in prepared order.
 template <int32_t T, int32_t N>
 void multiply_block(const Tile& t, int32_t r0, const float* weights, float* out) {
   const int64_t padded = round_up(t.k, kChunk);

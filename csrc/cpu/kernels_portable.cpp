@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The fp32 kernels for portable C++ (SSE2 or NEON by the compiler's vector extensions).
+// The fp32 kernel in portable C++; the compiler's vector extensions map it to SSE2 or NEON.
 #define MOE_INT4_LANES 4
 #include "epilogue.h"
 #include "kernels_fma.h"

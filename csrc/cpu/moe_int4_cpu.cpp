@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The int4 MoE ops on the CPU: groups rows by expert, converts activations once, cuts the work
-// into tiles of output columns and hands those to the kernels that tuning.h names.
+// The int4 MoE ops on the CPU. The driver groups rows by expert, converts activations once, and
+// cuts the work into tiles of output columns. The kernels that tuning.h selects multiply the tiles.
 //
-// Each element of an output is computed by one thread and in an order that depends neither on the
+// One thread computes an output element, in an order that depends neither on the number of threads
+// nor on how the work was cut. Results are therefore bitwise repeatable.
 // number of threads nor on how the work was cut, so results are bitwise repeatable.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -31,8 +32,8 @@ constexpr int64_t kAlignment = 64;  // a cache line and the widest vector
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Memory that a thread keeps from call to call, because page faults of fresh memory would cost as
-// much as the work in it.
+// Memory that a thread keeps between calls. The page faults of fresh memory would cost as much as
+// the work itself.
 class Buffer {
  public:
   Buffer() = default;
@@ -70,11 +71,11 @@ struct Grouping {
     int32_t id, begin, count;
   };
   std::vector<Expert> experts;
-  // Of each row: its row of a, and its row of c (gemm, gate_up) or pair of token and slot (down).
+  // For each row: its row of a, and its row of c (gemm, gate_up) or its (token, slot) pair (down).
   std::vector<int32_t> inputs, outputs;
   int32_t max_count = 0, num_inputs = 0;
 
-  // Rows in any order: the expert (negative: skipped), input and output of each.
+  // Takes rows in any order: the expert (negative: skipped), input and output of each.
   Grouping(const std::vector<int32_t>& experts_of, const std::vector<int32_t>& input,
            const std::vector<int32_t>& output, int32_t num_experts) {
     std::vector<int32_t> next(num_experts + 1, 0);
@@ -99,7 +100,7 @@ struct Grouping {
   }
 };
 
-// Local expert of an id, -1: not here.
+// The local expert of an id; -1 if it is not on this rank.
 int32_t local_expert(int64_t id, const Routing& routing, int32_t num_experts) {
   if (routing.expert_map != nullptr) {
     id = id >= 0 && id < routing.map_size ? routing.expert_map[id] : -1;
@@ -107,7 +108,7 @@ int32_t local_expert(int64_t id, const Routing& routing, int32_t num_experts) {
   return id >= 0 && id < num_experts ? static_cast<int32_t>(id) : -1;
 }
 
-// One row per pair of token and slot; its input row is the token (gate_up) or the pair (down).
+// One row per (token, slot) pair; its input row is the token (gate_up) or the pair (down).
 Grouping group_pairs(const Routing& routing, int32_t num_experts, bool input_is_token) {
   const int32_t pairs = routing.num_tokens * routing.top_k;
   std::vector<int32_t> experts_of(pairs), input(pairs), output(pairs);
@@ -139,13 +140,13 @@ Grouping group_blocks(const GemmArgs& args) {
   return Grouping(experts_of, input, output, args.w.num_experts);
 }
 
-// Runs work(begin, end, thread) over units of work. A thread takes many units at first, a long run
-// of memory, and fewer and fewer towards the end, so that all threads finish together. It takes
-// multiples of `together` while enough are left.
+// Runs work(begin, end, thread) over units of work. A thread takes many units at first (a long run
+// of memory) and fewer towards the end, so that all threads finish together. It takes multiples of
+// `together` while enough units are left.
 template <typename Work>
 void for_each_thread(int64_t units, int64_t together, const Work& work) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t turns = 2 * threads;  // a turn is this fraction of the units that are left
+  const int64_t turns = 2 * threads;  // a thread takes 1 / turns of the remaining units
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
@@ -167,8 +168,8 @@ struct Part {
   int32_t first, columns;
 };
 
-// A call's converted activations and the scratch of its threads. They lie in buffers of the thread
-// that calls: one Call at a time.
+// A call's converted activations and its threads' scratch. Both use the buffers of the calling
+// thread, so only one Call may exist per thread at a time.
 class Call {
  public:
   Call(DType dtype, const void* a, int64_t a_stride_m, const Weights& w, const Grouping& grouping,
@@ -182,7 +183,7 @@ class Call {
       scratch_bytes =
           std::max(scratch_bytes, kernel.scratch_bytes(w.k, w.group_size, expert.count));
     }
-    // An odd number of cache lines spreads the same place of several rows over the cache's sets.
+    // An odd number of cache lines spreads equal offsets of several rows over the cache's sets.
     row_stride_ = aligned(row_bytes) + kAlignment;
     sums_stride_ = (w.k / w.group_size + kSumsPadding - 1) / kSumsPadding * kSumsPadding;
     const int64_t rows = place_rows();
@@ -200,8 +201,8 @@ class Call {
     return reinterpret_cast<float*>(scratch_ + thread * thread_bytes_ + kernel_scratch_);
   }
 
-  // out[r][j] for all rows r of the expert and columns first + j. `next` is what this thread will
-  // multiply afterwards.
+  // Computes out[r][j] for all rows r of the expert and columns first + j. `next` is the part that
+  // this thread multiplies afterwards.
   void multiply(const Part& part, const Part& next, float* out, int64_t out_stride,
                 int64_t thread) const {
     const int32_t id = part.expert->id;
@@ -238,8 +239,8 @@ class Call {
     return *kernels_[index_of(expert)];
   }
 
-  // Places the experts' rows in rows_; returns how many there are. Experts whose only row is the
-  // same share it.
+  // Places the experts' rows in rows_ and returns how many there are. Experts that have the same
+  // input row as their only row share it.
   int64_t place_rows() {
     std::vector<int64_t> alone(grouping_.num_inputs, -1);  // of each input
     int64_t rows = 0;
@@ -292,15 +293,15 @@ class Call {
   const DType dtype_;
   const Weights& w_;
   const Grouping& grouping_;
-  std::vector<const Kernel*> kernels_;  // of each expert
-  std::vector<int64_t> first_rows_;     // likewise
+  std::vector<const Kernel*> kernels_;  // per expert
+  std::vector<int64_t> first_rows_;     // per expert
   int64_t row_stride_, sums_stride_, kernel_scratch_, thread_bytes_;
   char *rows_, *scratch_;
   float* sums_;
 };
 
-// Threads take units of output columns; adjacent units of an expert make a part, which is one call
-// of a kernel and one run of memory. With few rows long runs are faster (one token, Zen 4, median
+// Threads take units of output columns. Adjacent units of an expert form a part: one kernel call
+// and one contiguous run of memory. With few rows long parts are faster (one token on Zen 4, median
 // us with 128, 256 and 512 columns: 515, 505, 488 for Qwen3-30B-A3B; 383, 376, 357 for
 // Qwen3.5-35B-A3B). With many rows the results of a part have to fit the L1 and L2 caches.
 constexpr int32_t kUnitColumns = 32;
@@ -320,11 +321,11 @@ const uint16_t* row_of(const void* a, int64_t stride, int64_t row) {
   return static_cast<const uint16_t*>(a) + row * stride;
 }
 
-// Runs work(part, next, thread) over parts of up to `wide` of the output columns, expert by expert.
+// Runs work(part, next, thread) over parts of up to `wide` output columns, expert by expert.
 template <typename Work>
 void for_each_part(const Grouping& grouping, int32_t columns, int32_t wide, const Work& work) {
   const int64_t units = units_of(columns);
-  // The part of units i, i + 1, ...; `end` becomes the unit after it.
+  // The part that starts at unit i; `end` becomes the unit after the part.
   const auto part = [&](int64_t i, int64_t& end) {
     const auto first = static_cast<int32_t>(i % units * kUnitColumns);
     end = std::min({end, i - i % units + units, i + wide / kUnitColumns});
@@ -358,8 +359,8 @@ void gemm(const GemmArgs& args) {
   });
 }
 
-// How many tokens a pass of a call handles: as many as kMaxBytes of converted activations allow, at
-// least kFewestTokens, since every pass reads the weights again.
+// How many tokens one pass handles: as many as fit kMaxBytes of converted activations, but at least
+// kFewestTokens, since every pass reads the weights again.
 int32_t tokens_together(const Weights& w, int32_t top_k) {
   constexpr int64_t kMaxBytes = 64 << 20, kFewestTokens = 256;
   return static_cast<int32_t>(std::max(kMaxBytes / (2 * int64_t{w.k} * top_k), kFewestTokens));
@@ -408,11 +409,11 @@ void gate_up(const GateUpArgs& args) {
   }
 }
 
-// A thread's turn computes some columns for all tokens. It adds the experts in ascending order.
+// A thread computes some columns for all tokens at a time. It adds the experts in ascending order.
 void down_together(const DownArgs& args) {
   const int32_t tokens = args.routing.num_tokens, top_k = args.routing.top_k, n = args.w.n;
   const Grouping grouping = group_pairs(args.routing, args.w.num_experts, false);
-  // Columns of a turn: their sums, 128 KiB for 64 tokens and 256 KiB for 512, stay in the L2 cache.
+  // Columns per step. Their sums (128 KiB for 64 tokens, 256 KiB for 512) stay in the L2 cache.
   const int32_t turn_columns = tokens <= 64 ? 512 : 128;
   const int32_t wide = std::min(widest_part(grouping), turn_columns);
   const int64_t sums = int64_t{tokens} * turn_columns;
@@ -423,7 +424,7 @@ void down_together(const DownArgs& args) {
                ? 1.0f
                : args.topk_weights[pair / top_k * args.tw_stride_m + pair % top_k];
   };
-  // Columns [first, past) of an expert, added to total[token][column - first].
+  // Adds columns [first, past) of an expert to total[token][column - first].
   const auto add_expert = [&](const Grouping::Expert* expert, const Grouping::Expert* next_expert,
                               int32_t first, int32_t past, float* total, int64_t thread) {
     float* y = total + sums;
@@ -491,18 +492,20 @@ void dense_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tens
               const std::optional<Tensor>& zero_points) {
   const DenseArgs dense =
       check_dense(DeviceType::CPU, a, w, scales, c, cu_count, group_size, bits, zero_points);
-  const std::vector<int32_t> expert_ids(dense.m, 0);
-  GemmArgs args{};
-  args.dtype = dense.dtype;
-  args.a = dense.a;
-  args.a_stride_m = dense.a_stride_m;
-  args.w = dense.w;
-  args.c = dense.c;
-  args.c_stride_m = dense.c_stride_m;
-  args.expert_ids = expert_ids.data();
-  args.num_blocks = args.num_rows = dense.m;
-  args.block_size_m = args.top_k = 1;
-  gemm(args);
+  const int32_t expert_id = 0, step = tokens_together(dense.w, 1);
+  for (int32_t begin = 0; begin < dense.m; begin += step) {
+    GemmArgs args{};
+    args.dtype = dense.dtype;
+    args.a = row_of(dense.a, dense.a_stride_m, begin);
+    args.a_stride_m = dense.a_stride_m;
+    args.w = dense.w;
+    args.c = row_of(dense.c, dense.c_stride_m, begin);
+    args.c_stride_m = dense.c_stride_m;
+    args.expert_ids = &expert_id;
+    args.num_blocks = args.top_k = 1;
+    args.num_rows = args.block_size_m = std::min(step, dense.m - begin);
+    gemm(args);
+  }
 }
 
 // fork: end

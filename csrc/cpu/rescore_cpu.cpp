@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// wvSplitK_int_g_rescore on the CPU: parts of the vocabulary find their largest products and lower
-// bounds, then each part computes those of its own rows again that the largest of all ask for.
-// What is computed depends neither on the number of threads nor on how parts met them.
+// wvSplitK_int_g_rescore on the CPU. First each part of the vocabulary finds its largest product
+// and its largest lower bound. Then each part recomputes the products that might exceed the largest
+// of all. The result depends neither on the number of threads nor on which thread handled a part.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -22,7 +22,7 @@ namespace moe_int4::cpu {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-// Rounding to 16 bits moves a product by less than this part of it, in bf16; fp16 is finer.
+// Rounding to 16 bits changes a product by less than this fraction in bf16; fp16 is finer.
 constexpr float kRounding = 0x1p-7f;
 
 class Rescoring {
@@ -80,12 +80,12 @@ class Rescoring {
     return static_cast<uint16_t*>(args_.c) + m * args_.c_stride_m + n;
   }
 
-  // How far the exact product may be off: the quantization's bound and the rounding.
+  // Bound on the error of a product: the quantization's bound plus the rounding.
   float reach(int32_t m, int32_t n, float product) const {
     return norms_[m] * args_.errors[n] + kRounding * std::fabs(product);
   }
 
-  // Runs visit(n, product) over the columns of a part that exist.
+  // Runs visit(n, product) over a part's columns, without those whose error bound is negative.
   template <typename Visit>
   void for_each_product(int32_t part, int32_t m, const Visit& visit) const {
     const int32_t end = begin_of(part + 1);
@@ -114,7 +114,7 @@ class Rescoring {
 
   void rescore(int32_t part) const {
     const int32_t begin = begin_of(part), count = begin_of(part + 1) - begin;
-    std::vector<uint16_t> asked(count, 0);  // a bit for each activation row
+    std::vector<uint16_t> asked(count, 0);  // one bit per activation row
     for (int32_t m = 0; m < args_.m; ++m) {
       for_each_product(part, m, [&](int32_t n, float product) {
         const bool may_win = product + reach(m, n, product) >= reached_[m];
@@ -144,7 +144,7 @@ class Rescoring {
   const Epilogue& kernels_;
   const int64_t stride_;
   std::vector<float> a_;
-  std::vector<float> norms_;              // times the bound
+  std::vector<float> norms_;              // of each activation row, times the bound
   std::vector<float> largest_, reached_;  // largest product and largest lower bound of each row
 };
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Which kernel multiplies the rows of an expert on the CPU: the only place that says so. The driver
-// looks a kernel up for each expert of a call. Instruction sets stand best first; one is offered
-// when the processor has it and the compiler could build all its kernels (CMakeLists.txt defines
-// HYBRID_W4A16_CPU_<KERNEL> for each that it could).
+// Selects the kernel that multiplies an expert's rows on the CPU; no other file decides this. The
+// driver looks a kernel up for each expert of a call. Instruction sets are listed best first. One
+// is available if the processor has it and the compiler could build all its kernels (CMakeLists.txt
+// defines HYBRID_W4A16_CPU_<KERNEL> for each that it could).
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,9 @@ namespace moe_int4::cpu {
 constexpr int32_t kAllRows = std::numeric_limits<int32_t>::max();
 constexpr int32_t kAny = -1;
 
-// The first rule of an instruction set that fits is used.
+// The first rule that matches is used.
 struct Rule {
-  int32_t max_rows;    // of an expert
+  int32_t max_rows;    // of the expert
   int32_t group_size;  // kAny: all
   int32_t dtype;       // a DType, kAny: all
   const Kernel* kernel;
@@ -31,19 +31,19 @@ struct InstructionSet {
   const char* name;
   bool (*available)();  // on this processor, under this operating system
   const Epilogue* epilogue;
-  Rule rules[kMaxRules];  // the last one that is used has kAllRows, kAny, kAny
-  Rule bytes[2];          // the same for weights of 8 bits
+  Rule rules[kMaxRules];  // the last rule is {kAllRows, kAny, kAny, ...}
+  Rule bytes[2];          // the rules for 8-bit weights
 };
 
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(HYBRID_W4A16_CPU_AMX_BF16) && defined(HYBRID_W4A16_CPU_AMX_INT8) && \
     defined(HYBRID_W4A16_CPU_AVX512_VNNI)
-    // Sapphire Rapids, 2 threads, k = 2048, groups of 128, GB/s of cold weights by rows:
+    // Sapphire Rapids, 2 threads, k = 2048, group size 128: GB/s of cold weights by rows:
     //   rows           1    2    3    8   16   24   32
     //   avx512_vnni   41   29   21
     //   amx_int8      32   31   30   26   16   10
     //   amx_bf16                16   16   14   10   10
-    // Smaller groups give amx_int8 more results to scale, so it hands over earlier.
+    // Smaller groups give amx_int8 more results to scale, so amx_bf16 takes over earlier.
     {"amx_bf16",
      has_amx,
      &kAvx512Epilogue,
@@ -54,7 +54,7 @@ constexpr InstructionSet kInstructionSets[] = {
      {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}}},
 #endif
 #if defined(HYBRID_W4A16_CPU_AVX512_BF16) && defined(HYBRID_W4A16_CPU_AVX512_VNNI)
-    // Zen 4, CPU time of one thread, ms for two experts of 2816 x 4096 (gate_up), by rows:
+    // Zen 4, one thread: CPU time in ms for two experts of 2816 x 4096 (gate_up), by rows:
     //   rows                  8     9    12    16    24
     //   avx512_vnni         2.7   3.0   4.0   5.2   7.8
     //   avx512_bf16, bf16   3.2   3.4   4.1   5.2   7.0

@@ -36,7 +36,7 @@ inline void transpose(__m512i (&v)[16]) {
   }
 }
 
-// Pairs (v[2i], v[2i+1]) of 16 words as 128 + q in bf16.
+// Pairs (v[2i], v[2i+1]) of 16 words as 128 + q, in bf16.
 template <int32_t I>
 inline __m512i pairs(__m512i words) {
   const __m512i shifted = I == 0 ? words : _mm512_srli_epi32(words, 4 * I);
@@ -49,7 +49,7 @@ inline __mmask16 first_lanes(int32_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }
 
-// 16-bit values as floats; zeros where the mask is not set.
+// 16-bit values as floats; zeros where the mask is clear.
 inline __m512 load_16(DType dtype, const uint16_t* from, __mmask16 mask) {
   const __m256i raw = _mm256_maskz_loadu_epi16(mask, from);
   return dtype == DType::kHalf
@@ -57,7 +57,7 @@ inline __m512 load_16(DType dtype, const uint16_t* from, __mmask16 mask) {
              : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
 
-// Zero points of weight row n, groups g .. g + 15, where the mask is set.
+// Zero points of weight row n, groups g .. g + 15, for the lanes of the mask.
 inline __m512 zero_points(const Tile& t, int32_t n, int32_t g, __mmask16 mask) {
   if (t.zeros == nullptr) return _mm512_set1_ps(8);
   const __m512i words = _mm512_maskz_loadu_epi32(mask, t.zeros + n / 8 * t.z_stride + g);
@@ -79,7 +79,7 @@ inline GroupVectors load_group_vectors(const Tile& t, int32_t n, int32_t g) {
   return {scales, _mm512_mul_ps(scales, offset)};
 }
 
-// The same for all groups of a row, padded with zeros to a multiple of 16 groups.
+// The same for all groups of a row, padded with zeros to a multiple of 16.
 template <int32_t Offset>
 inline void load_groups(const Tile& t, int32_t n, float* scales, float* zeros) {
   for (int32_t g = 0; g < groups_of(t); g += 16) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The activations of moe_int4_args.h, where their formulas stand, in fp32.
+// The activations of moe_int4_args.h (formulas there), in fp32.
 #pragma once
 
 #include "gpu_compat.cuh"
@@ -14,7 +14,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 GPU_DEVICE float sigmoid(float x) { return gpu::rcp_fast(1.0f + gpu::exp2_fast(-kLog2e * x)); }
 
 // Phi(x) = erfc(-x / sqrt(2)) / 2 by formula 7.1.26 of Abramowitz and Stegun, Handbook of
-// Mathematical Functions; in this form (a product, no difference from 1) it keeps its accuracy for
+// Mathematical Functions. This form is a product, not a difference from 1, so it stays accurate for
 // negative x. Absolute error below 2e-7.
 GPU_DEVICE float normal_cdf(float x) {
   const float z = (x < 0.0f ? -x : x) * 0.70710678118654752f;

@@ -4,7 +4,9 @@
 // The product for one matrix of weights and few activation rows. Every wave needs the same
 // activations, unlike with experts: they stay in LDS for the life of a block, in the order in which
 // products read them, zeros past the end. Weights go from memory to registers as a stream of
-// windows over all of a wave's tiles: a window is requested while the one before is multiplied.
+// windows over all of a wave's tiles. With matrix instructions a window is requested while the one
+// before is multiplied. Elsewhere a wave has one window, so that more waves fit and every load of a
+// turn is requested before the first is waited for.
 //
 // Lanes, row sets and the matrix instruction's columns are those of wave_tile.cuh: a lane has a run
 // of kRun weights of a block, 16 bytes, of row lane_row of both row sets; a column is a pair (slot,
@@ -12,17 +14,13 @@
 #pragma once
 
 #include "dense_geometry.h"
-#include "dequant.cuh"
+#include "wave_tile.cuh"
 
 namespace moe_int4 {
 
+// One expert of a stack.
 struct DenseMatrix {
-  const uint32_t* q;
-  int64_t q_stride_n;  // in words
-  const uint16_t* scales;
-  int64_t s_stride_n;
-  const uint32_t* zeros;
-  int64_t z_stride_n8;
+  WeightStack stack;
   int n, k;
 };
 
@@ -36,6 +34,7 @@ class DenseTile {
   // Matrix instructions.
   static constexpr int kPasses = (S * kGroups + 7) / 8;
   static constexpr int kScales = gpu::kHasMma && kGroups > 1 ? 2 : 1;  // that a lane needs per row
+  static constexpr int kWindows = gpu::kHasMma ? 2 : 1;                // in flight
   static constexpr int kResults = !gpu::kHasMma ? S : kGroups == 1 ? 2 * kPasses : kPasses;
 
   struct Window {
@@ -44,8 +43,6 @@ class DenseTile {
     uint32_t zero[kDepth][2][kScales];
   };
 
-  static GPU_DEVICE int lane_row() { return gpu::lane() / kLanesPerRow; }
-  static GPU_DEVICE int lane_k() { return gpu::lane() % kLanesPerRow; }
   static GPU_DEVICE int lane_group() {
     return gpu::kHasMma ? 2 * lane_k() % kGroups : kRun * lane_k() / G % kGroups;
   }
@@ -62,6 +59,8 @@ class DenseTile {
         step_(step),
         staged_(lds),
         sums_(reinterpret_cast<float*>(lds + blocks * kBlockBytes)),
+        last_weights_(static_cast<uint32_t>(matrix.k) * Bits / 8 - 16),
+        last_group_(static_cast<uint32_t>(matrix.k) / G - 1),
         next_tile_(tile),
         next_base_(first),
         tile_(tile),
@@ -112,58 +111,70 @@ class DenseTile {
       return;
     }
     const int windows = tiles * ((last_ - first_ + kDepth - 1) / kDepth);
-    for (int i = 0; i < windows; i += 2) {
-      request(windows_[1]);
-      multiply(windows_[0], visit);
-      if (i + 1 == windows) {
-        windows_[0] = windows_[1];
-        break;
+    if constexpr (kWindows == 1) {
+      for (int i = 1;; ++i) {
+        multiply(windows_[0], visit);
+        if (i == windows) break;
+        request(windows_[0]);
       }
-      request(windows_[0]);
-      multiply(windows_[1], visit);
+    } else {
+      for (int i = 0; i < windows; i += 2) {
+        request(windows_[kWindows - 1]);
+        multiply(windows_[0], visit);
+        if (i + 1 == windows) {
+          windows_[0] = windows_[kWindows - 1];
+          break;
+        }
+        request(windows_[0]);
+        multiply(windows_[kWindows - 1], visit);
+      }
     }
   }
 
  private:
-  // Where the lane's rows of the next tile begin. Rows past the last one repeat it.
+  // Where the rows of the next tile begin. Tiles and rows past the last one repeat it.
   GPU_DEVICE void enter_tile() {
-    GPU_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const int64_t row = static_cast<int64_t>(next_tile_) * kRowsPerWave + r * kRowGroups;
-      const int64_t own = row + lane_row();
-      const int n = own < matrix_.n ? static_cast<int>(own) : matrix_.n - 1;
-      q_[r] = matrix_.q + n * matrix_.q_stride_n;
-      s_[r] = matrix_.scales + n * matrix_.s_stride_n;
-      if constexpr (ZP) z_[r] = matrix_.zeros + n / 8 * matrix_.z_stride_n8;
+    const int last = (matrix_.n - 1) / kRowsPerWave;
+    const int row = (next_tile_ < last ? next_tile_ : last) * kRowsPerWave;
+    rows_ = matrix_.stack.template rows<ZP>(row, matrix_.n, row + kRowGroups, matrix_.n);
+    if constexpr (gpu::kHasMma) {  // a lane's own pointers take fewer registers there
+      GPU_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        WeightRows::Set& set = rows_.sets[r];
+        set = {behind(set.q, set.q_at), behind(set.scales, set.s_at), behind(set.zeros, set.z_at)};
+      }
     }
   }
 
   // Requests the next window. Past the end of a row a lane loads its last weights again: there
-  // activations and sums are zero. Past the last tile it loads the last row.
+  // activations and sums are zero.
   GPU_DEVICE void request(Window& to) {
-    const int last_word = matrix_.k * Bits / 32 - 4, last_group = matrix_.k / G - 1;
-    GPU_UNROLL
-    for (int d = 0; d < kDepth; ++d) {
-      const int block = next_base_ + d;
-      const int word = block * (kBlock * Bits / 32) + 4 * lane_k();
-      GPU_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        to.w[d][r] = gpu::load_weights(q_[r] + (word < last_word ? word : last_word));
-      }
-    }
+    constexpr int kBytes = kBlock * Bits / 8;  // of a row in a block
+    gpu::order_requests();
     GPU_UNROLL
     for (int d = 0; d < kDepth; ++d) {
       GPU_UNROLL
       for (int i = 0; i < kScales; ++i) {
-        const int group = (next_base_ + d) * kBlock / G + lane_group() + i;
-        const int at = group < last_group ? group : last_group;
+        const uint32_t group = (next_base_ + d) * kBlock / G + lane_group() + i;
+        const uint32_t at = smaller(group, last_group_);
         GPU_UNROLL
         for (int r = 0; r < 2; ++r) {
-          to.scale[d][r][i] = s_[r][at];
-          if constexpr (ZP) to.zero[d][r][i] = z_[r][at];
+          const WeightRows::Set& set = rows_.sets[r];
+          to.scale[d][r][i] = *behind(set.scales, set.s_at + 2 * at);
+          if constexpr (ZP) to.zero[d][r][i] = *behind(set.zeros, set.z_at + 4 * at);
         }
       }
     }
+    GPU_UNROLL
+    for (int d = 0; d < kDepth; ++d) {
+      const uint32_t at =
+          smaller(next_base_ * kBytes + (d * kBytes + 16 * lane_k()), last_weights_);
+      GPU_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        to.w[d][r] = gpu::load_weights(behind(rows_.sets[r].q, rows_.sets[r].q_at + at));
+      }
+    }
+    gpu::order_requests();
     next_base_ += kDepth;
     if (next_base_ < last_) return;
     next_base_ = first_;
@@ -172,28 +183,32 @@ class DenseTile {
   }
 
   template <typename Visit>
-  GPU_DEVICE void multiply(const Window& window, const Visit& visit) {
+  GPU_DEVICE void multiply(Window& window, const Visit& visit) {
     GPU_UNROLL
     for (int d = 0; d < kDepth; ++d) {
       if (base_ + d >= last_) break;
       add_block(window, d, base_ + d);
     }
+    // Also what no block has waited for, before its registers are used again.
+    gpu::arrived(window.w[kDepth - 1][1].v[0]);
     base_ += kDepth;
     if (base_ < last_) return;
     base_ = first_;
     finish(visit);
   }
 
-  GPU_DEVICE void add_block(const Window& window, int d, int block) {
+  GPU_DEVICE void add_block(Window& window, int d, int block) {
     float scale[2][kScales], offset[2][kScales];
     GPU_UNROLL
     for (int r = 0; r < 2; ++r) {
       GPU_UNROLL
       for (int i = 0; i < kScales; ++i) {
+        gpu::arrived(window.scale[d][r][i]);
         scale[r][i] = Format<DT>::to_float(window.scale[d][r][i]);
         int zero = Unpacked<DT, Bits>::kSymmetricZero;
         // Rows of a set begin at a multiple of kRowGroups, which divides 8 or is 8.
         if constexpr (ZP) {
+          gpu::arrived(window.zero[d][r][i]);
           const int row = (tile_ * kRowsPerWave + r * kRowGroups + lane_row()) % 8;
           zero = static_cast<int>(window.zero[d][r][i] >> (4 * row) & 15);
         }
@@ -312,13 +327,13 @@ class DenseTile {
 
   const DenseMatrix& matrix_;
   const int blocks_, first_, last_, step_;
-  char* const staged_;         // [block][slot][kRowBytes]
-  float* const sums_;          // [block][slot][kSums]
-  int next_tile_, next_base_;  // of the window to be requested
-  int tile_, base_;            // and to be multiplied
-  const uint32_t *q_[2], *z_[2];
-  const uint16_t* s_[2];
-  Window windows_[2];
+  char* const staged_;                        // [block][slot][kRowBytes]
+  float* const sums_;                         // [block][slot][kSums]
+  const uint32_t last_weights_, last_group_;  // of a row, in bytes and in groups
+  int next_tile_, next_base_;                 // of the window to be requested
+  int tile_, base_;                           // and to be multiplied
+  WeightRows rows_;
+  Window windows_[kWindows];
   float acc_[2][kResults] = {};
 };
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// From packed int4 to pairs of fp16 or bf16 without a conversion instruction: a nibble v put into
-// the mantissa of a power of two, where its last place is worth 1, gives that power plus v,
-// exactly. The offset and the zero point are taken out once per group through the sum of the
-// activations. bf16 takes the nibble at the bottom of its 7 mantissa bits: offset 128, three shifts
-// per word of eight. fp16 would have offset 1024 there and lose six more bits to cancellation: it
-// takes it at the top of its 10 bits, offset 16, four shifts.
+// Converts packed int4 to pairs of fp16 or bf16 without a conversion instruction. A nibble v is put
+// into the mantissa of a power of two, at the bit that is worth 1, which gives exactly that power
+// plus v. The offset and the zero point are subtracted once per group through the sum of the
+// activations. bf16 puts the nibble at the bottom of its 7 mantissa bits: offset 128, three shifts
+// per word of eight. There fp16 would have offset 1024 and lose six more bits to cancellation, so
+// it puts the nibble at the top of its 10 bits: offset 16, four shifts.
 #pragma once
 
 #include "gpu_compat.cuh"
@@ -53,8 +53,8 @@ GPU_DEVICE uint32_t unpack_pair(uint32_t word) {
   return gpu::and_or(moved, kMask, Format<DT>::kOffsetPair);
 }
 
-// Eight weights of 4 or 8 bits as pairs in order of k. 4 bits: plus Format::kOffset, like above;
-// 8 bits: minus their zero point of 128, exact in both formats.
+// Eight weights of 4 or 8 bits as pairs in order of k. 4 bits: plus Format::kOffset, as above. 8
+// bits: minus the zero point of 128, exact in both formats.
 template <typename DT, int Bits>
 struct Unpacked {
   static constexpr float kOffset = Bits == 4 ? Format<DT>::kOffset : 0.0f;
@@ -62,7 +62,7 @@ struct Unpacked {
 
   uint32_t pair[4];
 
-  // Unit q of what a lane loaded.
+  // Unit q (eight weights) of the 16 bytes that a lane loaded.
   GPU_DEVICE Unpacked(const gpu::U32x4& loaded, int q) {
     if constexpr (Bits == 4) {
       const uint32_t word = loaded.v[q];
@@ -84,7 +84,7 @@ struct Unpacked {
     pair[I + 1] = rounded(value<2>(word), value<3>(word));
   }
 
-  // A byte in the mantissa of 2^23 adds itself.
+  // A byte in the mantissa of 2^23 gives 2^23 plus the byte.
   template <int B>
   static GPU_DEVICE float value(uint32_t word) {
     const uint32_t bits = gpu::pick_bytes<B, 4, 4, 7>(word, 0x4b000000u);

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Names and arguments of the kernels' entry points. A name states op, dtype, group size, zero
-// points and the most activation rows that share one pass over an expert's weights:
-// moe_int4_down_bf16_g128_sym_t8. Arguments are scalars and pointers only, so that a code
-// object can be loaded and run on its own. Their meaning: moe_int4_args.h; in addition
-//   waves            waves of 32 in the block (block size is 32 * waves)
-//   wave_lds_bytes       dynamic LDS per wave, lds_bytes_per_wave of geometry.h
-//   blocks           blocks of kBlockK along k
-//   blocks_per_wave  of them that each wave multiplies, the last ones fewer
+// Names and arguments of the kernels' entry points. A name gives the op, the dtype, the group size,
+// whether there are zero points, and the most activation rows that share one pass over an expert's
+// weights: moe_int4_down_bf16_g128_sym_t8. Arguments are scalars and pointers only, so that a code
+// object can be loaded and launched on its own. moe_int4_args.h documents them, except for:
+//   waves            waves of 32 lanes in the block (block size is 32 * waves)
+//   wave_lds_bytes   dynamic LDS per wave, lds_bytes_per_wave of geometry.h
+//   blocks           blocks of kBlockK weights along k
+//   blocks_per_wave  blocks that each wave multiplies; the last waves may have fewer
 //   log2_k_slices    2^this waves share one expert's k in the down kernels; divides waves
-//   slots            pairs of one expert that share a pass over its weights, up to T
-//   row_tiles        tiles that each wave of grouped_gate_up multiplies, each kGateUpRows *
+//   slots            most pairs of one expert that share a pass over its weights, up to T
+//   row_tiles        tiles that each wave of grouped_gate_up multiplies; a tile is kGateUpRows *
 //                    kRowGroups indices of the intermediate size
 // Grids: gate_up ceil(inter / kRowGroups), top_k, num_tokens
 //        down    ceil(n / kRowsPerWave), ceil(num_tokens / T), 1
 //        gemm    ceil(n / kRowsPerWave), num_blocks, 1
-//        grouped_gate_up ceil(inter / (waves * row_tiles tiles)), lists of pairs at most,
+//        grouped_gate_up ceil(inter / (waves * row_tiles tiles)), most lists of pairs,
 //                        ceil(num_tokens / kGroupTokens)
 //        grouped_down, wide_down  ceil(n / kRowsPerWave), ceil(n / (2 * kRowsPerWave));
 //                        ceil(num_tokens / kGroupTokens), 1
-// These three exist where there are matrix instructions; LDS: geometry.h.
+// The last three exist only with matrix instructions; geometry.h has their LDS.
 #pragma once
 
 #include "geometry.h"
@@ -33,7 +33,7 @@
   const void *ids, int ids_are_int64, int64_t ids_stride_m, const int32_t *expert_map, \
       int map_size, int num_tokens, int top_k
 
-// The same arguments as the structs that kernels work with.
+// The same arguments as the structs that kernels use.
 #define MOE_INT4_WEIGHT_STACK \
   {q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e, z_stride_n8}
 #define MOE_INT4_ROUTER \

@@ -17,10 +17,10 @@
 #include "geometry.h"
 #include "moe_int4_args.h"
 
-#define DENSE_ARGS                                                                            \
-  const void *a, int64_t a_stride_m, int m, const uint32_t *q, int64_t q_stride_n,            \
-      const uint16_t *scales, int64_t s_stride_n, const uint32_t *zeros, int64_t z_stride_n8, \
-      int n, int k, void *c, int64_t c_stride_m, int waves, int k_slices, int tiles, int step
+#define DENSE_ARGS                                                                           \
+  const void *a, int64_t a_stride_m, int m, const uint32_t *q, int q_stride_n,               \
+      const uint16_t *scales, int s_stride_n, const uint32_t *zeros, int z_stride_n8, int n, \
+      int k, void *c, int64_t c_stride_m, int waves, int k_slices, int tiles, int step
 #define RESCORE_LARGEST_ARGS                                                                  \
   const void *a, int64_t a_stride_m, int m, int k, const float *errors, int n, const void *c, \
       int64_t c_stride_m, float *partials, int64_t p_stride_m, float bound, int waves
@@ -30,7 +30,12 @@
       int64_t p_stride_m, float window, float bound, int waves
 
 // X(dtype name, dtype tag, bits, group size, zero points name, has zero points, T)
+// Activations of 16 rows need more LDS than AMD has, and sums of them more registers.
+#if GPU_HAS_MMA
+#define DENSE_FOR_T(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 4) X(__VA_ARGS__, 8) X(__VA_ARGS__, 16)
+#else
 #define DENSE_FOR_T(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 4) X(__VA_ARGS__, 8)
+#endif
 #define DENSE_FOR_4(X, NAME, DT, G) \
   DENSE_FOR_T(X, NAME, DT, 4, G, sym, false) DENSE_FOR_T(X, NAME, DT, 4, G, zp, true)
 #define DENSE_FOR_BITS(X, NAME, DT)           \

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// How a wave lays itself over packed weights; kernels and launchers agree on it here.
+// How a wave covers packed weights. Kernels and launchers share these definitions.
 //
-// A lane reads 16 bytes, 32 weights, of one row at a time. kLanesPerRow lanes sit side by side
-// along k, so a wave covers kRowGroups rows by kBlockK weights with one load, and it always works
-// on two such row sets: gate and up rows of the same index, or two neighbouring sets of output
+// A lane reads 16 bytes (32 weights) of one row at a time. kLanesPerRow lanes are adjacent along k,
+// so a wave covers kRowGroups rows by kBlockK weights with one load. It always works on two such
+// sets of rows: gate and up rows of the same index, or two adjacent sets of output rows.
 // rows.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace moe_int4 {
 
-// The matrix instruction fixes 4 lanes along k. Elsewhere 8 lanes make every request a whole
+// The matrix instruction fixes 4 lanes along k. Without it 8 lanes make each request a whole
 // 128-byte cache line of gfx11 and gfx12.
 constexpr int kLanesPerRow = gpu::kHasMma ? 4 : 8;
 constexpr int kRowGroups = gpu::kWaveSize / kLanesPerRow;
@@ -22,28 +22,29 @@ constexpr int kBlockK = 32 * kLanesPerRow;
 constexpr int kLog2BlockK = gpu::kHasMma ? 7 : 8;
 static_assert(1 << kLog2BlockK == kBlockK);
 
-constexpr int kMaxSlots = 8;  // activation rows that a wave puts against an expert's weights
-// ... in passes of this many: the matrix instruction has room for 8, elsewhere registers run out,
-// and more than 4 rows that share an expert read its weights again, from the cache.
+constexpr int kMaxSlots = 8;  // activation rows that a wave multiplies with an expert's weights
+// Activation rows per pass: the matrix instruction has room for 8. Without it registers run out,
+// and if more than 4 rows share an expert, its weights are read again, from the cache.
 constexpr int kSlotsPerPass = gpu::kHasMma ? 8 : 4;
 constexpr int kLoadDepth = gpu::kHasMma ? 4 : 2;  // blocks of weights in flight per wave
 constexpr int kMaxWaves = 16;                     // per block
-constexpr int kMaxWavesSharingK = 8;              // ... of a gate_up or gemm block
+constexpr int kMaxWavesSharingK = 8;              // per gate_up or gemm block
 
-// Blocks of activations that a wave holds in LDS at a time, for `slots` rows.
+// Blocks of activations that a wave keeps in LDS at a time, for `slots` rows.
 GPU_ANYWHERE constexpr int staged_blocks(int slots) { return slots == 1 ? kLoadDepth : 1; }
 
-// Staged row: the pad keeps rows of neighbouring slots on different banks.
+// Bytes of a staged row. The padding puts the rows of adjacent slots on different banks.
 GPU_ANYWHERE constexpr int staged_row_bytes(int slots) {
   return staged_blocks(slots) * kBlockK * 2 + 64;
 }
 
-// Sums of the activations of each group, beside every staged row; room for the smallest groups.
+// Each staged row has the sums of its groups' activations beside it, with room for the smallest
+// groups.
 GPU_ANYWHERE constexpr int staged_sums(int slots) { return staged_blocks(slots) * kLanesPerRow; }
 
 // LDS of one wave: the slots' lists, fp32 results [slots][kRowsPerWave], staged rows and their
-// sums, at the end of it the router weights of a kernel for several rows. A kernel for up to
-// `slots` rows runs the code for 1 or for kSlotsPerPass of them.
+// sums; a kernel for several rows also has the router weights at the end. A kernel for up to
+// `slots` rows runs the code for 1 row or for kSlotsPerPass rows.
 constexpr int kSlotListBytes = 3 * kMaxSlots * 4;
 constexpr int kKeptPlaces = 16;  // router weights of a token that a wave keeps at a time
 constexpr int kKeptBytes = kMaxSlots * kKeptPlaces * 4;
@@ -52,14 +53,15 @@ GPU_ANYWHERE constexpr int staged_bytes(int slots) {
   return slots * (staged_row_bytes(slots) + staged_sums(slots) * 4);
 }
 
-// Code for how many slots per pass serves `count` of them.
+// The number of slots per pass of the code that serves `count` slots.
 GPU_ANYWHERE constexpr int slots_for(int count) { return count <= 1 ? 1 : kSlotsPerPass; }
 
-// Kernels for one activation row per expert: whether weights go through LDS (stream_tile.cuh).
+// For one activation row per expert: whether weights pass through LDS (stream_tile.cuh).
 constexpr bool kStreams = gpu::kHasMma && gpu::kHasAsyncCopy;
 
-// StreamTile's LDS is a ring of windows, each the weights of kWindowBlocks blocks, 16 bytes a lane
-// and row set, and their activations. Once a block, zeros for lanes without activations follow.
+// StreamTile's LDS is a ring of windows. A window holds the weights of kWindowBlocks blocks (16
+// bytes per lane and row set) and their activations. Zeros for lanes without activations follow
+// once per block.
 constexpr int kWindowBlocks = 4;
 constexpr int kRingWindows = 2;
 constexpr int kBlockWeightBytes = kRowsPerWave * kBlockK / 2;
@@ -67,24 +69,24 @@ constexpr int kWindowWeightBytes = kWindowBlocks * kBlockWeightBytes;
 constexpr int kWindowBytes = kWindowWeightBytes + kWindowBlocks * kBlockK * 2;
 constexpr int kStreamZeroBytes = kBlockK * 2;
 
-// LDS of one wave that multiplies `pairs` pairs of `blocks` blocks each.
+// LDS of one wave that multiplies `pairs` pairs over `blocks` blocks each.
 GPU_ANYWHERE constexpr int stream_lds_bytes_per_wave(int blocks, int pairs) {
   const int windows = pairs * ((blocks + kWindowBlocks - 1) / kWindowBlocks);
   return kSlotListBytes + result_bytes(1) +
          (windows < kRingWindows ? windows : kRingWindows) * kWindowBytes;
 }
 
-// Kernels grouped by expert (group_tile.cuh): tokens of a block, pairs (token, expert) that share
-// one pass over the weights in gate_up and in down, waves of a block, experts per token.
+// Kernels grouped by expert (group_tile.cuh): tokens per block, pairs (token, expert) that share
+// one pass over the weights in gate_up and in down, waves per block, experts per token.
 constexpr int kGroupTokens = 64;
 constexpr int kGateUpSlots = 16;
 constexpr int kDownSlots = 8;
 constexpr int kMaxGroupWaves = 16;
 constexpr int kMaxGroupTopK = 64;
 constexpr int kGateUpRows = 2;  // R of grouped_gate_up
-// LDS: per wave of R * kRowsPerWave rows a ring of windows of 4 / R blocks of weights; per wave
-// (down) or block (gate_up) the same of activation rows, one per slot. The pad keeps the rows of
-// neighbouring slots on different banks.
+// LDS: each wave of R * kRowsPerWave rows has a ring of windows of 4 / R blocks of weights. Each
+// wave (down) or block (gate_up) has the same ring of activation rows, one per slot. The padding
+// puts the rows of adjacent slots on different banks.
 constexpr int kGroupRing = 2;
 GPU_ANYWHERE constexpr int group_window_blocks(int r) { return 4 / r; }
 GPU_ANYWHERE constexpr int group_row_bytes(int r) {
@@ -95,23 +97,23 @@ constexpr int kGroupWeightBytes = kGroupRing * kGroupWindowBytes;
 GPU_ANYWHERE constexpr int group_row_ring_bytes(int r, int slots) {
   return kGroupRing * slots * group_row_bytes(r);
 }
-// fp32 results of a wave of down.
+// fp32 results of a wave of the down kernel.
 GPU_ANYWHERE constexpr int group_result_bytes(int r, int tokens) {
   return tokens * r * kRowsPerWave * 4;
 }
-// Lists of up to `slots` pairs, each of one expert, that a block's pairs make at most.
+// The most lists of up to `slots` pairs, each of a single expert, that a block's pairs can form.
 GPU_ANYWHERE constexpr int most_lists(int pairs, int experts, int slots) {
   const int most = experts + pairs / slots;
   return pairs < most ? pairs : most;
 }
-// What sort_pairs works in.
+// The workspace of sort_pairs.
 GPU_ANYWHERE constexpr int group_list_bytes(int pairs, int experts, int slots) {
   const int distinct = pairs < experts ? pairs : experts;
   const int halves = pairs + experts + 3 * distinct + 2 * most_lists(pairs, experts, slots) + 1;
   return (4 * (pairs + 1) + 2 * halves + 15) / 16 * 16;
 }
 
-// For an entry point _tT when at most `rows` activation rows meet one expert.
+// For an entry point _tT when at most `rows` activation rows share an expert.
 GPU_ANYWHERE constexpr int lds_bytes_per_wave(int t, int rows) {
   const int slots = slots_for(rows < t ? rows : t);
   return kSlotListBytes + result_bytes(t) +

@@ -1,81 +1,83 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The only file that tells HIP, CUDA and a host build apart. Kernels see waves of 32 lanes in
-// one-dimensional blocks and the primitives of namespace gpu; they use no vendor header.
+// The only file that distinguishes HIP, CUDA and host builds. Kernels see one-dimensional blocks of
+// 32-lane waves and the primitives of namespace gpu; they include no vendor header.
 //
-// Every platform offers, with the same meaning (the host branch implements exactly this list):
+// Every platform provides these with the same meaning (the host branch implements exactly this
+// list):
 //
 //   GPU_DEVICE               attribute of a function that kernels call (inline)
 //   GPU_KERNEL(max_threads)  attribute of an entry point:
 //                            `extern "C" GPU_KERNEL(256) void name(...)`
-//   GPU_DECLARE(max_threads, name, args...)   declares such an entry point; launch() takes `name`
-//   GPU_8_WAVES_PER_SIMD     attribute of an entry point: no more registers than leave room for
-//                            these on AMD; spills where it needs more
-//   kHasMma                  constexpr bool: mma_16x8x16 is the fast product here. The host takes
-//                            it from the macro GPU_HOST_MMA (0 or 1), so that tests run both.
+//   GPU_DECLARE(max_threads, name, args...)   declares such an entry point, for launch(name, ...)
+//   GPU_8_WAVES_PER_SIMD     attribute of an entry point: limits registers on AMD so that 8 waves
+//                            fit a SIMD; registers beyond that spill
+//   kHasMma                  constexpr bool: mma_16x8x16 is the fast way to multiply. On the host
+//                            the macro GPU_HOST_MMA (0 or 1) sets it, so that tests run both paths
 //   GPU_HAS_MMA              kHasMma for the preprocessor: 0 or 1
-//   kHasAsyncCopy            constexpr bool: copies to LDS run in the background. The host takes
-//                            it from the same macro.
-// CUDA has neither with HYBRID_W4A16_AMD_PATH: a build for tests, which runs what AMD runs.
+//   kHasAsyncCopy            constexpr bool: copies to LDS run in the background. On the host the
+//                            same macro sets it
+// CUDA has neither with HYBRID_W4A16_AMD_PATH: a test build that runs AMD's code path.
 //
 //   per lane, no cooperation:
 //   int lane()               0..31
 //   int wave()               wave of the block, 0..; wave-uniform
-//   int block_x/_y/_z()      block in the grid
+//   int block_x/_y/_z()      index of the block in the grid
 //   char* dynamic_lds()      the block's LDS, 16-byte aligned, LaunchShape::lds_bytes long,
 //                            uninitialised (the host poisons it)
-//   int uniform(int v)       v, which is the same in all lanes; may move it to a scalar register
-//   void settle(T*& p)       hint: p is worked out here rather than where it is used
-//   void keep_arguments(args...)  hint: the kernel's arguments are read here, all in one go, and
-//                            kept, rather than each where it is used
-//   void order_requests()    hint: loads written before it are requested before those after it
-//   void arrived(T& v)       hint: nothing is computed from v, which was loaded, before here
-//   int load_uniform(p)      the int at p in global memory, p the same in all lanes; nothing in the
-//                            grid writes it
+//   int uniform(int v)       v, which must be equal in all lanes; may move it to a scalar register
+//   void settle(T*& p)       hint: compute p here rather than where it is used
+//   void keep_arguments(args...)  hint: read all of the kernel's arguments here, at once, and keep
+//                            them, rather than reading each where it is used
+//   void order_requests()    hint: request loads written before it before those written after it
+//   void arrived(T& v)       hint: do not use v, which was loaded, before this point
+//   int load_uniform(p)      the int at p in global memory; p is equal in all lanes, and nothing in
+//                            the grid writes *p
 //   U32x4 load_weights(p)    16 bytes from global memory, 16-byte aligned, read once (non-temporal)
 //   U32x4 load_16(p)         16 bytes from global memory or LDS, 16-byte aligned, cached
 //   U32x4 load_16_any(p)     the same, 2-byte aligned
 //   float half_to_float(uint16_t), uint16_t float_to_half(float)   fp16 bits, round to nearest even
 //   float exp2_fast(float), rcp_fast(float)                        2^x and 1/x, error below 2^-20
-//   float sqrt_of(float)                                           square root, within 2^-20
+//   float sqrt_of(float)                                           square root, error below 2^-20
 //   float dot2(Half, uint32_t a, uint32_t b, float c)      c + a.lo*b.lo + a.hi*b.hi, fp32 sum
 //   float dot2(BFloat16, uint32_t a, uint32_t b, float c)  the same for bf16 pairs
 //   uint32_t and_or(x, mask, bits)                         (x & mask) | bits
-//   uint32_t pick_bytes<B0, B1, B2, B3>(low, high)         bytes of the eight of low, then high
-//   int first_bit(uint32_t)  place of the lowest bit that is set; there is one
-//   int count_bits(uint32_t) how many bits are set. Only where kHasMma.
-//   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, rounded to
-//   nearest.
+//   uint32_t pick_bytes<B0, B1, B2, B3>(low, high)         four of eight bytes; low has 0..3
+//   int first_bit(uint32_t)  index of the lowest set bit; the argument is not 0
+//   int count_bits(uint32_t) number of set bits. Only where kHasMma.
+//   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, round to nearest.
 //                                                          Only where kHasMma.
-//   void prefetch_l2(p)      hint: the 128 bytes around global address p will be read; no effect on
-//                            results for any p that may be read
-//   void allow_next_grid()   the next grid of the stream may start (CUDA with LaunchShape::overlap;
-//                            else nothing)
+//   void prefetch_l2(p)      hint: the 128 bytes around global address p will be read. No effect on
+//                            results; p must be readable
+//   void allow_next_grid()   lets the next grid of the stream start; only does something on CUDA
+//                            with LaunchShape::overlap
 //   void wait_previous_grid()  returns when everything that the previous grid wrote is visible
 //
 //   per lane, from memory to LDS:
-//   LdsAddress lds_address(p)                    p, in LDS, to be added to and loaded from
+//   LdsAddress lds_address(p)                    the address of p, in LDS, for the loads below
 //   U32x4 lds_load_16(LdsAddress)                16 bytes, 16-byte aligned
 //   uint32_t lds_load_4(LdsAddress)              4 bytes, 4-byte aligned. Only where kHasMma.
 //   void copy_weights_async(LdsAddress, p, bool real)   starts copying 16 bytes from global memory
-//   void copy_16_async(LdsAddress, p, bool real)        to LDS, both 16-byte aligned; zeros unless
-//                                                real, and p is not read. Weights are read once.
-//   void commit_copies()                         what the lane started since the last one: a group
-//   void wait_copies<N>()                        returns when all but the lane's last N groups have
-//                                                arrived; other lanes see them after a barrier
-//   void wait_all_copies()                       ... when everything has, in groups or not
+//   void copy_16_async(LdsAddress, p, bool real)        to LDS, both 16-byte aligned. If !real they
+//                                                store zeros and do not read p. The first is for
+//                                                data that is read once.
+//   void commit_copies()                         makes a group of the copies that the lane started
+//                                                since the previous call
+//   void wait_copies<N>()                        waits for all but the lane's last N groups; other
+//                                                lanes see the data after a barrier
+//   void wait_all_copies()                       waits for all copies, whether in a group or not
 //
-//   wave-collective (all 32 lanes of a wave arrive, none has left the kernel):
+//   wave-collective (all 32 lanes of the wave must call it; none has left the kernel):
 //   uint32_t wave_ballot(bool)       bit i: lane i's argument
 //   T shuffle_xor<Mask>(T v)         value of lane() ^ Mask, Mask 1, 2, 4, 8, 16; T int or float
 //   T shuffle(T v, int from)         value of lane `from`
-//   T from_lane(T v, int from)       the same where all lanes ask for one lane; may leave it in a
-//                                    scalar register
+//   T from_lane(T v, int from)       the same for a `from` that is equal in all lanes; the result
+//                                    may be in a scalar register
 //   T shuffle_in_quad(T v, int from) value of lane lane() / 4 * 4 + from % 4
-//   void wave_barrier()              LDS written before by any lane of the wave is seen after by
-//                                    all of them, and reads before come first
-//   uint32_t lanes_equal(int v)      mask of the lanes whose v is the caller's. Only where kHasMma.
+//   void wave_barrier()              LDS writes of the wave's lanes before it are visible to all of
+//                                    them after it; reads before it complete first
+//   uint32_t lanes_equal(int v)      mask of the lanes with the caller's v. Only where kHasMma.
 //   void mma_16x8x16(DT, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 //       d += A B for A [16, 16], B [16, 8] in DT, d in fp32. With g = lane / 4, t = lane % 4:
 //       a[0] = A[g][2t, 2t+1]    a[1] = A[g+8][2t, 2t+1]    b[0] = B[2t, 2t+1][g]
@@ -83,27 +85,27 @@
 //       d[0], d[1] = D[g][2t, 2t+1]    d[2], d[3] = D[g+8][2t, 2t+1]     (low half first)
 //       Only where kHasMma.
 //
-//   block-collective (all lanes of the block arrive, none has left the kernel):
-//   void block_barrier()             as wave_barrier, for the block
+//   block-collective (all lanes of the block must call it; none has left the kernel):
+//   void block_barrier()             wave_barrier for the whole block
 //
 //   code that starts kernels (plain C++ compiled with HYBRID_W4A16_CUDA or HYBRID_W4A16_HIP):
 //   Stream                           opaque stream handle
-//   void launch(kernel, const LaunchShape&, Stream, args...)  runs kernel(args...) over the shape
-//                                    (CUDA, HIP: on the stream); throws std::runtime_error with the
-//                                    vendor's message. The host runs it to the end.
+//   void launch(kernel, const LaunchShape&, Stream, args...)  runs kernel(args...) on the stream;
+//                                    on the host returns when the kernel has ended. Throws
+//                                    std::runtime_error with the vendor's message.
 //   int current_device()             index of the current device (CUDA, HIP)
-//   int max_lds_bytes()              most LDS that a block may have on the current device
-//   std::string current_arch()       "sm_90", "host": the current device (not on HIP)
+//   int max_lds_bytes()              most LDS per block on the current device
+//   std::string current_arch()       the current device, such as "sm_90" or "host" (not on HIP)
 //
-//   for the runner of host/, which tests use:
-//   void prepare_device(int, arch)   makes a device ready and current; `arch` is what it is, or
-//   empty
-//                                    where it is ready already
-//   void* allocate(size_t), void release(void*)    memory that kernels see, exactly of that size
-//   void copy_in(void* to, const void* from, size_t), copy_out(...)   into and out of it; wait for
-//                                    what was launched
-//   kOrders, void set_order(int)     in how many orders lanes can be made to run, and to choose one
-//   std::string take_launched()      names of the kernels launched since, one a line, where known
+//   for the test runner in host/:
+//   void prepare_device(int, arch)   loads kernels on a device and makes it current; `arch` is its
+//                                    architecture, or empty if the kernels are loaded already
+//   void* allocate(size_t), void release(void*)    memory for kernels, of exactly that size
+//   void copy_in(void* to, const void* from, size_t), copy_out(...)   copy into and out of it; they
+//                                    wait for launched kernels
+//   kOrders, void set_order(int)     number of orders in which lanes can run; selects one
+//   std::string take_launched()      names of the kernels launched since the last call, one per
+//                                    line, where known
 #pragma once
 
 #include <cstdint>
@@ -122,7 +124,7 @@ constexpr bool kAmdPath = false;
 #endif
 
 // fork: end
-struct Half {};  // tags: the 16-bit types are bit containers, uint16_t and uint32_t (a pair)
+struct Half {};  // tags: values are plain bits, in uint16_t or (pairs) uint32_t
 struct BFloat16 {};
 
 struct alignas(16) U32x4 {
@@ -138,9 +140,8 @@ struct LaunchShape {
 
 }  // namespace gpu
 
-// GPU_UNROLL: before a loop that indexes registers; GPU_ROLLED: before one whose code is to stay
-// short. GPU_ANYWHERE: attribute of constexpr functions
-// that kernels and host code share.
+// GPU_UNROLL: before a loop that indexes registers. GPU_ROLLED: before a loop whose code must stay
+// short. GPU_ANYWHERE: attribute of constexpr functions that kernels and host code share.
 #if defined(__CUDACC__) || defined(__HIP__)
 #define GPU_UNROLL _Pragma("unroll")
 #define GPU_ROLLED _Pragma("unroll 1")
@@ -157,7 +158,7 @@ struct LaunchShape {
 #define GPU_8_WAVES_PER_SIMD
 #endif
 
-// The second step expands a name that is itself made by a macro.
+// The second macro expands a name that is itself a macro.
 #define GPU_DECLARE(max_threads, name, ...) GPU_DECLARE_ENTRY(max_threads, name, __VA_ARGS__)
 #define GPU_DECLARE_ENTRY(max_threads, name, ...) \
   extern "C" GPU_KERNEL(max_threads) void name(__VA_ARGS__);
@@ -191,8 +192,8 @@ GPU_DEVICE void settle(T*& p) {
   asm volatile("" : "+l"(p));
 }
 template <typename... Args>
-GPU_DEVICE void keep_arguments(const Args&...) {}  // they lie in constant memory, close by
-GPU_DEVICE void order_requests() {}                // a wait is for one register, not for all before
+GPU_DEVICE void keep_arguments(const Args&...) {}  // arguments are in cached constant memory
+GPU_DEVICE void order_requests() {}                // waits are per register here
 template <typename T>
 GPU_DEVICE void arrived(T&) {}
 
@@ -274,7 +275,7 @@ GPU_DEVICE float dot2(BFloat16, uint32_t a, uint32_t b, float c) {
   return fmaf(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u), c + low);
 }
 GPU_DEVICE uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
-  uint32_t r;  // written out: the compiler makes two instructions of constants
+  uint32_t r;  // asm: with constants the compiler would emit two instructions
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(x), "r"(mask), "r"(bits));
   return r;
 }
@@ -375,7 +376,7 @@ GPU_DEVICE void keep_argument(T v) {
 }
 template <typename... Args>
 GPU_DEVICE void keep_arguments(Args... args) {
-  __builtin_amdgcn_sched_barrier(0);  // all loads are requested before the first is waited for
+  __builtin_amdgcn_sched_barrier(0);  // request all loads before waiting for the first
   (..., keep_argument(args));
 }
 GPU_DEVICE void order_requests() { __builtin_amdgcn_sched_barrier(0); }
@@ -397,7 +398,7 @@ GPU_DEVICE U32x4 load_weights(const void* p) {
 GPU_DEVICE U32x4 load_16(const void* p) {
   return __builtin_bit_cast(U32x4, *static_cast<const Vec4*>(p));
 }
-GPU_DEVICE U32x4 load_16_any(const uint16_t* p) {  // one instruction: unaligned access is on
+GPU_DEVICE U32x4 load_16_any(const uint16_t* p) {  // one instruction: unaligned access is enabled
   using Unaligned = Vec4 __attribute__((aligned(2)));
   return __builtin_bit_cast(U32x4, *reinterpret_cast<const Unaligned*>(p));
 }
@@ -467,7 +468,7 @@ GPU_DEVICE T shuffle_xor(T v) {
     return __builtin_bit_cast(T, __builtin_amdgcn_ds_swizzle(bits, (Mask << 10) | 0x1f));
   }
 }
-GPU_DEVICE void wave_barrier() {  // LDS is in order within a wave: only the compiler must not move
+GPU_DEVICE void wave_barrier() {  // LDS is in order within a wave; this stops only the compiler
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront", "local");
   __builtin_amdgcn_wave_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront", "local");
@@ -483,7 +484,7 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 // fork: begin ops
 #elif defined(HYBRID_W4A16_CUDA) || defined(HYBRID_W4A16_HIP)
 // ---------------------------------------------------- plain C++ that starts CUDA or HIP kernels
-// For CUDA an entry point is declared as an ordinary function: its address is the vendor's handle.
+// CUDA declares an entry point as an ordinary function, whose address is the vendor's handle.
 #include <stdexcept>
 #include <string>
 
@@ -493,7 +494,7 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 #define GPU_HAS_MMA GPU_CUDA_HAS_MMA
 #else
 #define GPU_HAS_MMA 0
-// An entry point is an object that knows its name and, by device, the runtime's handle.
+// An entry point is an object that holds its name and, per device, the runtime's handle.
 #undef GPU_DECLARE_ENTRY
 #define GPU_DECLARE_ENTRY(max_threads, name, ...) inline gpu::Kernel<void(__VA_ARGS__)> name{#name};
 #include "hip_runtime.h"
@@ -516,7 +517,7 @@ inline void check(cudaError_t error, const char* what) {
 template <typename... P>
 void start_kernel(void (*entry)(P...), const LaunchShape& shape, Stream stream, void** args) {
   const auto kernel = reinterpret_cast<const void*>(entry);
-  constexpr int kAlwaysAllowed = 48 * 1024;  // more needs asking, kernel by kernel
+  constexpr int kAlwaysAllowed = 48 * 1024;  // more must be requested for each kernel
   if (shape.lds_bytes > kAlwaysAllowed) {
     check(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.lds_bytes),
@@ -581,7 +582,7 @@ inline std::string current_arch() {
 constexpr bool kHasMma = false;
 constexpr bool kHasAsyncCopy = false;
 
-// An object per entry point; its type keeps the signature.
+// One object per entry point; its type holds the signature.
 template <typename Signature>
 struct Kernel : Entry {
   using Entry::Entry;
@@ -595,7 +596,7 @@ inline void prepare_device(int device, const std::string& arch) {
 }
 #endif
 
-constexpr int kOrders = 2;  // the hardware's own, which may change from run to run
+constexpr int kOrders = 2;  // repeats the hardware's own order, which may vary
 inline void set_order(int) {}
 inline std::string take_launched() { return {}; }
 

@@ -21,8 +21,8 @@ constexpr DType dtype_of() {
   if (dtype == dtype_of<DT>() && w.group_size == G && (w.zeros != nullptr) == ZP && t == T) \
     return MOE_INT4_NAME(OP, NAME, G, ZNAME, T);
 
-// The entry point for a call whose tokens (or rows of a block) share weights `t` at a time. Group
-// sizes other than 32, 64 and 128 do not get here.
+// Selects the entry point for a call in which `t` tokens (or rows of a block) share weights. The
+// checks have rejected group sizes other than 32, 64 and 128.
 auto& gate_up_kernel(DType dtype, const Weights& w, int t) {
   MOE_INT4_FOR_ALL(MOE_INT4_CASE, gate_up)
   throw std::runtime_error("gate_up: no kernel");
@@ -51,19 +51,23 @@ auto& wide_down_kernel(DType dtype, const Weights& w, int t) {
 }
 #endif
 
-// A row stride, given that kernels index within an expert in 32 bits, and by bytes within a row
-// set.
+// Converts a row stride to int. Kernels index within an expert in 32 bits, and within a row set in
+// bytes.
 int small(int64_t stride, int rows) {
   if (stride >= int64_t{1} << 26) {
-    throw std::runtime_error("rows of weights lie 2^26 elements or more apart: not supported");
+    throw std::runtime_error(
+        "w, scales and zero_points: expected a row stride below 2^26 elements, got " +
+        std::to_string(stride));
   }
   if (stride * rows > INT32_MAX) {
-    throw std::runtime_error("an expert's weights span 2^31 elements or more: not supported");
+    throw std::runtime_error(
+        "w, scales and zero_points: expected fewer than 2^31 elements per expert, got " +
+        std::to_string(stride * rows));
   }
   return static_cast<int>(stride);
 }
 
-// What the rule of plan.h looks at.
+// The inputs of the launch rule in plan.h.
 Problem problem(const Routing& r, const Weights& w, int rows, const void* a, int64_t a_stride,
                 int cu_count) {
   const bool aligned = reinterpret_cast<uintptr_t>(a) % 16 == 0 && a_stride % 8 == 0;
@@ -71,10 +75,10 @@ Problem problem(const Routing& r, const Weights& w, int rows, const void* a, int
           aligned,      cu_count, gpu::max_lds_bytes(), 0.5 * w.n * w.k};
 }
 
-// A grid's second or third dimension.
+// Checks the second or third dimension of a grid.
 int grid_size(int size, const char* what) {
   if (size > 65535) {
-    throw std::runtime_error(std::string(what) + ": a call takes at most 65535, got " +
+    throw std::runtime_error(std::string(what) + ": expected at most 65535 per call, got " +
                              std::to_string(size));
   }
   return size;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -50,7 +51,7 @@ Kernel kernel_for(const DenseArgs& args, int slots, int k_slices) {
   throw std::runtime_error("wvSplitK_int_g: no kernel");
 }
 
-// Rows [begin, begin + rows), up to 8.
+// Rows [begin, begin + rows), up to `slots`.
 void launch_rows(const DenseArgs& args, int begin, int rows, int slots, void* stream) {
   const Weights& w = args.w;
   const int tiles = ceil_div(w.n, kRowsPerWave), units = args.cu_count * kBlocksPerUnit;
@@ -64,20 +65,32 @@ void launch_rows(const DenseArgs& args, int begin, int rows, int slots, void* st
   const int step = grid * at_once;
   gpu::launch(kernel.entry, {grid, 1, 1, kWaves * gpu::kWaveSize, kernel.lds_bytes, true}, stream,
               static_cast<const uint16_t*>(args.a) + begin * args.a_stride_m, args.a_stride_m, rows,
-              w.q, w.q_stride_n, static_cast<const uint16_t*>(w.scales), w.s_stride_n, w.zeros,
-              w.z_stride_n8, w.n, w.k, static_cast<uint16_t*>(args.c) + begin * args.c_stride_m,
-              args.c_stride_m, kWaves, k_slices, ceil_div(tiles, step), step);
+              w.q, static_cast<int>(w.q_stride_n), static_cast<const uint16_t*>(w.scales),
+              static_cast<int>(w.s_stride_n), w.zeros, static_cast<int>(w.z_stride_n8), w.n, w.k,
+              static_cast<uint16_t*>(args.c) + begin * args.c_stride_m, args.c_stride_m, kWaves,
+              k_slices, ceil_div(tiles, step), step);
+}
+
+// Kernels find rows of weights, scales and zero points with 32 bits.
+void check_extent(const char* name, int64_t rows, int64_t stride) {
+  if (rows * stride <= std::numeric_limits<int>::max()) return;
+  throw std::runtime_error(std::string("wvSplitK_int_g: ") + name +
+                           ": expected rows times row stride below 2^31 words, got " +
+                           std::to_string(rows) + " times " + std::to_string(stride));
 }
 
 }  // namespace
 
 void launch_dense(const DenseArgs& args, void* stream) {
+  check_extent("w", args.w.n, args.w.q_stride_n);
+  check_extent("scales", args.w.n, args.w.s_stride_n);
+  check_extent("zero_points", args.w.n / 8, args.w.z_stride_n8);
   for (int begin = 0; begin < args.m;) {
     const int left = args.m - begin;
     // The most rows whose activations fit: what is left reads the weights again.
-    int slots = left == 1 ? 1 : left <= 4 ? 4 : 8;
+    int slots = left == 1 ? 1 : left <= 4 ? 4 : left <= 8 || !gpu::kHasMma ? 8 : 16;
     while (slots > 1 && kernel_for(args, slots, kWaves).lds_bytes > gpu::max_lds_bytes()) {
-      slots = slots == 8 ? 4 : 1;
+      slots = slots == 4 ? 1 : slots / 2;
     }
     const int rows = left < slots ? left : slots;
     if (kernel_for(args, slots, kWaves).lds_bytes > gpu::max_lds_bytes()) {

@@ -70,8 +70,15 @@ GPU_DEVICE void find_norms(const void* a, int64_t stride, int m, int k, float bo
   }
 }
 
+#define RESCORE_LARGEST_VALUES \
+  a, a_stride_m, m, k, errors, n, c, c_stride_m, partials, p_stride_m, bound, waves
+#define RESCORE_ROWS_VALUES                                                                   \
+  a, a_stride_m, m, w, w_stride_n, k, errors, n, c, c_stride_m, partials, p_stride_m, window, \
+      bound, waves
+
 template <typename DT>
 GPU_DEVICE void largest(RESCORE_LARGEST_ARGS) {
+  gpu::keep_arguments(RESCORE_LARGEST_VALUES);
   float* const norms = reinterpret_cast<float*>(gpu::dynamic_lds());
   float* const of_waves = norms + kMaxRows;  // [wave][row][2]
   const int end = part_begin(n, gpu::block_x() + 1);
@@ -223,6 +230,7 @@ GPU_DEVICE void rescore_columns(const uint16_t* a, int64_t a_stride, int m, cons
 
 template <typename DT>
 GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
+  gpu::keep_arguments(RESCORE_ROWS_VALUES);
   const int begin = part_begin(n, gpu::block_x());
   const int count = part_begin(n, gpu::block_x() + 1) - begin;
   const int padded = (count + gpu::kWaveSize - 1) / gpu::kWaveSize * gpu::kWaveSize;
@@ -301,14 +309,12 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
 }  // namespace
 }  // namespace moe_int4
 
-#define RESCORE_DEFINE(NAME, DT)                                                               \
-  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_largest_##NAME(RESCORE_LARGEST_ARGS) {   \
-    moe_int4::largest<DT>(a, a_stride_m, m, k, errors, n, c, c_stride_m, partials, p_stride_m, \
-                          bound, waves);                                                       \
-  }                                                                                            \
-  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_rows_##NAME(RESCORE_ROWS_ARGS) {         \
-    moe_int4::rows<DT>(a, a_stride_m, m, w, w_stride_n, k, errors, n, c, c_stride_m, partials, \
-                       p_stride_m, window, bound, waves);                                      \
+#define RESCORE_DEFINE(NAME, DT)                                                             \
+  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_largest_##NAME(RESCORE_LARGEST_ARGS) { \
+    moe_int4::largest<DT>(RESCORE_LARGEST_VALUES);                                           \
+  }                                                                                          \
+  extern "C" GPU_KERNEL(kRescoreThreads) void rescore_rows_##NAME(RESCORE_ROWS_ARGS) {       \
+    moe_int4::rows<DT>(RESCORE_ROWS_VALUES);                                                 \
   }
 RESCORE_DEFINE(f16, gpu::Half)
 RESCORE_DEFINE(bf16, gpu::BFloat16)

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Which activation rows a wave puts against one expert's weights.
+// Selects the activation rows that a wave multiplies with one expert's weights.
 #pragma once
 
 #include "geometry.h"
 
 namespace moe_int4 {
 
-// The wave's LDS, see geometry.h.
+// The wave's LDS; geometry.h has the sizes.
 struct WaveLds {
   int* in_row;     // [kMaxSlots] row of the activations, -1: empty slot
   int* out_row;    // [kMaxSlots] row of the output
-  float* weight;   // [kMaxSlots] factor of the result
+  float* weight;   // [kMaxSlots] router weight, a factor of the result
   float* results;  // [slots][kRowsPerWave]
   char* staged;
 };
@@ -24,7 +24,7 @@ GPU_DEVICE WaveLds wave_lds(char* base, int max_slots) {
           base + kSlotListBytes + result_bytes(max_slots)};
 }
 
-// Router output as kernels see it, see moe_int4_args.h.
+// The router's output as kernels see it; moe_int4_args.h has the meaning.
 struct Router {
   const void* ids;
   bool ids_are_int64;
@@ -32,15 +32,14 @@ struct Router {
   const int32_t* expert_map;
   int map_size, num_experts, top_k;
 
-  // The id of the pair (token, t) as the router gave it; what does not fit a non-negative int32
-  // becomes negative. Ids of both widths are read 32 bits at a time, so that no branch stands
-  // before the request.
+  // The router's id for the pair (token, t), or a negative number if it does not fit a non-negative
+  // int32. Both id widths are read 32 bits at a time, so that no branch precedes the load.
   GPU_DEVICE int id(int token, int t) const {
     const int* at = id_address(token, t);
     return id_of(at[0], at[ids_are_int64 ? 1 : 0]);
   }
 
-  // The expert's place here, -1: not here.
+  // The local index of an expert, -1 if it is not on this rank.
   GPU_DEVICE int local_expert(int id) const {
     if (expert_map != nullptr) {
       const bool mapped = id >= 0 && id < map_size;
@@ -50,7 +49,7 @@ struct Router {
     return id >= 0 && id < num_experts ? id : -1;
   }
 
-  // The same for a pair that is one for all lanes.
+  // The local expert of a pair that is equal in all lanes.
   GPU_DEVICE int uniform_expert(int token, int t) const {
     const int* at = id_address(token, t);
     int id = id_of(gpu::load_uniform(at), gpu::load_uniform(at + (ids_are_int64 ? 1 : 0)));
@@ -60,7 +59,8 @@ struct Router {
     return id >= 0 && id < num_experts ? id : -1;
   }
 
-  // The same for pairs (token, t[j]) of the lane: all ids are requested at once, then all places.
+  // The local experts of the lane's pairs (token, t[j]). All ids are requested at once, then all
+  // entries of the expert map.
   template <int N>
   GPU_DEVICE void local_experts(int token, const int (&t)[N], int (&experts)[N]) const {
     int low[N], high[N];
@@ -99,8 +99,8 @@ struct Router {
   GPU_DEVICE int id_of(int low, int high) const { return !ids_are_int64 || high == 0 ? low : -1; }
 };
 
-// What kHeld * kLanesPerToken places t, from `first_t` on, of a block of tokens picked: experts
-// and, where wanted, the router's weights, spread over the wave: four lanes share a token. Loaded
+// The experts of kHeld * kLanesPerToken places t, starting at `first_t`, for a block of tokens, and
+// optionally their router weights. They are spread over the wave, four lanes per token, and loaded
 // once, all at the same time, for any number of list_slots calls.
 struct Picked {
   static constexpr int kLanesPerToken = gpu::kWaveSize / kMaxSlots;
@@ -113,7 +113,7 @@ struct Picked {
   int64_t weights_stride_m;
   float* kept;  // [kMaxSlots][kPlaces] of the wave's LDS, or null: no weights
   int first_token, tokens, first_t;
-  int experts[kHeld];  // -1: not here
+  int experts[kHeld];  // -1: not on this rank
 
   GPU_DEVICE Picked(const Router& router, const float* router_weights, int64_t weights_stride_m,
                     float* kept, int first_token, int tokens, int first_t)
@@ -129,14 +129,15 @@ struct Picked {
     GPU_UNROLL
     for (int j = 0; j < kHeld; ++j) t[j] = place(j) < router.top_k ? place(j) : router.top_k - 1;
     float weights[kHeld];
-    if (kept != nullptr) load_weights(own, t, weights);  // first: who has the ids has them
+    if (kept != nullptr)
+      load_weights(own, t, weights);  // before the ids, so that both have arrived
     router.local_experts(first_token + own, t, experts);
     GPU_UNROLL
     for (int j = 0; j < kHeld; ++j) {
       if (token() >= tokens || place(j) >= router.top_k) experts[j] = -1;
     }
     if (kept == nullptr) return;
-    gpu::wave_barrier();  // what was kept before has been read
+    gpu::wave_barrier();  // previous contents have been read
     GPU_UNROLL
     for (int j = 0; j < kHeld; ++j) kept[token() * kPlaces + place(j) - first_t] = weights[j];
     gpu::wave_barrier();
@@ -147,7 +148,7 @@ struct Picked {
     return first_t + gpu::lane() % kLanesPerToken + j * kLanesPerToken;
   }
 
-  // The expert of the pair (first_token + token, t), which is one for all lanes.
+  // The expert of the pair (first_token + token, t), which must be equal in all lanes.
   GPU_DEVICE int expert(int token, int t) const {
     t -= first_t;
     int value = experts[0];
@@ -156,14 +157,14 @@ struct Picked {
     return gpu::from_lane(value, token * kLanesPerToken + t % kLanesPerToken);
   }
 
-  // The weight of a pair, any in each lane; t is one of the places held.
+  // The weight of a pair, which may differ between lanes; t is one of the places held.
   GPU_DEVICE float weight(int token, int t) const {
     return kept == nullptr ? 1.0f : kept[token * kPlaces + t - first_t];
   }
 
-  // Where the lane's token picked `expert`, which all lanes of a token know.
+  // Where the lane's token picked `expert`. All lanes of a token get the same result.
   struct Found {
-    int t;  // the first place, top_k: nowhere
+    int t;  // the first place; top_k if none
     float weight;
   };
   GPU_DEVICE Found find(int expert) const {
@@ -188,7 +189,7 @@ struct Picked {
   }
 
  private:
-  // Without weights it loads an id in their place: no branch.
+  // Without weights it loads an id instead, to avoid a branch.
   template <int N>
   GPU_DEVICE void load_weights(int token, const int (&t)[N], float (&out)[N]) const {
     const bool have = router_weights != nullptr;
@@ -204,17 +205,17 @@ struct Picked {
   static GPU_DEVICE Found earlier(const Found& a, const Found& b) { return b.t < a.t ? b : a; }
 };
 
-// Sum of eight hexadecimal digits that are 0 or 1 each.
+// Sum of eight hexadecimal digits, each 0 or 1.
 GPU_DEVICE int digit_sum(uint32_t digits) {
   return static_cast<int>((digits + (digits >> 16)) * 0x1111u >> 12 & 15);
 }
 
-// Lists the pairs (token, t) of a block of tokens that the pair (token, t) at hand is to serve, so
-// that an expert's weights are read once for all tokens of the block: the first token that picked
-// the expert serves all, the others none. A token that picked the expert twice gets the second pair
-// served on its own. `expert`, at least 0, is the pair's, `token` counts from the block's first and
-// t is one of the places that `picked` holds. Wave-collective; returns the number of pairs.
-// `visit(slot, token, t, router weight)` runs in one lane per pair.
+// Lists the pairs (token, t) that the pair at hand serves, so that an expert's weights are read
+// once for all tokens of a block. The first token that picked the expert serves all pairs with that
+// expert; the others serve none. If a token picked the expert twice, its second pair is served
+// separately. `expert` (at least 0), `token` (counted from the block's first) and t (a place that
+// `picked` holds) are the pair at hand. Wave-collective; returns the number of pairs. `visit(slot,
+// token, t, router weight)` runs in one lane per pair.
 template <typename Visit>
 GPU_DEVICE int list_slots(const Picked& picked, int token, int t, int expert, const Visit& visit) {
   static_assert(Picked::kLanesPerToken == 4, "the masks below hold one token per hex digit");
@@ -237,8 +238,8 @@ GPU_DEVICE int list_slots(const Picked& picked, int token, int t, int expert, co
   return digit_sum(sharers);
 }
 
-// Runs body(SlotCount<S>, first slot, slots) over `count` slots with the smallest compiled S that
-// serves.
+// Runs body(SlotCount<S>, first slot, slots) over `count` slots, with the smallest compiled S that
+// is large enough.
 template <int S>
 struct SlotCount {
   static constexpr int value = S;

@@ -9,10 +9,16 @@
 
 namespace moe_int4 {
 
+#define DENSE_VALUES                                                                            \
+  a, a_stride_m, m, q, q_stride_n, scales, s_stride_n, zeros, z_stride_n8, n, k, c, c_stride_m, \
+      waves, k_slices, tiles, step
+
 template <typename DT, int Bits, int G, bool ZP, int S>
 GPU_DEVICE void dense(DENSE_ARGS) {
+  gpu::keep_arguments(DENSE_VALUES);
   using Shape = DenseShape<Bits, G>;
-  const DenseMatrix matrix = {q, q_stride_n, scales, s_stride_n, zeros, z_stride_n8, n, k};
+  const DenseMatrix matrix = {
+      {q, 0, q_stride_n, scales, 0, s_stride_n, zeros, 0, z_stride_n8}, n, k};
   const int blocks = (k + Shape::kBlock - 1) / Shape::kBlock;
   const int per_slice = (blocks + k_slices - 1) / k_slices;
   const int slice = k_slices == 1 ? 0 : gpu::wave();
@@ -56,10 +62,8 @@ GPU_DEVICE void dense(DENSE_ARGS) {
 
 }  // namespace moe_int4
 
-#define DENSE_DEFINE(NAME, DT, BITS, G, ZNAME, ZP, T)                                             \
-  extern "C" GPU_KERNEL(kDenseThreads) void DENSE_NAME(NAME, BITS, G, ZNAME, T)(DENSE_ARGS) {     \
-    moe_int4::dense<DT, BITS, G, ZP, T>(a, a_stride_m, m, q, q_stride_n, scales, s_stride_n,      \
-                                        zeros, z_stride_n8, n, k, c, c_stride_m, waves, k_slices, \
-                                        tiles, step);                                             \
+#define DENSE_DEFINE(NAME, DT, BITS, G, ZNAME, ZP, T)                                         \
+  extern "C" GPU_KERNEL(kDenseThreads) void DENSE_NAME(NAME, BITS, G, ZNAME, T)(DENSE_ARGS) { \
+    moe_int4::dense<DT, BITS, G, ZP, T>(DENSE_VALUES);                                        \
   }
 DENSE_FOR_ALL(DENSE_DEFINE)

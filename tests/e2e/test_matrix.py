@@ -18,6 +18,7 @@ from ..support.matrix_cells import (
     DEPLOYED,
     SHARDINGS,
     Cell,
+    cut_groups,
     full,
     grid,
     on_a_gpu,
@@ -26,8 +27,11 @@ from ..support.matrix_cells import (
 from ..support.tiny_models import DenseReference, Recipe, make_checkpoint, prompts
 
 GPUS = torch.cuda.device_count()
-CELLS = list(dict.fromkeys([*subset(), *on_a_gpu()]))
-RUN = [cell for cell in CELLS if (cell.ranks <= GPUS if GPUS else cell in subset())]
+SHORT_RUN = [*subset(), *cut_groups()[:2]]
+LONG_RUN = cut_groups()[2:]
+CELLS = list(dict.fromkeys([*SHORT_RUN, *on_a_gpu(), *LONG_RUN]))
+ON_CPU = [*SHORT_RUN, *LONG_RUN]
+RUN = [cell for cell in CELLS if (cell.ranks <= GPUS if GPUS else cell in ON_CPU)]
 SHARDED = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
 TIMEOUT_S = 1500.0
 
@@ -55,7 +59,14 @@ def verdicts(answers, folder):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, marks=pytest.mark.nightly if cell in LONG_RUN else ())
+        for cell in CELLS
+    ],
+    ids=[cell.name for cell in CELLS],
+)
 def test_cell(cell, verdicts):
     if cell not in RUN:
         pytest.skip(f"needs {cell.ranks} GPU(s), found {GPUS}")

@@ -21,9 +21,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import test_moe_int4_on_host as host
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-ROCM = host.ROOT / "csrc" / "rocm"
+from tests.kernels import test_moe_int4_on_host as host  # noqa: E402
+from tests.support.kernels_on_host import SEED, read_records, record  # noqa: E402
+
+ROCM = ROOT / "csrc" / "rocm"
 TOOLS = "memcheck,racecheck,initcheck,synccheck"
 
 
@@ -55,10 +59,10 @@ def build(nvcc, arch, folder, amd_path):
 def run(command, combinations):
     """Runs all cases in one process; returns (wrong results, what was printed)."""
     cases = [case for key in combinations for case in host.Maker(*key).cases()]
-    calls = b"".join(host.record(case.fields) for case in cases)
+    calls = b"".join(record(case.fields) for case in cases)
     done = subprocess.run(command, input=calls, capture_output=True, check=False)
     text = done.stderr.decode(errors="replace")
-    replies = list(host.read_records(done.stdout))
+    replies = list(read_records(done.stdout))
     wrong = []
     if done.returncode or len(replies) != len(cases):
         wrong.append(f"{len(replies)} of {len(cases)} replies, exit {done.returncode}")
@@ -96,7 +100,7 @@ def main():
             return 0
     combinations = [key for key in host.COMBINATIONS if key[0] != options.amd_path]
     options.logs.mkdir(parents=True, exist_ok=True)
-    print(f"seed {host.SEED}, {len(combinations)} combinations")
+    print(f"seed {SEED}, {len(combinations)} combinations")
 
     def check(tool):
         command = [program.resolve()]

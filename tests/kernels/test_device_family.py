@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Which devices the op library is used on, and what is said of the others."""
 
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -106,9 +107,21 @@ def test_kernels_are_loaded_on_the_device_at_hand(name, loaded, monkeypatch):
 
 
 def test_the_reason_of_the_linker_is_named(monkeypatch, tmp_path):
+    source = tmp_path / "broken.c"
+    source.write_text(
+        "extern int missing_symbol; int *use(void) { return &missing_symbol; }"
+    )
+    library = tmp_path / "broken.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.setattr(ops, "_LIBRARY", str(library))
+    monkeypatch.setattr(ops, "_ops_registered", lambda: False)
+    error = ops.load_error.__wrapped__()
+    assert str(library) in error and "undefined symbol: missing_symbol" in error
+
+
+def test_a_file_that_is_no_library_is_named(monkeypatch, tmp_path):
     library = tmp_path / "broken.so"
     library.write_bytes(b"no library")
     monkeypatch.setattr(ops, "_LIBRARY", str(library))
     monkeypatch.setattr(ops, "_ops_registered", lambda: False)
-    error = ops.load_error.__wrapped__()
-    assert str(library) in error and "file too short" in error
+    assert f"{library} is not an ELF library" in ops.load_error.__wrapped__()

@@ -19,6 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,7 +31,11 @@ from tests.kernels.test_moe_int4_on_host import (
     read_records,
     record,
 )
-from tests.kernels.test_wvSplitK_int_g_on_host import BITS_AND_ZEROS
+from tests.kernels.test_wvSplitK_int_g_on_host import (
+    BITS_AND_ZEROS,
+    check_rescored,
+    rescore_case,
+)
 from tests.kernels.test_wvSplitK_int_g_on_host import Maker as DenseMaker
 
 pytestmark = [
@@ -220,16 +225,29 @@ def test_results_of_the_dense_op_are_right(program, launched, dtype):
     for bits, zero_points in BITS_AND_ZEROS:
         for group in (32, 64, 128):
             every = list(DenseMaker(dtype, bits, group, zero_points).cases())
-            cases += [every[0], every[len(every) // 2], every[-1]]
+            # 1, 3 and 16 rows: a kernel each
+            cases += [every[0], every[5], every[-1]]
     check_results(program, launched, cases)
 
 
-def test_every_moe_kernel_was_started(library, launched):
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+@pytest.mark.parametrize("rows, window", [(1, 0.5), (5, 1.0), (2, 1e6)])
+def test_rescoring_is_right(program, launched, dtype, rows, window):
+    case = rescore_case(dtype, rows, 700, 264, window, np.random.default_rng(rows))
+    records = [prepare(0, "gfx1151"), record(case[0])]
+    result = answer(program, *records, HIP_STAND_IN_LOG=str(launched))
+    assert result.returncode == 0, result.stderr.decode(errors="replace")[:4000]
+    _, reply = read_records(result.stdout)
+    check_rescored(case, dtype, reply["c"])
+
+
+def test_every_kernel_was_started(library, launched):
     """Runs after the tests above, which start them."""
     assert launched.exists(), "run the whole file"
     embedded = (library.parent / "csrc/rocm/device_code/device_code.cpp").read_text()
-    kernels = set(re.findall(r'"(moe_int4_\w+)\\n"', embedded))
-    assert kernels
+    kernels = set(re.findall(r'"(\w+)\\n"', embedded))
+    for start in ("moe_int4_", "wvSplitK_int_g_", "rescore_"):
+        assert any(name.startswith(start) for name in kernels)
     assert kernels - set(launched.read_text().split()) == set()
 
 
@@ -260,12 +278,15 @@ def test_a_device_without_kernels_is_refused(program):
 
 SHAPE = r"(gpu::launch\(\s*gemm_kernel\([^;]*?)"
 
+DENSE = r"(gpu::launch\(\s*kernel\.entry[^;]*?)"
+RESCORE = r"(rescore_rows_f16 : rescore_rows_bf16[^;]*?)"
+
 PLANTED = {
     "n and k in the wrong order": (
         "launch.cpp",
         SHAPE + r"w\.num_experts, w\.n, w\.k",
         r"\1w.num_experts, w.k, w.n",
-        r"relative error|AddressSanitizer|wrote elements",
+        r"relative error|AddressSanitizer|wrote elements|misaligned 16-byte load",
     ),
     "pointers in the wrong order": (
         "launch.cpp",
@@ -316,6 +337,57 @@ PLANTED = {
         "an error was left behind, 101",
     ),
 }
+
+
+def dense_cases():
+    return list(DenseMaker(HALF, 4, 128, True).cases())
+
+
+PLANTED_DENSE = {
+    "strides in the wrong order": (
+        DENSE + r"w\.q, w\.q_stride_n",
+        r"\1w.q, w.z_stride_n8",
+        r"relative error|AddressSanitizer|misaligned address",
+    ),
+    "too little LDS": (
+        DENSE + r"kernel\.lds_bytes",
+        r"\1kernel.lds_bytes - 512",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "no room for a mask": (
+        r"2 \* columns \+ columns / gpu::kWaveSize",
+        "2 * columns",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "bound and window in the wrong order": (
+        RESCORE + r"args\.window, args\.bound",
+        r"\1args.bound, args.window",
+        "was not computed as asked",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED_DENSE)
+def test_finds_a_planted_fault_in_the_launcher_of_the_head(launcher, fault):
+    pattern, replacement, expected = PLANTED_DENSE[fault]
+    program = launcher.link_changed("launch_dense.cpp", pattern, replacement)
+    cases = dense_cases()
+    rescored = rescore_case(HALF, 3, 700, 264, 0.0, np.random.default_rng(0))
+    calls = [*(record(case.fields) for case in cases), record(rescored[0])]
+    result = answer(program, prepare(0, "gfx1151"), *calls)
+    said = result.stderr.decode(errors="replace")
+    replies = list(read_records(result.stdout))[1:]
+    for case, reply in zip(cases, replies, strict=False):
+        try:
+            case.check(reply["c"])
+        except AssertionError as error:
+            said += str(error)
+    if len(replies) > len(cases):
+        try:
+            check_rescored(rescored, HALF, replies[-1]["c"])
+        except AssertionError:
+            said += "the product was not computed as asked"
+    assert re.search(expected, said), said[:4000]
 
 
 @pytest.mark.parametrize("fault", PLANTED)

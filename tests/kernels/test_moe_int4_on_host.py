@@ -4,106 +4,38 @@
 
 Every kernel of csrc/rocm is executed with its real launcher, in five orders of lanes
 and waves, under AddressSanitizer and UBSan (csrc/rocm/host), once as it is built for
-gfx11 and gfx12 and once as it is built for matrix instructions. Buffers are exactly
-sized, gaps between rows and the outputs are poisoned, pointers are only as aligned as
-the ops demand. The inputs are fresh in every run; a failure names the seed that brings
-them back (environment variable HYBRID_W4A16_TEST_SEED).
+gfx11 and gfx12 and once as it is built for matrix instructions.
+tests/support/kernels_on_host.py has the data and the runner.
 """
 
-import concurrent.futures
-import dataclasses
 import math
-import os
-import platform
-import re
-import secrets
-import struct
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "csrc" / "rocm" / "host" / "build.py"
+from tests.support.kernels_on_host import (
+    BF16,
+    HALF,
+    NIBBLE_SHIFTS,
+    SEED,
+    Case,
+    build_programs,
+    check,
+    check_every_kernel_ran,
+    from_bits,
+    name_of,
+    record,
+    run,
+    run_all,
+    spread,
+    to_bits,
+)
+
 pytestmark = pytest.mark.slow
 
-SEED = int(os.environ.get("HYBRID_W4A16_TEST_SEED", secrets.randbits(32)))
-
-HALF, BF16 = 0, 1  # moe_int4::DType
-TOLERANCE = {HALF: 2e-3, BF16: 8e-3}  # relative, Frobenius
 SILU, GELU, GELU_TANH = range(3)  # moe_int4::Activation
 PAIRS, EIGHTS, GROUPED, WIDE = range(4)  # moe_int4::Kernel
-NIBBLE_SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], dtype=np.uint32)
-
-
-# ------------------------------------------------------------------ data
-
-
-def to_bits(x, dtype):
-    """Rounds to fp16 or bf16; returns the bits as uint16."""
-    if dtype == HALF:
-        return x.astype(np.float16).view(np.uint16)
-    bits = np.asarray(x, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def from_bits(bits, dtype):
-    """fp16 or bf16 bits to float64."""
-    if dtype == HALF:
-        return bits.view(np.float16).astype(np.float64)
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-
-
-def spread(array, strides):
-    """The array's elements at `strides` (innermost 1) in an exactly sized flat buffer.
-
-    The gaps are all ones: NaN as a 16-bit or 32-bit float.
-    """
-    strides = (*strides, 1)
-    extents = ((n - 1) * s for n, s in zip(array.shape, strides, strict=True))
-    flat = np.full(sum(extents) + 1, np.iinfo(np.uint64).max).astype(array.dtype)
-    if array.dtype.kind == "f":
-        flat[:] = np.nan
-    view = np.lib.stride_tricks.as_strided(
-        flat, array.shape, [s * array.itemsize for s in strides]
-    )
-    view[...] = array
-    return flat.tobytes()
-
-
-@dataclasses.dataclass
-class Case:
-    """One op call: the fields for the runner and what must come back."""
-
-    fields: dict
-    expected: np.ndarray  # float64 [rows, columns]
-    written: np.ndarray  # bool [rows]
-    c_before: np.ndarray  # uint16, the whole output buffer
-    c_stride: int
-    dtype: int
-    label: str
-
-    def check(self, c):
-        """Asserts that `c`, the output buffer's bytes, is right and nothing else is."""
-        c = np.frombuffer(c, dtype=np.uint16)
-        untouched = np.ones(c.size, dtype=bool)
-        rows, columns = self.expected.shape
-        got = np.empty((rows, columns))
-        for row in range(rows):
-            span = slice(row * self.c_stride, row * self.c_stride + columns)
-            got[row] = from_bits(c[span], self.dtype)
-            untouched[span] = not self.written[row]
-        changed = np.flatnonzero(untouched & (c != self.c_before))
-        assert changed.size == 0, (
-            f"{self.label}: wrote elements {changed[:8]} of c's gaps"
-        )
-        want, got = self.expected[self.written], got[self.written]
-        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
-        assert error < TOLERANCE[self.dtype], (
-            f"{self.label}: relative error {error:.2e}"
-        )
 
 
 class Maker:
@@ -260,9 +192,10 @@ class Maker:
         label = f"gemm block {block_size}, N {n}, K {k}, M {tokens}, top_k {top_k}"
         return self.finish(fields, expected, written, label)
 
-    def gate_up(self, tokens, n, k, kernel=None):
+    def gate_up(self, tokens, n, k, kernel=None, routed=None):
+        """``routed``: top_k and experts, otherwise random."""
         fields = {}
-        top_k, experts = self.pick(1, 2, 3), self.pick(1, 2, 4)
+        top_k, experts = routed or (self.pick(1, 2, 3), self.pick(1, 2, 4))
         a = self.activations(fields, tokens, k, size=0.25 / math.sqrt(k))
         w = self.weights(fields, experts, 2 * n, k)
         local = self.routing(fields, tokens, top_k, experts).reshape(-1)
@@ -285,11 +218,12 @@ class Maker:
         )
         return self.finish(fields, expected, local >= 0, label)
 
-    def down(self, tokens, n, k, kernel=None):
+    def down(self, tokens, n, k, kernel=None, routed=None):
+        """As ``gate_up``."""
         fields = {}
         # More than 32: a wave has a lane for each of that many pairs at a time.
         most = 40 if tokens == 1 else 8
-        top_k, experts = self.pick(1, 2, 3, most), self.pick(1, 2, 4)
+        top_k, experts = routed or (self.pick(1, 2, 3, most), self.pick(1, 2, 4))
         a = self.activations(fields, tokens * top_k, k)
         w = self.weights(fields, experts, n, k)
         local = self.routing(fields, tokens, top_k, experts)
@@ -308,8 +242,11 @@ class Maker:
         label += self.plan(fields, tokens, kernel)
         return self.finish(fields, expected, written, label)
 
-    def cases(self):
-        """Every block size or token count, some of them with a short and a long K."""
+    def cases(self, every=False):
+        """Every block size or token count, some of them with a short and a long K.
+
+        The grouped kernels get a sample of the token counts, or ``every`` one of them.
+        """
         sizes = range(1, 6) if self.op == "gemm" else range(1, 10)
         step = 8 if self.zero_points else 1
         for size in sizes:
@@ -330,7 +267,8 @@ class Maker:
             return
         self.aligned = True
         # Up to all tokens of a block on one expert, and a second block of tokens.
-        for size in (1, 2, 3, 5, 8, 9, 17, 24, 70):
+        sizes = (1, 2), (3, 5), (8, 24), (9, 17, 70)
+        for size in sum(sizes, ()) if every else (self.pick(*few) for few in sizes):
             n = step * int(self.rng.integers(1, 48 // step + 1))
             k = self.pick(1, 2, 3, 5) * self.group if size > 2 else 1024 + self.group
             yield getattr(self, self.op)(size, n, k, GROUPED)
@@ -347,46 +285,6 @@ def activate(kind, alpha, x):
     return x / 2 * (1 + np.tanh(inner))
 
 
-# ------------------------------------------------------------------ the runner
-
-
-def record(fields):
-    """Fields as the runner reads them: int64, double, and bytes as they are."""
-    parts = [struct.pack("<I", len(fields))]
-    for name, value in fields.items():
-        if isinstance(value, float):
-            value = struct.pack("<d", value)
-        elif not isinstance(value, bytes):
-            value = struct.pack("<q", int(value))
-        parts.append(struct.pack("<I", len(name)) + name.encode())
-        parts.append(struct.pack("<Q", len(value)) + value)
-    return b"".join(parts)
-
-
-def read_records(data):
-    at = 0
-
-    def take(count):
-        nonlocal at
-        at += count
-        return data[at - count : at]
-
-    while at < len(data):
-        fields = {}
-        for _ in range(struct.unpack("<I", take(4))[0]):
-            name = take(struct.unpack("<I", take(4))[0]).decode()
-            fields[name] = take(struct.unpack("<Q", take(8))[0])
-        yield fields
-
-
-@dataclasses.dataclass
-class Outcome:
-    cases: list
-    replies: list
-    returncode: int
-    stderr: str
-
-
 COMBINATIONS = [
     (mma, op, dtype, group, zero_points)
     for mma in (False, True)
@@ -397,68 +295,44 @@ COMBINATIONS = [
 ]
 
 
-def run_combination(program, key, env=None, planned=True):
-    cases = [c for c in Maker(*key).cases() if planned or "plan" not in c.fields]
-    calls = b"".join(record(case.fields) for case in cases)
-    env = os.environ | (env or {})
-    run = subprocess.run(
-        [program], input=calls, capture_output=True, check=False, env=env
-    )
-    stderr = run.stderr.decode(errors="replace")
-    return Outcome(cases, list(read_records(run.stdout)), run.returncode, stderr)
+def cases_of(key, planned=True, every=False):
+    return [c for c in Maker(*key).cases(every) if planned or "plan" not in c.fields]
 
 
 @pytest.fixture(scope="module")
 def programs():
-    if platform.machine() != "x86_64":
-        pytest.skip("the host run switches fibers in x86-64 assembler")
-    found = {}
-    for mma in (False, True):
-        command = [sys.executable, BUILD, *(["--mma"] if mma else [])]
-        build = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert build.returncode == 0, build.stderr
-        found[mma] = build.stdout.strip()
-    return found
+    return build_programs()
 
 
 @pytest.fixture(scope="module")
 def outcomes(programs):
-    """All combinations, run beside each other on all cores."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {
-            key: pool.submit(run_combination, programs[key[0]], key)
-            for key in COMBINATIONS
-        }
-        return {key: job.result() for key, job in jobs.items()}
-
-
-def name_of(value):
-    names = {True: "yes", False: "no"}
-    return names[value] if isinstance(value, bool) else str(value)
+    return run_all({key: (programs[key[0]], cases_of(key)) for key in COMBINATIONS})
 
 
 @pytest.mark.parametrize(
     "combination", COMBINATIONS, ids=lambda c: "-".join(map(name_of, c))
 )
 def test_results_are_right_in_every_order(outcomes, combination):
-    outcome = outcomes[combination]
-    if outcome.returncode != 0:
-        stopped_at = outcome.cases[len(outcome.replies)].label
-        pytest.fail(f"{stopped_at}\n{outcome.stderr[:4000]}", pytrace=False)
-    assert len(outcome.replies) == len(outcome.cases) > 0
-    for case, reply in zip(outcome.cases, outcome.replies, strict=True):
-        assert reply["kernels"], case.label
-        case.check(reply["c"])
+    check(outcomes[combination])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "combination",
+    [key for key in COMBINATIONS if key[0] and key[1] != "gemm"],
+    ids=lambda c: "-".join(map(name_of, c)),
+)
+def test_grouped_results_are_right_at_every_size(programs, combination):
+    check(run(programs[True], cases_of(combination, every=True)))
 
 
 def test_down_takes_fewer_waves_where_there_is_less_lds(programs):
-    """sm_86 and sm_89 have 99 KiB a block; half of what the longest K asks for here."""
-    less = {"GPU_HOST_LDS_BYTES": "24000"}
+    """sm_86 and sm_89 have 99 KiB a block. One wave of any kernel fits in 30,000 bytes;
+    the waves that the rule would like do not.
+    """
+    less = {"GPU_HOST_LDS_BYTES": "30000"}
     key = True, "down", BF16, 128, False
-    outcome = run_combination(programs[True], key, less, planned=False)
-    assert outcome.returncode == 0, outcome.stderr[:4000]
-    for case, reply in zip(outcome.cases, outcome.replies, strict=True):
-        case.check(reply["c"])
+    check(run(programs[True], cases_of(key, planned=False), less))
 
 
 @pytest.mark.parametrize(
@@ -481,29 +355,15 @@ def test_a_plan_that_does_not_fit_is_refused(programs, op, mma, plan, message):
     maker.aligned = True
     fields = getattr(maker, op)(64, 32, 256, PAIRS).fields
     fields["plan"] = np.array(plan, dtype=np.int64).tobytes()
-    run = subprocess.run(
+    done = subprocess.run(
         [programs[mma]], input=record(fields), capture_output=True, check=False
     )
-    text = run.stderr.decode(errors="replace")
-    assert run.returncode != 0 and not run.stdout
+    text = done.stderr.decode(errors="replace")
+    assert done.returncode != 0 and not done.stdout
     assert f"fused_moe_wvSplitK_int4_{op}: plan: " in text and message in text
 
 
 @pytest.mark.parametrize("mma", [False, True])
 def test_every_kernel_ran(programs, outcomes, mma):
-    symbols = subprocess.run(
-        ["objdump", "-t", programs[mma]], capture_output=True, text=True, check=True
-    ).stdout
-    kernels = set(
-        re.findall(r"\bF gpu_kernels\s+\w+\s+(moe_int4_\w+)$", symbols, re.MULTILINE)
-    )
-    ran = {
-        kernel
-        for key, outcome in outcomes.items()
-        if key[0] == mma
-        for reply in outcome.replies
-        for kernel in reply["kernels"].decode().split()
-    }
-    assert kernels, "the program has no kernels"
-    assert kernels - ran == set()
-    assert ran - kernels == set()
+    of_program = [outcome for key, outcome in outcomes.items() if key[0] == mma]
+    check_every_kernel_ran(programs[mma], "moe_int4_", of_program)

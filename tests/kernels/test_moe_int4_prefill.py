@@ -183,6 +183,42 @@ def test_against_float64(number):
 
 
 @needs_triton
+@pytest.mark.parametrize("number", range(6 if INTERPRETED else FAMILIES))
+def test_dense_against_float64(number):
+    """Without sorted pairs: one expert, every row in its place."""
+    family = Family(number)
+    rng = random.Random(SEED + number)
+    torch.manual_seed(SEED + number)
+    k, n = family.sizes[0][0], 8 * rng.randint(1, 20)
+    rows = rng.randint(1, 100)
+    weights = sweep.Experts(1, n, k, family.group, family.dtype, family.zeros, 4)
+    a = torch.randn(rows, k).to(family.dtype)
+    matrix = prefill.Int4Matrix(*weights.args(DEVICE), family.group)
+    x = sweep.strided_copy(sweep.odd_rows(a, family.gap), DEVICE)
+    y = prefill.dense(x, matrix, family.tiles.down)
+    expected = a.double() @ weights.dense[0].T
+    error = (y.cpu().double() - expected).norm() / expected.norm()
+    assert error < sweep.TOLERANCE[family.dtype], (family.text, rows, n, k)
+
+
+# fork: begin token
+@needs_triton
+def test_a_gpu_takes_many_rows_of_a_dense_linear_to_triton():
+    """The op of ``HybridW4A16LinearKernel``, where few rows go elsewhere."""
+    from vllm.model_executor.kernels.linear.mixed_precision import hybrid_w4a16
+
+    weights = sweep.Experts(1, 72, 256, 128, torch.bfloat16, True)
+    w, s, z = (t[0] for t in weights.args(DEVICE))
+    for rows in (16, 17):
+        x = torch.randn(rows, 256).bfloat16().to(DEVICE)
+        y = hybrid_w4a16._multiply_on_gpu(x, w, s, z, 1, 128, "sm_90")
+        expected = x.cpu().double() @ weights.dense[0].T
+        error = (y.cpu().double() - expected).norm() / expected.norm()
+        assert error < sweep.TOLERANCE[torch.bfloat16], rows
+
+
+# fork: end
+@needs_triton
 def test_same_bits_again():
     step = PrefillStep(Family(0))
     step.run()
@@ -212,10 +248,13 @@ def test_ids_outside_of_the_experts_are_skipped():
 
 @needs_triton
 def test_a_short_workspace_is_refused():
-    with pytest.raises(ValueError, match="workspace: 4480 elements are needed, got 99"):
+    with pytest.raises(
+        ValueError, match="workspace: expected at least 4480 elements, got 99"
+    ):
         prefill.Workspace.split(torch.empty(99), 5, 2, 320, 100)
 
 
+# fork: begin overlay
 @pytest.mark.skipif(not INTERPRETED, reason="see test_in_the_interpreter")
 @pytest.mark.parametrize("ep", [(1, 0), (2, 1)])
 def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
@@ -261,6 +300,7 @@ def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
     assert calls == [5]
 
 
+# fork: end
 @pytest.mark.skipif(ON_GPU, reason="the sweep runs on the GPU")
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -271,4 +311,7 @@ def test_in_the_interpreter():
     print(run.stdout[-5000:], run.stderr[-2000:])
     assert run.returncode == 0
     passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed is not None and int(passed[1]) == 17
+    assert passed is not None and int(passed[1]) > 12
+    # fork: begin overlay
+    assert int(passed[1]) == 24
+    # fork: end

@@ -3,31 +3,33 @@
 """The GPU kernels of the dense op and of rescoring, run on the host, against float64.
 
 As test_moe_int4_on_host.py: real launchers, several orders of lanes and waves,
-AddressSanitizer and UBSan, exactly sized buffers, poisoned gaps and outputs.
+AddressSanitizer and UBSan.
 """
 
-import concurrent.futures
-import os
-import re
 import subprocess
 
 import numpy as np
 import pytest
 
-from tests.kernels.test_moe_int4_on_host import (
+from tests.support.kernels_on_host import (
     BF16,
     HALF,
     NIBBLE_SHIFTS,
     SEED,
     Case,
-    Outcome,
+    build_programs,
+    check,
+    check_every_kernel_ran,
     from_bits,
-    programs,  # noqa: F401, a fixture
+    name_of,
     read_records,
     record,
+    run_all,
     spread,
     to_bits,
 )
+
+pytestmark = pytest.mark.slow
 
 BITS_AND_ZEROS = [(4, False), (4, True), (8, False)]
 PARTS = 256  # kRescoreParts
@@ -94,10 +96,12 @@ class Maker:
         written = np.ones(rows, dtype=bool)
         return Case(fields, a @ w.T, written, before, stride, self.dtype, label)
 
-    def cases(self):
+    def cases(self, every):
+        """Of every kernel one; ``every``: of every number of rows, short and long K."""
         step = 8 if self.zero_points else 1
-        for rows in (1, 2, 3, 5, 8, 9, 16):
-            for k in (self.pick(1, 2, 3, 5) * self.group, 1024 + self.group):
+        for rows in (1, 2, 3, 5, 8, 9, 16) if every else (1, 3, 8, 16):
+            both = self.pick(1, 2, 3, 5) * self.group, 1024 + self.group
+            for k in both if every else (self.pick(*both),):
                 n = step * int(self.rng.integers(1, 48 // step + 1))
                 yield self.dense(rows, n, k)
 
@@ -111,50 +115,42 @@ COMBINATIONS = [
 ]
 
 
-def run(program, cases):
-    calls = b"".join(record(case.fields) for case in cases)
-    done = subprocess.run([program], input=calls, capture_output=True, check=False)
-    stderr = done.stderr.decode(errors="replace")
-    return Outcome(cases, list(read_records(done.stdout)), done.returncode, stderr)
+@pytest.fixture(scope="module")
+def programs():
+    return build_programs()
+
+
+def outcomes_of(programs, every):
+    return run_all(
+        {
+            key: (programs[key[0]], list(Maker(*key[1:]).cases(every)))
+            for key in COMBINATIONS
+        }
+    )
 
 
 @pytest.fixture(scope="module")
-def outcomes(programs):  # noqa: F811
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {
-            key: pool.submit(run, programs[key[0]], list(Maker(*key[1:]).cases()))
-            for key in COMBINATIONS
-        }
-        return {key: job.result() for key, job in jobs.items()}
+def outcomes(programs):
+    return outcomes_of(programs, every=False)
 
 
 @pytest.mark.parametrize(
-    "combination", COMBINATIONS, ids=lambda c: "-".join(map(str, c))
+    "combination", COMBINATIONS, ids=lambda c: "-".join(map(name_of, c))
 )
 def test_products_are_right_in_every_order(outcomes, combination):
-    outcome = outcomes[combination]
-    if outcome.returncode != 0:
-        stopped_at = outcome.cases[len(outcome.replies)].label
-        pytest.fail(f"{stopped_at}\n{outcome.stderr[:4000]}", pytrace=False)
-    assert len(outcome.replies) == len(outcome.cases) > 0
-    for case, reply in zip(outcome.cases, outcome.replies, strict=True):
-        case.check(reply["c"])
+    check(outcomes[combination])
+
+
+@pytest.mark.nightly
+def test_products_are_right_for_every_number_of_rows(programs):
+    for outcome in outcomes_of(programs, every=True).values():
+        check(outcome)
 
 
 @pytest.mark.parametrize("mma", [False, True])
-def test_every_kernel_ran(programs, outcomes, mma):  # noqa: F811
-    symbols = subprocess.run(
-        ["objdump", "-t", programs[mma]], capture_output=True, text=True, check=True
-    ).stdout
-    kernels = set(re.findall(r"\bF gpu_kernels\s+\w+\s+(wvSplitK_\w+)$", symbols, re.M))
-    ran = {
-        kernel
-        for key, outcome in outcomes.items()
-        if key[0] == mma
-        for reply in outcome.replies
-        for kernel in reply["kernels"].decode().split()
-    }
-    assert kernels and kernels == ran
+def test_every_kernel_ran(programs, outcomes, mma):
+    of_program = [outcome for key, outcome in outcomes.items() if key[0] == mma]
+    check_every_kernel_ran(programs[mma], "wvSplitK_", of_program)
 
 
 def rescore_case(dtype, rows, n, k, window, rng):
@@ -194,7 +190,7 @@ def rescore_case(dtype, rows, n, k, window, rng):
 @pytest.mark.parametrize("dtype", [HALF, BF16])
 @pytest.mark.parametrize("rows, window", [(1, 0.5), (3, 0.0), (5, 1.0), (2, 1e6)])
 def test_rescoring_computes_what_is_asked_for(
-    programs,  # noqa: F811
+    programs,
     mma,
     dtype,
     rows,
@@ -202,13 +198,18 @@ def test_rescoring_computes_what_is_asked_for(
 ):
     rng = np.random.default_rng([SEED, mma, dtype, rows])
     case = rescore_case(dtype, rows, 700, 264, window, rng)
-    fields, exact, before, asked, edge, stride = case
     done = subprocess.run(
-        [programs[mma]], input=record(fields), capture_output=True, check=False
+        [programs[mma]], input=record(case[0]), capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")[:4000]
     (reply,) = read_records(done.stdout)
-    flat = np.frombuffer(reply["c"], dtype=np.uint16)
+    check_rescored(case, dtype, reply["c"])
+
+
+def check_rescored(case, dtype, written):
+    """What ``rescore_case`` asks for was computed again, and nothing else."""
+    fields, exact, before, asked, edge, stride = case
+    flat = np.frombuffer(written, dtype=np.uint16)
     after = np.lib.stride_tricks.as_strided(flat, before.shape, (2 * stride, 2))
     assert asked.sum() > 0
     kept = after == before
@@ -218,4 +219,4 @@ def test_rescoring_computes_what_is_asked_for(
     # The largest product of the rows that exist is among those computed again.
     exists = np.frombuffer(fields["errors"], dtype=np.float32) >= 0
     winner = np.where(exists, exact, -np.inf).argmax(1)
-    assert (asked | edge)[np.arange(rows), winner].all()
+    assert (asked | edge)[np.arange(len(exact)), winner].all()

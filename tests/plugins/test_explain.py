@@ -20,7 +20,7 @@ from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
 from vllm.plugins.hybrid_w4a16 import cli
-from vllm.plugins.hybrid_w4a16.explain import explain
+from vllm.plugins.hybrid_w4a16.explain import as_text, explain
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import CheckpointError
 from vllm.plugins.hybrid_w4a16.hooks import apply_hooks
 
@@ -278,11 +278,22 @@ def test_group_size_of_the_config_is_compared_with_the_tensors(tiny):
 
 
 @pytest.mark.parametrize(("value", "error"), [("auto", False), ("1", True)])
-def test_tensor_parallel_size_that_cuts_groups(tiny, value, error, monkeypatch):
+def test_tensor_parallel_size_without_a_group_size(tiny, value, error, monkeypatch):
     monkeypatch.setenv(switch.NAME, value)
-    group = only_group(explain(str(tiny), tp_size=2, device="gfx1151"))
+    group = only_group(explain(str(tiny), tp_size=8, device="gfx1151"))
     assert (group["hybrid"], group["error"]) == (False, error)
-    assert "tensor parallel size 2 cuts" in group["reason"]
+    assert "tensor parallel size 8 cuts" in group["reason"]
+
+
+def test_shards_that_cut_groups(tiny):
+    whole = only_group(explain(str(tiny), device="gfx1151"))
+    report = explain(str(tiny), tp_size=2, device="gfx1151")
+    group = only_group(report)
+    assert group["hybrid"] and group["down_group_size"] == 64
+    scales = whole["num_experts"] * whole["hidden"] * whole["intermediate"] // 128
+    layers = len(whole["index"])
+    assert group["loaded_bytes"] - whole["loaded_bytes"] == 2 * scales * layers
+    assert "scales of down_proj are repeated for groups of 64" in as_text(report)
 
 
 def test_tensor_parallel_shares(tiny):

@@ -34,7 +34,7 @@ SITE = sysconfig.get_path("purelib")
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 CLANG = shutil.which("clang++-22")
 CMAKE = SCRIPTS / "cmake"
-MAXIMUM_LINES = 40
+MAXIMUM_LINES = 50
 NOT_NEEDED = ("docs", "docker", "examples", "recipes", "rust", ".buildkite")
 
 # vLLM's own tests of the files that the fork edits, those of them that need no GPU, no

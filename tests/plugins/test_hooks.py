@@ -184,6 +184,39 @@ def test_table_fits_the_installed_vllm(hook):
     assert len(inspect.signature(handler).parameters) == len(hook.parameters)
 
 
+@pytest.mark.parametrize("row", hooks.KERNEL_ROWS, ids=lambda row: row.target)
+def test_kernel_comes_first_once_however_often_it_is_added(row):
+    from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
+    from vllm.platforms import PlatformEnum
+
+    hooks.apply_hooks()
+    hooks.apply_hooks()
+    names = [
+        kernel.__name__ for kernel in _POSSIBLE_KERNELS[PlatformEnum[row.platform]]
+    ]
+    assert names[0] == "HybridW4A16LinearKernel" and len(names) > 1
+    assert names.count(names[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"module": "stand_in_nothing"},
+        {"table": "_MISSING"},
+        {"platform": "ABACUS"},
+        {"kernel": "stand_in_handlers:Missing"},
+    ],
+)
+def test_kernel_row_that_does_not_fit_leaves_everything_as_it_was(target, change):
+    factory, method, _ = target
+    before = dict(vars(factory))
+    bad = dataclasses.replace(hooks.KERNEL_ROWS[0], **change)
+    with pytest.raises(hooks.HookError) as error:
+        hooks.apply_hooks((method,), (bad,))
+    assert bad.target in str(error.value)
+    assert dict(vars(factory)) == before
+
+
 PROBE = """
 import inspect
 from vllm.plugins import load_general_plugins

@@ -2,10 +2,22 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """What doctor reads of the machine, from made-up files, and what it advises."""
 
-import pytest
+import dataclasses
+import importlib.metadata
 
+import pytest
+import torch
+
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+from vllm.platforms import current_platform
 from vllm.plugins.hybrid_w4a16 import doctor, machine
 from vllm.plugins.hybrid_w4a16.machine import GIB
+
+
+@pytest.fixture(autouse=True)
+def made_up_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
 
 
 @pytest.fixture
@@ -30,14 +42,35 @@ def strix_halo(tmp_path):
         version = tmp_path / "sys/module/amdgpu/version"
         version.parent.mkdir(parents=True)
         version.write_text("6.16.6\n")
-        return tmp_path
+        rocm = tmp_path / "opt/rocm/.info/version"
+        rocm.parent.mkdir(parents=True)
+        rocm.write_text("7.1.0-46\n")
+        for number, target in enumerate((0, 110501)):  # the CPU is a node too
+            node = tmp_path / f"sys/class/kfd/kfd/topology/nodes/{number}/properties"
+            node.parent.mkdir(parents=True)
+            node.write_text(f"simd_count 80\ngfx_target_version {target}\n")
+
+    return make
+
+
+@pytest.fixture
+def on_rocm(monkeypatch):
+    """A GPU as torch reports it; call with HIP's free and total memory in GiB."""
+
+    def make(free, total):
+        sizes = int(free * GIB), int(total * GIB)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: sizes)
+        for name, value in (("is_cpu", False), ("is_rocm", True)):
+            monkeypatch.setattr(
+                type(current_platform), name, lambda self, value=value: value
+            )
 
     return make
 
 
 def test_shared_memory_leaves_room_for_the_system(strix_halo):
-    root = strix_halo(0.5, 120, 124, 110)
-    memory = machine.read_memory(int(119 * GIB), int(120.5 * GIB), root)
+    strix_halo(0.5, 120, 124, 110)
+    memory = machine.read_memory(int(119 * GIB), int(120.5 * GIB))
     assert memory.is_shared and memory.carve_out == GIB // 2
     advice = machine.advise(memory)
     # (110 - 8% of 124) / 120.5, rounded down
@@ -46,8 +79,8 @@ def test_shared_memory_leaves_room_for_the_system(strix_halo):
 
 
 def test_a_large_carve_out_is_all_there_is(strix_halo):
-    root = strix_halo(64, 31, 60, 50)
-    memory = machine.read_memory(int(24 * GIB), int(64 * GIB), root)
+    strix_halo(64, 31, 60, 50)
+    memory = machine.read_memory(int(24 * GIB), int(64 * GIB))
     assert not memory.is_shared
     advice = machine.advise(memory)
     assert advice.argument == "--gpu-memory-utilization 0.35"
@@ -56,25 +89,99 @@ def test_a_large_carve_out_is_all_there_is(strix_halo):
 
 
 def test_too_little_memory_is_said(strix_halo):
-    root = strix_halo(0.5, 15, 15, 6)
-    advice = machine.advise(machine.read_memory(5 * GIB, 15 * GIB, root))
+    strix_halo(0.5, 15, 15, 6)
+    advice = machine.advise(machine.read_memory(5 * GIB, 15 * GIB))
     assert advice.argument.startswith("--kv-cache-memory-bytes")
     assert "close other programs" in advice.reason
 
 
 def test_other_facts(strix_halo):
-    root = strix_halo(0.5, 100, 128, 100)
-    facts = machine.as_facts(None, root)
+    strix_halo(0.5, 100, 128, 100)
+    facts = machine.as_facts(None)
     assert facts["power_profile"] == "balanced" and facts["power_limit_watts"] == 120
     assert facts["versions"]["amdgpu"] == "6.16.6" and facts["cpu"] == "Ryzen X"
+    assert facts["gpu_architectures"] == ["gfx1151"]
+
+
+def test_doctor_on_an_apu_says_what_to_serve_with(strix_halo, on_rocm):
+    strix_halo(0.5, 120, 124, 110)
+    on_rocm(119, 120.5)
+    check = doctor._memory()
+    assert check.ok
+    assert check.found.startswith(
+        "carve-out 0.5 GiB, GTT 120.0 GiB, HIP 119.0 GiB of 120.5 GiB free, "
+        "MemAvailable 110.0 GiB. Serve with --gpu-memory-utilization 0.83: "
+        "the GPU shares the system's memory"
+    )
+
+
+def test_doctor_on_an_apu_that_is_full(strix_halo, on_rocm):
+    strix_halo(0.5, 15, 15, 6)
+    on_rocm(5, 15)
+    found = doctor._memory().found
+    assert f"Serve with --kv-cache-memory-bytes {2 * GIB}: " in found
+
+
+def test_doctor_names_versions_of_driver_rocm_and_triton(strix_halo, monkeypatch):
+    strix_halo(0.5, 120, 124, 110)
+    installed = {"triton": "3.7.0", "rocm-sdk-core": "7.10.0"}
+
+    def version(name):
+        if name in installed:
+            return installed[name]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch.version, "hip", "7.1.2")
+    found = doctor._versions().found
+    for part in (
+        "hip 7.1.2",
+        "triton 3.7.0",
+        "amdgpu 6.16.6",
+        "rocm 7.1.0-46",
+        "rocm-sdk-core 7.10.0",
+    ):
+        assert part in found.split(", ")
+
+
+@pytest.mark.parametrize(
+    ("profile", "advised"), [("balanced", True), ("performance", False)]
+)
+def test_doctor_asks_for_the_performance_profile(
+    strix_halo, tmp_path, profile, advised
+):
+    strix_halo(0.5, 120, 124, 110)
+    (tmp_path / "sys/firmware/acpi/platform_profile").write_text(f"{profile}\n")
+    found = doctor._power().found
+    assert found.startswith(f"profile {profile}, GPU limited to 120 W")
+    assert ("echo performance" in found) is advised
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_doctor_names_the_table_in_use(tuned, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CONFIG_ROOT", str(tmp_path))
+    family = dataclasses.replace(devices.PLANNED["gfx1151"], cu_count=20)
+    monkeypatch.setattr(devices, "device_family", lambda: family)
+    shape = tuning.MoEShape(256, 8, 2048, 512, 128, "bf16")
+    own = tuning.owner_table("gfx1151")
+    if tuned:
+        entry = {"decode": [], "rows": [], "prefill_from": 32, "compute_units": 20}
+        tuning.write_owner_entry(
+            "gfx1151",
+            tuning.shape_fields(shape) | entry | {"kernel_version": 1},
+        )
+    found = doctor._tuning().found
+    expected = f"{own} (1 shapes)" if tuned else f"no table of yours ({own})"
+    assert found.startswith(expected) and "; shipped: " in found
 
 
 def test_a_machine_without_any_of_these_files(tmp_path):
-    memory = machine.read_memory(10 * GIB, 16 * GIB, tmp_path)
+    memory = machine.read_memory(10 * GIB, 16 * GIB)
     assert memory.carve_out is None and not memory.is_shared
     assert machine.advise(memory).argument == "--gpu-memory-utilization 0.56"
-    assert machine.power_profile(tmp_path) is None
-    assert machine.power_limit_watts(tmp_path) is None
+    assert machine.power_profile() is None
+    assert machine.power_limit_watts() is None
+    assert machine.gpu_architectures() == []
 
 
 @pytest.mark.parametrize(
@@ -99,10 +206,14 @@ def test_vllm_reserves_a_core(monkeypatch):
     assert "VLLM_CPU_OMP_THREADS_BIND=0-" in reason
 
 
-def test_an_override_of_the_architecture_is_explained(monkeypatch):
+def test_an_override_of_the_architecture_is_explained(strix_halo, monkeypatch):
+    strix_halo(0.5, 120, 124, 110)
     monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "11.0.0")
     check = doctor._override()
     assert check.ok and "11.0.0" in check.found and "unset" in check.found
+    assert "not those of the GPU's own (gfx1151)" in check.found
+    monkeypatch.delenv("HSA_OVERRIDE_GFX_VERSION")
+    assert doctor._override().found.endswith("is not set; the GPU is a gfx1151")
 
 
 @pytest.mark.parametrize(
@@ -110,5 +221,5 @@ def test_an_override_of_the_architecture_is_explained(monkeypatch):
     [("0.32.0", False), ("0.33.1", False), ("0.34.0", True), ("1.0.0rc1", True)],
 )
 def test_a_vllm_newer_than_the_tests(version, said, monkeypatch):
-    monkeypatch.setattr(doctor.vllm, "__version__", version)
+    monkeypatch.setattr("vllm.__version__", version)
     assert (f"not tested with vLLM {version}" in doctor._vllm_fits().found) is said

@@ -357,8 +357,8 @@ def test_library_that_is_cut_short_is_told_before_it_is_loaded(
     file = tmp_path / LIBRARY
     file.write_bytes(whole[:size])
     message = run(sys.executable, "-c", LOAD_FILE, file).splitlines()[-1]
-    fault = f"is cut short: {size} of {len(whole)} bytes"
-    fault = "is no ELF library" if size == 20 else fault
+    fault = f"is truncated: {size} of {len(whole)} bytes"
+    fault = "is not an ELF library" if size == 20 else fault
     assert message == f"the op library {file} {fault}: install it again"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tools import merge_reports
-from vllm.plugins.hybrid_w4a16 import cli, compare, report, selftest
+from vllm.plugins.hybrid_w4a16 import cli, compare, report, selftest_run
 
 BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
 
@@ -34,7 +34,7 @@ def made_up(monkeypatch, tmp_path):
 
     monkeypatch.setattr(compare, "_measure", measure)
     monkeypatch.setattr(
-        selftest,
+        selftest_run,
         "selftest",
         lambda *args: {"ok": True, "device": "cpu", "seconds": 1.0, "groups": []},
     )
@@ -87,7 +87,7 @@ def test_a_failing_step_leaves_the_others(made_up, monkeypatch, tmp_path):
     def broken(*args):
         raise RuntimeError("the device is gone\nmore")
 
-    monkeypatch.setattr(selftest, "selftest", broken)
+    monkeypatch.setattr(selftest_run, "selftest", broken)
     status, archive = run(tmp_path)
     found = merge_reports.read_report(archive)
     assert status == 1
@@ -100,7 +100,7 @@ def test_an_interrupted_report_is_written(made_up, monkeypatch, tmp_path):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(selftest, "selftest", interrupted)
+    monkeypatch.setattr(selftest_run, "selftest", interrupted)
     status, archive = run(tmp_path)
     found = merge_reports.read_report(archive)
     assert status == 130 and found["steps"]["compare"] == "not run: interrupted"

@@ -4,20 +4,31 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
-from vllm.plugins.hybrid_w4a16 import cli, random_layers, selftest
+from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as dense_ops
+from vllm.plugins.hybrid_w4a16 import (
+    cli,
+    random_layers,
+    selftest_cases,
+    selftest_group,
+    selftest_run,
+)
 
 
 @pytest.fixture(autouse=True)
 def two_small_shapes(monkeypatch):
-    monkeypatch.setattr(selftest, "SIZES", selftest.SIZES[:1])
-    monkeypatch.setattr(selftest, "TOKENS", (1, 3, 9))
-    monkeypatch.setattr(selftest, "RUNS", 3)
+    monkeypatch.setattr(selftest_run, "SIZES", ((6, 2, 384, 128), (4, 3, 256, 128)))
+    monkeypatch.setattr(selftest_run, "COVER_TOKENS", (1, 3))
+    monkeypatch.setattr(selftest_run, "TOKENS", (1, 9))
+    monkeypatch.setattr(selftest_cases, "TOKENS", (1, 9))
+    monkeypatch.setattr(selftest_run, "RUNS", 3)
+    monkeypatch.setattr(selftest_group, "RUNS", 3)
     monkeypatch.setattr(random_layers, "GROUP_SIZES", (64,))
 
 
@@ -35,13 +46,17 @@ def result(capsys, *arguments):
 def break_op(monkeypatch, name, spoil):
     """Lets ``spoil(output)`` change what op ``name`` wrote."""
     whole = f"fused_moe_wvSplitK_int4_{name}"
-    original = getattr(ops, whole)
+    spoil_output(monkeypatch, ops, whole, spoil)
+
+
+def spoil_output(monkeypatch, module, name, spoil):
+    original = getattr(module, name)
 
     def broken(a, w, scales, c, *rest):
         original(a, w, scales, c, *rest)
         spoil(c)
 
-    monkeypatch.setattr(ops, whole, broken)
+    monkeypatch.setattr(module, name, broken)
 
 
 def test_sound_kernels_pass(capsys):
@@ -52,16 +67,41 @@ def test_sound_kernels_pass(capsys):
     for op in ("gate_up", "down", "gemm"):
         for isa in ops.build_info()["cpu"]:
             group = groups[f"{op} {isa}"]
-            assert group["rounds"] == group["planned"] == 4
-            assert group["cases"] == 12 and group["repeated"] == 4
+            assert group["rounds"] == group["planned"] == 8
+            assert group["cases"] == 16 and group["repeated"] == 4
             assert 0 < group["error"] < group["tolerance"]
-    assert {f"repacking {format.name}" for format in selftest.PACKINGS} <= set(groups)
+            if op != "gemm":
+                same, rows = group["alone"]
+                assert 0 < same <= rows == 32
+    for isa in ops.build_info()["cpu"]:
+        dense, rescore = groups[f"dense {isa}"], groups[f"rescore {isa}"]
+        assert dense["rounds"] == 2 * 6 and dense["cases"] == 18
+        assert rescore["rounds"] == 2 * 6 and rescore["cases"] == 12
+        assert dense["repeated"] == rescore["repeated"] == 6
+    assert {f"repacking {format.name}" for format in selftest_run.PACKINGS} <= set(
+        groups
+    )
 
 
-def test_the_best_instruction_set_is_back_in_force(capsys):
-    assert result(capsys)[0] == 0
-    select = torch.ops._rocm_C.hybrid_w4a16_cpu_isa
-    assert select(ops.build_info()["cpu"][0]) == select("")
+def test_every_kernel_runs_before_any_repeats(one_isa):
+    """So that a busy machine, on which the time is up early, has seen all of them."""
+    names = []
+    family = devices.device_family()
+    isas = ops.build_info()["cpu"]
+    test = selftest_run.Selftest(
+        "cpu", family, isas, 0, time.monotonic() + 600, names.append
+    )
+    repeated = []
+    same_bits = test._same_bits
+    test._same_bits = lambda *a, **k: (repeated.append(len(names)), same_bits(*a, **k))
+    test.run()
+    first = names[: repeated[0] - 1]
+    isa = isas[0]
+    formats = 4  # fp16, bf16, symmetric or not, one group size
+    for op in ("gate_up", "down", "gemm"):
+        assert first.count(f"{op} {isa}") == formats
+    assert first.count(f"dense {isa}") == first.count(f"rescore {isa}") == 6
+    assert len(names) == test.steps()
 
 
 @pytest.mark.parametrize("op", ["gate_up", "down", "gemm"])
@@ -81,6 +121,41 @@ def test_one_wrong_element_is_named(op, one_isa, monkeypatch, capsys):
     assert f"ok  {'down' if op != 'down' else 'gate_up'}" in out
 
 
+def test_a_wrong_product_of_the_dense_op_is_named(one_isa, monkeypatch, capsys):
+    spoil_output(monkeypatch, dense_ops, "wvSplitK_int_g", lambda c: c[-1, 7].add_(1.0))
+    status, out = result(capsys)
+    assert status == 1
+    failure = "wvSplitK_int_g_bf16_b4_g64_sym, 1 rows, 344 x 896: first wrong element"
+    assert f"FAILED: dense {ops.build_info()['cpu'][0]}: {failure} [0, 7]" in out
+    assert "ok  rescore" in out and "ok  gate_up" in out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda c, before: c.copy_(before), "first wrong element"),  # does nothing
+        (
+            lambda c, before: c.view(torch.int16)[2].bitwise_xor_(1),
+            "first wrong element [2, 0]",  # it could not matter and has to stay
+        ),
+    ],
+)
+def test_wrong_rescoring_is_named(spoil, why, one_isa, monkeypatch, capsys):
+    original = dense_ops.wvSplitK_int_g_rescore
+
+    def broken(a, w, errors, c, *rest):
+        before = c.clone()
+        original(a, w, errors, c, *rest)
+        spoil(c, before)
+
+    monkeypatch.setattr(dense_ops, "wvSplitK_int_g_rescore", broken)
+    status, out = result(capsys)
+    assert status == 1
+    failed = [line for line in out.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 1 and "rescore_bf16, window 0" in failed[0]
+    assert why in failed[0]
+
+
 def test_small_errors_everywhere_are_found(one_isa, monkeypatch, capsys):
     """One part in fifty: no element stands out."""
     break_op(monkeypatch, "down", lambda c: c.mul_(1.02))
@@ -96,7 +171,7 @@ def test_unwritten_elements_are_found(one_isa, monkeypatch, capsys):
 
 def test_writing_past_the_end_is_found(one_isa, monkeypatch, capsys):
     def spoil(c):
-        if c.storage_offset() == selftest.GUARD:
+        if c.storage_offset() == selftest_cases.GUARD:
             c.as_strided((1,), (1,), c.storage_offset() + c.numel() + 3).zero_()
 
     break_op(monkeypatch, "gate_up", spoil)
@@ -116,7 +191,7 @@ def test_bits_that_change_between_runs_are_found(one_isa, monkeypatch, capsys):
 
 
 def test_a_broken_conversion_is_found(one_isa, monkeypatch, capsys):
-    sound = selftest.packing.AWQ
+    sound = selftest_run.packing.AWQ
 
     def wrong(words):
         packed = sound.to_exllama(words)
@@ -124,7 +199,7 @@ def test_a_broken_conversion_is_found(one_isa, monkeypatch, capsys):
         return packed
 
     format = dataclasses.replace(sound, to_exllama=wrong)
-    monkeypatch.setattr(selftest, "PACKINGS", (format,))
+    monkeypatch.setattr(selftest_run, "PACKINGS", (format,))
     status, out = result(capsys)
     assert status == 1
     assert "repacking AWQ, weights, 64 x 128, g32: first wrong element [3, " in out
@@ -132,10 +207,12 @@ def test_a_broken_conversion_is_found(one_isa, monkeypatch, capsys):
 
 def test_out_of_time_is_said(monkeypatch, capsys):
     left = iter([1] * 12)
-    monkeypatch.setattr(selftest.Selftest, "seconds_left", lambda self: next(left, 0))
+    monkeypatch.setattr(
+        selftest_run.Selftest, "seconds_left", lambda self: next(left, 0)
+    )
     status, out = result(capsys)
     assert status == 0
-    assert "(1 of 4 shapes, out of time)" in out and "not run, out of time" in out
+    assert "(1 of 8 shapes, out of time)" in out and "not run, out of time" in out
 
 
 def test_nothing_ran_is_no_success(capsys):

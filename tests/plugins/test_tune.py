@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     MoEShape,
     Tile,
 )
-from vllm.plugins.hybrid_w4a16 import cli, tune
+from vllm.plugins.hybrid_w4a16 import cli, tune_search, tune_shape
+from vllm.plugins.hybrid_w4a16.tune_search import Measured, choose
 
 BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
 SHAPE = MoEShape(128, 8, 2048, 768, 128, "bf16")
@@ -44,19 +46,17 @@ def sampler(times, noise=0.002, seed=0):
 
 
 def test_the_fastest_candidate_wins():
-    winner, us, base = tune.choose(
-        None, [1, 2, 3], sampler({None: 10, 1: 9, 2: 7, 3: 8})
-    )
-    assert (
-        winner == 2 and us == pytest.approx(7, 0.01) and base == pytest.approx(10, 0.01)
-    )
+    choice = choose(None, [1, 2, 3], sampler({None: 10, 1: 9, 2: 7, 3: 8}))
+    assert choice.winner == 2 and choice.us == choice.fastest_us
+    assert choice.us == pytest.approx(7, 0.01)
+    assert choice.current_us == pytest.approx(10, 0.01)
 
 
 def test_a_gain_within_the_noise_does_not_count():
     sample = sampler({None: 10, 1: 9.7}, noise=0.08)
-    assert tune.choose(None, [1], sample)[0] is None
-    assert tune.choose(None, [1], sampler({None: 10, 1: 9.95}))[0] is None
-    assert tune.choose(None, [1], sampler({None: 10, 1: 9.7}))[0] == 1
+    assert choose(None, [1], sample).winner is None
+    assert choose(None, [1], sampler({None: 10, 1: 9.95})).winner is None
+    assert choose(None, [1], sampler({None: 10, 1: 9.7})).winner == 1
 
 
 def test_a_machine_that_slows_down_makes_no_winner():
@@ -68,11 +68,89 @@ def test_a_machine_that_slows_down_makes_no_winner():
         return 10 * (1 + len(calls) / 200)
 
     sample = sampler(times)
-    assert tune.choose("now", list(range(20)), sample)[0] == "now"
+    assert choose("now", list(range(20)), sample).winner == "now"
 
 
 def test_no_candidate_is_no_error():
-    assert tune.choose(None, [], sampler({None: 3.0}))[0] is None
+    assert choose(None, [], sampler({None: 3.0})).winner is None
+
+
+# Sizes of a plan on a logarithmic scale, in which made-up costs are smooth.
+def sizes(op, plan):
+    kernel, waves, third, fourth = plan
+    if op == "down":
+        waves //= third
+    return kernel, [math.log2(max(1, value)) for value in (waves, third, fourth)]
+
+
+def made_up_cost(op, seed, rough=0.0):
+    """A valley per kernel that lies across the axes, some plans refused."""
+    rng = random.Random(seed)
+    floor = {kernel: rng.uniform(10, 14) for kernel in range(4)}
+    centre = {kernel: [rng.uniform(0, 4) for _ in range(3)] for kernel in range(4)}
+    lean = {kernel: [rng.uniform(-0.9, 0.9) for _ in range(3)] for kernel in range(4)}
+
+    def cost(plan):
+        kernel, at = sizes(op, plan)
+        if kernel == 2 and at[0] + at[2] > 7:  # as where shared memory is short
+            return None
+        x, y, z = (a - c for a, c in zip(at, centre[kernel], strict=True))
+        xy, yz, xz = lean[kernel]
+        bowl = x * x + y * y + z * z + 2 * (xy * x * y + yz * y * z + xz * x * z) / 1.5
+        bump = rough * random.Random(str((seed, plan))).uniform(0, 1)
+        return floor[kernel] * (1 + 0.08 * max(bowl, 0) + bump)
+
+    return cost
+
+
+@pytest.mark.parametrize("matrix_units", [True, False])
+@pytest.mark.parametrize("op", ["gate_up", "down"])
+def test_the_search_comes_within_three_percent_of_the_sweep(op, matrix_units):
+    """Over 60 made-up devices, with a bump of up to 1% on every plan."""
+    families = tune_search.plan_families(op, matrix_units)
+    shares = []
+    for seed in range(60):
+        cost = made_up_cost(op, seed, rough=0.01)
+        searched, swept = Measured(cost), Measured(cost)
+        found = tune_search.search(families, searched)[0]
+        best = tune_search.sweep(families, swept)[0]
+        assert cost(found) <= 1.03 * cost(best), (seed, found, best)
+        shares.append(len(searched.times) / len(swept.times))
+    if matrix_units:
+        assert sum(shares) / len(shares) < 0.45
+
+
+@pytest.mark.parametrize("op", ["gate_up", "down"])
+def test_the_search_visits_all_neighbours_of_what_it_finds(op):
+    families = tune_search.plan_families(op, True)
+    for seed in range(20):
+        measured = Measured(made_up_cost(op, seed, rough=0.3))
+        found = tune_search.search(families, measured)[0]
+        for family in families:
+            for point in family.points():
+                if family.plan(point) == found:
+                    along, across = family.neighbours(point)
+                    plans = {family.plan(near) for near in along + across}
+                    assert plans and plans <= set(measured.times)
+
+
+def test_an_optimum_off_the_axes_is_found():
+    """A diagonal ridge: no step along one axis gets lower from most of its points."""
+    families = tune_search.plan_families("gate_up", True)
+
+    def cost(plan):
+        kernel, (waves, slots, tiles) = sizes("gate_up", plan)
+        if kernel != 2:
+            return 100.0
+        return 10 + 40 * abs(waves - slots) + 40 * abs(slots - tiles) + (4 - waves)
+
+    found = tune_search.search(families, Measured(cost))[0]
+    assert found == (2, 16, 16, 16)
+
+
+def test_where_every_plan_is_refused_the_search_finds_none():
+    families = tune_search.plan_families("down", True)
+    assert tune_search.search(families, Measured(lambda plan: None)) == []
 
 
 class MadeUpBench:
@@ -81,13 +159,22 @@ class MadeUpBench:
     def __init__(self):
         self.asked = []
 
-    def decode_candidates(self, op, tokens):
+    def families(self, op):
+        return [
+            tune_search.Family(((4,),), lambda waves: (0, waves, 0, 0)),
+            tune_search.Family(((16,), (1, 2)), lambda *last: (2, 8, *last)),
+        ]
+
+    def is_right(self, op, tokens, plan):
         self.asked.append((op, tokens))
-        return [(0, 4, 0, 0), (2, 8, 16, 1)]
+        return plan[-1] != 2
 
     def sample_decode(self, op, tokens):
         best = (0, 4, 0, 0) if tokens < 8 else (2, 8, 16, 1)
         return sampler(lambda plan: tokens * (0.8 if plan == best else 1.0))
+
+    def drop_graphs(self):
+        pass
 
     def tile_candidates(self, op, block_m, tokens):
         return [Tile(block_m, 64, 4, 3), Tile(block_m, 128, 8, 2)]
@@ -112,9 +199,9 @@ class Quiet:
         self.said.append(text)
 
 
-def tuner(bench, save=lambda entry: None):
+def tuner(bench, save=lambda entry: None, **options):
     current = tuning.lookup("sm_90", 132, SHAPE)
-    return tune.Tuner(bench, current, 132, "made up", save, Quiet())
+    return tune_shape.Tuner(bench, current, 132, "made up", save, Quiet(), **options)
 
 
 def save(entry):
@@ -138,16 +225,44 @@ def test_what_is_measured_is_what_is_looked_up():
     assert tuned.prefill_tiles(4096 * 8).down == Tile(64, 128, 8, 2)
 
 
+class MissedBench(MadeUpBench):
+    """The best plan is one that the search does not come by."""
+
+    def families(self, op):
+        return tune_search.plan_families(op, True)
+
+    def is_right(self, op, tokens, plan):
+        return True
+
+    def sample_decode(self, op, tokens):
+        hidden = (2, 16, 16, 24) if op == "gate_up" else (3, 16, 8, 8)
+        return sampler(lambda plan: 9.0 if plan == hidden else 10.0, noise=1e-6)
+
+
+def test_a_full_sweep_says_how_far_the_search_is_behind(capsys):
+    full = tuner(MissedBench(), decode_tokens=(2,), full=True)
+    entry = full.run(decode=True, prefill=False)
+    (row,) = entry["decode"]
+    assert row["gate_up"] == [2, 16, 16, 24]  # the table gets the faster one
+    assert row["gate_up_search_behind"] == pytest.approx(1 / 9, 0.01)
+    tried, every = row["gate_up_searched"]
+    assert tried < every == 2 * 8 + 8 * 6 * 9
+    assert "the search 11.1% behind the fastest of 448" in full.progress.said[0]
+    share, where = tune_shape.farthest_behind([entry])
+    assert share == pytest.approx(1 / 9, 0.01) and "2 tokens, 128 experts" in where
+    assert tune_shape.farthest_behind([]) is None
+
+
 def test_an_interruption_keeps_what_is_done():
     bench = MadeUpBench()
-    candidates = bench.decode_candidates
+    is_right = bench.is_right
 
-    def interrupted(op, tokens):
+    def interrupted(op, tokens, plan):
         if tokens == 4:
             raise KeyboardInterrupt
-        return candidates(op, tokens)
+        return is_right(op, tokens, plan)
 
-    bench.decode_candidates = interrupted
+    bench.is_right = interrupted
     with pytest.raises(KeyboardInterrupt):
         tuner(bench, save).run(decode=True, prefill=True)
     tuning.forget()
@@ -272,14 +387,27 @@ def test_shapes_come_from_a_checkpoint(monkeypatch, capsys):
 
 def test_candidates_fit_what_the_ops_accept():
     """Limits of csrc/rocm/plan.h and geometry.h."""
+
+    def plans(op, matrix_units):
+        for family in tune_search.plan_families(op, matrix_units):
+            yield from family.plans()
+
     for matrix_units in (True, False):
-        for kernel, waves, slots, row_tiles in tune.gate_up_plans(matrix_units):
+        for kernel, waves, slots, row_tiles in plans("gate_up", matrix_units):
             assert waves <= (16 if kernel == 2 else 8)
             assert (slots > 0) == (row_tiles > 0) == (kernel == 2) and slots <= 16
-        for kernel, waves, k_slices, slots in tune.down_plans(matrix_units):
+        for kernel, waves, k_slices, slots in plans("down", matrix_units):
             assert waves <= 16 and waves % k_slices == 0
-            assert (slots > 0) == (kernel == 2)
-    assert all(kernel < 2 for kernel, *_ in tune.gate_up_plans(False))
+            assert (slots > 0) == (kernel >= 2) and slots <= 8
+    for op, kernels in (("gate_up", {0, 1, 2}), ("down", {0, 1, 2, 3})):
+        assert {kernel for kernel, *_ in plans(op, True)} == kernels
+        assert {kernel for kernel, *_ in plans(op, False)} == {0, 1}
+
+
+@pytest.mark.parametrize("text", ["", "1,x", "0", "1,,2"])
+def test_bad_numbers_of_tokens_are_explained(text, capsys):
+    status, _, err = command(capsys, "--shape", "8,2,256,128,64", "--tokens", text)
+    assert status == 2 and "numbers above 0" in err
 
 
 def test_log_lines_are_back_after_an_error(capsys):

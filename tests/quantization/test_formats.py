@@ -6,12 +6,14 @@
 """
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning
 from vllm.model_executor.layers.quantization import hybrid_w4a16_method as base
 from vllm.model_executor.layers.quantization.hybrid_w4a16_awq import (
@@ -121,6 +123,65 @@ def test_ranks_add_up(format, symmetric, kind):
     assert relative_error(total, checkpoint.forward(x, weights, ids)) < 8e-3
 
 
+def dequantized_down(layer):
+    """w2 of a converted layer, [E, H, I] in its dtype."""
+    packing = layer.quant_method.packing
+    zeros = getattr(layer, f"w2_{packing.zeros}", None)
+    return torch.stack(
+        [
+            reference.dequantize(
+                reference.packed_weights(words),
+                scales,
+                None if zeros is None else reference.packed_zero_points(zeros[expert]),
+                torch.float64,
+            )
+            for expert, (words, scales) in enumerate(
+                zip(
+                    getattr(layer, f"w2_{packing.qweight}"),
+                    getattr(layer, f"w2_{packing.scales}"),
+                    strict=True,
+                )
+            )
+        ]
+    )
+
+
+def _cut_groups():
+    """Every case; the long grid but for a few."""
+    few = {("auto_round:auto_gptq", True, 4), ("awq", False, 2)}
+    few.add(("compressed-tensors", False, 4))
+    for (format, symmetric), (ranks, group_size, dtype) in itertools.product(
+        CASES, [(2, 64, torch.float16), (4, 32, torch.bfloat16)]
+    ):
+        marks = [] if (format, symmetric, ranks) in few else [pytest.mark.nightly]
+        values = (format, symmetric, ranks, group_size, dtype)
+        sign = "sym" if symmetric else "asym"
+        yield pytest.param(*values, marks=marks, id=f"{format}-{sign}-{ranks} ranks")
+
+
+@pytest.mark.parametrize(
+    ("format", "symmetric", "ranks", "group_size", "dtype"), _cut_groups()
+)
+def test_shards_that_cut_groups_lose_nothing(
+    format, symmetric, ranks, group_size, dtype
+):
+    shape = Shape(4, 2, 128, 384, 128)  # 192 or 96 columns a rank
+    checkpoint = Checkpoint(shape, symmetric, format=format)
+    x, weights, ids = inputs(5, shape, dtype)
+    whole = empty_layer(format, symmetric, shape, dtype)
+    checkpoint.load_into(whole)
+    expected = dequantized_down(whole).chunk(ranks, dim=2)
+    total = torch.zeros(5, shape.hidden)
+    for rank in range(ranks):
+        layer = empty_layer(format, symmetric, shape, dtype, tp=(ranks, rank))
+        checkpoint.load_into(layer)
+        scales = getattr(layer, f"w2_{layer.quant_method.packing.scales}")
+        assert scales.shape == (4, 128, 384 // ranks // group_size)
+        assert torch.equal(dequantized_down(layer), expected[rank])
+        total += run_layer(layer, x, weights, ids).float()
+    assert relative_error(total, checkpoint.forward(x, weights, ids)) < TOLERANCE[dtype]
+
+
 @every_format
 def test_router_weight_on_input(format, symmetric):
     shape = Shape(top_k=1)
@@ -204,6 +265,26 @@ def test_weights_are_reloaded_into_the_same_tensors(
     assert config.w1_scale is getattr(layer, f"w13_{packing.scales}")
     assert config.w2_scale is getattr(layer, f"w2_{packing.scales}")
     assert config.w1_zp is getattr(layer, f"w13_{packing.zeros}", None)
+
+
+@pytest.mark.parametrize(
+    ("format", "symmetric"),
+    [("auto_round:auto_gptq", True), ("compressed-tensors", False)],
+)
+def test_shards_that_cut_groups_are_reloaded(format, symmetric):
+    shape = Shape(4, 2, 128, 192, 64)
+    layer = empty_layer(format, symmetric, shape, tp=(2, 1))
+    model = torch.nn.ModuleDict({"experts": layer})
+    with torch.device(DEVICE):
+        record_metadata_for_reloading(model)
+    Checkpoint(shape, symmetric, format=format).load_into(layer)
+    checkpoint = Checkpoint(shape, symmetric, seed=1, format=format)
+    initialize_layerwise_reload(model)
+    list(layer.load_weights(checkpoint.tensors()))
+    finalize_layerwise_reload(model, None)
+    fresh = empty_layer(format, symmetric, shape, tp=(2, 1))
+    checkpoint.load_into(fresh)
+    assert torch.equal(dequantized_down(layer), dequantized_down(fresh))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="an opaque op hides the layer on GPUs")

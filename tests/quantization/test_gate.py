@@ -75,7 +75,7 @@ DECLINED = {
     "intermediate size": (
         {},
         {"intermediate_size": 96},
-        "intermediate size per partition 96 is not a multiple of the group size 64",
+        "intermediate size 96 is not a multiple of the group size 64",
     ),
     "activation dtype": ({}, {"in_dtype": torch.float32}, "activations in torch.float"),
     "activation": ({}, {"activation": MoEActivation.RELU2}, "activation 'relu2'"),
@@ -194,8 +194,8 @@ def test_data_parallel_where_tokens_can_be_gathered(ep, monkeypatch):
 def test_ranks_of_data_parallelism_cut_experts_too(monkeypatch):
     monkeypatch.setenv(switch.NAME, "1")
     monkeypatch.setattr(oracle, "can_gather_tokens", lambda: True)
-    parallel = dataclasses.replace(data_parallel(ep=False), tp_size=4)
-    message = "tensor times data parallel size 4 cuts .*sizes that work: 1, 2; or"
+    parallel = dataclasses.replace(data_parallel(ep=False), tp_size=8)
+    message = "tensor times data parallel size 8 cuts .*sizes that work: 1, 2, 4; or"
     with pytest.raises(ValueError, match=message):
         make_layer(Shape(), inc_config(), moe_parallel_config=parallel)
 

@@ -412,19 +412,19 @@ def test_other_layers_fall_through(format):
 @pytest.mark.parametrize(
     ("intermediate", "ranks", "per_rank", "fits"),
     [
-        (384, 4, "96", "1, 2, 3, 6"),
-        (192, 2, "96", "1, 3"),
-        (768, 8, "96", "1, 2, 3, 4, 6, 12"),
+        (384, 8, "48", "1, 2, 3, 4, 6, 12"),
+        (192, 4, "48", "1, 2, 3, 6"),
+        (768, 16, "48", "1, 2, 3, 4, 6, 8, 12, 24"),
     ],
 )
-def test_tensor_parallel_size_that_cuts_groups_is_an_error_if_asked_for(
+def test_tensor_parallel_size_without_a_group_size_is_an_error_if_asked_for(
     format, intermediate, ranks, per_rank, fits, monkeypatch
 ):
     monkeypatch.setenv(switch.NAME, "1")
     message = (
         f"MoE layer {LAYER_NAME}: tensor parallel size {ranks} cuts the experts' "
         f"intermediate size {intermediate} into {per_rank} per rank, not a multiple of "
-        f"the group size 64; sizes that work: {fits}; or --enable-expert-parallel, or "
+        f"32; sizes that work: {fits}; or --enable-expert-parallel, or "
         f"{switch.NAME}=0"
     )
     shape = Shape(intermediate=intermediate)
@@ -439,7 +439,9 @@ def test_tensor_parallel_size_that_cuts_groups_is_an_error_if_asked_for(
 @pytest.mark.parametrize(
     "format", ["auto_round:auto_gptq", "gptq", "awq", "compressed-tensors"]
 )
-def test_tensor_parallel_size_that_cuts_groups_is_left_to_vllm(format, left_to_vllm):
+def test_tensor_parallel_size_without_a_group_size_is_left_to_vllm(
+    format, left_to_vllm
+):
     config = quant_config(format)
-    assert left_to_vllm(config, intermediate_size=384, tp=(4, 0))
-    assert "tensor parallel size 4 cuts" in oracle.declined_because(LAYER_NAME)
+    assert left_to_vllm(config, intermediate_size=384, tp=(8, 0))
+    assert "tensor parallel size 8 cuts" in oracle.declined_because(LAYER_NAME)

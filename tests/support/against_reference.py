@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What a server answered, against the float32 reference fed with the same tokens.
+"""Compares a server's output with the float32 reference, fed with the same tokens.
 
-Each token of a greedy completion must be the reference's first choice or, where bf16
-cannot tell them apart, a token that the reference likes almost as well. A completion
-without such ties is the one that the reference itself would have generated.
+Each token of a greedy completion must be the reference's first choice or, if bf16
+cannot distinguish them, a token that the reference finds almost as likely. Without such
+ties the completion is the one that the reference itself would have generated.
 """
 
 import functools
@@ -19,16 +19,16 @@ from .reference_model import ReferenceModel
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far bf16 may take a server from the float32 reference."""
+    """How far a bf16 server may differ from the float32 reference."""
 
     tie_gap: float
-    """Nats that a token may lie below the reference's first choice."""
+    """Largest distance of a token below the reference's first choice, in nats."""
     tie_share: float
-    """Of the tokens of a test's completions, that may lie below it at all."""
+    """Largest share of a test's completion tokens that are not the first choice."""
     mean: float
-    """Nats per token of a text, signed."""
+    """Mean signed difference of a text's log-probabilities, in nats per token."""
     absolute: float
-    """Nats per token of a text, unsigned."""
+    """Mean absolute difference of a text's log-probabilities, in nats per token."""
     perplexity_ratio: float
 
 
@@ -38,10 +38,10 @@ def tie_gaps(
     completion: list[int],
     largest: float,
 ) -> list[float]:
-    """How far the tokens that are not the reference's first choice lie below it.
+    """Return how far tokens lie below the reference's first choice, where they differ.
 
-    ``logprobs``: the reference's distributions of the completion's tokens. Fails on a
-    token that lies further below than ``largest``.
+    ``logprobs``: the reference's distributions for the completion's tokens. Fails if a
+    token lies more than ``largest`` nats below.
     """
     best, first = logprobs.max(dim=1)
     gaps = best - logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0]
@@ -61,7 +61,7 @@ def check_greedy(
     count: int,
     tolerance: Tolerance,
 ) -> None:
-    """Each (prompt, completion) has ``count`` tokens that the reference confirms."""
+    """Check that each completion has ``count`` tokens and that the reference agrees."""
     gaps = []
     sequences = [prompt + completion for prompt, completion in answers]
     found = reference.logprobs_of(sequences)
@@ -84,7 +84,7 @@ def check_text(
     tolerance: Tolerance,
     at_once: int = 1,
 ) -> None:
-    """Log-probabilities and perplexity of ``pieces`` agree with the reference."""
+    """Check that log-probabilities and perplexity of ``pieces`` match the reference."""
     with ThreadPoolExecutor(at_once) as pool:
         answers = list(pool.map(client.text_logprobs, pieces))
     served = torch.cat([torch.tensor(answer) for answer in answers])
@@ -104,5 +104,5 @@ def check_text(
 
 @functools.cache
 def _expected(reference: ReferenceModel, tokens: tuple[int, ...]) -> torch.Tensor:
-    """Kept, since servers in several modes are asked for the same texts."""
+    """Cached, since servers in several modes run the same texts."""
     return reference.text_logprobs(list(tokens))

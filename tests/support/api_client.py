@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What the tests ask a server for, through its OpenAI API."""
+"""Requests that the tests send to a server, through its OpenAI API."""
 
 import openai
 
@@ -24,11 +24,11 @@ class Client:
     def greedy(
         self, prompts: list[str] | list[list[int]], count: int
     ) -> list[tuple[list[int], list[int]]]:
-        """Token ids of each prompt and of its greedy completion, all at once.
+        """Return the token ids of each prompt and of its greedy completion.
 
         Args:
             prompts: texts or token ids; all of them run at the same time.
-            count: tokens to generate, past any end of text.
+            count: number of tokens to generate, even past an end of text.
         """
         answer = self._completions.create(
             model=MODEL_NAME,
@@ -41,7 +41,7 @@ class Client:
         return [(c.prompt_token_ids, c.token_ids) for c in choices]  # type: ignore[attr-defined]
 
     def text_logprobs(self, tokens: list[int]) -> list[float]:
-        """The log-probability of every token but the first."""
+        """Return the log-probability of every token but the first."""
         answer = self._completions.create(
             model=MODEL_NAME,
             prompt=tokens,

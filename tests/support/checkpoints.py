@@ -18,7 +18,7 @@ SYMMETRIC_ZEROS = 0x77777777
 
 
 def copy_checkpoint(source: Path, target: Path) -> Path:
-    """A writable copy of a checkpoint folder at ``target``, which is returned."""
+    """Make a writable copy of a checkpoint folder at ``target``; return ``target``."""
     target.mkdir(parents=True)
     for file in source.iterdir():
         shutil.copyfile(file, target / file.name)
@@ -31,7 +31,9 @@ def save_weights(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def quantize(w: np.ndarray, group_size: int) -> tuple[np.ndarray, ...]:
-    """Symmetric int4 by rounding to nearest: ``dequantize``'s arguments.
+    """Quantize to symmetric int4 by rounding to nearest.
+
+    Returns the arguments of ``dequantize``.
 
     Args:
         w: float32 [N, K].
@@ -50,7 +52,7 @@ def quantize(w: np.ndarray, group_size: int) -> tuple[np.ndarray, ...]:
 
 
 def requantize(source: Path, target: Path, group_size: int) -> Path:
-    """The checkpoint of ``source`` with another group size, in folder ``target``."""
+    """Write the checkpoint of ``source`` with another group size to ``target``."""
     copy_checkpoint(source, target)
     tensors = load_file(target / WEIGHTS)
     parts = ("qweight", "qzeros", "scales")

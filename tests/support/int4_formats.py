@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The int4 checkpoint formats, in numpy: what lies on disk and what it stands for.
+"""The int4 checkpoint formats in numpy: how they store weights and what these mean.
 
-An independent second implementation: nothing here comes from the project under test or
-from vLLM. A linear is [N, K] with one scale (and zero point) per row and G neighbours
-along K; its weight is ``(q - zero) * scale``.
+An independent second implementation: it uses nothing of the project under test or of
+vLLM. A linear is [N, K] with one scale (and zero point) per row and group of G adjacent
+weights along K. Its weight is ``(q - zero) * scale``.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-# Position in a word of eight: AWQ's nibble i holds neighbour AWQ_ORDER[i].
+# Position in a word of eight: AWQ's nibble i holds weight AWQ_ORDER[i].
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
@@ -39,7 +39,7 @@ def pack(values: np.ndarray, axis: int, order: list[int] | None = None) -> np.nd
 
 @dataclasses.dataclass(frozen=True)
 class Int4Format:
-    """How one format stores a linear."""
+    """How a format stores a linear."""
 
     name: str
     qweight: str = "qweight"
@@ -48,8 +48,8 @@ class Int4Format:
     k_first: bool = True
     packed_along_k: bool = True
     order: list[int] | None = None
-    zero_offset: int = 0  # zero point minus what is stored
-    symmetric_zeros: bool = True  # stored for a symmetric checkpoint too
+    zero_offset: int = 0  # zero point minus the stored value
+    symmetric_zeros: bool = True  # whether symmetric checkpoints store zero points
 
     def store(
         self, q: np.ndarray, zero: np.ndarray, scales: np.ndarray, symmetric: bool
@@ -69,7 +69,7 @@ class Int4Format:
         return tensors
 
     def load(self, tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-        """``store``'s q, zero and scales back; zero is 8 where none is stored."""
+        """Return ``store``'s q, zero and scales; zero is 8 if none is stored."""
         q = unpack(tensors[self.qweight], self._axis(self.packed_along_k), self.order)
         scales = tensors[self.scales]
         if self.zeros in tensors:
@@ -81,7 +81,7 @@ class Int4Format:
         return q, (zero + self.zero_offset) % 16, scales
 
     def dequantize(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """float64 [N, K] of a linear's tensors."""
+        """Return the float64 [N, K] weight of a linear's tensors."""
         q, zero, scales = self.load(tensors)
         group = q.shape[1] // scales.shape[1]
         difference = q - zero.repeat(group, 1)
@@ -99,7 +99,7 @@ class Int4Format:
         symmetric: bool,
         scale: float = 1 / 64,
     ) -> dict[str, np.ndarray]:
-        """A linear of random nibbles; fp16 scales of 0.5 to 1.5 times ``scale``."""
+        """Return random nibbles with fp16 scales of 0.5 to 1.5 times ``scale``."""
         shape = (n, k // group_size)
         q = rng.integers(0, 16, (n, k))
         zero = np.full(shape, 8) if symmetric else rng.integers(0, 16, shape)
@@ -109,7 +109,7 @@ class Int4Format:
     def config(
         self, group_size: int, symmetric: bool, skipped: list[str], /, **overrides: Any
     ) -> dict[str, Any]:
-        """``quantization_config`` of a config.json.
+        """Return the ``quantization_config`` of a config.json.
 
         skipped: parts of the names of linears that are not quantized.
         """

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Tries to load checkpoints in one process, which saves starting a server for each.
+"""Tries to load checkpoints in one process, which saves a server start for each.
 
     python -m tests.support.load_worker '{"NAME": ["FOLDER", {"VARIABLE": "VALUE"}]}'
 
-Prints ``=== NAME: loaded`` or ``=== NAME: failed`` after what loading it has logged.
+Prints ``=== NAME: loaded`` or ``=== NAME: failed`` after the log of each load.
 """
 
 import json

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The support matrix: run cells end to end, judge them, write docs/support.md's table.
+"""The support matrix: runs and judges cells, and writes the table of docs/support.md.
 
-    python -m tests.support.matrix            # what is missing in tests/e2e/matrix.json
-    python -m tests.support.matrix --again    # everything
+    python -m tests.support.matrix            # cells missing in tests/e2e/matrix.json
+    python -m tests.support.matrix --again    # all cells
     python -m tests.support.matrix --table    # only the table, from the file
 
-Each cell is a tiny random checkpoint run with ``LLM(...)`` on the CPU under
-``VLLM_HYBRID_W4A16_MOE=require`` and compared with transformers in float32 on the
-dequantized weights.
+A cell runs a tiny random checkpoint with ``LLM(...)`` on the CPU under
+``VLLM_HYBRID_W4A16_MOE=require`` and compares it with transformers, which runs the
+dequantized weights in float32.
 """
 
 import argparse
@@ -36,18 +36,18 @@ BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->\n"
 WORKER = "tests.support.matrix_worker"
 STAND_INS = Path(__file__).with_name("stand_ins")
 
-# Mean difference of log-probabilities from the reference, nats. Measured when this was
-# written: at most 0.0282 in bf16 (Qwen3.5, where transformers' own bf16 has 0.023 to
-# 0.026), 0.0031 in fp16. With gate and up of one expert swapped the difference exceeds
-# 0.09 (test_matrix).
+# Mean difference of log-probabilities from the reference, in nats. Measured when this
+# was written: at most 0.0282 in bf16 (Qwen3.5, for which transformers' own bf16 has
+# 0.023 to 0.026) and 0.0031 in fp16. If gate and up of one expert are swapped, the
+# difference exceeds 0.09 (test_matrix).
 MAX_DIFFERENCE = {"bfloat16": 0.035, "float16": 0.006}
-# How far a greedy token may lie below the reference's first choice, nats. Measured: at
-# most 0.001 in fp16; 0.49 in bf16, where router ties send a token to other experts.
+# How far a greedy token may lie below the reference's first choice, in nats. Measured:
+# at most 0.001 in fp16; 0.49 in bf16, where router ties send a token to other experts.
 MAX_TIE = {"bfloat16": 0.6, "float16": 0.01}
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` consecutive ports; only the first is known to be free."""
+    """Return the first of ``count`` consecutive ports; only the first is known free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -55,7 +55,7 @@ def free_ports(count: int) -> int:
 
 
 def batches(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells grouped by the number of ranks: the same processes run a group."""
+    """Group cells by number of ranks: the same processes run all cells of a group."""
     sleeping = [cell for cell in cells if DEPLOYMENTS[cell.deployment].sleep]
     awake = [cell for cell in cells if cell not in sleeping]
     found = [
@@ -68,7 +68,7 @@ def batches(cells: Sequence[Cell]) -> list[list[Cell]]:
 def run_cells(
     cells: Sequence[Cell], folder: Path, timeout_s: float = 3600.0
 ) -> dict[Cell, dict[str, Any]]:
-    """The answers of every cell."""
+    """Run the cells and return each cell's output."""
     found: dict[Cell, dict[str, Any]] = {}
     for number, batch in enumerate(batches(cells)):
         ranks = batch[0].ranks
@@ -86,7 +86,9 @@ def run_cells(
                 filter(None, [str(STAND_INS), os.environ.get("PYTHONPATH")])
             )
         if ranks > 1:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+            cores = os.cpu_count() or 1
+            bind = "|".join(str(rank % cores) for rank in range(ranks))
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = bind
         processes = []
         for rank in range(ranks):
             log = (folder / f"log-{number}-{rank}.txt").open("w")
@@ -117,7 +119,7 @@ def run_cells(
                     found[cell]["answers"] += answer["answers"]
         log_text = (folder / f"log-{number}-0.txt").read_text()
         for cell in batch:
-            found.setdefault(cell, {"error": f"no answer:\n{log_text[-2000:]}"})
+            found.setdefault(cell, {"error": f"no output:\n{log_text[-2000:]}"})
     return found
 
 
@@ -147,7 +149,7 @@ def judge(
         }
         same = one_rank.get((cell.recipe, cell.dtype))
         if same is not None and same is not answer:
-            # with data parallelism only the first rank gets these prompts
+            # with data parallelism only the first rank runs these prompts
             verdict["same_tokens"] = all(
                 one["tokens"] == other["tokens"]
                 for one, other in zip(same["answers"], answer["answers"], strict=False)
@@ -158,7 +160,7 @@ def judge(
 
 
 def is_good(cell: Cell, verdict: dict[str, Any]) -> bool:
-    """Close to the reference and, in fp16, the same tokens as on one rank."""
+    """Whether a cell is close to the reference and, in fp16, has one rank's tokens."""
     return (
         verdict["difference"] < MAX_DIFFERENCE[cell.dtype]
         and verdict["worst_tie"] < MAX_TIE[cell.dtype]
@@ -169,7 +171,7 @@ def is_good(cell: Cell, verdict: dict[str, Any]) -> bool:
 def _distance(
     reference: DenseReference, answers: list[dict[str, Any]]
 ) -> tuple[float, float]:
-    """Mean difference of log-probabilities, and how far a greedy token lies below."""
+    """Mean difference of log-probabilities, and the lowest greedy token's distance."""
     differences, ties = [], []
     for answer in answers:
         prompt, tokens = answer["prompt"], answer["tokens"]
@@ -187,7 +189,7 @@ def _distance(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """The table: a row per format, a column per sharding."""
+    """Return the table: a row per format, a column per sharding."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     others = []
     for result in results:
@@ -239,9 +241,11 @@ def save_results(results: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--again", action="store_true", help="also what has a result")
+    parser.add_argument(
+        "--again", action="store_true", help="also run cells that have a result"
+    )
     parser.add_argument("--table", action="store_true", help="only write the table")
-    parser.add_argument("--batch", type=int, default=30, help="cells between savings")
+    parser.add_argument("--batch", type=int, default=30, help="cells per saved batch")
     parser.add_argument("--folder", type=Path, help="for checkpoints and logs, kept")
     options = parser.parse_args()
     known = {Cell.from_json(result["cell"]): result for result in load_results()}

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What the support matrix consists of: checkpoints, and ways to deploy them."""
+"""The cells of the support matrix: checkpoints, and ways to deploy them."""
 
 import dataclasses
 import itertools
@@ -16,30 +16,31 @@ DTYPES = ("bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Deployment:
-    """Arguments of ``LLM`` and what is done before it answers."""
+    """Arguments of ``LLM``, and what happens before it generates."""
 
     ranks: int = 1
-    """Processes of ``matrix_worker``."""
+    """Number of ``matrix_worker`` processes."""
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
     seen: bool = True
-    """Whether the prompt's log-probabilities are requested. That turns prefix caching
-    off, and fails in the first of two pipeline stages."""
+    """Whether the prompt's log-probabilities are requested. They turn prefix caching
+    off, and fail in the first of two pipeline stages."""
     reload: bool = False
-    """Wrong weights are loaded over the right ones first, then the checkpoint again."""
+    """Whether wrong weights are loaded first, then the checkpoint's again."""
     sleep: bool = False
-    """Sleeps and wakes first, at level 1 (weights in host memory) and level 2 (weights
-    reloaded). GPUs only: vLLM has no sleep mode on the CPU. Such a cell runs in a
-    process of its own, since vLLM's memory pool serves one engine."""
+    """Whether the engine first sleeps and wakes, at level 1 (weights in host memory)
+    and level 2 (weights reloaded). GPUs only: vLLM has no sleep mode on the CPU. Such a
+    cell runs in its own process, since vLLM's memory pool serves one engine."""
 
     @property
     def data_parallel(self) -> bool:
-        """Each rank answers prompts of its own."""
+        """Whether each rank runs its own prompts."""
         return "data_parallel_size" in self.arguments
 
 
 DEPLOYMENTS = {
     "1 rank": Deployment(),
     "TP 2": Deployment(2, {"tensor_parallel_size": 2}),
+    "TP 4": Deployment(4, {"tensor_parallel_size": 4}),
     "TP 2, EP 2": Deployment(
         2, {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     ),
@@ -60,21 +61,23 @@ DEPLOYMENTS = {
         1, {"enable_sleep_mode": True, "enforce_eager": False}, sleep=True
     ),
 }
-# The checkpoint that is deployed in every way.
+# The checkpoint that runs under every deployment.
 DEPLOYED = Recipe(format="compressed-tensors", symmetric=False, group_size=64)
-# The project's first target, as published but for its size.
+# The project's first target, as published except for its size.
 QWEN35 = Recipe("qwen3_5_moe", "auto_round:auto_gptq", True, 128)
+# Its attention is int4 too.
+QWEN35_ATTENTION = dataclasses.replace(QWEN35, int4_attention=True)
 SHARDINGS = ("1 rank", "TP 2", "TP 2, EP 2")
 OTHER_DEPLOYMENTS = tuple(
     name
     for name, deployment in DEPLOYMENTS.items()
-    if name not in SHARDINGS and not deployment.sleep
+    if name not in (*SHARDINGS, "TP 4") and not deployment.sleep
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One checkpoint, deployed one way."""
+    """A checkpoint under one deployment."""
 
     recipe: Recipe = Recipe()
     dtype: str = "bfloat16"
@@ -101,12 +104,12 @@ class Cell:
 
 
 def exists(format: str, symmetric: bool) -> bool:
-    """Whether vLLM lets such a checkpoint in: its GPTQ config refuses sym = false."""
+    """Whether vLLM accepts such a checkpoint: its GPTQ config rejects sym = false."""
     return symmetric or not format.startswith("gptq")
 
 
 def grid() -> list[Cell]:
-    """Format x symmetric x group size x dtype x sharding, on one model."""
+    """Format x symmetric x group size x dtype x sharding, for one model."""
     return [
         Cell(Recipe("qwen3_moe", format, symmetric, group_size), dtype, sharding)
         for group_size, format, symmetric, dtype, sharding in itertools.product(
@@ -117,9 +120,9 @@ def grid() -> list[Cell]:
 
 
 def other_models() -> list[Cell]:
-    """The other models in every format, in float16: their routers tie in bf16.
+    """The other models in every format, in float16, because their routers tie in bf16.
 
-    Qwen3.5 in bf16: vLLM's linear attention on the CPU has nothing else.
+    Qwen3.5 runs in bf16, the only dtype of vLLM's linear attention on the CPU.
     """
     return [
         Cell(
@@ -138,7 +141,7 @@ def other_models() -> list[Cell]:
 
 
 def other_deployments() -> list[Cell]:
-    """Data parallel cells in float16, where tokens must equal those of one rank."""
+    """Data-parallel cells in float16, where tokens must equal those of one rank."""
     return [
         Cell(
             DEPLOYED,
@@ -149,8 +152,26 @@ def other_deployments() -> list[Cell]:
     ]
 
 
+def cut_groups() -> list[Cell]:
+    """Tensor parallel shards that cut groups of 128: 192 or 96 of 384 columns a rank.
+
+    All formats in float16, where tokens must equal those of one rank. The first two
+    cells are in test_matrix's short run.
+    """
+    cases = [("compressed-tensors", False)]
+    cases += [c for c in itertools.product(FORMATS, (True, False)) if c != cases[0]]
+    return [
+        Cell(Recipe("qwen3_moe", format, symmetric, 128, 384), dtype, deployment)
+        for format, symmetric in cases
+        if exists(format, symmetric)
+        for dtype in DTYPES[::-1]
+        if dtype == "float16" or format == "auto_round:auto_gptq"
+        for deployment in ("1 rank", "TP 2", "TP 4")
+    ]
+
+
 def on_a_gpu() -> list[Cell]:
-    """What test_matrix runs beyond its subset where there is a GPU."""
+    """Additional cells that test_matrix runs on a GPU."""
     return [
         Cell(DEPLOYED, "float16", "compiled"),
         Cell(QWEN35, "float16"),
@@ -162,7 +183,7 @@ def on_a_gpu() -> list[Cell]:
 
 
 def full() -> list[Cell]:
-    """The support matrix, as far as the CPU goes."""
+    """The whole support matrix on the CPU."""
     return other_deployments() + other_models() + grid()
 
 
@@ -179,9 +200,9 @@ def _pairs(cell: Cell) -> set[tuple[Any, ...]]:
 
 
 def covering(cells: Sequence[Cell]) -> list[Cell]:
-    """A small subset of ``cells`` in which every pair of values still occurs.
+    """Return a small subset of ``cells`` that contains every pair of values.
 
-    Greedy: takes the cell with the most uncovered pairs, fewest ranks first.
+    Greedy: picks the cell with the most uncovered pairs, fewest ranks first.
     """
     missing = set().union(*map(_pairs, cells))
     chosen = []
@@ -193,12 +214,18 @@ def covering(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def subset() -> list[Cell]:
-    """The part of ``full`` that test_matrix runs; test_serving covers compiled mode."""
+    """The cells that test_matrix runs; test_serving covers compiled mode."""
     models = [
         Cell(Recipe("mixtral", "awq", False, 128), "float16"),
         Cell(Recipe("glm4_moe", "compressed-tensors", True, 128), "float16"),
-        Cell(QWEN35, "bfloat16"),
+        Cell(QWEN35_ATTENTION, "bfloat16"),
+    ]
+    attention = [
+        Cell(Recipe("qwen3_moe", "awq", False, 64, True), "bfloat16", "compiled"),
+        Cell(Recipe("qwen3_moe", "compressed-tensors", False, 32, True), "float16"),
     ]
     shards = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
     others = [cell for cell in other_deployments() if cell.deployment != "compiled"]
-    return list(dict.fromkeys([*covering(grid()), *models, *shards, *others]))
+    return list(
+        dict.fromkeys([*covering(grid()), *models, *attention, *shards, *others])
+    )

@@ -4,11 +4,11 @@
 
     python -m tests.support.matrix_worker CELLS_JSON CHECKPOINTS_FOLDER ANSWERS_JSONL
 
-Importing vLLM takes far longer than a cell, so one process runs many cells. Where there
-are two ranks, vLLM's ``external_launcher`` executor joins them by RANK, WORLD_SIZE,
+Importing vLLM takes far longer than a cell, so one process runs many cells. With two
+ranks, vLLM's ``external_launcher`` executor connects them through RANK, WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT.
 
-MATRIX_ARGUMENTS: JSON of further arguments of ``LLM``, for a vLLM that needs some.
+MATRIX_ARGUMENTS: JSON of additional arguments of ``LLM``, for a vLLM that needs some.
 """
 
 import gc
@@ -32,13 +32,14 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
     VLLM_HYBRID_W4A16_MOE="require",
+    VLLM_HYBRID_W4A16_LINEAR="1",
 )
 
 
 def answers(llm: Any, with_prompt: bool, seed: int = 0) -> list[dict[str, Any]]:
-    """Greedy completions with the log-probabilities of prompt and completion tokens.
+    """Return greedy completions with log-probabilities of prompt and completion tokens.
 
-    seed: of the prompts; their length depends on it as well.
+    seed: determines the prompts and their length.
     """
     from vllm import SamplingParams
 
@@ -78,7 +79,7 @@ def answers(llm: Any, with_prompt: bool, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
-    """Reload wrong weights, check that the tokens change, reload the right ones."""
+    """Load wrong weights, check that the tokens change, then load the right ones."""
     from .tiny_models import make_checkpoint as make
 
     before = answers(llm, False)
@@ -92,8 +93,27 @@ def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
     llm.reset_prefix_cache()
 
 
+def int4_linears(model: torch.nn.Module) -> list[str]:
+    """Names of the dense linears that run on ``HybridW4A16LinearKernel``."""
+    from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16 import (
+        HybridW4A16LinearKernel,
+    )
+
+    found = []
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        # some methods hold another one, compressed-tensors' is the layer's scheme
+        for holder in (method, getattr(module, "scheme", None)):
+            while holder is not None:
+                if isinstance(getattr(holder, "kernel", None), HybridW4A16LinearKernel):
+                    found.append(name)
+                inner = getattr(holder, "scheme", None)
+                holder = inner or getattr(holder, "linear_method", None)
+    return found
+
+
 def sleep_and_wake(llm: Any) -> None:
-    """Both levels of vLLM's sleep mode: memory is released, and no token changes."""
+    """Use both levels of vLLM's sleep mode: memory is released and no token changes."""
     tokens = [a["tokens"] for a in answers(llm, False)]
     fall_asleep(llm, level=1)
     llm.wake_up()
@@ -107,7 +127,7 @@ def sleep_and_wake(llm: Any) -> None:
 
 
 def fall_asleep(llm: Any, level: int) -> None:
-    """Sleep, and check that the device gets back the weights' memory and more."""
+    """Sleep, and check that the device gets back at least the weights' memory."""
     from vllm.device_allocator import get_mem_allocator_instance
 
     allocations = get_mem_allocator_instance().pointer_to_data
@@ -137,9 +157,9 @@ def fall_asleep(llm: Any, level: int) -> None:
 
 @torch.inference_mode()
 def forget_weights(model: torch.nn.Module) -> None:
-    """Turn all that level 2 does not keep into NaN.
+    """Overwrite everything that level 2 does not keep with NaN.
 
-    Otherwise the memory may still hold the old weights.
+    Otherwise the memory might still contain the old weights.
     """
     from vllm.device_allocator import cumem
 
@@ -157,7 +177,7 @@ def forget_weights(model: torch.nn.Module) -> None:
 def give_the_cpu_what_data_parallel_needs() -> None:
     """Add ``all_gatherv`` and ``reduce_scatterv`` to vLLM's CPU communicator.
 
-    Without them no MoE model runs data parallel on the CPU. With them the experts see
+    Without them no MoE model runs data-parallel on the CPU. With them the experts see
     the tokens of all ranks, as on a GPU.
     """
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
@@ -188,8 +208,8 @@ def give_the_cpu_what_data_parallel_needs() -> None:
 def tell_shared_memory_of_cells_apart() -> None:
     """Put the port into the name of the CPU ranks' shared memory.
 
-    vLLM derives it from the rendezvous address, which is empty with an external
-    launcher: what a killed run left behind would break the next one.
+    vLLM derives the name from the rendezvous address, which is empty with an external
+    launcher. Without the port, leftovers of a killed run would break the next run.
     """
     from vllm.distributed.device_communicators import cpu_communicator
 
@@ -201,7 +221,7 @@ def tell_shared_memory_of_cells_apart() -> None:
 
 
 def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
-    """The answers of one cell."""
+    """Run one cell and return its output."""
     from vllm import LLM
 
     deployment = DEPLOYMENTS[cell.deployment]
@@ -218,9 +238,11 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
         **deployment.arguments,
         **json.loads(os.environ.get("MATRIX_ARGUMENTS", "{}")),
     }
-    if torch.cuda.is_available():  # the previous cell's memory may be freed late
+    if (
+        torch.cuda.is_available()
+    ):  # the previous cell's memory may be freed with a delay
         arguments["gpu_memory_utilization"] = 0.5
-    if cell.recipe.model == "qwen3_5_moe":  # there is no tokenizer to place images by
+    if cell.recipe.model == "qwen3_5_moe":  # there is no tokenizer to place images
         arguments["language_model_only"] = True
     seed = 0
     if deployment.data_parallel:
@@ -230,6 +252,8 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     if deployment.ranks > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
     llm = LLM(str(checkpoint), **arguments)
+    (linears,) = llm.apply_model(int4_linears)
+    assert bool(linears) == cell.recipe.int4_attention, linears
     if deployment.reload:
         os.environ["MATRIX_CELL"] = json.dumps(cell.to_json())
         garbage_then_checkpoint(llm, checkpoint)
@@ -250,7 +274,7 @@ def main() -> None:
     for index, values in enumerate(json.loads(cells_file.read_text())):
         cell = Cell.from_json(values)
         # vLLM collects garbage seven times per cell. Without the freeze each collection
-        # walks everything imported, which takes longer than the cell itself.
+        # visits every imported object, which takes longer than the cell itself.
         gc.freeze()
         os.environ["MASTER_PORT"] = str(port + index)
         start = time.monotonic()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Routed-experts layers as vLLM builds them, and checkpoints to load into them."""
+"""Routed-experts layers as vLLM builds them, and checkpoints for them."""
 
 import dataclasses
 import logging
@@ -49,14 +49,14 @@ from vllm.v1.worker.workspace import (
 from .int4_formats import FORMATS
 
 LAYER_NAME = "model.layers.3.mlp.experts"
-# Layers live on vLLM's device. Inputs and expected results are made on the CPU, and
+# Layers are on vLLM's device. Inputs and expected results are on the CPU, and
 # ``run_layer`` returns the output there.
 DEVICE = current_platform.device_type
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of an MoE layer (the whole layer, before any sharding)."""
+    """Sizes of a whole MoE layer, before any sharding."""
 
     experts: int = 8
     top_k: int = 2
@@ -76,13 +76,13 @@ CONFIG_CLASSES: dict[str, type[QuantizationConfig]] = {
 def quant_config(
     format: str, group_size: int = 64, symmetric: bool = True, /, **overrides: Any
 ) -> QuantizationConfig:
-    """vLLM's config object for a ``quantization_config`` of ``int4_formats``."""
+    """Return vLLM's config object for a ``quantization_config`` of ``int4_formats``."""
     config = FORMATS[format].config(group_size, symmetric, [], **overrides)
     return CONFIG_CLASSES[config["quant_method"]].from_config(config)
 
 
 def inc_config(group_size: int = 64, **overrides: Any) -> INCConfig:
-    """An AutoRound ``quantization_config`` as it stands in a config.json."""
+    """Return the config of an AutoRound ``quantization_config`` as in a config.json."""
     config = quant_config("auto_round:auto_gptq", group_size, **overrides)
     assert isinstance(config, INCConfig)
     return config
@@ -97,7 +97,7 @@ def make_layer(
     tp: tuple[int, int] = (1, 0),
     **moe_overrides,
 ) -> RoutedExperts:
-    """A ``RoutedExperts`` layer; its method is what vLLM's factories return.
+    """Make a ``RoutedExperts`` layer with the method that vLLM's factories return.
 
     ep, tp: expert-parallel and tensor-parallel size and rank. moe_overrides: fields of
     ``FusedMoEConfig``.
@@ -185,7 +185,7 @@ class Checkpoint:
     def load_into(self, layer: RoutedExperts) -> None:
         """Load through the layer's own weight loaders, then post-process.
 
-        With the model's dtype as torch's default, as vLLM loads a model.
+        The model's dtype is torch's default dtype, as when vLLM loads a model.
         """
         with set_default_torch_dtype(layer.moe_config.in_dtype):
             list(layer.load_weights(self.tensors()))
@@ -198,7 +198,7 @@ class Checkpoint:
         topk_ids: torch.Tensor,
         activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = silu_and_mul,
     ) -> torch.Tensor:
-        """float64 [M, H]: the MoE layer over the dequantized weights."""
+        """Return float64 [M, H]: the MoE layer with dequantized weights."""
         result = torch.zeros(x.shape, dtype=torch.float64)
         for e in topk_ids.unique().tolist():
             w = {
@@ -215,7 +215,7 @@ class Checkpoint:
 def random_routing(
     tokens: int, shape: Shape, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [M, top_k] weights that sum to 1, int32 [M, top_k] distinct experts."""
+    """fp32 [M, top_k] weights that sum to 1, and int32 [M, top_k] distinct experts."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, shape.experts, generator=generator)
     weights, ids = logits.softmax(-1).topk(shape.top_k)
@@ -223,15 +223,15 @@ def random_routing(
 
 
 def is_opt_in() -> bool:
-    """Whether the device at hand is one that only ``VLLM_HYBRID_W4A16_MOE=1`` takes."""
+    """Whether the device is used only with ``VLLM_HYBRID_W4A16_MOE=1``."""
     family = device_family()
     return isinstance(family, DeviceFamily) and family.opt_in
 
 
 def peak_of_processing(layer: RoutedExperts) -> int:
-    """Peak memory of converting a loaded layer, in bytes above the start.
+    """Return the peak memory of converting a loaded layer, in bytes above the start.
 
-    As the allocator records it; a GPU's rounds each tensor up to 512 bytes.
+    The allocator records it; on a GPU it rounds each tensor up to 512 bytes.
     """
     if DEVICE != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -253,8 +253,8 @@ def peak_of_processing(layer: RoutedExperts) -> int:
 
 
 def fresh_gate_records(monkeypatch) -> None:
-    """For one test: empty records of the decision, the tests' default switch, and log
-    lines that caplog sees."""
+    """For one test: empty records of the decision, the default switch, and log lines
+    that caplog captures."""
     monkeypatch.setattr(oracle, "_model", oracle._Model())
     monkeypatch.setattr(oracle, "_reasons_logged", set())
     # fork: begin overlay
@@ -278,6 +278,6 @@ def run_layer(
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of ``expected``."""
+    """Frobenius norm of the difference divided by the norm of ``expected``."""
     difference = (actual.double() - expected.double()).norm()
     return float(difference / expected.double().norm())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Programs under test that have to be stopped, and what they leave behind."""
+"""Programs under test that must be stopped, and processes that they leave behind."""
 
 import subprocess
 import time
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import psutil
 
-# Stands in for the vllm command.
+# Replaces the vllm command.
 STAND_IN_VLLM = Path(__file__).with_name("programs") / "vllm.py"
 
 
 def users_of(path: Path) -> list[int]:
-    """Ids of the processes that have ``path``, or a file in it, open."""
+    """Return the ids of the processes that have ``path``, or a file in it, open."""
     return [
         process.pid
         for process in psutil.process_iter(["open_files"])
@@ -27,7 +27,7 @@ def users_of(path: Path) -> list[int]:
 
 
 def wait_for_users(path: Path, count: int, timeout_s: float = 60.0) -> list[int]:
-    """``users_of`` once there are ``count`` of them; ``AssertionError`` otherwise."""
+    """Return ``users_of`` when there are ``count`` of them, else ``AssertionError``."""
     deadline = time.monotonic() + timeout_s
     while len(users := users_of(path)) != count:
         assert time.monotonic() < deadline, f"{len(users)} processes, expected {count}"
@@ -37,7 +37,7 @@ def wait_for_users(path: Path, count: int, timeout_s: float = 60.0) -> list[int]
 
 @contextmanager
 def running(command: list[str], **options: object) -> Iterator[subprocess.Popen[str]]:
-    """A program with its output in pipes, told to end if it has not."""
+    """Run a program with its output in pipes; terminate it if it has not ended."""
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -48,4 +48,4 @@ def running(command: list[str], **options: object) -> Iterator[subprocess.Popen[
         try:
             yield process
         finally:
-            process.terminate()  # not kill(): it has a server to stop
+            process.terminate()  # not kill(): the program must stop its server

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Checkpoint folders laid out like an AutoRound int4 Qwen3.5-MoE, without weights.
+"""Checkpoint folders with the layout of an AutoRound int4 Qwen3.5-MoE, without weights.
 
 Names and shapes of everything but the routed experts come from transformers' own model
-class, built without memory. The files have the size of the real thing, but are sparse:
-header, then a hole.
+class, built without memory. The files have the real size but are sparse: a header, then
+a hole.
 """
 
 import json
@@ -24,7 +24,7 @@ _ITEM_BYTES = {"I32": 4, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _ATTENTION = ".*(linear_attn|self_attn).*"
 
 Tensor = tuple[str, tuple[int, ...], str]
-"""Name, shape, dtype as safetensors writes it."""
+"""Name, shape, and dtype as safetensors spells it."""
 
 TINY_TEXT = {
     "hidden_size": 256,
@@ -62,9 +62,9 @@ def make_checkpoint(
 ) -> Path:
     """Write config.json, sparse safetensors files and their index; returns ``folder``.
 
-    text, vision: what differs from transformers' defaults, which are the sizes of
+    text, vision: differences from transformers' defaults, which are the sizes of
     Qwen3.5-35B-A3B. int4_attention: the attention and GDN projections are int4 too, as
-    in the published checkpoint. tensors: instead of the model's own.
+    in the published checkpoint. tensors: replaces the model's own.
     """
     model_config = Qwen3_5MoeConfig(text_config=text or {}, vision_config=vision or {})
     folder.mkdir(parents=True)
@@ -80,7 +80,7 @@ def make_checkpoint(
 
 
 def tiny_tensors() -> list[Tensor]:
-    """Those of the checkpoint of ``TINY_TEXT`` and ``TINY_VISION``."""
+    """The tensors of the checkpoint of ``TINY_TEXT`` and ``TINY_VISION``."""
     config = Qwen3_5MoeConfig(text_config=TINY_TEXT, vision_config=TINY_VISION)
     return list(_tensors(config))
 
@@ -157,7 +157,7 @@ def _int4_expert(prefix: str, hidden: int, intermediate: int) -> Iterator[Tensor
 
 
 def _draft_layer(hidden: int, intermediate: int, text: Any) -> Iterator[Tensor]:
-    """Part of the multi-token-prediction layer that checkpoints of the family bring."""
+    """Part of the multi-token-prediction layer that such checkpoints include."""
     yield "mtp.fc.weight", (hidden, 2 * hidden), "BF16"
     experts = "mtp.layers.0.mlp.experts"
     shape = (text.num_experts, 2 * intermediate, hidden)
@@ -188,7 +188,7 @@ def _write_shards(folder: Path, tensors: list[Tensor], shard_bytes: int) -> None
 
 
 def write_sparse(path: Path, tensors: list[Tensor]) -> None:
-    """A safetensors file whose tensors are a hole in the file."""
+    """Write a safetensors file whose tensors are a hole in the file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:

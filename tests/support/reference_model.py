@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What a Qwen3-MoE AutoRound checkpoint should compute: an independent reference.
+"""The expected results of a Qwen3-MoE AutoRound checkpoint: an independent reference.
 
-transformers in float32 on weights that the few lines of numpy below dequantize from
-the file on disk. Nothing here comes from the project under test or from vLLM.
+It runs transformers in float32 on weights that the few lines of numpy below dequantize
+from the file on disk. It uses nothing of the project under test or of vLLM.
 """
 
 import json
@@ -26,7 +26,7 @@ _NUMPY_OF = {
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file; bf16 is widened to float32.
+    """Read all tensors of a safetensors file; bf16 is widened to float32.
 
     The format is 8 bytes of little-endian header length, a JSON header with dtype,
     shape and byte range of each tensor, then the bytes.
@@ -49,7 +49,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def dequantize(
     qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray
 ) -> np.ndarray:
-    """The float32 [N, K] weight of a linear in GPTQ v1 storage (``auto_gptq``).
+    """Return the float32 [N, K] weight of a linear in GPTQ v1 storage (``auto_gptq``).
 
     qweight int32 [K/8, N], nibble i of a word is row 8*k8 + i; qzeros int32
     [K/G, N/8], nibble j is column 8*n8 + j, stored minus 1; scales fp16 [K/G, N].
@@ -65,7 +65,7 @@ def dequantize(
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights in float32, dequantized, named as in the files."""
+    """Return the checkpoint's dequantized weights in float32, named as in the files."""
     dense = {}
     for file in sorted(folder.glob("*.safetensors")):
         dense.update(_dense(read_safetensors(file)))
@@ -87,7 +87,7 @@ def _dense(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _fuse_experts(
     weights: dict[str, torch.Tensor], num_layers: int, num_experts: int
 ) -> None:
-    """Replace per-expert weights by the stacks that transformers 5 computes with."""
+    """Replace per-expert weights by the stacks that transformers 5 uses."""
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}.mlp.experts"
         gate, up, down = (
@@ -104,7 +104,8 @@ class ReferenceModel:
     """float32 results of an ``auto_round:auto_gptq`` Qwen3-MoE checkpoint.
 
     Args:
-        folder: config.json, tokenizer.json and ``*.safetensors``, no linear in two.
+        folder: has config.json, tokenizer.json and ``*.safetensors``; all tensors of a
+            linear must be in one file.
     """
 
     def __init__(self, folder: Path):
@@ -115,7 +116,7 @@ class ReferenceModel:
         _fuse_experts(weights, config.num_hidden_layers, config.num_experts)
         if config.tie_word_embeddings:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-        with no_init_weights():  # random numbers for a large model take long
+        with no_init_weights():  # initializing a large model takes long
             self.model = Qwen3MoeForCausalLM(config).eval()
         self.model.load_state_dict(weights, assign=True)
 
@@ -124,8 +125,8 @@ class ReferenceModel:
         """Per sequence float32 [T, vocabulary]: row t is the log-distribution of token
         t + 1.
 
-        One forward pass for all, which takes a sixth of the time of one each. Padding
-        stands behind a sequence's tokens, so causal attention never sees it.
+        One forward pass for all takes a sixth of the time of separate ones. The padding
+        is after a sequence's tokens, so causal attention never sees it.
         """
         longest = max(map(len, sequences))
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in sequences]
@@ -140,6 +141,6 @@ class ReferenceModel:
         return self.logprobs_of([tokens])[0]
 
     def text_logprobs(self, tokens: list[int]) -> torch.Tensor:
-        """float32 [T - 1]: the log-probability of every token but the first."""
+        """Return float32 [T - 1]: the log-probability of every token but the first."""
         following = torch.tensor(tokens[1:])
         return self.logprobs(tokens)[:-1].gather(1, following[:, None])[:, 0]

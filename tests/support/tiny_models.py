@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Tiny random MoE checkpoints in every format, and what they should compute.
+"""Tiny random MoE checkpoints in every format, and their expected results.
 
     python -m tests.support.tiny_models qwen3_moe compressed-tensors OUTPUT_FOLDER
 
-transformers makes the model from a config and writes it; the linears of the experts are
-replaced by random int4 ones, everything else stays bf16. A second folder holds the same
-weights dequantized, for transformers to compute the expected results in float32.
+transformers makes the model from a config and writes it. The linears of the experts,
+and of attention where the recipe says so, are replaced by random int4 ones. Everything
+else stays bf16. A second folder has the same weights dequantized, from which
+transformers computes the expected results in float32.
 """
 
 import argparse
@@ -34,9 +35,14 @@ from .int4_formats import FORMATS
 
 WEIGHTS = "model.safetensors"
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 256, 4, 2
-# Large enough that logits lie several nats apart and tokens do not tie.
+# Large enough that logits differ by several nats and tokens do not tie.
 INITIALIZER_RANGE = 0.1
 _EXPERT_WEIGHT = re.compile(r"(.*\.experts\.\d+\.\w+)\.weight")
+# Not in_proj_a and in_proj_b, whose few rows here do not fill a word of zero points.
+_ATTENTION_WEIGHT = re.compile(
+    r"(.*(?:self_attn\.[qkvo]_proj|linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj)))"
+    r"\.weight"
+)
 
 _COMMON = {
     "vocab_size": 256,
@@ -88,7 +94,7 @@ def _glm4_moe() -> PretrainedConfig:
 
 
 def _qwen3_5_moe() -> PretrainedConfig:
-    """As published: the text model inside a vision-language one.
+    """As published: a text model inside a vision-language model.
 
     A shared expert, linear attention and one layer of full attention.
     """
@@ -97,7 +103,7 @@ def _qwen3_5_moe() -> PretrainedConfig:
         "moe_intermediate_size": INTERMEDIATE,
         "shared_expert_intermediate_size": INTERMEDIATE,
         "num_experts": EXPERTS,
-        "num_experts_per_tok": EXPERTS,  # nothing to choose, so no ties in bf16
+        "num_experts_per_tok": EXPERTS,  # every expert is chosen, so bf16 has no ties
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 64,
@@ -135,27 +141,37 @@ def _model_class(config: PretrainedConfig) -> type:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a checkpoint is made of."""
+    """The properties of a checkpoint."""
 
     model: str = "qwen3_moe"
     format: str = "auto_round:auto_gptq"
     symmetric: bool = True
     group_size: int = 128
+    moe_intermediate_size: int = INTERMEDIATE
+    int4_attention: bool = False
 
     @property
     def folder_name(self) -> str:
         sign = "sym" if self.symmetric else "asym"
-        return f"{self.model}-{self.format}-{sign}-g{self.group_size}".replace(":", "-")
+        name = f"{self.model}-{self.format}-{sign}-g{self.group_size}"
+        if self.moe_intermediate_size != INTERMEDIATE:
+            name += f"-i{self.moe_intermediate_size}"
+        return name.replace(":", "-") + "-int4-attention" * self.int4_attention
 
 
 def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
-    """The checkpoint's folder, made in ``parent``; dense weights in its ``dense``."""
+    """Make the checkpoint in ``parent`` and return its folder.
+
+    Its subfolder ``dense`` has the dequantized weights.
+    """
     folder = parent / recipe.folder_name
     if (folder / "config.json").exists():
         return folder
     dense = folder / "dense"
     torch.manual_seed(seed)
     model_config = MODELS[recipe.model]()
+    if recipe.moe_intermediate_size != INTERMEDIATE:
+        model_config.moe_intermediate_size = recipe.moe_intermediate_size
     model = _model_class(model_config).from_config(model_config, dtype=torch.bfloat16)
     model.save_pretrained(dense)
     format = FORMATS[recipe.format]
@@ -164,8 +180,10 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
     dequantized: dict[str, torch.Tensor] = {}
     kept = set()
     for name, tensor in sorted(load_file(dense / WEIGHTS).items()):
-        expert = _EXPERT_WEIGHT.fullmatch(name)
-        if expert is None:
+        quantized = _EXPERT_WEIGHT.fullmatch(name)
+        if quantized is None and recipe.int4_attention:
+            quantized = _ATTENTION_WEIGHT.fullmatch(name)
+        if quantized is None:
             stored[name] = tensor
             dequantized[name] = tensor.float()
             kept.add(name.removesuffix(".weight"))
@@ -177,15 +195,17 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
         )
         dequantized[name] = torch.from_numpy(format.dequantize(linear)).float()
         for suffix, array in linear.items():
-            stored[f"{expert[1]}.{suffix}"] = torch.from_numpy(array)
+            stored[f"{quantized[1]}.{suffix}"] = torch.from_numpy(array)
     save_file(dequantized, dense / WEIGHTS, {"format": "pt"})
     save_file(stored, folder / WEIGHTS, {"format": "pt"})
     config = json.loads((dense / "config.json").read_text())
+    attention = ["self_attn", "linear_attn"]
+    if recipe.int4_attention:
+        attention = ["linear_attn.in_proj_[ab]+$"]
     skipped = [
-        "self_attn",
+        *attention,
         "mlp.gate$",
         "shared_expert",
-        "linear_attn",
         "visual",
         "lm_head",
         r"layers.0.mlp.\w+_",
@@ -202,7 +222,7 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
 
 
 class DenseReference:
-    """float32 results of a checkpoint's dequantized weights in transformers."""
+    """float32 results of transformers on a checkpoint's dequantized weights."""
 
     def __init__(self, folder: Path) -> None:
         dense = folder / "dense"

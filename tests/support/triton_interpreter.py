@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """bf16 arithmetic for Triton's interpreter.
 
-The interpreter (Triton 3.9) keeps bf16 as uint16, then multiplies these bits as if they
-were integers, and cuts fp32 off where a GPU rounds to nearest. Here such operands are
-widened to fp32 and results rounded.
+The interpreter (Triton 3.9) keeps bf16 as uint16, multiplies these bits as integers,
+and truncates fp32 where a GPU rounds to nearest. This module widens such operands to
+fp32 and rounds the results.
 """
 
 import numpy as np

@@ -5,13 +5,14 @@
 ``python csrc/rocm/host/build.py [--mma] [--cache DIR] [--objects] [--flag=F ...]
 [SOURCE ...]``
 
---mma: kernels use matrix instructions, as on NVIDIA; else they do not, as on gfx11.
---flag: one more flag of the compiler. --objects: print the objects' paths, do not link.
-Without SOURCE: the kernel sources of csrc/rocm and runner.cpp. With SOURCE: only those.
-scheduler.cpp is always in. Objects and programs are cached by the hash of the compiler,
-its flags and the preprocessed source, so a second call costs a second.
+--mma: kernels use matrix instructions, as on NVIDIA; otherwise they do not, as on
+gfx11. --flag: an additional compiler flag. --objects: print the objects' paths, do not
+link. Without SOURCE it builds the kernel sources of csrc/rocm and runner.cpp; with
+SOURCE only those. scheduler.cpp is always included. Objects and programs are cached by
+the hash of the compiler, its flags and the preprocessed source, so a second call takes
+a second.
 
-Exit status 2: no compiler, or one that failed (its output is passed on).
+Exit status 2: there is no compiler, or it failed (its output is passed on).
 """
 
 import argparse
@@ -31,8 +32,8 @@ CSRC_DIR = ROCM_DIR.parent
 DEFAULT_CACHE = CSRC_DIR.parent / "build" / "gpu_host"
 
 COMPILERS = ("clang++-22", "g++", "clang++")
-# -O1: ASan's reports stay readable and builds short. Uninitialised locals become a
-# pattern that spoils results instead of a lucky zero.
+# With -O1 ASan's reports stay readable and builds short. Uninitialised locals hold a
+# pattern that spoils results, rather than zeros that may hide the error.
 SANITIZE = [
     "-O1",
     "-fno-omit-frame-pointer",
@@ -73,7 +74,7 @@ def _compile(
     if not out.exists():
         partial = out.with_suffix(f".{os.getpid()}")
         _run([*command, "-c", str(source), "-o", str(partial)])
-        partial.rename(out)  # atomic: a parallel build finds all of it or nothing
+        partial.rename(out)  # atomic: a parallel build never sees a partial file
     return out
 
 
@@ -89,7 +90,7 @@ def compile_objects(
     compiler = next(filter(shutil.which, COMPILERS), None)
     if compiler is None:
         sys.stderr.write(
-            f"none of {', '.join(COMPILERS)} found; Debian: g++ or clang-22\n"
+            f"none of {', '.join(COMPILERS)} found; on Debian install g++ or clang-22\n"
         )
         sys.exit(2)
     cache.mkdir(parents=True, exist_ok=True)

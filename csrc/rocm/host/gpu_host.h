@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The host branch of gpu_compat.cuh, which documents each of these: the same primitives over the
-// lanes of scheduler.h. Misaligned 16-byte accesses and divergent collectives are errors here.
+// The host branch of gpu_compat.cuh, which documents these primitives: it runs them over the lanes
+// of scheduler.h. Misaligned 16-byte accesses and divergent collectives are errors.
 #pragma once
 
 #include <dlfcn.h>
@@ -21,7 +21,7 @@
 
 #define GPU_HAS_MMA GPU_HOST_MMA
 #define GPU_DEVICE inline
-// A section of their own, so that tests find all kernels of a program.
+// A separate section, so that tests can find all kernels of a program.
 #define GPU_KERNEL(max_threads) __attribute__((section("gpu_kernels")))
 
 namespace gpu {
@@ -51,7 +51,7 @@ inline U32x4 load_16_any(const uint16_t* p) {
 }
 inline U32x4 load_weights(const void* p) { return load_16(p); }
 
-// A copy that is on its way leaves poison where it goes, and arrives when the lane waits for it.
+// A copy poisons its destination when it starts, and arrives when the lane waits for it.
 using LdsAddress = char*;
 inline LdsAddress lds_address(void* p) { return static_cast<char*>(p); }
 inline U32x4 lds_load_16(LdsAddress p) { return load_16(p); }
@@ -122,7 +122,7 @@ inline int first_bit(uint32_t bits) { return __builtin_ctz(bits); }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
 inline uint16_t from_float(Half, float x) { return float_to_half(x); }
-inline uint16_t from_float(BFloat16, float x) {  // to nearest, ties to even; no NaN comes here
+inline uint16_t from_float(BFloat16, float x) {  // to nearest, ties to even; callers pass no NaN
   const uint32_t bits = bit_cast<uint32_t>(x);
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
@@ -133,7 +133,7 @@ uint32_t add2(DT dtype, uint32_t a, uint32_t b) {
   return from_float(dtype, low) | static_cast<uint32_t>(from_float(dtype, high)) << 16;
 }
 
-// Reads the byte, so that AddressSanitizer sees a hint that points nowhere.
+// Reads the byte, so that AddressSanitizer reports a hint for an invalid address.
 inline void prefetch_l2(const void* p) { (void)*static_cast<const volatile char*>(p); }
 inline void allow_next_grid() {}
 inline void wait_previous_grid() {}

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Runs the GPU launchers over a stream, on the host or, built for one, on a GPU: each record on
-// stdin is one op call, each record on stdout its result. A record is a uint32 count of fields; a
-// field is a uint32 length and its name, a uint64 size and its bytes. Scalars are int64 or double
-// fields, strides and shapes are named as in moe_int4_args.h; "op" is gemm, gate_up or down. A
-// tensor that is absent is a null pointer; "NAME.offset" moves it that many bytes off a 16-byte
-// boundary. The call runs once per order of lanes and waves (gpu::kOrders); the outputs must agree
-// bit for bit. The reply has "c" and "kernels" (the launched kernels' names, one a line, where
-// known). The op "prepare" makes "device" ready, which is an "arch", and current; its reply is
-// empty.
+// Runs the GPU launchers on the host or, in a GPU build, on a GPU. Each record on stdin is one op
+// call; each record on stdout is its result. A record is a uint32 number of fields. A field is a
+// uint32 length and its name, then a uint64 size and its bytes. Scalars are int64 or double fields.
+// Strides and shapes have the names of moe_int4_args.h; "op" is gemm, gate_up, down, dense or
+// rescore. A missing tensor is a null pointer; "NAME.offset" moves a tensor that many bytes off a
+// 16-byte boundary. The call runs once per order of lanes and waves (gpu::kOrders), and the outputs
+// must be bitwise equal. The reply has "c" and "kernels" (names of the launched kernels, one per
+// line, where known). The op "prepare" loads the kernels for "arch" on "device" and makes it
+// current; its reply is empty.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -32,7 +32,7 @@ using namespace moe_int4;
 }
 
 // Memory for kernels of exactly the field's size, so that AddressSanitizer or compute-sanitizer
-// sees the first byte past it.
+// reports an access to the first byte past it.
 class Buffer {
  public:
   Buffer() = default;
@@ -107,7 +107,7 @@ class Call {
   int64_t i64(const std::string& name) const { return scalar<int64_t>(name); }
   int32_t i32(const std::string& name) const { return static_cast<int32_t>(i64(name)); }
 
-  // A fresh copy of the tensor, or null where it is absent.
+  // A fresh copy of the tensor, or null if it is missing.
   template <typename T>
   T* tensor(const std::string& name) {
     if (fields_.count(name) == 0) return nullptr;
@@ -158,7 +158,7 @@ class Call {
     args.cu_count = i32("cu_count");
   }
 
-  // "plan" is int64 values, absent: none.
+  // "plan" holds int64 values; without it there is no plan.
   Plan plan() const {
     Plan out{};
     const auto found = fields_.find("plan");

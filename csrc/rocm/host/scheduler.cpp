@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The scheduler behind scheduler.h. One thread runs everything: the scheduler switches into a
-// lane's fiber, the lane runs until it must meet others (or ends) and switches back. This file is
-// compiled without sanitizers: it reads LDS that it hides from lanes, and it does so often.
+// Implements scheduler.h. Everything runs in one thread: the scheduler switches into a lane's
+// fiber, and the lane switches back when it must meet other lanes or ends. This file is compiled
+// without sanitizers, because it often reads LDS that it hides from lanes.
 #include "scheduler.h"
 
 #include <sanitizer/asan_interface.h>
@@ -25,9 +25,9 @@
 #endif
 
 // void gpu_host_switch(void** save_sp, void* load_sp): saves the callee-saved registers of the
-// System V ABI on this stack and restores them from the other one. ucontext would do, but
-// AddressSanitizer wipes the shadow of the whole target stack in swapcontext, and with it the
-// red zones of the frames that live there.
+// System V ABI on this stack and restores them from the other one. It replaces ucontext, whose
+// swapcontext makes AddressSanitizer clear the shadow of the whole target stack, including the red
+// zones of live frames.
 extern "C" void gpu_host_switch(void** save_sp, void* load_sp);
 asm(R"(
 .text
@@ -55,7 +55,8 @@ gpu_host_switch:
 namespace gpu_host {
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;  // instrumented frames are large; pages come on demand
+constexpr size_t kStackBytes =
+    256 * 1024;  // instrumented frames are large; pages are allocated on demand
 constexpr size_t kGuardBytes = 4096;
 constexpr int kFailExit = 70;  // EX_SOFTWARE; AddressSanitizer and UBSan exit with 1
 
@@ -72,7 +73,7 @@ struct Fiber {
 };
 
 struct Wave {
-  Registers values[2][kWaveSize];  // two: a lane may be one meeting ahead of another
+  Registers values[2][kWaveSize];  // two, because a lane may be one collective ahead of another
 };
 
 struct Machine {
@@ -81,11 +82,11 @@ struct Machine {
   std::vector<std::string> launched;
   Order order;
   std::mt19937_64 rng;
-  std::string kernel;  // empty: none runs
+  std::string kernel;  // empty: none is running
   const std::function<void()>* lane = nullptr;
   Dim3 block;
   int num_threads = 0;
-  int current = -1;  // lane that runs, -1: the scheduler
+  int current = -1;  // running lane, -1: the scheduler
   char* lds = nullptr;
   size_t lds_bytes = 0;
   void* scheduler_sp = nullptr;
@@ -131,7 +132,7 @@ void reset_fiber(Fiber& f) {
     if (p == MAP_FAILED || mprotect(p, kGuardBytes, PROT_NONE) != 0) fail("no memory for a stack");
     f.stack = static_cast<char*>(p) + kGuardBytes;
   }
-  // A lane that ended has taken its frames' red zones away with it: the shadow is clean.
+  // A lane that ended took its frames' red zones with it, so the shadow is clean.
   void** top = reinterpret_cast<void**>(f.stack + kStackBytes);
   *--top = nullptr;  // aligns the stack as after a call
   *--top = reinterpret_cast<void*>(&fiber_main);
@@ -162,12 +163,12 @@ void wait(State state, const char* what) {
   __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
 }
 
-// Finds LDS accesses of different lanes that no barrier orders. What a lane wrote shows as changed
-// bytes. Until the barrier they are poisoned while other lanes run, so that AddressSanitizer
-// reports the access itself. Forward and backward order together put each of two conflicting
-// accesses first once; the detector sleeps in the others. It works in units of 2 bytes;
-// AddressSanitizer can hide the end of an aligned 8-byte granule but not its beginning alone: there
-// only a second write is found, and reads show in the results.
+// Finds LDS accesses of different lanes that no barrier orders. Changed bytes show what a lane
+// wrote. Until the barrier these bytes are poisoned while other lanes run, so that AddressSanitizer
+// reports the access itself. The forward and backward orders together put each of two conflicting
+// accesses first once; in the other orders the detector is off. It works in units of 2 bytes.
+// AddressSanitizer can hide the end of an aligned 8-byte granule, but not the beginning alone.
+// There only a second write is detected; reads show up in the results.
 class RaceDetector {
  public:
   RaceDetector(const char* lds, size_t bytes, int threads)
@@ -178,7 +179,7 @@ class RaceDetector {
         written_(threads) {}
   ~RaceDetector() { block_barrier(); }
 
-  // Hides from `thread` what it must not touch, given what was hidden from the lane before it.
+  // Hides from `thread` what it must not touch, given what was hidden from the previous lane.
   void before_lane(int thread) {
     if (last_ < 0 || last_ / kWaveSize != thread / kWaveSize) {
       for (const auto& granules : written_) hide(granules, thread);
@@ -203,7 +204,7 @@ class RaceDetector {
     }
   }
 
-  // What the wave's lanes wrote so far is now theirs in common.
+  // What the wave's lanes have written so far now belongs to the whole wave.
   void wave_barrier(int wave) {
     const int first = wave * kWaveSize, end = first + kWaveSize;
     for (int thread = first; thread < end; ++thread) {
@@ -230,7 +231,7 @@ class RaceDetector {
   }
 
  private:
-  static constexpr int kNobody = -1;  // else a thread, or shared_by(wave)
+  static constexpr int kNobody = -1;  // otherwise a thread, or shared_by(wave)
   static int shared_by(int wave) { return -2 - wave; }
   static bool foreign(int owner, int thread) {
     return owner != kNobody && owner != thread && owner != shared_by(thread / kWaveSize);
@@ -261,12 +262,12 @@ class RaceDetector {
   size_t units_;
   std::vector<uint16_t> before_;
   std::vector<int> owner_;                    // per unit
-  std::vector<std::vector<size_t>> written_;  // per thread: granules with units that it owns
-  std::vector<size_t> shared_;                // granules with units that waves own
+  std::vector<std::vector<size_t>> written_;  // per thread: granules with units owned by the thread
+  std::vector<size_t> shared_;                // granules with units owned by waves
   int last_ = -1;                             // the thread that hide() served last
 };
 
-// Runs the lanes of `wave` until each of them waits or is done, then says what they wait for.
+// Runs the lanes of `wave` until each is waiting or done; returns what they wait for.
 State run_wave(int wave, RaceDetector* races) {
   Machine& m = machine();
   int lanes[kWaveSize];
@@ -300,7 +301,8 @@ State run_wave(int wave, RaceDetector* races) {
 void run_block(size_t lds_bytes) {
   Machine& m = machine();
   const int num_waves = m.num_threads / kWaveSize;
-  // Exactly sized: AddressSanitizer's red zone begins at the first byte past the end.
+  // Allocated with the exact size: AddressSanitizer's red zone starts at the first byte past the
+  // end.
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };
@@ -413,7 +415,7 @@ const std::vector<std::string>& launched_kernels() { return machine().launched; 
 
 }  // namespace gpu_host
 
-// Sanitizer hooks. Fake stacks would double the cost of a switch and find nothing more here.
+// Sanitizer hooks. Fake stacks would double the cost of a switch and find nothing more.
 extern "C" const char* __asan_default_options() {
   return "detect_stack_use_after_return=0:detect_leaks=0:redzone=2048:quarantine_size_mb=16";
 }
@@ -422,7 +424,7 @@ extern "C" void __ubsan_on_report() {
   std::fprintf(stderr, "gpu_host: %s: UBSan found this:\n", gpu_host::where().c_str());
 }
 extern "C" void __asan_on_error() {
-  // Bytes of LDS are out of reach only where the race detector hid them.
+  // The only LDS bytes that are poisoned are those that the race detector hides.
   const auto& m = gpu_host::machine();
   const char* first = static_cast<const char*>(__asan_get_report_address());
   const bool race = m.lds != nullptr && first >= m.lds &&

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Stands in for the ``vllm`` command where tests look at what supervises it.
+"""Replaces the ``vllm`` command in tests of the code that supervises it.
 
-``serve`` answers /health and starts a child that has the log open too, as vLLM's front
-end starts its engine; ``bench serve`` writes a result. Words in ``STAND_IN`` change
-that: ``broken`` (exits with an error), ``silent`` (never answers), ``stubborn`` (no
-process of it ends when asked to).
+``serve`` answers /health and starts a child that also has the log open, like vLLM's
+front end and its engine. ``bench serve`` writes a result. Words in ``STAND_IN`` change
+that: ``broken`` (exits with an error), ``silent`` (never becomes healthy), ``stubborn``
+(none of its processes ends when asked to).
 """
 
 import argparse

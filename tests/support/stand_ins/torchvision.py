@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Stands in for torchvision where it is not installed.
+"""Replaces torchvision if it is not installed.
 
-No torchvision on PyPI loads beside torch's CPU build, and vLLM imports it for models
-that take images, even if only their text part runs. Every module and every name exists
-here, as a class whose attributes are such classes: enough to be imported.
+No torchvision on PyPI works with torch's CPU build, and vLLM imports it for models with
+image input, even if only their text part runs. Every module and every name exists here,
+as a class whose attributes are such classes. That is enough for imports.
 """
 
 import importlib.abc

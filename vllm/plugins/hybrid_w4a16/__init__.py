@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """int4 (W4A16) MoE layers on a hybrid path: skinny-GEMM decode, grouped-GEMM prefill.
 
-``register`` is what vLLM's ``vllm.general_plugins`` entry point leads to.
+vLLM's entry point group ``vllm.general_plugins`` calls ``register``.
 """
 
 import vllm
@@ -20,9 +20,9 @@ logger = init_logger(__name__)
 def register() -> None:
     """Register the switch and, unless it is off, apply the hooks.
 
-    Called by vLLM in every process, possibly more than once. Where the hooks do not fit
-    the installed vLLM, vLLM is left as it was and the log says which hook failed; under
-    ``VLLM_HYBRID_W4A16_MOE=require`` that is a ``HookError``.
+    vLLM calls this in every process, possibly more than once. If a hook does not fit
+    the installed vLLM, vLLM is left unchanged and the log names the hook; with
+    ``VLLM_HYBRID_W4A16_MOE=require`` it raises ``HookError`` instead.
     """
     switch.register()
     if switch.value() == "0":

@@ -176,10 +176,16 @@ def _device() -> Check:
 def _device_fix() -> str:
     from vllm.platforms import current_platform
 
-    if current_platform.is_rocm() or current_platform.is_cuda():
+    build = f"HYBRID_W4A16_GPU_ARCHS=<architecture above> {_REINSTALL}"
+    if current_platform.is_rocm():
         return (
-            "build the op library for this GPU, with hipcc or nvcc on PATH: "
-            f"HYBRID_W4A16_GPU_ARCHS=<architecture above> {_REINSTALL}"
+            "build the op library for this GPU in a checkout, with a clang that has "
+            f"the AMDGPU target (ROCm's, or Debian's clang-22 lld-22): {build}"
+        )
+    if current_platform.is_cuda():
+        return (
+            "build the op library for this GPU in a checkout, with nvcc on PATH: "
+            f"{build}"
         )
     return "use a ROCm, CUDA or CPU build of vLLM: there are kernels for these"
 
@@ -269,14 +275,17 @@ def _power() -> Check:
 
 def _override() -> Check:
     value = os.environ.get("HSA_OVERRIDE_GFX_VERSION")
+    own = ", ".join(machine.gpu_architectures())
     if not value:
-        return Check("override", True, "HSA_OVERRIDE_GFX_VERSION is not set")
+        found = "HSA_OVERRIDE_GFX_VERSION is not set"
+        return Check("override", True, f"{found}; the GPU is a {own}" if own else found)
+    itself = f"the GPU's own ({own})" if own else "the GPU's own"
     return Check(
         "override",
         True,
         f"HSA_OVERRIDE_GFX_VERSION={value}: torch reports that architecture, so its "
-        "kernels and its tuning table are used here, not those of the GPU's own; unset "
-        "it if torch and vLLM have code for the GPU itself",
+        f"kernels and its tuning table are used here, not those of {itself}; unset it "
+        "if torch and vLLM have code for the GPU itself",
     )
 
 

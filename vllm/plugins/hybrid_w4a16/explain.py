@@ -224,7 +224,12 @@ def _expert_table(report: dict[str, Any]) -> list[str]:
 def _path(group: dict[str, Any]) -> str:
     """What serving does with the layers of a group."""
     if group["hybrid"]:
-        return "hybrid"
+        if group["down_group_size"] == group["group_size"]:
+            return "hybrid"
+        return (
+            "hybrid, shards cut groups: scales of down_proj are repeated for groups of "
+            f"{group['down_group_size']}"
+        )
     return f"{'error' if group['error'] else 'declined'}: {group['reason']}"
 
 

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
+    shard_group_size,
+)
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
@@ -75,6 +78,8 @@ class ExpertsLayer:
     hybrid: bool
     reason: str | None
     """Why not."""
+    down_group_size: int | None = None
+    """Of down_proj on a rank of a hybrid layer; see ``shard_group_size``."""
     error: bool = False
     """Serving stops with the reason, instead of falling back to vLLM's MoE path."""
 
@@ -213,8 +218,20 @@ def _decide(
         oracle.plan_for(experts, family)
         tensors = by_layer[layer.index, layer.name]
         why, refused = _verdict(config, experts, layer, tensors)
-        decided.append(replace(layer, hybrid=why is None, reason=why, error=refused))
+        layer = replace(layer, hybrid=why is None, reason=why, error=refused)
+        decided.append(_regrouped(layer, tp_size) if layer.hybrid else layer)
     return decided
+
+
+def _regrouped(layer: ExpertsLayer, tp_size: int) -> ExpertsLayer:
+    """A hybrid layer with the scales that loading repeats where shards cut groups."""
+    assert layer.group_size is not None
+    group = shard_group_size(layer.group_size, layer.intermediate // tp_size)
+    down = layer.num_experts * layer.hidden * layer.intermediate
+    more = down // group - down // layer.group_size
+    half_bytes = 4 if layer.symmetric else 5  # a scale, a zero point
+    loaded = layer.loaded_bytes + more * half_bytes // 2
+    return replace(layer, down_group_size=group, loaded_bytes=loaded)
 
 
 def _vllm_config(quantization: dict[str, Any]) -> Any:

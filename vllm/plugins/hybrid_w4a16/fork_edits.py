@@ -18,6 +18,7 @@ GPTQ = f"{_QUANTIZATION}/auto_gptq.py"
 AWQ = f"{_QUANTIZATION}/auto_awq.py"
 ONLINE = f"{_QUANTIZATION}/online/base.py"
 EMBEDDING = "vllm/model_executor/layers/vocab_parallel_embedding.py"
+LINEAR = "vllm/model_executor/kernels/linear/__init__.py"
 SHORTHANDS = "vllm/config/quantization.py"
 CMAKE = "CMakeLists.txt"
 DOCS = "docs/features/quantization"
@@ -192,7 +193,7 @@ INSERTIONS: tuple[Insertion, ...] = (
             f"{name}.get_quant_method",
             rf"^class {name}\((?:.|\n)*?"
             + _function("get_quant_method")
-            + r"            if not check_moe_marlin_supports_layer\(\n.*\n            \)",
+            + r" {12}if not check_moe_marlin_supports_layer\(\n.*\n {12}\)",
             " and not hybrid_w4a16_wna16.takes(layer.moe_config, self)",
         )
         for path, name in ((GPTQ, "AutoGPTQConfig"), (AWQ, "AutoAWQConfig"))
@@ -314,5 +315,23 @@ INSERTIONS: tuple[Insertion, ...] = (
 
         lm_head_built(self)
 """,
+    ),
+    Insertion(
+        "token",
+        LINEAR,
+        "import",
+        r"(?=^from [\w.]*\.mixed_precision\.rdna3_w4a16 import \(\n)",
+        """\
+from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16 import (
+    HybridW4A16LinearKernel,
+)
+""",
+    ),
+    Insertion(
+        "token",
+        LINEAR,
+        "_POSSIBLE_KERNELS",
+        r"^_POSSIBLE_KERNELS: (?:.|\n)*?    PlatformEnum.CPU: \[\n",
+        "        HybridW4A16LinearKernel,\n",
     ),
 )

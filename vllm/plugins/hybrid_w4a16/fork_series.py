@@ -72,8 +72,9 @@ amd_archs.json, and its registers and loads were read from the compiled code. Th
 launch plans of RDNA follow from those counts."""
 
 _SAME_SOURCE = """\
-The same kernel source, compiled for the host, agrees with float64; compiled as CUDA with
-the AMD code path, it ran on an H100 under compute-sanitizer without errors or hazards."""
+The same kernel source, compiled for the host, agrees with float64. Compiled as CUDA,
+with the AMD code path, it ran on an H100 under compute-sanitizer without errors or
+hazards."""
 
 SERIES: dict[str, Commit] = {
     "kernels": Commit(
@@ -160,15 +161,12 @@ and repacks expert by expert in the storage that was loaded, so that the peak is
 checkpoint plus one expert. A layer that the backend declines takes the path that it
 took before.""",
         tested="""\
-Layers from the checkpoint to their output against the dequantized weights, both
-packings, symmetric and with zero points, expert and tensor parallel shards;
-reloading; memory while converting; malformed checkpoints. These tests need the ops:
-they are skipped on a machine that the build has no kernels for.""",
+Layers from the checkpoint to their output against the dequantized weights, symmetric
+and with zero points, expert parallel shards; converting a second time; memory while
+converting; missing tensors and wrong zero points. These tests need the ops: they are
+skipped on a machine that the build has no kernels for.""",
         not_measured="No checkpoint was served on an RDNA GPU.",
-        tests=(
-            f"{_QUANTIZATION_TESTS}/test_inc_moe.py",
-            f"{_QUANTIZATION_TESTS}/test_malformed.py",
-        ),
+        tests=(f"{_QUANTIZATION_TESTS}/test_inc_moe.py",),
     ),
     "cpu": Commit(
         title="[CPU][Kernel] Add the int4 MoE ops for the CPU",
@@ -191,7 +189,7 @@ AArch64: the portable kernels were compiled and run on x86-64 alone.""",
         ),
     ),
     "cpu_avx512": Commit(
-        title="[CPU][Kernel] Add AVX-512 VNNI, bf16 and AMX kernels to the int4 MoE ops",
+        title="[CPU][Kernel] Add VNNI, bf16 and AMX kernels to the int4 MoE ops",
         why="""\
 Decode on the CPU is bound by memory bandwidth only if the arithmetic keeps up, and
 prefill by arithmetic.""",

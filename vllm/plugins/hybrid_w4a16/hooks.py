@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The hook table, and its application at run time.
+"""The hook table, and how it is applied at run time.
 
-A hook is a prologue on a vLLM method factory: the handler is called with the factory's
-own arguments. Its result, unless ``None``, is the factory's; otherwise the factory's
-own body runs. With the switch off, handlers are not called. A further checkpoint format
-is one more row.
+A hook is a prologue on a vLLM method factory. The handler is called with the factory's
+arguments. If it returns a value other than ``None``, that is the result; otherwise the
+factory's own body runs. With the switch off, handlers are not called. A new checkpoint
+format adds one row.
+
+A kernel row puts one of our classes at the head of a vLLM list of linear kernels. vLLM
+takes the first kernel of the list that can implement a layer.
 """
 
 import functools
@@ -22,7 +25,7 @@ from vllm.model_executor.layers.fused_moe.oracle import (
 
 @dataclass(frozen=True)
 class Hook:
-    """A prologue on one method factory of vLLM."""
+    """A prologue on a method factory of vLLM."""
 
     module: str
     owner: str
@@ -30,17 +33,36 @@ class Hook:
     factory: str
     """Method of ``owner``, static methods included."""
     parameters: tuple[str, ...]
-    """Names that the factory's parameters must have, in order."""
+    """Names of the factory's parameters, in order."""
     handler: str
     """``module:function`` with the same parameters in the same order."""
     why: str
     """Why the hook exists."""
     until: str = "vLLM selects HybridW4A16MoEExperts for such layers itself."
-    """When it can go."""
+    """When the hook can be removed."""
 
     @property
     def target(self) -> str:
         return f"{self.module}.{self.owner}.{self.factory}"
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """A kernel at the head of a platform's list."""
+
+    platform: str
+    """Name in ``PlatformEnum``."""
+    kernel: str
+    """``module:class``."""
+    why: str
+    until: str
+    module: str = "vllm.model_executor.kernels.linear"
+    table: str = "_POSSIBLE_KERNELS"
+    """Dictionary in ``module``, from platform to list."""
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.table}[{self.platform}]"
 
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
@@ -64,8 +86,8 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("quant_config", "layer", "layer_name"),
         handler=f"{_QUANTIZATION}.hybrid_w4a16_compressed_tensors:compressed_tensors_moe_method",
         why=(
-            "compressed-tensors int4 MoE runs on the Triton WNA16 path on most of RDNA "
-            "and in int8 on the CPU. Can go with the first hook."
+            "compressed-tensors int4 MoE runs on the Triton WNA16 path on most RDNA "
+            "GPUs and in int8 on the CPU. Removable together with the first hook."
         ),
     ),
     Hook(
@@ -74,7 +96,7 @@ HOOKS: tuple[Hook, ...] = (
         factory="get_quant_method",
         parameters=("self", "layer", "prefix"),
         handler=f"{_QUANTIZATION}.hybrid_w4a16_gptq:gptq_moe_method",
-        why="The same for GPTQ. The factory is for every layer; others fall through.",
+        why="The same for GPTQ. The factory serves all layers; only MoE layers change.",
     ),
     Hook(
         module=f"{_QUANTIZATION}.auto_awq",
@@ -82,7 +104,7 @@ HOOKS: tuple[Hook, ...] = (
         factory="get_quant_method",
         parameters=("self", "layer", "prefix"),
         handler=f"{_QUANTIZATION}.hybrid_w4a16_awq:awq_moe_method",
-        why="The same for AWQ. The factory is for every layer; others fall through.",
+        why="The same for AWQ. The factory serves all layers; only MoE layers change.",
     ),
     Hook(
         module=f"{_QUANTIZATION}.online.base",
@@ -90,8 +112,8 @@ HOOKS: tuple[Hook, ...] = (
         factory="get_quant_method",
         parameters=("self", "layer", "prefix"),
         handler=f"{_QUANTIZATION}.hybrid_w4a16_head:lm_head_config_method",
-        why="Quantizing at load refuses an lm_head that quantization_config names.",
-        until="vLLM's quantizing at load takes ParallelLMHead.",
+        why="vLLM's online quantization rejects an lm_head in quantization_config.",
+        until="vLLM's online quantization supports ParallelLMHead.",
     ),
     Hook(
         module="vllm.model_executor.layers.vocab_parallel_embedding",
@@ -100,10 +122,54 @@ HOOKS: tuple[Hook, ...] = (
         parameters=("self",),
         handler=f"{_QUANTIZATION}.hybrid_w4a16_head:lm_head_built",
         why=(
-            "Gives an lm_head its method, whatever quantizes the rest of the "
-            "checkpoint: the last step of every constructor."
+            "Gives an lm_head its method, however the rest of the checkpoint is "
+            "quantized. It is the last step of every constructor."
         ),
-        until="vLLM's quantizing at load takes ParallelLMHead.",
+        until="vLLM's online quantization supports ParallelLMHead.",
+    ),
+    Hook(
+        module="vllm.engine.arg_utils",
+        owner="EngineArgs",
+        factory="create_speculative_config",
+        parameters=("self", "target_model_config", "target_parallel_config"),
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_head_schemes:draft_head_config",
+        why="draft_lm_head_quantization is new in vLLM 0.33, without int4 and int8.",
+        until="vLLM's draft_lm_head_quantization has int4 and int8.",
+    ),
+    Hook(
+        module="vllm.model_executor.model_loader.base_loader",
+        owner="BaseModelLoader",
+        factory="load_model",
+        parameters=("self", "vllm_config", "model_config", "prefix"),
+        handler=f"{_QUANTIZATION}.hybrid_w4a16_head:draft_model_loaded",
+        why="Tells drafters apart: they share the head, but in another precision.",
+        until="vLLM's draft_lm_head_quantization has int4 and int8.",
+    ),
+)
+
+_LINEAR_KERNEL = (
+    "vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16"
+    ":HybridW4A16LinearKernel"
+)
+
+KERNEL_ROWS: tuple[KernelRow, ...] = (
+    KernelRow(
+        platform="CPU",
+        kernel=_LINEAR_KERNEL,
+        why="vLLM's int4 linear takes 1.3 to 7 times as long without AMX.",
+        until="vLLM has the kernel in its list.",
+    ),
+    KernelRow(
+        platform="CUDA",
+        kernel=_LINEAR_KERNEL,
+        why="Dense int4 linears of a few rows take 10 to 19 us there, 2 to 9 with it.",
+        until="vLLM has the kernel in its list.",
+    ),
+    KernelRow(
+        platform="ROCM",
+        kernel=_LINEAR_KERNEL,
+        why="On request, for comparison with vLLM's own RDNA kernel.",
+        until="vLLM has the kernel in its list.",
     ),
 )
 
@@ -111,14 +177,16 @@ _MARK = "_hybrid_w4a16_hook"
 
 
 class HookError(RuntimeError):
-    """Targets of the hook table that this vLLM does not offer as expected."""
+    """A target in the hook table differs from what this vLLM provides."""
 
 
-def apply_hooks(hooks: tuple[Hook, ...] = HOOKS) -> None:
-    """Wrap the factories of the table; those that are wrapped already stay as they are.
+def apply_hooks(
+    hooks: tuple[Hook, ...] = HOOKS, rows: tuple[KernelRow, ...] = KERNEL_ROWS
+) -> None:
+    """Wrap the factories of the table and add its kernels; what is there already stays.
 
-    All or nothing: raises ``HookError`` naming every hook that does not fit, with vLLM
-    left as it was.
+    Applies all hooks or none: raises ``HookError`` that names every hook that does not
+    fit, and leaves vLLM unchanged.
     """
     resolved, failures = [], []
     for hook in hooks:
@@ -126,11 +194,33 @@ def apply_hooks(hooks: tuple[Hook, ...] = HOOKS) -> None:
             resolved.append((hook, *_resolve(hook)))
         except HookError as error:
             failures.append(f"{hook.target}: {error}")
+    lists = []
+    for row in rows:
+        try:
+            lists.append(_kernels_and_ours(row))
+        except HookError as error:
+            failures.append(f"{row.target}: {error}")
     if failures:
         raise HookError("; ".join(failures))
     for hook, owner, original in resolved:
         if not hasattr(inspect.unwrap(original, stop=_is_ours), _MARK):
             _install(hook, owner, original)
+    for kernels, kernel in lists:
+        if kernel not in kernels:
+            kernels.insert(0, kernel)
+
+
+def _kernels_and_ours(row: KernelRow) -> tuple[list[type], type]:
+    """vLLM's list that the row is about, and the class that belongs into it."""
+    from vllm.platforms import PlatformEnum  # not at the top: it takes seconds
+
+    module, _, name = row.kernel.partition(":")
+    try:
+        table = getattr(importlib.import_module(row.module), row.table)
+        kernels = table[PlatformEnum[row.platform]]
+        return kernels, getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise HookError(f"{type(error).__name__}: {error}") from error
 
 
 def _is_ours(function: Callable[..., Any]) -> bool:
@@ -138,7 +228,7 @@ def _is_ours(function: Callable[..., Any]) -> bool:
 
 
 def _resolve(hook: Hook) -> tuple[type, Callable[..., Any]]:
-    """The class to patch and the function that is there, signature checked."""
+    """Return the class to patch and its current function; checks the signature."""
     try:
         owner = getattr(importlib.import_module(hook.module), hook.owner)
     except (ImportError, AttributeError) as error:
@@ -172,6 +262,6 @@ def _install(hook: Hook, owner: type, original: Callable[..., Any]) -> None:
 
 @functools.cache
 def _load_handler(handler: str) -> Callable[..., Any]:
-    # at the first call, not when plugins load: handlers import the MoE layers
+    # On the first call, not when plugins load, because handlers import the MoE layers.
     module, _, name = handler.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -2,15 +2,17 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """What is to be known of the machine: memory of an APU, power, drivers, CPU threads.
 
-Everything is read from files below ``root``, which tests replace.
+Files are read below ``ROOT``.
 """
 
 import dataclasses
+import importlib.metadata
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+# Tests put a folder of made-up files here.
 ROOT = Path("/")
 GIB = 1 << 30
 # What the rest of the system keeps beside vLLM on shared memory: the larger of these.
@@ -48,23 +50,26 @@ class Advice:
     reason: str
 
 
-def read(path: str, root: Path = ROOT) -> str | None:
-    """A file's text without the line end; ``None`` if it is not there."""
+def read(path: str | Path) -> str | None:
+    """A file's text without the line end; ``None`` if it is not there.
+
+    ``path`` is relative to ``ROOT``, or below it.
+    """
     try:
-        return (root / path).read_text().strip()
+        return (ROOT / path).read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
 
 
-def read_memory(hip_free: int, hip_total: int, root: Path = ROOT) -> Memory:
+def read_memory(hip_free: int, hip_total: int) -> Memory:
     """Memory around an AMD GPU; ``hip_*``: what ``torch.cuda.mem_get_info`` says.
 
     Of several cards that with the largest GTT or carve-out counts.
     """
-    cards = sorted((root / "sys/class/drm").glob("card*/device/mem_info_vram_total"))
+    cards = sorted((ROOT / "sys/class/drm").glob("card*/device/mem_info_vram_total"))
     sizes = [
         tuple(
-            int(read(f"mem_info_{kind}_total", card.parent) or 0)
+            int(read(card.parent / f"mem_info_{kind}_total") or 0)
             for kind in ("vram", "gtt")
         )
         for card in cards
@@ -75,14 +80,14 @@ def read_memory(hip_free: int, hip_total: int, root: Path = ROOT) -> Memory:
         gtt,
         hip_free,
         hip_total,
-        meminfo("MemAvailable", root),
-        meminfo("MemTotal", root),
+        meminfo("MemAvailable"),
+        meminfo("MemTotal"),
     )
 
 
-def meminfo(field: str, root: Path = ROOT) -> int:
+def meminfo(field: str) -> int:
     """A line of /proc/meminfo in bytes, 0 if it is not there."""
-    for line in (read("proc/meminfo", root) or "").splitlines():
+    for line in (read("proc/meminfo") or "").splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) << 10
@@ -127,34 +132,58 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def power_profile(root: Path = ROOT) -> str | None:
-    return read("sys/firmware/acpi/platform_profile", root)
+def power_profile() -> str | None:
+    """Of the firmware, such as "balanced"."""
+    return read("sys/firmware/acpi/platform_profile")
 
 
-def power_limit_watts(root: Path = ROOT) -> float | None:
+def power_limit_watts() -> float | None:
     """Of the first GPU that has one."""
     pattern = "sys/class/drm/card*/device/hwmon/hwmon*/power1_cap"
-    for file in sorted(root.glob(pattern)):
-        text = read(str(file.relative_to(root)), root)
+    for file in sorted(ROOT.glob(pattern)):
+        text = read(file)
         if text and text.isdecimal():
             return int(text) / 1e6
     return None
 
 
-def versions(root: Path = ROOT) -> dict[str, str]:
+def gpu_architectures() -> list[str]:
+    """Of the AMD GPUs, as the kernel driver knows them: such as "gfx1151".
+
+    ``HSA_OVERRIDE_GFX_VERSION`` does not change these.
+    """
+    found = []
+    for file in sorted(ROOT.glob("sys/class/kfd/kfd/topology/nodes/*/properties")):
+        for line in (read(file) or "").splitlines():
+            name, _, value = line.partition(" ")
+            # 110501: two decimal digits each for major, minor and stepping; 0: a CPU
+            if name == "gfx_target_version" and value.isdecimal() and int(value):
+                major, rest = divmod(int(value), 10000)
+                found.append(f"gfx{major}{rest // 100:x}{rest % 100:x}")
+    return found
+
+
+def versions() -> dict[str, str]:
     """Kernel, driver and ROCm, as far as they can be read."""
     found = {
         "kernel": platform.release(),
-        "amdgpu": read("sys/module/amdgpu/version", root),
-        "rocm": read("opt/rocm/.info/version", root),
-        "nvidia": _nvidia(root),
+        "amdgpu": read("sys/module/amdgpu/version"),
+        "rocm": read("opt/rocm/.info/version"),
+        "rocm-sdk-core": _package_version("rocm-sdk-core"),
+        "nvidia": _nvidia(),
     }
     return {name: text for name, text in found.items() if text}
 
 
-def _nvidia(root: Path) -> str | None:
-    text = read("proc/driver/nvidia/version", root)
-    words = (text or "").split()
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvidia() -> str | None:
+    words = (read("proc/driver/nvidia/version") or "").split()
     return next((w for w in words if w[:1].isdigit() and w.count(".") >= 1), None)
 
 
@@ -194,21 +223,22 @@ def _count(text: str) -> int | None:
     return total
 
 
-def as_facts(memory: Memory | None, root: Path = ROOT) -> dict[str, object]:
+def as_facts(memory: Memory | None) -> dict[str, object]:
     """For reports."""
     return {
         "memory": None if memory is None else dataclasses.asdict(memory),
-        "system_memory": meminfo("MemTotal", root),
-        "power_profile": power_profile(root),
-        "power_limit_watts": power_limit_watts(root),
-        "versions": versions(root),
-        "cpu": _cpu_model(root),
+        "system_memory": meminfo("MemTotal"),
+        "power_profile": power_profile(),
+        "power_limit_watts": power_limit_watts(),
+        "versions": versions(),
+        "gpu_architectures": gpu_architectures(),
+        "cpu": _cpu_model(),
         "processors": len(os.sched_getaffinity(0)),
     }
 
 
-def _cpu_model(root: Path) -> str | None:
-    for line in (read("proc/cpuinfo", root) or "").splitlines():
+def _cpu_model() -> str | None:
+    for line in (read("proc/cpuinfo") or "").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return None

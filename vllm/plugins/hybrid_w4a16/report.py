@@ -25,14 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import vllm
-from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
-from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import compare, doctor, explain, machine, selftest
-from vllm.plugins.hybrid_w4a16.explain_checkpoint import read_checkpoint
-from vllm.plugins.hybrid_w4a16.progress import Progress, quiet
+from . import doctor, machine, selftest
 
 # Version of the report's form; tools/merge_reports.py knows this one.
 FORM = 1
@@ -61,10 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command; returns its exit status."""
-    switch.register()
     if args.rounds < 1:
         print("error: --rounds is at least 1", file=sys.stderr)
         return 2
+    from vllm.model_executor.layers.fused_moe.oracle import (
+        hybrid_w4a16_switch as switch,
+    )
+
+    switch.register()
     args.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"form": FORM, "checkpoint": args.checkpoint}
     report["environment"] = environment()
@@ -105,6 +102,8 @@ def _step(
 
 
 def _doctor(args: argparse.Namespace, report: dict[str, Any]) -> str:
+    from vllm.plugins.hybrid_w4a16.progress import quiet
+
     with quiet():
         checks = doctor.diagnose()
     report["results"]["doctor"] = [vars(check) for check in checks]
@@ -113,14 +112,20 @@ def _doctor(args: argparse.Namespace, report: dict[str, Any]) -> str:
 
 
 def _explain(args: argparse.Namespace, report: dict[str, Any]) -> str:
+    from vllm.plugins.hybrid_w4a16 import explain
+    from vllm.plugins.hybrid_w4a16.progress import quiet
+
     with quiet():
         report["results"]["explain"] = explain.explain(args.checkpoint)
     return "ok"
 
 
 def _selftest(args: argparse.Namespace, report: dict[str, Any]) -> str:
+    from vllm.plugins.hybrid_w4a16 import selftest_run
+    from vllm.plugins.hybrid_w4a16.progress import Progress
+
     with Progress("selftest") as progress:
-        found = selftest.selftest(0, selftest.TIME_LIMIT_S, progress)
+        found = selftest_run.selftest(0, selftest.TIME_LIMIT_S, progress)
     report["results"]["selftest"] = found
     return "ok" if found["ok"] else f"failed: {selftest.as_text(found)[-1]}"
 
@@ -135,6 +140,9 @@ def _tune(args: argparse.Namespace, report: dict[str, Any]) -> str:
 
 
 def _compare(args: argparse.Namespace, report: dict[str, Any]) -> str:
+    from vllm.plugins.hybrid_w4a16 import compare
+    from vllm.plugins.hybrid_w4a16.explain_checkpoint import read_checkpoint
+
     vocabulary = read_checkpoint(args.checkpoint).value("vocab_size")
     found = compare.compare(
         args.checkpoint,
@@ -159,8 +167,12 @@ STEP_FUNCTIONS = {
 
 def environment() -> dict[str, Any]:
     """Device and software; nothing of it names a person or a network."""
+    import torch
+
+    import vllm
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+    from vllm.platforms import current_platform
 
     family = devices.device_family()
     known = None if isinstance(family, str) else family

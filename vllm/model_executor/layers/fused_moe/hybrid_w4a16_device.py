@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Which device runs the int4 MoE ops, and with which kernels.
+"""The device that runs the int4 MoE ops, and the kernels that it uses.
 
-The only place in the Python code that asks for the platform. Which GPUs the op library
-runs on is the library's own answer (``hybrid_w4a16_ops.refusal``).
+Only this module queries the platform. Whether the op library supports a GPU is decided
+by the library itself (``hybrid_w4a16_ops.refusal``).
 """
 
 from dataclasses import dataclass
@@ -17,27 +17,28 @@ from vllm.platforms import current_platform
 
 @dataclass(frozen=True)
 class DeviceFamily:
-    """A kind of device, as far as the choice of kernels goes."""
+    """What the choice of kernels depends on for a kind of device."""
 
     name: str
-    """What the log calls it."""
+    """Name in the log."""
     decode: str
-    """Kernels that take a few tokens."""
+    """Kernels for few tokens."""
     prefill: str
-    """Kernels that take many tokens."""
+    """Kernels for many tokens."""
     opt_in: bool
-    """Only where the path is asked for, not by default."""
+    """Used only on request, not by default."""
     cu_count: int
-    """Compute units that a GPU grid is spread over; 1 on the CPU."""
+    """Number of compute units that a GPU grid is spread over; 1 on the CPU."""
     tuning: str | None = None
-    """Tuning table; ``None``: decode takes any number of tokens."""
+    """Name of the tuning table; ``None``: decode kernels run any number of tokens."""
 
 
 _HIP_KERNELS = "HIP wvSplitK"
 # fork: begin overlay
 _CUDA_KERNELS = "CUDA wvSplitK"
 
-# For planning on another machine. CUs of gfx1151: AMD's product page of Strix Halo.
+# For planning on a machine without the device. Source of gfx1151's compute units: AMD's
+# product page of Strix Halo.
 PLANNED = {
     "gfx1151": DeviceFamily(
         "gfx1151", _HIP_KERNELS, "Triton", False, 40, table_name("gfx1151")
@@ -49,7 +50,7 @@ PLANNED = {
 
 
 def device_family() -> DeviceFamily | str:
-    """The device at hand, or the reason why the ops do not run on it."""
+    """Return the current device's family, or why the ops do not run on it."""
     error = ops.load_error()
     if error is not None:
         return error
@@ -57,8 +58,8 @@ def device_family() -> DeviceFamily | str:
         reason = ops.refusal("cpu")
         if reason is not None:
             return reason
-        # The ops pick a kernel for each expert by its rows. Group size and dtype move
-        # the limits between kernels, but bring in no others.
+        # The ops select a kernel for each expert by its number of rows. Group size and
+        # dtype change the thresholds between kernels but add no others.
         *few, many = (name for name, _ in ops.cpu_kernels(128, torch.bfloat16))
         decode, prefill = f"C++ {', '.join(few) or many}", f"C++ {many}"
         return DeviceFamily("cpu", decode, prefill, opt_in=False, cu_count=1)
@@ -80,12 +81,15 @@ def _gpu_family(arch: str, kernels: str, opt_in: bool) -> DeviceFamily | str:
         return reason
     cu_count = torch.cuda.get_device_properties().multi_processor_count
     if current_platform.is_rocm():
-        # torch counts workgroup processors on RDNA: two compute units each
+        # torch counts workgroup processors on RDNA; each has two compute units.
         cu_count *= 2
     return DeviceFamily(arch, kernels, "Triton", opt_in, cu_count, table_name(arch))
 
 
 def load_kernels(family: DeviceFamily) -> None:
-    """Make the kernels ready on the current device, which is of ``family``."""
+    """Load the kernels onto the current device, which must be of ``family``.
+
+    Raises ``RuntimeError`` if the op library does not support it.
+    """
     if family.tuning is not None:  # a GPU
         ops.load_device(torch.cuda.current_device(), family.name)

@@ -299,7 +299,6 @@ class _KernelCheck:
         )
         scales = self.w13[1]
         self.device, self.dtype = scales.device, scales.dtype
-        self.group_size = self.kernel.group_size
         self.hidden = self.w13[0].shape[2] * 8
         self.inter = self.w2[0].shape[2] * 8
         self.top_k = method.moe.experts_per_token
@@ -369,7 +368,7 @@ class _KernelCheck:
         w13, s13, z13 = self.w13
         w2, s2, z2 = self.w2
         name, alpha, beta, limit = self.activation
-        cu_count, group = self.kernel.cu_count, self.group_size
+        cu_count = self.kernel.cu_count
         ids, weights = self.ids[:tokens], self.weights[:tokens]
         ops.fused_moe_wvSplitK_int4_gate_up(
             self.x[:tokens],
@@ -379,7 +378,7 @@ class _KernelCheck:
             ids,
             name,
             cu_count,
-            group,
+            self.kernel.group_size,
             z13,
             self.expert_map,
             alpha,
@@ -395,7 +394,7 @@ class _KernelCheck:
             ids,
             weights,
             cu_count,
-            group,
+            self.kernel.down_group_size,
             z2,
             self.expert_map,
             plan=plans[1],
@@ -439,8 +438,8 @@ class _KernelCheck:
         )
         prefill.prefill_experts(
             self.x[:tokens],
-            prefill.Int4Matrix(*self.w13, self.group_size),
-            prefill.Int4Matrix(*self.w2, self.group_size),
+            prefill.Int4Matrix(*self.w13, self.kernel.group_size),
+            prefill.Int4Matrix(*self.w2, self.kernel.down_group_size),
             out,
             workspace,
             self.ids[:tokens],
@@ -575,7 +574,8 @@ class _KernelCheck:
         w = reference.dequantize(
             reference.packed_weights(words[rows]), scales[rows], zeros, torch.float32
         )
-        step = scales[rows].float().norm(dim=1) * self.group_size**0.5
+        group_size = w.shape[1] // scales.shape[1]
+        step = scales[rows].float().norm(dim=1) * group_size**0.5
         return x @ w.T, torch.maximum(w.norm(dim=1), step)
 
 

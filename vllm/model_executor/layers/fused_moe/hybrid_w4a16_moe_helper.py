@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""From a loaded int4 MoE checkpoint to a layer that runs on the hybrid path.
+"""Converts the weights of a loaded int4 MoE layer and makes its hybrid kernel.
 
-``setup_hybrid_w4a16_moe`` is the only place where weights are converted and the kernel
-is made. A method class says how its checkpoint stores things (a ``CheckpointPacking``);
-the target layout is that of ``hybrid_w4a16_packing``.
+Only ``setup_hybrid_w4a16_moe`` converts expert weights and makes the kernel. A method
+class describes how its checkpoint stores tensors (``CheckpointPacking``);
+``hybrid_w4a16_packing`` defines the target layout.
 
-Repacking works expert by expert in the storage that was loaded. Afterwards the layer
-holds the checkpoint's int4 words and scales and nothing more (but for row padding,
-where the tuning table asks for it). On the way it needs one expert's weights on top.
+Weights are repacked expert by expert in the storage that they were loaded into.
+Afterwards the layer holds the checkpoint's int4 words and scales and nothing more,
+except for row padding if the tuning table asks for it. Repacking needs memory for one
+additional expert.
 """
 
 from collections.abc import Callable
@@ -44,19 +45,19 @@ _PACKED = "hybrid_w4a16_packed"
 def setup_hybrid_w4a16_moe(
     method: Int4MoEMethod, layer: "RoutedExperts"
 ) -> mk.FusedMoEKernel:
-    """Convert a loaded layer's weights; returns the kernel that runs on them.
+    """Convert a loaded layer's weights and return the kernel that runs on them.
 
-    Afterwards, with E local experts, w = w13 (N = 2*I, K = H) and w2 (N = H, K = I):
-    ``<w>_<qweight>`` is int32 [E, N, K//8], ``<w>_<scales>`` [E, N, K//G] in the
-    activation dtype, both in the storage that was loaded; ``<w>_<zeros>`` is int32
-    [E, N//8, K//G] or, for a symmetric checkpoint, ``None``. Rows of weights are padded
-    where the parameter was made with room for it (``empty_experts``). Weights that are
-    in that form already are left alone, so that a second call changes nothing.
+    Afterwards, for E local experts and w = w13 (N = 2*I, K = H) or w2 (N = H, K = I):
+    ``<w>_<qweight>`` is int32 [E, N, K//8] and ``<w>_<scales>`` is [E, N, K//G] in the
+    activation dtype, both in the storage that they were loaded into. ``<w>_<zeros>`` is
+    int32 [E, N//8, K//G], or ``None`` for a symmetric checkpoint. Weight rows are
+    padded if the parameter was created with room for it (``empty_experts``). Weights
+    that are already converted are left alone, so a second call changes nothing.
 
-    Raises ``ValueError`` naming the checkpoint's tensor and the value where a
-    checkpoint that calls itself symmetric stores a zero point other than 8, a scale is
-    not finite in the activation dtype, or all scales of a projection are zero. The
-    layer is then unchanged.
+    Raises ``ValueError`` with the checkpoint's tensor and the bad value if a checkpoint
+    that is declared symmetric stores a zero point other than 8, if a scale is not
+    finite in the activation dtype, or if all scales of a projection are zero. The layer
+    is then unchanged.
     """
     packing = method.packing
     names = ("w13", "w2")
@@ -91,7 +92,7 @@ def setup_hybrid_w4a16_moe(
 
 
 def is_packed(weight: torch.Tensor) -> bool:
-    """Whether ``weight`` holds the packed layout, no longer the checkpoint's."""
+    """Return whether ``weight`` is already in the packed layout of the ops."""
     return getattr(weight, _PACKED, False)
 
 
@@ -114,14 +115,14 @@ def _convert(
 
 
 def _padded_view(stored: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """[E, rows, columns] over the storage of ``stored``, rows as far apart as it has
-    room for.
+    """[E, rows, columns] over the storage of ``stored``. The row stride is as large as
+    the storage allows.
     """
     slot = stored.stride(0)
     shape, stride = (len(stored), rows, columns), (slot, slot // rows, 1)
     room = stored.untyped_storage().nbytes() // stored.itemsize
     if room - stored.storage_offset() < len(stored) * slot:
-        # weights loaded anew: vLLM's reload makes tensors that end with their last word
+        # vLLM's weight reload makes tensors without room for padding
         return stored.new_empty(len(stored) * slot).as_strided(shape, stride)
     return stored.as_strided(shape, stride)
 
@@ -129,8 +130,8 @@ def _padded_view(stored: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 def _verify_scales(
     layer: "RoutedExperts", name: str, packing: CheckpointPacking
 ) -> None:
-    """Check that every scale of parameter ``name`` is a number that the activation
-    dtype can hold, and that no projection of an expert has nothing but zeros."""
+    """Check that the activation dtype can hold every scale of parameter ``name``, and
+    that no projection of an expert has only zeros."""
     for expert, scales in enumerate(getattr(layer, name).data):
         by_row = scales.t() if packing.k_first else scales
         bad = (~by_row.isfinite()).nonzero()
@@ -153,7 +154,7 @@ def _verify_scales(
 def _verify_symmetric(
     layer: "RoutedExperts", name: str, packing: CheckpointPacking
 ) -> None:
-    """Check that every nibble of zero point parameter ``name`` stands for 8."""
+    """Check that every nibble of zero point parameter ``name`` encodes 8."""
     stored = getattr(layer, name).data
     sentinel = packing.symmetric_word
     if bool((stored == sentinel).all()):
@@ -164,12 +165,12 @@ def _verify_symmetric(
     raise ValueError(
         f"{_tensor_at(layer, name, packing, expert, row)} holds 0x{word:08x}, expected "
         f"0x{sentinel & 0xFFFFFFFF:08x} (zero point 8 everywhere in {packing.name}): "
-        f"the checkpoint calls itself symmetric but is not"
+        f"the checkpoint's config says symmetric, but it is not"
     )
 
 
 def layer_projections(layer: "RoutedExperts", parameter: str) -> list[str]:
-    """The checkpoint's names of what a ``w13_`` or ``w2_`` parameter holds."""
+    """Return the checkpoint's names of the projections in a w13 or w2 parameter."""
     if parameter.startswith("w2"):
         return [layer.ckpt_down_proj_name]
     names = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name]
@@ -179,9 +180,9 @@ def layer_projections(layer: "RoutedExperts", parameter: str) -> list[str]:
 def tensor_name(
     layer: "RoutedExperts", expert: int, projection: str, suffix: str
 ) -> str:
-    """How errors call a tensor: by its name in the checkpoint, as vLLM knows it.
+    """Return a tensor's name in the checkpoint, as vLLM knows it, for error messages.
 
-    ``expert``: its number in the checkpoint.
+    ``expert`` is its number in the checkpoint.
     """
     return f"{layer.layer_name}.{expert}.{projection}.{suffix}"
 
@@ -193,7 +194,7 @@ def _tensor_at(
     local_expert: int,
     row: int,
 ) -> str:
-    """The checkpoint's tensor that output row ``row`` of a parameter comes from."""
+    """Return the name of the checkpoint tensor that has row ``row`` of a parameter."""
     projections = layer_projections(layer, parameter)
     suffix = parameter.partition("_")[2]
     rows = getattr(layer, f"{parameter.partition('_')[0]}_{packing.scales}").shape
@@ -203,7 +204,7 @@ def _tensor_at(
 
 
 def global_expert(layer: "RoutedExperts", local_expert: int) -> int:
-    """The expert's number in the checkpoint."""
+    """Return a local expert's number in the checkpoint."""
     expert_map = layer.expert_map
     if expert_map is None:
         return local_expert
@@ -211,7 +212,7 @@ def global_expert(layer: "RoutedExperts", local_expert: int) -> int:
 
 
 def make_kernel(method: Int4MoEMethod, layer: "RoutedExperts") -> mk.FusedMoEKernel:
-    """A kernel over the converted tensors that the layer holds now."""
+    """Make a kernel over the converted tensors of the layer."""
     quant_config = method.get_fused_moe_quant_config(layer)
     assert quant_config is not None
     prepare_finalize = maybe_make_prepare_finalize(

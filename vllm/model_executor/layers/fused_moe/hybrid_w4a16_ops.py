@@ -2,14 +2,14 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The int4 MoE ops: loading, fake implementations, typed wrappers.
 
-Notation: M tokens, E experts that live on this rank, K the reduction size, N output
-rows, G the group size, I the intermediate size per partition, H the hidden size.
+Notation: M tokens, E experts on this rank, K the reduction size, N output rows, G the
+group size, I the intermediate size per partition, H the hidden size.
 
-Weights of every op are laid out as ``hybrid_w4a16_packing`` says: w int32
-[E, N, K//8], scales [E, N, K//G], zero_points int32 [E, N//8, K//G] or ``None``.
-Activations are fp16 or bf16, accumulation is fp32. All tensors of a call are on one
-device; row strides are honoured everywhere. An argument that does not fit raises
-``RuntimeError`` naming the argument, what was expected and what came.
+All ops use the weight layout of ``hybrid_w4a16_packing``: w int32 [E, N, K//8], scales
+[E, N, K//G], zero_points int32 [E, N//8, K//G] or ``None``. Activations are fp16 or
+bf16, accumulation is fp32. All tensors of a call are on one device and may have any row
+stride. A bad argument raises ``RuntimeError`` with the argument, what was expected and
+what was passed.
 """
 
 import functools
@@ -39,16 +39,16 @@ _OPS = (*_KERNELS, "hybrid_w4a16_build_info", "hybrid_w4a16_refusal")
 
 
 class OpActivation(NamedTuple):
-    """How the ops and kernels know an activation."""
+    """An activation's identifiers in the ops and kernels."""
 
     name: str
-    """The ops' argument."""
+    """Value of the ops' ``activation`` argument."""
     formula: int
-    """``moe_int4::Activation`` of C++ and the constant of the Triton kernels."""
+    """``moe_int4::Activation`` in C++ and the constant of the Triton kernels."""
 
 
-# Not SWIGLUOAI: it expects gate and up rows of w13 interleaved, as only gpt-oss stores
-# them (and gpt-oss's experts have a bias).
+# SWIGLUOAI is missing: it expects the gate and up rows of w13 interleaved. Only gpt-oss
+# stores them so, and its experts have a bias, which the ops do not support.
 ACTIVATIONS = {
     MoEActivation.SILU: OpActivation("silu", 0),
     MoEActivation.SWIGLUOAI_UNINTERLEAVE: OpActivation("swigluoai", 0),
@@ -87,10 +87,10 @@ def load_error() -> str | None:
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            # torch's own message names the file alone; the cause is the linker's
-            return f"the op library {path} does not load: {error.__cause__ or error}"
+            # torch's message names only the file; its cause has the linker's message
+            return f"the op library {path} cannot be loaded: {error.__cause__ or error}"
         if not _ops_registered():
-            return f"the op library {path} is of another version: it lacks ops"
+            return f"the op library {path} does not match this version: it lacks ops"
     # fork: end
     if not _ops_registered():
         return "vLLM's own libraries hold no int4 MoE ops"
@@ -101,37 +101,37 @@ def load_error() -> str | None:
 
 # fork: begin overlay
 def _file_fault(path: str) -> str | None:
-    """How a library's file is not whole, ``None`` if it is.
+    """Return what is wrong with a library file, ``None`` if it is complete.
 
-    Loading one that is cut short ends the process (SIGBUS). Linkers write the table of
-    sections last, and the ELF header says where it ends.
+    Loading a truncated library kills the process (SIGBUS). Linkers write the section
+    table last, and the ELF header has its position and size.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         header = file.read(64)
     if len(header) < 64 or not header.startswith(b"\x7fELF"):
-        return "is no ELF library"
+        return "is not an ELF library"
     (table,) = struct.unpack_from("<Q", header, 40)
     entry_size, entries = struct.unpack_from("<HH", header, 58)
     expected = table + entry_size * entries
-    return f"is cut short: {size} of {expected} bytes" if size < expected else None
+    return f"is truncated: {size} of {expected} bytes" if size < expected else None
 
 
 # fork: end
 
 
 def _no_output(*args: object, **kwargs: object) -> None:
-    """Fake implementation: the ops return nothing, they write their argument ``c``."""
+    """Fake implementation: the ops return nothing; they write to argument ``c``."""
 
 
 def build_info() -> dict[str, tuple[str, ...]]:
-    """What the loaded op library can run on, by device type.
+    """Return what the loaded op library can run on, by device type.
 
-    For example ``{"cpu": ("avx512_bf16",), "hip": ("gfx1100", "gfx1151")}``: for the
-    CPU the instruction sets that the processor at hand offers, best first; for GPUs
-    the architectures that code objects were built for.
+    For example ``{"cpu": ("avx512_bf16",), "hip": ("gfx1100", "gfx1151")}``. The CPU
+    entry lists the instruction sets that this processor supports, best first; a GPU
+    entry lists the architectures that the library has code objects for.
 
-    Raises ``RuntimeError`` when the library is not loaded.
+    Raises ``RuntimeError`` if the library is not loaded.
     """
     error = load_error()
     if error is not None:
@@ -141,11 +141,11 @@ def build_info() -> dict[str, tuple[str, ...]]:
 
 
 def refusal(arch: str) -> str | None:
-    """Why the loaded op library does not run on ``arch``, ``None`` where it does.
+    """Return why the loaded op library does not run on ``arch``; ``None`` if it does.
 
-    ``arch`` is "cpu" or what a GPU is called, such as "gfx1151" or "sm_90". The reason
-    names what the library was built for. Raises ``RuntimeError`` when the library is
-    not loaded.
+    ``arch`` is "cpu" or a GPU architecture such as "gfx1151" or "sm_90". The reason
+    names what the library was built for. Raises ``RuntimeError`` if the library is not
+    loaded.
     """
     error = load_error()
     if error is not None:
@@ -154,21 +154,22 @@ def refusal(arch: str) -> str | None:
 
 
 def cpu_kernels(group_size: int, dtype: torch.dtype) -> list[tuple[str, int]]:
-    """The kernels that the CPU ops run, each with its smallest number of rows.
+    """Return the kernels that the CPU ops run, each with its smallest number of rows.
 
-    Rows are those of one expert in a call: ``[("avx512_vnni", 1),
-    ("avx512_bf16", 13)]`` gives experts with up to 12 rows to the first.
-    ``group_size`` is 32, 64 or 128, ``dtype`` fp16 or bf16; ``RuntimeError`` otherwise.
+    The number of rows counts the rows of one expert in a call: with ``[("avx512_vnni",
+    1), ("avx512_bf16", 13)]`` experts with up to 12 rows run the first kernel.
+    ``group_size`` is 32, 64 or 128 and ``dtype`` fp16 or bf16; otherwise
+    ``RuntimeError``.
     """
     lines = torch.ops._rocm_C.hybrid_w4a16_cpu_kernels(group_size, dtype).splitlines()
     return [(name, int(rows)) for name, rows in (line.split() for line in lines)]
 
 
 def load_device(device: int, arch: str) -> None:
-    """Make the kernels ready on a GPU; once per device is enough.
+    """Load the kernels onto a GPU; once per device is enough.
 
-    Not while a graph is captured. Raises ``RuntimeError`` where ``refusal`` has a
-    reason.
+    Must not be called while a graph is captured. Raises ``RuntimeError`` if ``refusal``
+    returns a reason for ``arch``.
     """
     torch.ops._rocm_C.hybrid_w4a16_load_device(device, arch)
 
@@ -201,7 +202,7 @@ def fused_moe_wvSplitK_int4_gemm(
         c: output, ``a``'s dtype [M*top_k, N], innermost stride 1.
         expert_ids: int32 [num_blocks], each -1 or 0..E-1.
         block_size_m: rows per block, 1..5.
-        cu_count: compute units to spread the grid over, at least 1; no effect on CPU.
+        cu_count: compute units to spread the grid over, at least 1; unused on the CPU.
         group_size: G, 32, 64 or 128; K is a multiple of it.
         zero_points: [E, N//8, K//G] or ``None``.
         sorted_token_ids: int32, num_blocks*block_size_m entries or more.
@@ -238,11 +239,11 @@ def fused_moe_wvSplitK_int4_gate_up(
     limit: float | None = None,
     plan: Sequence[int] | None = None,
 ) -> None:
-    """First half of a decode step: gate and up projections, activation applied.
+    """First half of a decode step: gate and up projections and the activation.
 
     For token ``m``, slot ``t``, local expert ``e``, with ``y = w[e] @ a[m]`` in fp32:
     ``c[m*top_k + t, i] = act(min(y[i], limit)) * (clamp(y[I+i], +-limit) + beta)``.
-    Rows of pairs whose expert is not here are not written.
+    Rows of pairs whose expert is on another rank are not written.
 
     Args:
         a: fp16/bf16 [M, H], innermost stride 1.
@@ -255,12 +256,12 @@ def fused_moe_wvSplitK_int4_gate_up(
         cu_count: as in ``fused_moe_wvSplitK_int4_gemm``.
         group_size: G, 32, 64 or 128; H is a multiple of it.
         zero_points: [E, 2*I//8, H//G] or ``None``.
-        expert_map: int32 [global experts], global to local expert, -1: not here.
-            Without it the ids are local; ids outside 0..E-1 are skipped.
-        alpha, beta, limit: parameters of the formula; ``None``: no clamp. gpt-oss
-            uses 1.702, 1.0, 7.0 (vLLM's ``SWIGLUOAI``).
+        expert_map: int32 [global experts], global to local expert, -1: not on this
+            rank. Without it the ids are local; ids outside 0..E-1 are skipped.
+        alpha, beta, limit: parameters of the formula; a limit of ``None`` means no
+            clamp. gpt-oss uses 1.702, 1.0, 7.0 (vLLM's ``SWIGLUOAI``).
         plan: GPU launch plan, 1 to 8 integers that the kernels' launcher checks;
-            ``None``: the launcher's rule decides. On the CPU only ``None``.
+            with ``None`` the launcher chooses. Must be ``None`` on the CPU.
     """
     torch.ops._rocm_C.fused_moe_wvSplitK_int4_gate_up(
         a,
@@ -296,17 +297,17 @@ def fused_moe_wvSplitK_int4_down(
     """Second half of a decode step: down projection, weighted and summed over top-k.
 
     ``c[m] = sum_t topk_weights[m, t] * (w[e(m, t)] @ a[m*top_k + t])`` in fp32, in a
-    fixed order, over the pairs whose expert is here; 0 where there is none. Every
+    fixed order, over the pairs whose expert is on this rank; 0 if there are none. Every
     element of ``c`` is written.
 
     Args:
-        a: fp16/bf16 [M*top_k, I], innermost stride 1: what gate_up wrote.
+        a: fp16/bf16 [M*top_k, I], innermost stride 1: the output of gate_up.
         w: packed w2 [E, H, I//8].
         scales: [E, H, I//G] in ``a``'s dtype.
         c: output, ``a``'s dtype [M, H], innermost stride 1.
         topk_ids: int32/int64 [M, top_k], innermost stride 1.
-        topk_weights: fp32 [M, top_k], innermost stride 1; ``None``: weight 1 (the
-            router weight was applied to the input).
+        topk_weights: fp32 [M, top_k], innermost stride 1; ``None`` if the router
+            weights were already applied to the input.
         cu_count: as in ``fused_moe_wvSplitK_int4_gemm``.
         group_size: G, 32, 64 or 128; I is a multiple of it.
         zero_points: [E, H//8, I//G] or ``None``.

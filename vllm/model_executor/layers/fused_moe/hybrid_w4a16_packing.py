@@ -18,6 +18,7 @@ time. This module imports nothing of this project.
 """
 
 import ctypes
+import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ _SHUFFLE_CHUNKS = 8
 _SHUFFLE_CHUNK_WORDS = 1 << 16
 # Of x86-64 and, with pages of 4 KiB, of AArch64; smaller tensors cannot hold one.
 _HUGE_PAGE = 2 << 20
+# Weights along K per scale that the kernels read.
+GROUP_SIZES = (32, 64, 128)
 # Which row of eight an AWQ word's nibble i belongs to.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -105,6 +108,17 @@ class Int4MoEMethod(Protocol):
     def get_fused_moe_quant_config(
         self, layer: "RoutedExperts"
     ) -> "FusedMoEQuantConfig | None": ...
+
+
+def shard_group_size(group_size: int, k: int) -> int:
+    """Group size of a rank's shard of ``k`` weights along K.
+
+    Where a shard boundary cuts a group of the checkpoint, the shard is stored with
+    smaller groups, each with a copy of the scale and zero point of the group that it is
+    a part of. The dequantized weights are the same. The result may be one that is not
+    in ``GROUP_SIZES``.
+    """
+    return math.gcd(group_size, k)
 
 
 def empty_experts(

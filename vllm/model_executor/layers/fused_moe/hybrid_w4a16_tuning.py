@@ -144,18 +144,19 @@ def prefill_tiles(
         num_experts: experts that the pairs spread over, on all ranks.
         hidden, intermediate: sizes on this rank.
     """
-
     rows = table(name)["rows"]
-    return _nearest_tiles(rows, pairs, num_experts, hidden, intermediate)
+    return nearest_tiles(rows, pairs, num_experts, hidden, intermediate)
 
 
-def _nearest_tiles(
+def nearest_tiles(
     rows: list[dict[str, Any]],
     pairs: int,
     num_experts: int,
     hidden: int,
     intermediate: int,
 ) -> PrefillTiles:
+    """As ``prefill_tiles``, of the ``rows`` of a table or of an entry."""
+
     def distance(row: dict[str, Any]) -> float:
         return (
             abs(math.log(row["rows_per_expert"] * num_experts / max(pairs, 1)))
@@ -236,7 +237,7 @@ def _cached_tiles(arch: str, shape: MoEShape, pairs: int) -> PrefillTiles:
     entry = next(tuned.entry for tuned in _used if _is(tuned, arch, shape))
     assert entry is not None
     sizes = (shape.experts, shape.hidden, shape.intermediate)
-    return _nearest_tiles(entry["rows"], pairs, *sizes)
+    return nearest_tiles(entry["rows"], pairs, *sizes)
 
 
 def _is(tuned: Tuned, arch: str, shape: MoEShape) -> bool:
@@ -281,7 +282,7 @@ def _lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
         nearest = min(usable, key=lambda e: distance(e, shape), default=None)
         if nearest is not None and distance(nearest, shape) <= _NEAR:
             decode = {
-                row["tokens"]: (_plan(row["gate_up"]), _plan(row["down"]))
+                row["tokens"]: (as_plan(row["gate_up"]), as_plan(row["down"]))
                 for row in sorted(nearest["decode"], key=lambda row: row["tokens"])
             }
             exact = distance(nearest, shape) == 0
@@ -290,7 +291,8 @@ def _lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
     return Tuned(arch, shape, _rule(arch, shape), "rule")
 
 
-def _plan(values: list[int] | None) -> Plan | None:
+def as_plan(values: list[int] | None) -> Plan | None:
+    """A plan as the ops take it, of one as an entry has it."""
     return None if values is None else tuple(values)
 
 
@@ -326,13 +328,12 @@ def owner_entries(arch: str) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text())["shapes"]
         for entry in entries:
-            shape = MoEShape(**{name: entry[name] for name in _SHAPE_FIELDS})
-            distance(entry, shape)
+            distance(entry, entry_shape(entry))
             entry["compute_units"], entry["kernel_version"]
             for row in entry["decode"]:
                 row["tokens"], row["gate_up"], row["down"]
             if entry.get("rows"):
-                _nearest_tiles(entry["rows"], 1, 1, 1, 1)
+                nearest_tiles(entry["rows"], 1, 1, 1, 1)
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         logger.warning(
             "HybridW4A16 MoE: %s is not a tuning table (%s: %s) and is not used%s",
@@ -345,7 +346,7 @@ def owner_entries(arch: str) -> list[dict[str, Any]]:
     return entries
 
 
-_SHAPE_FIELDS = ("experts", "top_k", "hidden", "intermediate", "group_size", "dtype")
+SHAPE_FIELDS = ("experts", "top_k", "hidden", "intermediate", "group_size", "dtype")
 
 
 # fork: begin overlay
@@ -354,7 +355,7 @@ def write_owner_entry(arch: str, entry: dict[str, Any]) -> Path:
 
     The file is replaced as a whole. Returns its path.
     """
-    key = ("compute_units", *_SHAPE_FIELDS)
+    key = ("compute_units", *SHAPE_FIELDS)
     kept = [
         other
         for other in owner_entries(arch)
@@ -387,6 +388,11 @@ def _entry_text(entry: dict[str, Any]) -> str:
 def shape_fields(shape: MoEShape) -> dict[str, Any]:
     """A shape as an entry has it."""
     return asdict(shape)
+
+
+def entry_shape(entry: dict[str, Any]) -> MoEShape:
+    """The shape that an entry is of."""
+    return MoEShape(**{name: entry[name] for name in SHAPE_FIELDS})
 
 
 def used_text() -> str | None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class AWQHybridW4A16MoEMethod(HybridW4A16MoEMethod):
-    """AWQ in its ``gemm`` version, with zero points or symmetric."""
+    """AWQ in its ``gemm`` version, symmetric or with zero points."""
 
 
 def awq_moe_method(
@@ -41,10 +41,11 @@ def awq_moe_method(
 ) -> FusedMoEMethodBase | None:
     """Hook of ``AutoAWQConfig.get_quant_method``, called with its arguments.
 
-    Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where
-    ``modules_to_not_convert`` names the layer's experts, which vLLM overlooks, vLLM's
-    method for 16-bit experts. Raises ``ValueError`` as ``oracle.decline`` does, also
-    where it names some experts of the layer only.
+    Returns the hybrid method, or ``None`` to leave the layer to vLLM. vLLM ignores
+    entries of ``modules_to_not_convert`` that name the layer's experts; for these the
+    hook returns vLLM's method for 16-bit experts. Raises ``ValueError`` under the
+    conditions of ``oracle.decline``, also if the entries name only some of the layer's
+    experts.
     """
     if not isinstance(layer, RoutedExperts):
         return None

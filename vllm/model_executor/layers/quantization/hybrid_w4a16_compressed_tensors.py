@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class CompressedTensorsHybridW4A16MoEMethod(HybridW4A16MoEMethod):
-    """compressed-tensors ``pack-quantized``, symmetric and with zero points."""
+    """compressed-tensors ``pack-quantized``, symmetric or with zero points."""
 
 
 def compressed_tensors_moe_method(
@@ -38,13 +38,13 @@ def compressed_tensors_moe_method(
     """Hook of ``CompressedTensorsMoEMethod.get_moe_method``, called with its arguments.
 
     Returns the hybrid method, or ``None`` to leave the layer to vLLM. Raises
-    ``ValueError`` as ``oracle.decline`` does, also where the experts of the layer are
-    quantized differently.
+    ``ValueError`` under the conditions of ``oracle.decline``, also if the layer's
+    experts are quantized differently.
     """
     quant_config._add_fused_moe_to_target_scheme_map()
     first = next(expert_linears(layer, layer_name))
     if not _is_integer(quant_config.get_scheme_dict(layer, first)):
-        return None  # 16 bits, or another kind of quantization altogether
+        return None  # 16 bits, or not an integer quantization
     if not oracle.consider(layer, layer_name):
         return None
     try:

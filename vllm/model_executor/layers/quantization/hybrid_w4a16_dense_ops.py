@@ -19,7 +19,8 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 
 GROUP_SIZES = (32, 64, 128)
 MAX_ROWS = 16
-"""Activation rows that a call takes at most."""
+"""Activation rows that a call takes at most; ``wvSplitK_int_g`` on the CPU: any number.
+"""
 PARTS = 256
 """Parts of the vocabulary in ``partials``: ``kRescoreParts`` of the op library."""
 
@@ -57,7 +58,7 @@ def wvSplitK_int_g(
     """``c = a @ w^.T``, accumulated in fp32. Repeatable bits, no host sync.
 
     Args:
-        a: fp16/bf16 [M, K], M up to 16, innermost stride 1.
+        a: fp16/bf16 [M, K], M up to 16 (on the CPU any number), innermost stride 1.
         w: 4 bits: int32 [N, K//8]; 8 bits: uint8 [N, K]; 16-byte aligned, row stride a
             multiple of 16 bytes.
         scales: [N, K//G] in ``a``'s dtype, innermost stride 1.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class GPTQHybridW4A16MoEMethod(HybridW4A16MoEMethod):
-    """GPTQ with zero points in the v1 or the v2 convention, without ``desc_act``."""
+    """GPTQ without ``desc_act``, with zero points in the v1 or v2 convention."""
 
 
 def gptq_moe_method(
@@ -46,11 +46,11 @@ def gptq_moe_method(
 ) -> FusedMoEMethodBase | None:
     """Hook of ``AutoGPTQConfig.get_quant_method``, called with its arguments.
 
-    Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where ``dynamic``
-    or ``modules_in_block_to_quantize`` name the layer's experts, which vLLM
-    overlooks, vLLM's method for what they say. Raises ``ValueError`` as
-    ``oracle.decline`` does, also where they say different things of experts of the
-    layer.
+    Returns the hybrid method, or ``None`` to leave the layer to vLLM. vLLM ignores
+    entries of ``dynamic`` and ``modules_in_block_to_quantize`` that name the layer's
+    experts; for these the hook returns vLLM's method for the settings that they give.
+    Raises ``ValueError`` under the conditions of ``oracle.decline``, also if the
+    entries give the layer's experts different settings.
     """
     if not isinstance(layer, RoutedExperts):
         return None

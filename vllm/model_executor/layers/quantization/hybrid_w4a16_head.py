@@ -16,8 +16,16 @@ in. ``int4_rescored`` scans all rows in int4 and then computes those again from 
 With tensor parallelism each rank goes by the largest logit of its own rows: it
 computes more again, never less. More than 16 rows at once (``prompt_logprobs``) take
 the 16-bit weights. Other schemes free them, unless an embedding is tied to them.
+
+Drafters (MTP, EAGLE) that share the head can read it in int4 or int8 without rescoring,
+whatever the head itself is kept in: that changes which drafts are accepted, not the
+distribution of the output. Their weights are parameters of the shared head, so they are
+quantized, loaded anew and put to sleep with it.
 """
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,13 +35,17 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as device
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.hybrid_w4a16_head_schemes import (
+    DRAFT_ATTRIBUTE,
+    DRAFT_OPTION,
+    DRAFT_TARGET,
     ENV_NAME,
     SCHEMES,
     HeadScheme,
-    register,
+    draft_scheme,
 )
 from vllm.model_executor.layers.quantization.online.base import (
     OnlineQuantizationConfig,
@@ -44,14 +56,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger(__name__)
-
-# A patched vLLM tree has no plugin that did it: without, reading the variable fails.
-register()
 
 BOUND = 7.0
 """Standard deviations of an int4 logit's error that are allowed for."""
@@ -89,26 +99,123 @@ def lm_head_built(self: VocabParallelEmbedding) -> None:
         return
     if isinstance(self.quant_method, HybridW4A16HeadMethod):
         return  # its weights were loaded anew
+    # fork: begin overlay
+    if _is_loading_drafter:
+        return  # mostly replaced by the target's head, and then never loaded
+    # fork: end
     vllm_config = get_current_vllm_config_or_none()
     online = _online_config(vllm_config)
-    target = None if online is None else _target(online, self.prefix)
-    if target is not None:
+    name = pattern = None
+    sources = {}
+    if target := None if online is None else _target(online, self.prefix):
         pattern, name = target
-        source = f"quantization_config.targets[{pattern!r}]={name}"
-    else:
-        name = getattr(envs, ENV_NAME)
-        if name is None:
-            return
-        pattern, source = ENV_NAME, f"{ENV_NAME}={name}"
-    scheme = SCHEMES[name]
-    reason = _decline_reason(self, scheme, vllm_config)
-    if reason is not None:
-        raise ValueError(f"{source}: {self.prefix}: {reason}")
-    self.quant_method = HybridW4A16HeadMethod(name, self.prefix)
-    if online is not None:  # vLLM's line of what is quantized
+        sources[name] = f"quantization_config.targets[{pattern!r}]={name}"
+    # fork: begin overlay
+    elif (name := getattr(envs, ENV_NAME)) is not None:
+        pattern, sources[name] = ENV_NAME, f"{ENV_NAME}={name}"
+    # fork: end
+    draft: str | None = None
+    # fork: begin overlay
+    draft, source = _draft_target(vllm_config, online)
+    if draft is not None:
+        sources.setdefault(draft, source)
+    # fork: end
+    for scheme, source in sources.items():
+        reason = _decline_reason(self, SCHEMES[scheme], vllm_config)
+        if reason is not None:
+            raise ValueError(f"{source}: {self.prefix}: {reason}")
+    if not sources:
+        return
+    self.quant_method = HybridW4A16HeadMethod(name, self.prefix, draft)
+    if online is not None and name is not None:  # vLLM's line of what is quantized
         online.quantized_layers[self.prefix] = ("targets", name, pattern)
 
 
+# fork: begin overlay
+def _draft_target(
+    vllm_config: "VllmConfig | None", online: OnlineQuantizationConfig | None
+) -> tuple[str | None, str]:
+    """The scheme for drafters that share the head, and what asked for it."""
+    speculative = None if vllm_config is None else vllm_config.speculative_config
+    if speculative is None:
+        return None, ""
+    name = getattr(speculative, DRAFT_ATTRIBUTE, None)
+    if name is not None:
+        return name, f"speculative_config.{DRAFT_OPTION}={name}"
+    name = None if online is None else (online.args.targets or {}).get(DRAFT_TARGET)
+    source = f"quantization_config.targets[{DRAFT_TARGET!r}]={name}"
+    if name is not None and draft_scheme(name) is None:
+        raise ValueError(f"{source}: {_draft_names()}")
+    return name, source
+
+
+def _draft_names() -> str:
+    names = [name for name in SCHEMES if draft_scheme(name) is not None]
+    return f"expected one of {', '.join(names)}: drafts are not rescored"
+
+
+_is_loading_drafter = False
+
+
+@contextlib.contextmanager
+def _loading_drafter() -> Iterator[None]:
+    global _is_loading_drafter
+    _is_loading_drafter = True
+    try:
+        yield
+    finally:
+        _is_loading_drafter = False
+
+
+def draft_model_loaded(
+    self: BaseModelLoader,
+    vllm_config: "VllmConfig",
+    model_config: "ModelConfig",
+    prefix: str = "",
+) -> torch.nn.Module | None:
+    """Hook of ``BaseModelLoader.load_model``: a drafter's own head stays as the
+    checkpoint has it, and its logits come from the weights for drafts of the head that
+    vLLM gives it afterwards.
+    """
+    speculative = vllm_config.speculative_config
+    if (
+        _is_loading_drafter
+        or speculative is None
+        or model_config is vllm_config.model_config
+        or model_config is not speculative.draft_model_config
+    ):
+        return None
+    with _loading_drafter():
+        model = self.load_model(vllm_config, model_config, prefix)
+    draft, source = _draft_target(vllm_config, _online_config(vllm_config))
+    if draft is None:
+        return model
+    if getattr(model, "has_own_lm_head", False):
+        logger.warning(
+            "%s: the drafter brings an lm_head of its own, which stays in 16 bits",
+            source,
+        )
+    for module in model.modules():
+        if isinstance(module, LogitsProcessor):
+            apply_head = functools.partial(_apply_draft_head, module._apply_head)
+            object.__setattr__(module, "_apply_head", apply_head)
+    return model
+
+
+def _apply_draft_head(
+    stock: Callable[..., torch.Tensor],
+    lm_head: ParallelLMHead,
+    hidden_states: torch.Tensor,
+    embedding_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """A drafter's ``LogitsProcessor._apply_head``."""
+    method = lm_head.quant_method
+    if embedding_bias is None and isinstance(method, HybridW4A16HeadMethod):
+        return method.apply_draft(lm_head, hidden_states)
+    return stock(lm_head, hidden_states, embedding_bias)
+
+
+# fork: end
 def _online_config(
     vllm_config: "VllmConfig | None",
 ) -> OnlineQuantizationConfig | None:
@@ -164,17 +271,37 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         qweight        see ``hybrid_w4a16_dense_ops``
         weight_scale   activation dtype [N, K//G]
         weight_error   rescored only: fp32 [N], negative for rows of padding
-        weight         rescored, or tied to an embedding: as loaded, [N, K]
+        weight         rescored, 16-bit, or tied to an embedding: as loaded, [N, K]
+        draft_qweight, draft_weight_scale
+                       for drafters, where they are asked for in another scheme
+
+    Args:
+        name: scheme of the head, ``None``: 16 bits.
+        prefix: the layer's name, for messages.
+        draft: scheme that drafters read, ``None``: they do as the target does.
     """
 
-    def __init__(self, name: str, prefix: str):
-        self.scheme = SCHEMES[name]
+    def __init__(self, name: str | None, prefix: str, draft: str | None = None):
+        self.scheme = None if name is None else SCHEMES[name]
         self.name, self.prefix = name, prefix
+        self.draft = None if draft is None else SCHEMES[draft]
+        self.draft_name = draft
         self.is_tied = False
         self.is_stale = False
         """The tied embedding was loaded anew since the head was quantized."""
         self._unquantized = UnquantizedEmbeddingMethod()
         self._cu_count = 1
+
+    @property
+    def _draft_has_own_weights(self) -> bool:
+        if self.draft is None or self.scheme is None:
+            return self.draft is not None
+        same = (self.draft.bits, self.draft.group_size)
+        return same != (self.scheme.bits, self.scheme.group_size)
+
+    @property
+    def _keeps_weight(self) -> bool:
+        return self.scheme is None or self.scheme.rescored
 
     def create_weights(self, layer: torch.nn.Module, *args, **kwargs) -> None:
         self._unquantized.create_weights(layer, *args, **kwargs)
@@ -197,7 +324,7 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
             layer.register_parameter(
                 key, torch.nn.Parameter(value, requires_grad=False)
             )
-        if self.scheme.rescored:
+        if self._keeps_weight:
             self._unquantized.process_weights_after_loading(layer)
         elif not self.is_tied:
             del layer.weight
@@ -211,11 +338,19 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
             raise ValueError(
                 f"{self.prefix}.weight: expected finite values, row {row} has others"
             )
+        self.is_stale = False
+        quantized: dict[str, torch.Tensor] = {}
+        if self.draft is not None and self._draft_has_own_weights:
+            packed, scales, _ = ops.quantize(
+                weight, self.draft.bits, self.draft.group_size
+            )
+            quantized |= {"draft_qweight": packed, "draft_weight_scale": scales}
+        if self.scheme is None:
+            return quantized
         packed, scales, errors = ops.quantize(
             weight, self.scheme.bits, self.scheme.group_size
         )
-        self.is_stale = False
-        quantized = {"qweight": packed, "weight_scale": scales}
+        quantized |= {"qweight": packed, "weight_scale": scales}
         if self.scheme.rescored:
             indices = layer.shard_indices
             organic, added = indices.num_org_elements, indices.num_added_elements
@@ -226,19 +361,24 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
 
     def _log(self, layer: Any) -> None:
         weights = layer.num_embeddings_per_partition * layer.embedding_dim
-        scheme = self.scheme
         kept = "16-bit weights freed"
-        if scheme.rescored:
+        if self._keeps_weight:
             kept = "beside the 16-bit weights"
         elif self.is_tied:
             kept = "beside the embedding's 16-bit weights"
-        logger.info(
-            "%s: %s, %.1f MiB %s",
-            self.prefix,
-            self.name,
-            weights * scheme.bytes_per_weight() / 2**20,
-            kept,
-        )
+        if self.scheme is not None:
+            mib = weights * self.scheme.bytes_per_weight() / 2**20
+            logger.info("%s: %s, %.1f MiB %s", self.prefix, self.name, mib, kept)
+        if self.draft is not None:
+            mib = weights * self.draft.bytes_per_weight() / 2**20
+            if not self._draft_has_own_weights:
+                mib = 0.0
+            logger.info(
+                "%s: drafters read %s, %.1f MiB more",
+                self.prefix,
+                self.draft_name,
+                mib,
+            )
 
     def apply(
         self,
@@ -249,32 +389,66 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         """Logits [..., N] of hidden states [..., K], in their dtype."""
         if bias is not None:
             raise ValueError(f"{self.prefix}: a head with a bias is not supported")
+        if self.scheme is None:
+            return self._unquantized.apply(layer, x)
+        self._follow_tied(layer)
+        if self.scheme.rescored and x.numel() > ops.MAX_ROWS * x.shape[-1]:
+            return self._unquantized.apply(layer, x)
+        return self._apply(
+            layer,
+            x,
+            layer.qweight,
+            layer.weight_scale,
+            self.scheme,
+            self.scheme.rescored,
+        )
+
+    def apply_draft(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """The same for a drafter that shares the head."""
+        if self.draft is None:
+            return self.apply(layer, x)
+        self._follow_tied(layer)
+        key = "draft_" if self._draft_has_own_weights else ""
+        packed = getattr(layer, f"{key}qweight")
+        scales = getattr(layer, f"{key}weight_scale")
+        return self._apply(layer, x, packed, scales, self.draft, False)
+
+    def _follow_tied(self, layer: Any) -> None:
         if self.is_stale:
             for key, value in self._quantized(layer).items():
                 getattr(layer, key).data.copy_(value)
+
+    def _apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        scheme: HeadScheme,
+        rescored: bool,
+    ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if self.scheme.rescored and len(rows) > ops.MAX_ROWS:
-            return self._unquantized.apply(layer, x)
-        logits = x.new_empty(len(rows), layer.qweight.shape[0])
+        logits = x.new_empty(len(rows), packed.shape[0])
         for begin in range(0, len(rows), ops.MAX_ROWS):
             part = slice(begin, begin + ops.MAX_ROWS)
-            self._apply_few(layer, rows[part], logits[part])
+            ops.wvSplitK_int_g(
+                rows[part],
+                packed,
+                scales,
+                logits[part],
+                self._cu_count,
+                scheme.group_size,
+                scheme.bits,
+            )
+            if rescored:
+                self._rescore(layer, rows[part], logits[part])
         return logits.unflatten(0, x.shape[:-1]) if x.dim() != 2 else logits
 
-    def _apply_few(self, layer: Any, rows: torch.Tensor, logits: torch.Tensor) -> None:
-        ops.wvSplitK_int_g(
-            rows,
-            layer.qweight,
-            layer.weight_scale,
-            logits,
-            self._cu_count,
-            self.scheme.group_size,
-            self.scheme.bits,
+    @staticmethod
+    def _rescore(layer: Any, rows: torch.Tensor, logits: torch.Tensor) -> None:
+        partials = torch.empty(
+            len(rows), 2 * ops.PARTS, dtype=torch.float32, device=rows.device
         )
-        if self.scheme.rescored:
-            partials = torch.empty(
-                len(rows), 2 * ops.PARTS, dtype=torch.float32, device=rows.device
-            )
-            ops.wvSplitK_int_g_rescore(
-                rows, layer.weight, layer.weight_error, logits, partials, WINDOW, BOUND
-            )
+        ops.wvSplitK_int_g_rescore(
+            rows, layer.weight, layer.weight_error, logits, partials, WINDOW, BOUND
+        )

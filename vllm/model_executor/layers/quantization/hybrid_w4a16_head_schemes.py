@@ -3,17 +3,31 @@
 """Names under which vLLM's users ask for a quantized lm_head.
 
 ``--quantization-config '{"targets": {"lm_head": "int4_rescored"}}'``, which composes
-with any checkpoint whose head is in 16 bits. vLLM checks the names of ``targets`` when
-it reads the command line, for ``LLM(...)`` before it loads plugins. There the variable
-``VLLM_HYBRID_W4A16_LM_HEAD`` says the same.
+with any checkpoint whose head is in 16 bits.
 """
 
+# fork: begin overlay
+# vLLM checks the names of ``targets`` when it reads the command line, for ``LLM(...)``
+# before it loads plugins. There the variable VLLM_HYBRID_W4A16_LM_HEAD says the same.
+#
+# What drafters (MTP, EAGLE) that share the head compute their logits from is named
+# apart: ``--speculative-config '{..., "draft_lm_head_quantization": "int4"}'``, which
+# vLLM has since 0.33 for other formats, or the target ``draft_lm_head``.
+# fork: end
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm import envs
 from vllm.config.quantization import _ONLINE_SHORTHANDS, QuantizationConfigArgs
 
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+# fork: begin overlay
 ENV_NAME = "VLLM_HYBRID_W4A16_LM_HEAD"
+# fork: end
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,25 @@ SCHEMES = {
     "int4_rescored": HeadScheme(4, 128, rescored=True),
 }
 
+# fork: begin overlay
+DRAFT_OPTION = "draft_lm_head_quantization"
+"""Key of ``--speculative-config``."""
+DRAFT_ATTRIBUTE = "hybrid_w4a16_draft_lm_head"
+"""Attribute of a ``SpeculativeConfig``: the scheme that ``DRAFT_OPTION`` asked for."""
+DRAFT_TARGET = "draft_lm_head"
+"""Key of ``targets`` that says the same."""
+DRAFT_SCHEMES = {"int4": "int4_g128", "int8": "int8_g32"}
+"""Values of ``DRAFT_OPTION``, beside the names of schemes, which both keys take."""
+
+
+def draft_scheme(value: object) -> str | None:
+    """The scheme that a drafter's option names, ``None`` if it names none of ours.
+
+    Rescored schemes are not among them: drafts are verified anyway.
+    """
+    name = DRAFT_SCHEMES.get(str(value), str(value))
+    return name if name in SCHEMES and not SCHEMES[name].rescored else None
+
 
 def register() -> None:
     """Make the names known to vLLM, as values of ``targets`` and of the variable.
@@ -53,3 +86,41 @@ def register() -> None:
     envs.environment_variables.setdefault(
         ENV_NAME, envs.env_with_choices(ENV_NAME, None, list(SCHEMES))
     )
+
+
+# Drafters whose head can be the target's, by the names that vLLM gives the methods.
+_SHARING_METHODS = ("eagle", "eagle3", "mtp")
+
+
+def draft_head_config(
+    self: "EngineArgs",
+    target_model_config: "ModelConfig",
+    target_parallel_config: "ParallelConfig",
+) -> "SpeculativeConfig | None":
+    """Hook of ``EngineArgs.create_speculative_config``: takes ``DRAFT_OPTION`` out of
+    ``--speculative-config`` where it names a scheme of ours, and remembers it.
+
+    Raises ``ValueError`` for a drafter that has no head to share.
+    """
+    options = self.speculative_config or {}
+    keys = [key for key in options if key.replace("-", "_") == DRAFT_OPTION]
+    if not keys or (name := draft_scheme(options[keys[0]])) is None:
+        return None
+    self.speculative_config = {k: v for k, v in options.items() if k not in keys}
+    try:
+        config = self.create_speculative_config(
+            target_model_config, target_parallel_config
+        )
+    finally:
+        self.speculative_config = options
+    assert config is not None
+    if config.method not in _SHARING_METHODS:
+        raise ValueError(
+            f"speculative_config.{DRAFT_OPTION}={options[keys[0]]}: expected a method "
+            f"of {', '.join(_SHARING_METHODS)}, got {config.method}"
+        )
+    object.__setattr__(config, DRAFT_ATTRIBUTE, name)
+    return config
+
+
+# fork: end

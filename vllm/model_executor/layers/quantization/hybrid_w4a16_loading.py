@@ -17,7 +17,10 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_moe_helper import (
     is_packed,
     tensor_name,
 )
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import CheckpointPacking
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
+    CheckpointPacking,
+    shard_group_size,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -54,6 +57,10 @@ class ExpertTensorLoader:
         self._load = weakref.WeakMethod(load)
         self._layer = weakref.ref(layer)
         self._weight_shape = packing.weight_shape
+        self._by_group = {packing.scales, packing.zeros}
+        self._group_dim = 0 if packing.k_first else 1
+        inter = layer.moe_config.intermediate_size_per_partition
+        self._parts_of_a_group = group_size // shard_group_size(group_size, inter)
         self._integer = {packing.qweight, packing.zeros, packing.weight_shape}
         hidden = layer.moe_config.hidden_dim
         intermediate = layer.moe_config.intermediate_size
@@ -115,6 +122,12 @@ class ExpertTensorLoader:
             key = (suffix, shard_id, expert_id)
             if key in self._loaded:
                 raise ValueError(f"{tensor} is in the checkpoint more than once")
+            if shard_id == "w2" and suffix in self._by_group:
+                # vLLM cuts groups along K evenly over the ranks: give it groups that
+                # no rank shares with another
+                loaded_weight = loaded_weight.repeat_interleave(
+                    self._parts_of_a_group, dim=self._group_dim
+                )
             load = self._load()
             assert load is not None
             success = bool(

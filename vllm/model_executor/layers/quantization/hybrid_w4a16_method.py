@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
     FusedMoEQuantConfig,
@@ -28,6 +29,7 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     CheckpointPacking,
     advise_huge_pages,
     empty_experts,
+    shard_group_size,
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import row_padding
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.runner.shared_experts import (
         SharedExperts,
     )
+
+logger = init_logger(__name__)
 
 
 class HybridW4A16MoEMethod(FusedMoEMethodBase):
@@ -84,6 +88,8 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         """Register what the checkpoint holds, for E local experts, [N, K] = [2*I, H]
         for w13 and [H, I] for w2: ``_<qweight>`` int32, ``_<scales>`` in
         ``params_dtype``, ``_<zeros>`` int32, each [E, ...] with the packing's shape.
+        w2 has smaller groups where its shard cuts the checkpoint's
+        (``shard_group_size``).
         """
         packing = self.packing
         with_zeros = packing.symmetric_zeros or not self.symmetric
@@ -108,16 +114,26 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         family = device_family()
         tuning = family.tuning if isinstance(family, DeviceFamily) else None
         gate_up = self.moe.w13_num_shards * intermediate_size_per_partition
+        inter = intermediate_size_per_partition
+        down_group = shard_group_size(self.group_size, inter)
+        if down_group != self.group_size:
+            logger.info_once(
+                "HybridW4A16 MoE: tensor parallel shards of %d columns cut groups of "
+                "%d; scales of down_proj are stored per %d",
+                inter,
+                self.group_size,
+                down_group,
+            )
         layer.num_groups_w13 = hidden_size // self.group_size
-        layer.num_groups_w2 = intermediate_size_per_partition // self.group_size
+        layer.num_groups_w2 = inter // down_group
         self.padding_bytes = 0
-        for weight, n, k in (
-            ("w13", gate_up, hidden_size),
-            ("w2", hidden_size, intermediate_size_per_partition),
+        for weight, n, k, group in (
+            ("w13", gate_up, hidden_size, self.group_size),
+            ("w2", hidden_size, inter, down_group),
         ):
             padding = 0 if tuning is None else row_padding(tuning, k)
             self.padding_bytes += 4 * num_experts * n * padding
-            for suffix, shape in packing.shapes(n, k, self.group_size).items():
+            for suffix, shape in packing.shapes(n, k, group).items():
                 if suffix == packing.qweight:
                     tensor = empty_experts(num_experts, shape, n, k, padding)
                 elif suffix == packing.scales or with_zeros:

@@ -40,7 +40,7 @@ PACKINGS = {"auto_round:auto_gptq": GPTQ_V1, "auto_round:auto_awq": AWQ}
 
 
 class INCHybridW4A16MoEMethod(HybridW4A16MoEMethod):
-    """AutoRound, with the names and the packing of GPTQ v1 or of AWQ."""
+    """AutoRound, with tensor names and packing of GPTQ v1 or AWQ."""
 
 
 def inc_moe_method(
@@ -52,10 +52,11 @@ def inc_moe_method(
 ) -> FusedMoEMethodBase | None:
     """Hook of ``INCWna16Scheme.get_moe_method``, called with its arguments.
 
-    Returns the hybrid method, or ``None`` to leave the layer to vLLM. Where
-    ``extra_config`` names the layer's experts, which vLLM overlooks, vLLM's method for
-    what it says of them. Raises ``ValueError`` as ``oracle.decline`` does, also where
-    it says different things of experts of the layer.
+    Returns the hybrid method, or ``None`` to leave the layer to vLLM. vLLM ignores
+    entries of ``extra_config`` that name the layer's experts; for these the hook
+    returns vLLM's method for the settings that they give. Raises ``ValueError`` under
+    the conditions of ``oracle.decline``, also if the entries give the layer's experts
+    different settings.
     """
     if not oracle.consider(layer, prefix):
         return None

@@ -2,11 +2,11 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Modular-kernel experts over the int4 wvSplitK ops.
 
-Weights are those that ``setup_hybrid_w4a16_moe`` leaves behind (layout in
-``hybrid_w4a16_packing``): w1 int32 [E, 2*I, H//8], w2 int32 [E, H, I//8]; E counts the
-experts of this rank. Decode is two op calls from router output to layer output: gate
-and up with the activation applied, then down, weighted and summed over top-k. On a GPU
-many tokens (prefill) go through Triton instead, over the same weights.
+The weights are in the layout that ``setup_hybrid_w4a16_moe`` produces
+(``hybrid_w4a16_packing``): w1 int32 [E, 2*I, H//8], w2 int32 [E, H, I//8], where E
+counts the experts of this rank. A decode step is two op calls: gate and up with the
+activation, then down with the weighted sum over top-k. On a GPU many tokens (prefill)
+run through Triton instead, on the same weights.
 """
 
 import torch
@@ -25,6 +25,9 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     device_family,
     load_kernels,
 )
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
+    shard_group_size,
+)
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
     TopKWeightAndReduceNoOP,
 )
@@ -40,8 +43,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
     """W4A16 experts: fp16/bf16 activations, int4 weights, fp32 accumulation.
 
-    Raises ``ValueError`` when constructed on a device that the op library does not
-    support.
+    Construction raises ``ValueError`` on a device that the op library does not support.
     """
 
     def __init__(
@@ -57,6 +59,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         load_kernels(family)
         self.cu_count = family.cu_count
         self.group_size = quant_config.block_shape[1]
+        self.down_group_size = shard_group_size(
+            self.group_size, moe_config.intermediate_size_per_partition
+        )
         self.tuned: tuning.Tuned | None = None
         if family.tuning is not None:
             shape = tuning.MoEShape(
@@ -95,10 +100,10 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
-        # other back ends hand tokens over in a form of their own (per expert, or still
-        # to be dispatched)
+        # Other back ends pass tokens in another form (per expert, or not yet
+        # dispatched).
         config = moe_parallel_config
-        # vLLM 0.30 and 0.31 have no such back end, nor the property
+        # vLLM 0.30 and 0.31 have neither such a back end nor the property.
         passthrough = getattr(config, "use_passthrough_all2all", False)
         return not passthrough and (
             config.use_ag_rs_all2all_kernels or not config.use_all2all_kernels
@@ -118,10 +123,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: mk.ExpertTokensMetadata | None,
         activation: MoEActivation,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        # workspace13 doubles as the output, so what lies between the calls is in
-        # workspace2
+        # The output may use workspace13, so intermediate results go to workspace2.
         if self._is_prefill(M):
-            # imported here and below: a CPU may have no Triton
+            # imported lazily, here and below: a CPU machine may have no Triton
             from vllm.model_executor.layers.fused_moe.experts import (
                 hybrid_w4a16_triton as prefill,
             )
@@ -167,12 +171,12 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         Args:
             output: fp16/bf16 [M, H], every element is written.
             hidden_states: [M, H] in the same dtype.
-            w1, w2: packed weights, see the module's docstring.
-            topk_weights: [M, top_k]; not used when ``apply_router_weight_on_input``,
-                in which case they are already part of ``hidden_states``.
+            w1, w2: packed weights, see the module docstring.
+            topk_weights: [M, top_k]; unused if ``apply_router_weight_on_input``: then
+                they are already part of ``hidden_states``.
             topk_ids: int32/int64 [M, top_k], global expert ids.
             expert_map: int32 [global experts] to local expert or -1, or ``None``.
-            workspace2: as ``workspace_shapes`` asked for it.
+            workspace2: with the shape from ``workspace_shapes``.
         """
         assert self.w1_scale is not None and self.w2_scale is not None
         name = ops.ACTIVATIONS[activation].name
@@ -217,7 +221,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             topk_ids,
             weights,
             self.cu_count,
-            self.group_size,
+            self.down_group_size,
             self.w2_zp,
             expert_map,
             plan=plans[1],
@@ -246,7 +250,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         assert self.tuned is not None
         sizes = *topk_ids.shape, w2.shape[1], w1.shape[1] // 2
         tiles = self.tuned.prefill_tiles(topk_ids.numel())
-        # vLLM's op leaves out ids outside of the experts that it is told of
+        # Without a map vLLM's op drops ids outside of the given number of experts.
         blocks = moe_align_block_size(
             topk_ids,
             tiles.gate_up.block_m,
@@ -257,7 +261,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         prefill.prefill_experts(
             x,
             prefill.Int4Matrix(w1, self.w1_scale, self.w1_zp, self.group_size),
-            prefill.Int4Matrix(w2, self.w2_scale, self.w2_zp, self.group_size),
+            prefill.Int4Matrix(w2, self.w2_scale, self.w2_zp, self.down_group_size),
             output,
             prefill.Workspace.split(workspace, *sizes),
             topk_ids,

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Prefill: a grouped W4A16 GEMM in Triton over the decode ops' own weight buffer.
+"""Prefill: a grouped W4A16 GEMM in Triton on the decode ops' weight buffer.
 
-The weights stay as ``setup_hybrid_w4a16_moe`` left them (layout in
-``hybrid_w4a16_packing``). The kernels never put the nibbles of a word side by side:
-nibble ``p`` of every word of a tile makes a matrix of its own ("plane"), which is
-multiplied with the activations of the same plane. A plane of 16 words is a K of 16,
-one step of the matrix units, and takes a shift and a mask of words that already lie
-where the matrix instruction wants its operand: no shuffle, no trip of 16-bit weights
-through shared memory. The activations have to be there plane by plane too::
+The weights stay in the layout that ``setup_hybrid_w4a16_moe`` produces
+(``hybrid_w4a16_packing``). The kernels do not unpack a word into eight adjacent values.
+Nibble ``p`` of all words of a tile forms a matrix of its own (a plane), which is
+multiplied with the activations of the same plane. A plane of 16 words is a K of 16, one
+step of the matrix units. Extracting it takes one shift and one mask, and the words are
+already in the lanes where the matrix instruction expects its operand: no shuffles, and
+16-bit weights do not pass through shared memory. In return the activations must be in
+plane order::
 
     plane order   element k of a row is at
                   128 * (k // 128) + 16 * (k % 8) + (k % 128) // 8
                   and rows are padded with zeros to a multiple of 128
 
-The first kernel brings the layer's input into that order, gate_up writes its output
-in it. Imported only where Triton runs (a GPU, or Triton's interpreter).
+The first kernel converts the layer's input to plane order; gate_up writes its output in
+it. Import this module only where Triton runs (a GPU, or Triton's interpreter).
 """
 
 from typing import NamedTuple
@@ -27,11 +28,11 @@ import triton.language as tl
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_ops import ACTIVATIONS
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import PrefillTiles, Tile
 
-# Weights of a row that a step of the main loop reads: 8 planes of 16, the least K of
-# the matrix units.
+# Weights of a row per step of the main loop: 8 planes of 16, the smallest K of the
+# matrix units.
 _STEP = 128
 
-# Formulas, by the numbers of ``hybrid_w4a16_ops.ACTIVATIONS``.
+# Formulas, numbered as in ``hybrid_w4a16_ops.ACTIVATIONS``.
 SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
 GELU_TANH = tl.constexpr(2)
@@ -42,9 +43,9 @@ _FORMULAS = {name: formula for name, formula in ACTIVATIONS.values()}
 def _plane(words, plane: tl.constexpr, zero, dtype: tl.constexpr):
     """Nibble ``plane`` of each word minus ``zero``, exactly, as fp16 or bf16.
 
-    ``0x6400 | q`` is 1024 + q in fp16, ``0x4300 | q`` is 128 + q in bf16; ``zero``
-    holds the 1024 or 128 too. bf16 goes through fp32, of which small integers fill only
-    the upper half: RDNA has no bf16 subtraction.
+    ``0x6400 | q`` is 1024 + q in fp16 and ``0x4300 | q`` is 128 + q in bf16; ``zero``
+    includes the 1024 or 128. bf16 is computed in fp32, because RDNA has no bf16
+    subtraction. Small integers in fp32 fill only the upper half of the word.
     """
     shift: tl.constexpr = 4 * (plane // 2) + 16 * (plane % 2)
     if dtype == tl.float16:
@@ -59,7 +60,7 @@ def _plane(words, plane: tl.constexpr, zero, dtype: tl.constexpr):
 def _load_zero(
     zeros_ptr, n, group, stride_zn, dtype: tl.constexpr, HAS_ZEROS: tl.constexpr
 ):
-    """Zero points of rows ``n`` (with the magic number of ``_plane``), fp32."""
+    """Zero points of rows ``n`` in fp32, including the 1024 or 128 of ``_plane``."""
     magic: tl.constexpr = 1024 if dtype == tl.float16 else 128
     if HAS_ZEROS:
         words = tl.load(zeros_ptr + (n // 8) * stride_zn + group)
@@ -90,7 +91,7 @@ def _multiply(
     """
     dtype: tl.constexpr = scales_ptr.dtype.element_ty
     if GROUP == 128:
-        # a step is a group: the scale goes on its sum, the weights stay integers
+        # A step is a group: scale its sum, and multiply with unscaled integers.
         part = tl.zeros_like(acc)
         zero = _load_zero(zeros_ptr, n, step, stride_zn, dtype, HAS_ZEROS)[:, None]
         for plane in tl.static_range(8):
@@ -120,7 +121,7 @@ def _load_words(w_ptrs, step, K, EVEN_K: tl.constexpr):
 
 @triton.jit
 def _plane_position(k):
-    """Where element ``k`` of a row is in plane order."""
+    """Return the position of element ``k`` of a row in plane order."""
     return k // 128 * 128 + k % 8 * 16 + k % 128 // 8
 
 
@@ -135,7 +136,8 @@ def _activate(x, alpha, ACTIVATION: tl.constexpr):
         return x * _sigmoid(alpha * x)
     if ACTIVATION == GELU:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    # tanh(z) = 2 * sigmoid(2 * z) - 1; 0.0447 and sqrt(2 / pi): the usual fit of erf
+    # tanh(z) = 2 * sigmoid(2 * z) - 1; 0.044715 and sqrt(2 / pi) are GELU's tanh
+    # constants.
     return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
@@ -143,7 +145,7 @@ def _activate(x, alpha, ACTIVATION: tl.constexpr):
 def moe_int4_prefill_to_planes(
     x_ptr, out_ptr, K, stride_xm, stride_om, STEPS: tl.constexpr
 ):
-    """Rows of x [M, K] in plane order; one program takes STEPS * 128 elements."""
+    """Write rows of x [M, K] in plane order; a program handles STEPS * 128 elements."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * STEPS * 128 + tl.arange(0, STEPS * 128)
     x = tl.load(x_ptr + row * stride_xm + k, mask=k < K, other=0.0)
@@ -152,7 +154,7 @@ def moe_int4_prefill_to_planes(
     tl.store(out_ptr + row * stride_om + k, x, mask=k < padded)
 
 
-# not specialized: these change from call to call, and each kind would be compiled anew
+# Not specialized: these change from call to call, and each variant would be compiled.
 @triton.jit(do_not_specialize=["num_pairs", "top_k"])
 def moe_int4_prefill_gate_up(
     x_ptr,
@@ -185,7 +187,7 @@ def moe_int4_prefill_gate_up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Activated gate * up of a block of pairs, in plane order, padding included."""
+    """Activated gate * up of a block of pairs, in plane order, including padding."""
     tiles = tl.cdiv((I + 127) // 128 * 128, BLOCK_N)
     block = tl.program_id(0) // tiles
     if block * BLOCK_M >= tl.load(num_padded_ptr):
@@ -281,19 +283,27 @@ def moe_int4_prefill_down(
     GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    SORTED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Down projection of a block of pairs, times the pairs' router weights."""
+    """Down projection of a block of pairs, times the pairs' router weights.
+
+    Without SORTED the pairs are rows in their own order, all of expert 0.
+    """
     tiles = tl.cdiv(H, BLOCK_N)
     block = tl.program_id(0) // tiles
-    if block * BLOCK_M >= tl.load(num_padded_ptr):
-        return
-    expert = tl.load(expert_ids_ptr + block).to(tl.int64)
-    if expert < 0:
-        return
-    pairs = tl.load(sorted_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    if SORTED:
+        if block * BLOCK_M >= tl.load(num_padded_ptr):
+            return
+        expert = tl.load(expert_ids_ptr + block).to(tl.int64)
+        if expert < 0:
+            return
+        pairs = tl.load(sorted_ids_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    else:
+        expert = 0
+        pairs = block * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = pairs < num_pairs
     row = tl.where(valid, pairs, 0).to(tl.int64)
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -346,7 +356,7 @@ def moe_int4_prefill_sum(
     HAS_MAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum x [M * top_k, H] over the pairs of a token whose expert is here."""
+    """Sum x [M * top_k, H] over a token's pairs whose expert is on this rank."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_N,), tl.float32)
@@ -363,8 +373,8 @@ def moe_int4_prefill_sum(
     tl.store(out_ptr + token * stride_om + n, out, mask=n < H)
 
 
-# The host's share of a call bounds short prompts outside of CUDA graphs: hence plain
-# arithmetic and few views below (triton.cdiv and tensor_split cost microseconds each).
+# Outside of CUDA graphs the host's work limits short prompts. So this code uses plain
+# arithmetic and few views (triton.cdiv and tensor_split take microseconds each).
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -374,11 +384,11 @@ def _padded(k: int) -> int:
 
 
 class Blocks(NamedTuple):
-    """Pairs (token, slot) sorted by expert, as ``moe_align_block_size`` gives them.
+    """Pairs (token, slot) sorted by expert, as ``moe_align_block_size`` returns them.
 
-    sorted_ids int32: pair ids, each expert's padded to a multiple of ``block_m`` with
-    ids from M * top_k on; expert_ids int32: local expert of each block, -1: not here;
-    num_padded int32 [1]: how many of sorted_ids are meant.
+    sorted_ids int32: pair ids; each expert's are padded to a multiple of ``block_m``
+    with ids >= M * top_k. expert_ids int32: local expert of each block, -1: not on this
+    rank. num_padded int32 [1]: how many of sorted_ids are valid, padding included.
     """
 
     sorted_ids: torch.Tensor
@@ -387,7 +397,7 @@ class Blocks(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """As ``fused_moe_wvSplitK_int4_gate_up`` takes it."""
+    """The activation arguments of ``fused_moe_wvSplitK_int4_gate_up``."""
 
     name: str
     alpha: float
@@ -404,14 +414,17 @@ class Int4Matrix(NamedTuple):
     group_size: int
 
     def kernel_arguments(self) -> tuple[list[torch.Tensor], list[int]]:
-        """Tensors, and their strides per expert and row, as the kernels take them."""
+        """Return the kernels' tensors, and their strides per expert and row."""
         zeros = self.words if self.zero_points is None else self.zero_points
         tensors = [self.words, self.scales, zeros]
         return tensors, [t.stride(i) for t in tensors for i in (0, 1)]
 
 
 def to_planes(x: torch.Tensor, out: torch.Tensor) -> None:
-    """x fp16/bf16 [M, K] (innermost stride 1) into out [M, K padded], plane order."""
+    """Copy x [M, K] to out [M, padded K] in plane order.
+
+    Both are fp16 or bf16 with innermost stride 1.
+    """
     tokens, k = x.shape
     steps = min(8, 1 << (_cdiv(k, _STEP) - 1).bit_length())
     moe_int4_prefill_to_planes[(tokens, _cdiv(k, steps * _STEP))](
@@ -428,11 +441,11 @@ def gate_up(
     activation: Activation,
     tile: Tile,
 ) -> None:
-    """Gate and up projections, activation applied.
+    """Gate and up projections and the activation.
 
-    planes [M, H padded] and out [M * top_k, I padded] are in plane order; w13 is
-    [E, 2*I, H//8], rows 0..I-1 gate. Rows of pairs whose expert is not here are not
-    written.
+    planes [M, padded H] and out [M * top_k, padded I] are in plane order. w13 is
+    [E, 2*I, H//8], rows 0..I-1 gate. Rows of pairs whose expert is on another rank are
+    not written.
     """
     intermediate = w13.words.shape[1] // 2
     hidden = w13.scales.shape[2] * w13.group_size
@@ -469,26 +482,31 @@ def down(
     planes: torch.Tensor,
     w2: Int4Matrix,
     out: torch.Tensor,
-    blocks: Blocks,
+    blocks: Blocks | None,
     topk_weights: torch.Tensor | None,
     tile: Tile,
 ) -> None:
-    """Down projection of every pair, times its router weight, not summed.
+    """Down projection of each pair, times its router weight, not yet summed.
 
-    planes [M * top_k, I padded] as ``gate_up`` leaves them; w2 [E, H, I//8]; out
-    [M * top_k, H]; topk_weights fp32 [M, top_k], contiguous, or ``None``: weight 1.
-    Rows of pairs whose expert is not here are not written.
+    planes [M * top_k, padded I] is the output of ``gate_up``; w2 [E, H, I//8]; out
+    [M * top_k, H]; topk_weights fp32 [M, top_k], contiguous, or ``None`` for weights
+    of 1. Without ``blocks`` every row of ``planes`` goes to expert 0.
+    Rows of pairs whose expert is on another rank are not written.
     """
     hidden = w2.words.shape[1]
     intermediate = w2.scales.shape[2] * w2.group_size
     tensors, strides = w2.kernel_arguments()
     tiles = _cdiv(hidden, tile.block_n)
-    moe_int4_prefill_down[(blocks.expert_ids.shape[0] * tiles,)](
+    if blocks is None:
+        count, sorting = _cdiv(out.shape[0], tile.block_m), (w2.words,) * 3
+    else:
+        count, sorting = blocks.expert_ids.shape[0], blocks
+    moe_int4_prefill_down[(count * tiles,)](
         planes,
         *tensors,
         out,
         out if topk_weights is None else topk_weights,
-        *blocks,
+        *sorting,
         out.shape[0],
         hidden,
         intermediate,
@@ -498,6 +516,7 @@ def down(
         GROUP=w2.group_size,
         HAS_ZEROS=w2.zero_points is not None,
         HAS_WEIGHTS=topk_weights is not None,
+        SORTED=blocks is not None,
         EVEN_K=intermediate % _STEP == 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -513,10 +532,10 @@ def sum_pairs(
     expert_map: torch.Tensor | None,
     num_experts: int,
 ) -> None:
-    """out [M, H]: sum of pairs [M * top_k, H] over the slots whose expert is here.
+    """out [M, H]: sum of pairs [M * top_k, H] over slots with an expert on this rank.
 
-    topk_ids int32/int64 [M, top_k], innermost stride 1; expert_map int32 [global
-    experts] to local expert or -1; without it the ids are local, and those outside of
+    topk_ids int32/int64 [M, top_k], innermost stride 1. expert_map int32 [global
+    experts] maps to a local expert or -1. Without it the ids are local, and ids outside
     0..num_experts-1 are skipped.
     """
     tokens, hidden = out.shape
@@ -538,18 +557,18 @@ def sum_pairs(
 
 
 class Workspace(NamedTuple):
-    """Buffers between the launches; ``down_out`` lies over ``planes``."""
+    """Buffers between the launches; ``down_out`` shares memory with ``planes``."""
 
     planes: torch.Tensor
-    """[M, H padded]: the input in plane order."""
+    """[M, padded H]: the input in plane order."""
     middle: torch.Tensor
-    """[M * top_k, I padded]: what gate_up hands to down, in plane order."""
+    """[M * top_k, padded I]: the output of gate_up, in plane order."""
     down_out: torch.Tensor
-    """[M * top_k, H]: what is summed."""
+    """[M * top_k, H]: the output of down, before the sum."""
 
     @staticmethod
     def elements(tokens: int, top_k: int, hidden: int, intermediate: int) -> int:
-        """How many elements of the activation dtype ``split`` needs."""
+        """Return how many elements of the activation dtype ``split`` needs."""
         pairs = tokens * top_k
         shared = max(tokens * _padded(hidden), pairs * hidden)
         return pairs * _padded(intermediate) + shared
@@ -563,14 +582,14 @@ class Workspace(NamedTuple):
         hidden: int,
         intermediate: int,
     ) -> "Workspace":
-        """Views of a contiguous buffer.
+        """Split a contiguous buffer into views.
 
-        Raises ``ValueError`` when it has fewer than ``elements(...)`` elements.
+        Raises ``ValueError`` if it has fewer than ``elements(...)`` elements.
         """
         needed = cls.elements(tokens, top_k, hidden, intermediate)
         if buffer.numel() < needed:
             raise ValueError(
-                f"workspace: {needed} elements are needed, got {buffer.numel()}"
+                f"workspace: expected at least {needed} elements, got {buffer.numel()}"
             )
         pairs = tokens * top_k
         planes, middle = _padded(hidden), _padded(intermediate)
@@ -595,14 +614,14 @@ def prefill_experts(
     activation: Activation,
     tiles: PrefillTiles,
 ) -> None:
-    """Routed experts of many tokens: four launches, no host synchronisation.
+    """Run the routed experts on many tokens: four launches, no host synchronisation.
 
     Args:
         x: fp16/bf16 [M, H], innermost stride 1.
         w13, w2: [E, 2*I, H//8] and [E, H, I//8].
         out: [M, H] in ``x``'s dtype, innermost stride 1; every element is written.
-        topk_ids, topk_weights, expert_map: as ``down`` and ``sum_pairs`` take them.
-        blocks: for ``tiles.block_m``.
+        topk_ids, topk_weights, expert_map: as in ``down`` and ``sum_pairs``.
+        blocks: made for ``tiles.gate_up.block_m``.
     """
     to_planes(x, workspace.planes)
     top_k = topk_ids.shape[1]
@@ -610,3 +629,16 @@ def prefill_experts(
     gate_up(workspace.planes, w13, middle, blocks, top_k, activation, tiles.gate_up)
     down(middle, w2, workspace.down_out, blocks, topk_weights, tiles.down)
     sum_pairs(workspace.down_out, out, topk_ids, expert_map, w13.words.shape[0])
+
+
+def dense(x: torch.Tensor, w: Int4Matrix, tile: Tile) -> torch.Tensor:
+    """``x @ w^.T`` [M, N] of many rows: two launches, no host synchronisation.
+
+    x fp16/bf16 [M, K], innermost stride 1; w [1, N, K//8].
+    """
+    rows, k = x.shape
+    planes = x.new_empty(rows, _padded(k))
+    to_planes(x, planes)
+    out = x.new_empty(rows, w.words.shape[1])
+    down(planes, w, out, None, None, tile)
+    return out

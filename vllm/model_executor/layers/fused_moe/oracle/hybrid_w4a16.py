@@ -16,6 +16,10 @@ import torch
 
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
+    GROUP_SIZES,
+    shard_group_size,
+)
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-GROUP_SIZES = (32, 64, 128)
 # Attribute of a layer that is only planned, on whatever machine is at hand.
 _PLANNED = "hybrid_w4a16_planned_for"
 # What the decision reads of a layer's ``moe_config``.
@@ -95,6 +98,8 @@ class _Model:
     """Bytes of padding by layer."""
     declined: dict[str, str] = field(default_factory=dict)
     """Reason by layer."""
+    linears: int = 0
+    """Dense int4 linears on our kernel."""
 
 
 # The model under construction; a process may load several, one after the other.
@@ -216,7 +221,7 @@ def incompatibility_reason(
             return misfit
         for name, size in (
             ("hidden size", config.hidden_dim),
-            ("intermediate size per partition", config.intermediate_size_per_partition),
+            ("intermediate size", config.intermediate_size),
         ):
             if size % group_size:
                 return f"{name} {size} is not a multiple of the group size {group_size}"
@@ -271,21 +276,26 @@ def can_gather_tokens() -> bool:
 
 
 def tensor_parallel_misfit(config: "FusedMoEConfig", group_size: int) -> Misfit | None:
-    """What to say where ranks get parts of a group, but another number would not."""
+    """Why a rank's shard has no group size, where another number of ranks would work.
+
+    Shards that cut a group get smaller groups (``shard_group_size``).
+    """
     parallel = config.moe_parallel_config
     size, ranks = config.intermediate_size, parallel.tp_size
-    if ranks == 1:
+
+    def fits(ranks: int) -> bool:
+        shard = shard_group_size(group_size, size // ranks)
+        return size % ranks == 0 and shard in GROUP_SIZES
+
+    if size % group_size or fits(ranks):
         return None
-    groups = size // group_size
-    if size % group_size or groups % ranks == 0:
-        return None
-    fits = [str(n) for n in range(1, groups + 1) if groups % n == 0]
+    sizes = [str(n) for n in range(1, size // GROUP_SIZES[0] + 1) if fits(n)]
     # without expert parallelism vLLM cuts experts over the ranks of both
     kind = "tensor times data parallel" if parallel.dp_size > 1 else "tensor parallel"
     return Misfit(
         f"{kind} size {ranks} cuts the experts' intermediate size {size} into "
-        f"{size / ranks:g} per rank, not a multiple of the group size {group_size}; "
-        f"sizes that work: {', '.join(fits)}; or --enable-expert-parallel"
+        f"{size / ranks:g} per rank, not a multiple of {GROUP_SIZES[0]}; "
+        f"sizes that work: {', '.join(sizes)}; or --enable-expert-parallel"
     )
 
 
@@ -315,6 +325,11 @@ def report_ready(prefix: str, padding_bytes: int) -> None:
     _model.ready[prefix] = padding_bytes
     if _model.accepted <= _model.ready.keys():
         _sum_up()
+
+
+def count_linear() -> None:
+    """Count a dense int4 linear that was built with our kernel, for the summary."""
+    _under_construction().linears += 1
 
 
 def _under_construction() -> _Model:
@@ -353,12 +368,14 @@ def _sum_up() -> None:
     kernels = ""
     if accepted and isinstance(family, DeviceFamily):
         kernels = f" (decode: {family.decode}, prefill: {family.prefill})"
+    linears = f"; linears: {_model.linears} int4" if _model.linears else ""
     logger.info(
-        "HybridW4A16 MoE: %d/%d layers%s, %d declined",
+        "HybridW4A16 MoE: %d/%d layers%s, %d declined%s",
         accepted,
         accepted + declined,
         kernels,
         declined,
+        linears,
     )
     tuned = tuning.used_text()
     if tuned is not None:

@@ -1,16 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The switch ``VLLM_HYBRID_W4A16_MOE``, one of vLLM's environment variables.
+"""The switches, which are among vLLM's environment variables.
+
+``VLLM_HYBRID_W4A16_MOE`` is about everything:
 
 =========== ==========================================================================
 auto        default: on for ROCm gfx11/gfx12 and CPU, unless ``--moe-backend`` names one
-1           on, also on CUDA, and against ``--moe-backend``
-0           off: vLLM as if the package were not installed
-require     like 1, and an int4 MoE layer that is declined is an error
+1           on, also on CUDA; overrides ``--moe-backend``
+0           off: vLLM behaves as if the package were not installed
+require     like 1, but an int4 MoE layer that is declined is an error
+(empty)     like auto
+=========== ==========================================================================
+
+``VLLM_HYBRID_W4A16_LINEAR`` is about the dense int4 linears beside the experts, where
+the first one is not 0:
+
+=========== ==========================================================================
+auto        default: on for the CPU, except for bf16 with AMX; on CUDA where
+            ``VLLM_HYBRID_W4A16_MOE`` is 1 or require; off on ROCm
+1           on, also on ROCm and with AMX
+0           off
 (empty)     like auto
 =========== ==========================================================================
 """
 
+import functools
 import os
 
 from vllm import envs
@@ -18,17 +32,26 @@ from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 
 NAME = "VLLM_HYBRID_W4A16_MOE"
 CHOICES = ["auto", "1", "0", "require"]
+LINEAR_NAME = "VLLM_HYBRID_W4A16_LINEAR"
+LINEAR_CHOICES = ["auto", "1", "0"]
 
 
 def register() -> None:
-    """Make the switch known to ``vllm.envs``, and the decision ask it.
+    """Make the switches known to ``vllm.envs``, and let the decision read them.
 
-    vLLM warns about ``VLLM_*`` variables that it does not know, refuses them under
-    ``--fail-on-environ-validation``, and makes the known ones part of the key of its
-    compile cache.
+    vLLM warns about unknown ``VLLM_*`` variables and rejects them under
+    ``--fail-on-environ-validation``. Known ones are part of the key of its compile
+    cache.
     """
-    envs.environment_variables.setdefault(NAME, lambda: os.getenv(NAME) or CHOICES[0])
+    for name in (NAME, LINEAR_NAME):
+        envs.environment_variables.setdefault(
+            name, functools.partial(_from_environment, name)
+        )
     oracle.mode = mode
+
+
+def _from_environment(name: str) -> str:
+    return os.getenv(name) or "auto"
 
 
 def mode() -> oracle.Mode:
@@ -44,9 +67,18 @@ def mode() -> oracle.Mode:
 
 
 def value() -> str:
-    """The switch's value; ``ValueError`` naming the choices for any other."""
-    found = getattr(envs, NAME)
-    if found not in CHOICES:
-        choices = ", ".join(CHOICES)
-        raise ValueError(f"invalid value {found!r} for {NAME}, expected: {choices}")
+    """Return the switch's value; raises ``ValueError`` if it is not a valid choice."""
+    return _checked(NAME, CHOICES)
+
+
+def linear_value() -> str:
+    """Return the linears' switch; raises ``ValueError`` if it is not a valid choice."""
+    return _checked(LINEAR_NAME, LINEAR_CHOICES)
+
+
+def _checked(name: str, choices: list[str]) -> str:
+    found = getattr(envs, name)
+    if found not in choices:
+        expected = ", ".join(choices)
+        raise ValueError(f"invalid value {found!r} for {name}, expected: {expected}")
     return found

@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Times dense int4 linears: our kernel beside those of vLLM that take the same layer.
+
+Every kernel repacks the same random weights, symmetric, from GPTQ's layout, and is
+compared with float32 first. Calls rotate over copies of the weights that exceed the
+last-level cache. On the CPU a sample is one call and kernels take turns call by call;
+on a GPU it is a replay of a graph, as in benchmark_moe.py.
+Exit status: 0; 1 where a kernel broke or gave wrong results; 2 for a bad argument.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+# Rows and columns (outputs, inputs) of each model's different linears.
+MODELS = {
+    "qwen3.5-35b-a3b": {
+        "in_proj_qkvz": (12288, 2048),
+        "in_proj_ba": (64, 2048),
+        "out_proj, o_proj": (2048, 4096),
+        "qkv_proj": (9216, 2048),
+    },
+    "demo": {"qkv_proj": (512, 256), "o_proj": (256, 256)},
+}
+OURS = "HybridW4A16LinearKernel"
+MAX_ERROR = 0.05  # relative, Frobenius norm: one peer rounds activations to 8 bits
+SECONDS = 1.0  # per case, at least; each kernel gets 5 samples in any case
+MIN_SAMPLES = 5
+COLUMNS = "{:17} {:16} {:>6} {:>6} {:>5}  {:28} {:>9} {:>9} {:>7} {:>6}"
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--rows", type=positive, nargs="+", default=[1, 2, 4, 8, 64, 512]
+    )
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=128)
+    parser.add_argument("--threads", type=positive, help="of the CPU; default: all")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the results")
+    return parser.parse_args(arguments)
+
+
+class Linear:
+    """Random weights [N, K], and the layers that kernels made of copies of them."""
+
+    def __init__(self, n: int, k: int, group_size: int, dtype: Any, device: str):
+        import torch
+
+        from vllm.model_executor.kernels.linear import MPLinearLayerConfig
+        from vllm.scalar_type import scalar_types
+
+        self.n, self.k, self.device, self.dtype = n, k, device, dtype
+        self.words = torch.randint(-(2**31), 2**31 - 1, (k // 8, n), dtype=torch.int32)
+        scales = (0.5 + torch.rand(k // group_size, n)) / (5 * k**0.5)
+        self.scales = scales.to(dtype)
+        self.nbytes = n * k // 2 + 2 * self.scales.numel()
+        self.config = MPLinearLayerConfig(
+            full_weight_shape=(k, n),
+            partition_weight_shape=(k, n),
+            weight_type=scalar_types.uint4b8,
+            act_type=dtype,
+            group_size=group_size,
+            zero_points=False,
+        )
+
+    def dense(self) -> Any:
+        """float32 [N, K]."""
+        import torch
+
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+        q = (self.words[:, None] >> shifts[:, None]) & 15
+        scales = self.scales.float().repeat_interleave(self.config.group_size, 0)
+        return ((q.reshape(self.k, self.n) - 8) * scales).T
+
+    def build(self, kernel_type: type) -> Callable[[Any], Any]:
+        """A layer of its own, in memory of its own, as a function."""
+        import torch
+
+        from vllm.model_executor import parameter
+
+        common = {"weight_loader": lambda *_: None, "input_dim": 0, "output_dim": 1}
+        packed = {"packed_dim": 0, "packed_factor": 8, **common}
+        layer: Any = torch.nn.Module()
+        layer.bias = None
+        layer.qweight = parameter.PackedvLLMParameter(
+            data=self.words.to(self.device, copy=True), **packed
+        )
+        layer.scales = parameter.GroupQuantScaleParameter(
+            data=self.scales.to(self.device, copy=True), **common
+        )
+        zeros = torch.full_like(self.scales[:, ::8], 0x77777777, dtype=torch.int32)
+        layer.qzeros = parameter.PackedvLLMParameter(
+            data=zeros.to(self.device), **{**packed, "packed_dim": 1}
+        )
+        kernel = kernel_type(self.config, "qweight", "scales", "qzeros")
+        kernel.process_weights_after_loading(layer)
+        return partial(kernel.apply_weights, layer)
+
+
+def kernels_for(config: Any) -> list[type]:
+    """Ours, then those of vLLM's list that take the layer."""
+    from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    number = -1 if capability is None else capability.to_int()
+    return [
+        kernel
+        for kernel in _POSSIBLE_KERNELS[current_platform._enum]
+        if (number < 0 or kernel.get_min_capability() <= number)
+        and kernel.can_implement(config)[0]
+    ]
+
+
+def time_calls(
+    calls: dict[str, list[Callable[[Any], Any]]], x: Any
+) -> dict[str, list[float]]:
+    """Microseconds of single calls, kernel by kernel in turn."""
+    if x.device.type != "cpu":
+        from moe_bench.timing import time_on_gpu
+
+        def step(copies: list[Callable[[Any], Any]], index: int) -> Any:
+            return copies[index % len(copies)](x)
+
+        return time_on_gpu({n: partial(step, c) for n, c in calls.items()}, 40)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    end, turn = time.perf_counter() + SECONDS, -1
+    while time.perf_counter() < end or turn < MIN_SAMPLES:
+        for name, copies in calls.items():
+            start = time.perf_counter()
+            copies[turn % len(copies)](x)
+            if turn >= 0:  # the first is warm-up
+                samples[name].append(1e6 * (time.perf_counter() - start))
+        turn += 1
+    return samples
+
+
+def measure(options: argparse.Namespace, device: str, cache: int, say: Any) -> Any:
+    """Rows of the result, and what failed."""
+    import torch
+
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float16
+    results, failures = [], []
+    for model, linears in ((model, MODELS[model]) for model in options.models):
+        for name, (n, k) in linears.items():
+            linear = Linear(n, k, options.group_size, dtype, device)
+            copies = max(2, min(64, -(-2 * cache // linear.nbytes)))
+            dense = linear.dense()
+            calls = {}
+            for kernel in kernels_for(linear.config):
+                try:
+                    made = [linear.build(kernel) for _ in range(copies)]
+                    x = torch.randn(3, k).to(dtype)
+                    expected = x.float() @ dense.T
+                    y = made[-1](x.to(device)).cpu().float()
+                    error = float((y - expected).norm() / expected.norm())
+                    if not error < MAX_ERROR:
+                        raise RuntimeError(f"relative error {error:.3g}")
+                    calls[kernel.__name__] = made
+                except Exception as failure:  # noqa: BLE001  # the others go on
+                    failures.append(f"{kernel.__name__}, {model} {name}: {failure}")
+            for rows in options.rows:
+                samples = time_calls(
+                    calls, torch.randn(rows, k, device=device).to(dtype)
+                )
+                ours = statistics.median(samples[OURS]) if OURS in samples else None
+                for kernel_name, us in samples.items():
+                    median = statistics.median(us)
+                    row = {
+                        "model": model,
+                        "linear": name,
+                        "outputs": n,
+                        "inputs": k,
+                        "rows": rows,
+                        "kernel": kernel_name,
+                        "us": median,
+                        "us_p10": sorted(us)[len(us) // 10],
+                        "gbps": linear.nbytes / median / 1e3,
+                        "ratio_to_hybrid": None if ours is None else median / ours,
+                        "samples": len(us),
+                    }
+                    results.append(row)
+                    say(row)
+    return results, failures
+
+
+def one_rank(folder: str, backend: str) -> None:
+    """What vLLM's parameter classes ask for."""
+    from vllm import distributed
+
+    store = f"file://{folder}/store"
+    distributed.init_distributed_environment(1, 0, store, 0, backend)
+    distributed.initialize_model_parallel(1, 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_HYBRID_W4A16_MOE"] = os.environ["VLLM_HYBRID_W4A16_LINEAR"] = "1"
+    import torch
+    from moe_bench import ceilings, machine
+    from moe_bench.vllm_experts import vllm_config
+
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    device = "cpu" if current_platform.is_cpu() else "cuda"
+    threads = options.threads or len(os.sched_getaffinity(0))
+
+    def say(row: dict[str, Any]) -> None:
+        ratio = row["ratio_to_hybrid"]
+        cells = [row[c] for c in ("model", "linear", "outputs", "inputs", "rows")]
+        numbers = [f"{row[c]:.1f}" for c in ("us", "us_p10", "gbps")]
+        ratio = "" if ratio is None else f"{ratio:.2f}"
+        print(COLUMNS.format(*cells, row["kernel"], *numbers, ratio), flush=True)
+
+    with torch.inference_mode(), vllm_config(), tempfile.TemporaryDirectory() as folder:
+        one_rank(folder, "gloo" if device == "cpu" else "nccl")
+        found = ceilings.measure_ceilings(torch.device(device), threads)
+        facts = machine.describe(device, threads)
+        print(
+            f"read ceiling {found['read_gbps']:.1f} GB/s, load {facts['load_average']}"
+        )
+        heads = ("us", "p10", "GB/s", "ratio")
+        print(COLUMNS.format("model", "linear", "N", "K", "rows", "kernel", *heads))
+        if device == "cpu":
+            torch.set_num_threads(threads)  # last: importing vLLM sets it too
+        rows, failures = measure(options, device, facts["cache_bytes"], say)
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    if options.json is not None:
+        document = {"machine": facts, "ceilings": found, "rows": rows}
+        text = json.dumps({**document, "failures": failures}, indent=1)
+        options.json.write_text(text + "\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

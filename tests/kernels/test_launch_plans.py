@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The rule of csrc/rocm/plan.h that picks launch plans by shape.
+
+On a fine grid of shapes: what the rule expects a call to read does not jump where a
+token or a column is added. And the plans that it picks for RDNA run on the host.
+"""
+
+import dataclasses
+import itertools
+import math
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+
+from .test_moe_int4_on_host import BF16, BUILD, ROOT, Maker, read_records, record
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="needs the host build"),
+]
+PAIRS, EIGHTS, GROUPED, WIDE = range(4)  # moe_int4::Kernel
+# (top_k, experts, hidden, intermediate)
+SHAPES = {
+    "qwen3-30b-a3b": (8, 128, 2048, 768),
+    "qwen3.5-35b-a3b": (8, 256, 2048, 512),
+    "qwen3-next-80b-a3b": (10, 512, 2048, 512),
+    "glm-4.5-air": (8, 128, 4096, 1408),
+    "minimax-m2": (8, 256, 3072, 1536),
+    "mixtral-8x7b": (2, 8, 4096, 14336),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the rule knows of one, and the host program that stands for it."""
+
+    mma: bool
+    compute_units: int
+    lds_bytes: int
+    table: str
+
+    def most_tokens(self, top_k, experts):
+        """Of decode: prefill takes more."""
+        return tuning.prefill_from(self.table, experts, top_k) - 1
+
+
+H100 = Device(True, 132, 232448, "sm_90")
+GFX1151 = Device(False, 40, 65536, "rdna")
+
+
+@pytest.fixture(scope="module")
+def build():
+    def build(mma, *sources):
+        command = [sys.executable, BUILD, *(["--mma"] if mma else []), *sources]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.strip()
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def plans(build):
+    """plans(device, [(tokens, top_k, experts, hidden, intermediate), ...]): for each
+    the rule's gate_up and down as plans.cpp prints them."""
+
+    def plans(device, problems):
+        program = build(device.mma, ROOT / "csrc/rocm/host/plans.cpp")
+        tail = (device.compute_units, device.lds_bytes)
+        lines = "".join(" ".join(map(str, (*p, *tail))) + "\n" for p in problems)
+        run = subprocess.run([program], input=lines, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        rows = [list(map(int, line.split())) for line in run.stdout.splitlines()]
+        assert len(rows) == len(problems)
+        return [(row[:6], row[6:]) for row in rows]
+
+    return plans
+
+
+def distinct(tokens, top_k, experts):
+    return experts * (1 - (1 - top_k / experts) ** tokens)
+
+
+def expected_reads(device, problem, kernel, weights):
+    """Experts that a call reads, and what finding out who shares costs in experts."""
+    tokens, top_k, experts = problem[:3]
+    if kernel == PAIRS:
+        return tokens * top_k
+    if kernel == EIGHTS:
+        blocks, rest = divmod(tokens, 8)
+        reads = blocks * distinct(8, top_k, experts) + distinct(rest, top_k, experts)
+        return reads / 0.95
+    limit = 0.79 + 0.02 * math.log2(0.5 * weights / 1e6)
+    return distinct(tokens, top_k, experts) / min(max(limit, 0.77), 0.87)
+
+
+def both_reads(device, problem, plan):
+    hidden, inter = problem[3:]
+    gate_up, down = plan
+    return (
+        expected_reads(device, problem, gate_up[0], 2 * hidden * inter),
+        expected_reads(device, problem, down[0], hidden * inter),
+    )
+
+
+@pytest.mark.parametrize("device", [H100, GFX1151], ids=["sm_90", "gfx1151"])
+def test_no_cliff_where_a_token_is_added(device, plans):
+    others = [(2, 16, 4096, 6400), (4, 60, 2048, 1408), (6, 64, 2048, 1408)]
+    for shape in [*SHAPES.values(), *others]:
+        last = device.most_tokens(*shape[:2])
+        problems = [(t, *shape) for t in range(1, last + 1)]
+        found = plans(device, problems)
+        pairs = list(zip(problems, found, strict=True))
+        for (before, old), (after, new) in itertools.pairwise(pairs):
+            growth = after[0] / before[0]
+            for op, (less, more) in enumerate(
+                zip(
+                    both_reads(device, before, old),
+                    both_reads(device, after, new),
+                    strict=True,
+                )
+            ):
+                where = f"{shape}, {before[0]} to {after[0]} tokens, op {op}"
+                # down's grouped kernels run for few tokens too, where tiles are many
+                falls = 0.75 if op == 1 and old[1][0] == PAIRS else 0.97
+                assert more >= falls * less, where
+                assert more <= 1.06 * growth * less, where
+                if old[op][0] != PAIRS and new[op][0] == PAIRS:
+                    pytest.fail(f"{where}: back to pairs")
+
+
+@pytest.mark.parametrize("device", [H100, GFX1151], ids=["sm_90", "gfx1151"])
+def test_no_cliff_where_columns_are_added(device, plans):
+    for (top_k, experts, hidden, _), t in itertools.product(
+        SHAPES.values(), (1, 2, 3, 4, 8, 16)
+    ):
+        problems = [(t, top_k, experts, hidden, i) for i in range(256, 4097, 64)]
+        pairs = list(zip(problems, plans(device, problems), strict=True))
+        for (before, old), (after, new) in itertools.pairwise(pairs):
+            where = f"{before} to {after}"
+            for op, (less, more) in enumerate(
+                zip(
+                    both_reads(device, before, old),
+                    both_reads(device, after, new),
+                    strict=True,
+                )
+            ):
+                assert 0.85 <= more / less <= 1.15, f"{where}, op {op}"
+                if old[op][0] == new[op][0]:  # as much in flight: waves of the grid
+                    assert 0.45 <= new[op][4] / old[op][4] <= 2.2, f"{where}, op {op}"
+                assert new[op][5] <= device.lds_bytes, f"{where}, op {op}"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_experts_are_read_once_for_few_tokens_on_rdna(name, plans):
+    """At most 5% of the bytes are read again up to 8 tokens, whatever the shape."""
+    shape = SHAPES[name]
+    problems = [(t, *shape) for t in range(1, 9)]
+    for problem, plan in zip(problems, plans(GFX1151, problems), strict=True):
+        once = distinct(*problem[:3])
+        for op in plan:
+            reads = problem[0] * shape[0] if op[0] == PAIRS else once
+            assert reads <= once / 0.95
+
+
+# A call is scaled down to an eighth of hidden, intermediate and compute units, so that
+# the rule sees as many tiles per compute unit as in the real one.
+RUNS = [
+    pytest.param(name, tokens, marks=[] if short else [pytest.mark.nightly])
+    for name, tokens in itertools.product(SHAPES, (1, 2, 4, 8, 16))
+    for short in [(name, tokens) in (("qwen3-30b-a3b", 1), ("mixtral-8x7b", 8))]
+]
+
+
+@pytest.mark.parametrize(("name", "tokens"), RUNS)
+def test_rdna_plans_of_the_rule_run(name, tokens, build):
+    top_k, experts, hidden, inter = SHAPES[name]
+    hidden, inter = hidden // 8, inter // 8
+    group = next(g for g in (128, 64, 32) if hidden % g == 0 and inter % g == 0)
+    calls = []
+    for op, n, k in (("gate_up", inter, hidden), ("down", hidden, inter)):
+        maker = Maker(False, op, BF16, group, False)
+        maker.aligned = True
+        case = getattr(maker, op)(tokens, n, k, PAIRS, (top_k, experts))
+        del case.fields["plan"]
+        case.fields["cu_count"] = GFX1151.compute_units // 8
+        calls.append(case)
+    program = build(False)
+    run = subprocess.run(
+        [program],
+        input=b"".join(record(case.fields) for case in calls),
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr.decode(errors="replace")[:4000]
+    replies = list(read_records(run.stdout))
+    shares = tokens > 2 if name == "mixtral-8x7b" else tokens > 8
+    for case, reply in zip(calls, replies, strict=True):
+        case.check(reply["c"])
+        kernel = reply["kernels"].decode()
+        assert kernel.endswith("_t8" if shares else "_t1") or 2 <= tokens <= 8
+        assert np.isfinite(case.expected).all()

@@ -1,0 +1,506 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""What ``selftest`` runs, in which order, and what it reports."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_packing as packing
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
+from vllm.platforms import current_platform
+from vllm.plugins.hybrid_w4a16 import random_layers
+from vllm.plugins.hybrid_w4a16.random_layers import LayerShape
+from vllm.plugins.hybrid_w4a16.selftest_cases import (
+    TOKENS,
+    Case,
+    DecodeOps,
+    DenseCase,
+    Launch,
+    Poisoned,
+    RescoreCase,
+    WrongResultError,
+    at,
+    first_wrong,
+    kernel_name,
+)
+from vllm.plugins.hybrid_w4a16.selftest_group import RUNS, Group
+
+# experts, top_k, hidden, intermediate: multiples of 128. The last has a reduction that
+# spreads over many waves and is no power of two.
+SIZES = ((6, 2, 384, 128), (8, 4, 1024, 256), (4, 3, 1664, 384))
+# At first every kernel runs once: the first size in every format, with as few numbers
+# of tokens as reach all of them (one token, few rows per expert, many). A busy machine
+# may have no time for more.
+COVER_TOKENS = (1, 3, 33)
+# Launch plans that bring every kernel to run, whatever the rule would choose. Those
+# that the device has no kernel for are refused by the op.
+PLANS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "gate_up": ((0, 4, 0, 0), (1, 4, 0, 0), (2, 4, 8, 1), (2, 4, 16, 2)),
+    "down": (
+        (0, 4, 2, 0),
+        (1, 4, 2, 0),
+        (2, 4, 2, 4),
+        (2, 4, 2, 8),
+        (3, 4, 2, 4),
+        (3, 4, 2, 8),
+    ),
+    "gemm": (),
+}
+PACKINGS = (packing.GPTQ_V1, packing.GPTQ_V2, packing.AWQ, packing.PACK_QUANTIZED)
+DENSE_FORMATS = ((4, True), (4, False), (8, True))  # bits, symmetric
+DENSE_ROWS = (1, 3, 16)
+WINDOWS = (0.0, 0.5, 1e4)
+
+
+class Round(NamedTuple):
+    """One shape, with the numbers of tokens that it runs with."""
+
+    number: int
+    shape: LayerShape
+    tokens: tuple[int, ...]
+    repeats: bool
+    """Whether runs are repeated, and rows compared with the same row alone."""
+
+
+class Selftest:
+    """One run of the command.
+
+    Args:
+        device: "cpu" or "cuda", as torch calls it.
+        family: what ``device_family`` says of it.
+        isas: the CPU's instruction sets to run, best first.
+        seed: of all inputs.
+        deadline: no case starts later than this, on the clock of ``time.monotonic``.
+        progress: called with the name of the group after each case.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        family: Any,
+        isas: tuple[str, ...],
+        seed: int,
+        deadline: float,
+        progress: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.device, self.family, self.isas = device, family, isas
+        self.seed, self.deadline, self.progress = seed, deadline, progress
+        self.groups: dict[str, Group] = {}
+        self.cpu_ops = DecodeOps(1)
+        self.ops = DecodeOps(family.cu_count)
+        self.threads = torch.get_num_threads()
+
+    # ------------------------------------------------------------------ planning
+    def rounds(self) -> list[Round]:
+        """Every format in the first size, so that all kernels have run; then more."""
+        shapes = [
+            LayerShape(*sizes, group_size, dtype, symmetric)
+            for sizes in SIZES
+            for symmetric in (True, False)
+            for group_size in random_layers.GROUP_SIZES
+            for dtype in random_layers.DTYPES.values()
+        ]
+        first = len(shapes) // len(SIZES)
+        return [
+            Round(number, shape, COVER_TOKENS, False)
+            if number < first
+            else Round(number, shape, TOKENS, True)
+            for number, shape in enumerate(shapes)
+        ]
+
+    def formats(self) -> list[LayerShape]:
+        """Of the first size."""
+        return [round.shape for round in self.rounds() if not round.repeats]
+
+    def dense_cases(self) -> list[tuple[torch.dtype, int, bool, int]]:
+        """dtype, bits, symmetric, group size of every kernel of the dense op."""
+        return [
+            (dtype, bits, symmetric, group_size)
+            for dtype in random_layers.DTYPES.values()
+            for bits, symmetric in DENSE_FORMATS
+            for group_size in random_layers.GROUP_SIZES
+        ]
+
+    def steps(self) -> int:
+        """Calls of ``progress`` in a whole run."""
+        isas = max(1, len(self.isas))
+        rescores = len(random_layers.DTYPES) * len(WINDOWS)
+        dense = (len(self.dense_cases()) + rescores) * isas
+        moe = len(self.rounds()) * 3 * isas
+        return moe + 2 * dense + len(PACKINGS) + len(self.prefill_plan())
+
+    def prefill_plan(self) -> list[tuple[LayerShape, Any]]:
+        """Shapes and tiles: each format and each tile of the table at least once."""
+        if self.family.tuning is None:
+            return []
+        tiles, formats = table_tiles(self.family.tuning), self.formats()
+        return [
+            (formats[i % len(formats)], tiles[i % len(tiles)])
+            for i in range(max(len(formats), len(tiles)))
+        ]
+
+    # ------------------------------------------------------------------- running
+    def _launch(self, call: Callable[..., None], *arguments: Any) -> None:
+        """An op with all threads; what is around it takes one, see ``run``."""
+        torch.set_num_threads(self.threads)
+        try:
+            call(*arguments)
+        finally:
+            torch.set_num_threads(1)
+
+    def run(self) -> list[Group]:
+        """All groups, in the order of their lines.
+
+        References and comparisons are small: on a busy machine threads that wait for
+        each other would take most of the time.
+        """
+        torch.set_num_threads(1)
+        try:
+            return self._run()
+        finally:
+            torch.set_num_threads(self.threads)
+
+    def _run(self) -> list[Group]:
+        for format in PACKINGS:
+            self._in_group(
+                f"repacking {format.name}", functools.partial(repack, format=format)
+            )
+        pool = None
+        plan = self.prefill_plan()
+        if plan and self.device != "cpu":
+            from vllm.plugins.hybrid_w4a16 import prefill_kernels
+
+            pool = prefill_kernels.CompilePool(plan)
+        try:
+            rounds = self.rounds()
+            first = len(self.formats())
+            for round in rounds[:first]:
+                self._decode(round)
+            self._dense_all(repeats=False)
+            self._prefill_all(plan, pool)
+            self._dense_all(repeats=True)
+            for round in rounds[first:]:
+                self._decode(round)
+        finally:
+            if pool is not None:
+                pool.close()
+        return list(self.groups.values())
+
+    def _dense_all(self, repeats: bool) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        for dtype in random_layers.DTYPES.values():
+            for window in WINDOWS:
+                rescore = RescoreCase.make(dtype, window, generator)
+                work = functools.partial(
+                    self._run_rescore, case=rescore, repeats=repeats
+                )
+                self._on_each_isa("rescore", work)
+        for arguments in self.dense_cases():
+            case = DenseCase.make(*arguments, generator)
+            run = self._repeat_dense if repeats else self._run_dense
+            self._on_each_isa("dense", functools.partial(run, case=case))
+
+    def _on_each_isa(self, name: str, work: Callable[[Group], None]) -> None:
+        for isa in self.isas or ("",):
+            if isa:
+                torch.ops._rocm_C.hybrid_w4a16_cpu_isa(isa)
+            self._in_group(f"{name} {isa}" if isa else name, work)
+
+    def _prefill_all(self, plan: list[tuple[LayerShape, Any]], pool: Any) -> None:
+        for number, (shape, tiles) in enumerate(plan):
+            work = functools.partial(
+                self._prefill, number=number, shape=shape, tiles=tiles, pool=pool
+            )
+            self._in_group("prefill", work)
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def _in_group(self, name: str, work: Callable[[Group], None]) -> None:
+        group = self.groups.setdefault(name, Group(name))
+        group.planned += 1
+        self.progress(name)
+        if group.failure is not None or self.seconds_left() <= 0:
+            return
+        group.rounds += 1
+        try:
+            work(group)
+        except WrongResultError as error:
+            group.failure = str(error)
+        except RuntimeError as error:  # the op refused, or the device failed
+            group.failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+    def _decode(self, round: Round) -> None:
+        """All ops on one shape."""
+        case = here = None
+        if self.seconds_left() > 0:
+            case = Case.make(round.shape, round.number, self.seed)
+            here = case.to(self.device)
+        for op in ("gate_up", "down", "gemm"):
+            work = functools.partial(
+                self._run_op, op=op, round=round, case=case, here=here
+            )
+            self._on_each_isa(op, work)
+
+    def _run_op(
+        self,
+        group: Group,
+        op: str,
+        round: Round,
+        case: Case | None,
+        here: Case | None,
+    ) -> None:
+        if case is None or here is None:  # the time was up before
+            return
+        shape, tolerance = case.shape, reference.TOLERANCE[case.shape.dtype]
+        kernel = kernel_name(op, shape)
+        plans = PLANS[op] if self.device != "cpu" else ()
+        for plan in (None, *plans):
+            launch = getattr(DecodeOps(self.family.cu_count, plan), op)
+            named = kernel if plan is None else f"{kernel}, plan {list(plan)}"
+            for count in round.tokens:
+                output = Poisoned.of(case, op, count, self.device)
+                with at(f"{named}, {count} tokens, {shape}"):
+                    try:
+                        self._launch(launch, here, output.view, 0, count)
+                    except RuntimeError as error:
+                        if plan is not None and ": plan:" in str(error):
+                            continue
+                        raise
+                    off = output.check(case.expect(op, count), tolerance)
+                    if self.device != "cpu":
+                        self._compare_with_cpu(op, case, count, output, tolerance)
+                    group.note(off, tolerance, f"{named}, {count} tokens")
+            if plan is not None and round.repeats:
+                self._repeat_if_taken(launch, here, op, f"{named}, {shape}")
+        if not round.repeats:
+            return
+        launch = getattr(self.ops, op)
+        with at(f"{kernel}, 3 tokens, {shape}"):
+            self._repeat(launch, here, op, 3)
+            group.repeated += 1
+        if op != "gemm":  # its blocks are the caller's: a row alone is another call
+            same, rows = group.alone
+            same += self._same_alone(launch, here, op, 8)
+            group.alone = same, rows + 8
+
+    def _run_dense(self, group: Group, case: DenseCase) -> None:
+        here, tolerance = case.to(self.device), reference.TOLERANCE[case.dtype]
+        cu_count = self.family.cu_count
+        columns = case.expected.shape[1]
+        for rows in DENSE_ROWS:
+            output = Poisoned(rows, columns, case.dtype, self.device)
+            with at(f"{case}, {rows} rows, {columns} x {case.x.shape[1]}"):
+                self._launch(here.launch, output.view, cu_count)
+                off = output.check(case.expected[:rows], tolerance)
+            group.note(off, tolerance, f"{case}, {rows} rows")
+
+    def _repeat_dense(self, group: Group, case: DenseCase) -> None:
+        here, rows = case.to(self.device), DENSE_ROWS[1]
+        output = Poisoned(rows, case.expected.shape[1], case.dtype, self.device)
+        with at(f"{case}, {rows} rows"):
+            call = functools.partial(here.launch, output.view, self.family.cu_count)
+            self._same_bits(call, output)
+        group.repeated += 1
+
+    def _run_rescore(self, group: Group, case: RescoreCase, repeats: bool) -> None:
+        here, tolerance = case.to(self.device), reference.TOLERANCE[case.dtype]
+        rows, columns = case.before.shape
+        output = Poisoned(rows, columns, case.dtype, self.device)
+        with at(f"{case}, {rows} rows, {columns} x {case.x.shape[1]}"):
+            launch = functools.partial(here.launch, output.view)
+            self._launch(launch)
+            got = output.view.double().cpu()
+            wanted = torch.where(case.either, got, case.expected)
+            off = output.check(wanted, tolerance)
+            kept = case.expected == case.before.double()
+            first_wrong(
+                got,
+                wanted,
+                kept & (got != wanted),
+                "it could not matter and has to stay",
+            )
+            if repeats:
+                self._same_bits(launch, output)
+                group.repeated += 1
+        group.note(off, tolerance, str(case))
+
+    def _repeat_if_taken(self, launch: Launch, here: Case, op: str, where: str) -> None:
+        with at(where):
+            try:
+                self._repeat(launch, here, op, 3)
+            except RuntimeError as error:
+                if ": plan:" not in str(error):
+                    raise
+
+    def _compare_with_cpu(
+        self, op: str, case: Case, tokens: int, output: Poisoned, tolerance: float
+    ) -> None:
+        if "cpu" not in ops.build_info():
+            return
+        rows, columns = output.view.shape
+        cpu = Poisoned(rows, columns, case.shape.dtype, "cpu")
+        self._launch(getattr(self.cpu_ops, op), case, cpu.view, 0, tokens)
+        written = ~cpu.view.isnan()
+        error = reference.relative_error(output.view.cpu()[written], cpu.view[written])
+        if not error <= 2 * tolerance:
+            raise WrongResultError(
+                f"the GPU's and the CPU's results differ by {error:.2g}, allowed "
+                f"{2 * tolerance:.0e}"
+            )
+
+    def _repeat(self, launch: Launch, here: Case, op: str, tokens: int) -> None:
+        """The same bits in ``RUNS`` runs and, on a GPU, in replays of a graph."""
+        output = Poisoned.of(here, op, tokens, self.device)
+        call = functools.partial(launch, here, output.view, 0, tokens)
+        # gemm's blocks come from the host
+        self._same_bits(call, output, in_graph=op != "gemm")
+
+    def _same_bits(
+        self, call: Callable[[], None], output: Poisoned, in_graph: bool = True
+    ) -> None:
+        """``call`` writes the same bits into ``output`` whenever it runs."""
+        self._launch(call)
+        first = output.bits()
+        for run in range(1, RUNS):
+            output.poison()
+            self._launch(call)
+            if not torch.equal(output.bits(), first):
+                raise WrongResultError(f"run {run + 1} wrote other bits than the first")
+        if self.device == "cpu" or not in_graph:
+            return
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._launch(call)
+        for run in range(RUNS):
+            output.poison()
+            graph.replay()
+            if not torch.equal(output.bits(), first):
+                raise WrongResultError(
+                    f"replay {run + 1} of a graph wrote other bits than a plain call"
+                )
+
+    def _same_alone(self, launch: Launch, here: Case, op: str, tokens: int) -> int:
+        """How many of the first tokens get the same bits in a batch and alone."""
+        batch = Poisoned.of(here, op, tokens, self.device)
+        self._launch(launch, here, batch.view, 0, tokens)
+        per_token = here.rows(op, 1)
+        same = 0
+        for token in range(tokens):
+            one = Poisoned.of(here, op, 1, self.device)
+            self._launch(launch, here, one.view, token, 1)
+            mine = batch.view[token * per_token : (token + 1) * per_token].contiguous()
+            alone = one.view.contiguous().view(torch.int16)
+            same += torch.equal(mine.view(torch.int16), alone)
+        return same
+
+    def _prefill(
+        self, group: Group, number: int, shape: LayerShape, tiles: Any, pool: Any
+    ) -> None:
+        from vllm.plugins.hybrid_w4a16 import prefill_kernels
+
+        if pool is not None:
+            pool.wait(shape, tiles)
+        case = Case.make(shape, number, self.seed)
+        here = case.to(self.device)
+        tolerance = reference.TOLERANCE[shape.dtype]
+        tokens = max(TOKENS)
+        where = f"prefill, {tiles}, {tokens} tokens, {shape}"
+        output = Poisoned(tokens, shape.hidden, shape.dtype, self.device)
+        call = prefill_kernels.PrefillCall(
+            here.layer, shape, here.x, here.ids, here.weights, here.expert_map, tiles
+        )
+        with at(where):
+            self._launch(call.run, output.view, here.activation)
+            error = output.check(case.expect("prefill", tokens), 2 * tolerance)
+            first = output.bits()
+            output.poison()
+            self._launch(call.run, output.view, here.activation)
+            if not torch.equal(output.bits(), first):
+                raise WrongResultError("the second run wrote other bits than the first")
+        group.repeated += 1
+        group.note(error, 2 * tolerance, f"{tiles.gate_up}, {shape}")
+
+
+def table_tiles(name: str) -> list[Any]:
+    """Distinct prefill tiles of the tuning table."""
+    tiles = []
+    for row in tuning.table(name)["rows"]:
+        block_m = row["block_m"]
+        pair = tuning.PrefillTiles(
+            tuning.Tile(block_m, *row["gate_up"]), tuning.Tile(block_m, *row["down"])
+        )
+        if pair not in tiles:
+            tiles.append(pair)
+    return tiles
+
+
+def repack(group: Group, format: packing.CheckpointPacking) -> None:
+    """Random stored tensors, which always mean something, before and after."""
+    generator = torch.Generator().manual_seed(len(format.name))
+    for n, k, group_size in ((64, 128, 32), (256, 512, 128), (24, 192, 64)):
+        shapes = format.shapes(n, k, group_size)
+        words = random_layers.random_words(shapes[format.qweight], generator)
+        zeros = random_layers.random_words(shapes[format.zeros], generator)
+        where = f"{n} x {k}, g{group_size}"
+        for what, expected, got in (
+            (
+                "weights",
+                reference.stored_weights(format, words),
+                reference.packed_weights(format.to_exllama(words)),
+            ),
+            (
+                "zero points",
+                reference.stored_zero_points(format, zeros),
+                reference.packed_zero_points(format.to_row_zeros(zeros)),
+            ),
+        ):
+            with at(f"repacking {format.name}, {what}, {where}"):
+                first_wrong(got, expected, got != expected, "after the conversion")
+            group.cases += 1
+
+
+def selftest(
+    seed: int, time_limit_s: float, progress: Any, start: float | None = None
+) -> dict[str, Any]:
+    """What the command prints, as the object of its ``--json``.
+
+    ``start``, by default now, is when the time limit begins.
+    """
+    start = time.monotonic() if start is None else start
+    family = devices.device_family()
+    if isinstance(family, str):
+        return {"ok": False, "device": None, "error": family, "groups": []}
+    device = "cpu" if current_platform.is_cpu() else "cuda"
+    isas = ops.build_info()["cpu"] if device == "cpu" else ()
+    test = Selftest(device, family, isas, seed, start + time_limit_s)
+    progress.total(test.steps())
+    test.progress = progress.step
+    try:
+        groups = test.run()
+    finally:
+        if device == "cpu":
+            torch.ops._rocm_C.hybrid_w4a16_cpu_isa("")
+    failed = [group for group in groups if group.failure is not None]
+    return {
+        "ok": not failed and any(group.cases for group in groups),
+        "device": family.name,
+        "decode": family.decode,
+        "prefill": family.prefill,
+        "library": {kind: list(names) for kind, names in ops.build_info().items()},
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "seed": seed,
+        "seconds": round(time.monotonic() - start, 1),
+        "groups": [dataclasses.asdict(group) for group in groups],
+        "not_run": [g.name for g in groups if g.cases == 0 and g.failure is None],
+        "keep_serving": f"{switch.NAME}=0" if failed else None,
+    }

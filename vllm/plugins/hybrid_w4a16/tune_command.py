@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""What ``vllm-hybrid-w4a16 tune`` does: shapes, measurements, tables; see ``tune``."""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
+    MoEShape,
+    PrefillTiles,
+    Tile,
+)
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
+from vllm.plugins.hybrid_w4a16 import explain_layers, prefill_kernels, random_layers
+from vllm.plugins.hybrid_w4a16.explain_checkpoint import read_checkpoint
+from vllm.plugins.hybrid_w4a16.progress import Progress, quiet
+from vllm.plugins.hybrid_w4a16.random_layers import DTYPES, LayerShape
+from vllm.plugins.hybrid_w4a16.tune_bench import GpuBench
+from vllm.plugins.hybrid_w4a16.tune_search import tile_sizes
+from vllm.plugins.hybrid_w4a16.tune_shape import (
+    DECODE_TOKENS,
+    PREFILL_TOKENS,
+    Tuner,
+    farthest_behind,
+)
+
+
+def parse_shape(text: str, dtype: str) -> MoEShape:
+    """``E,TOP_K,H,I,G``; raises ``ValueError``."""
+    sizes = text.split(",")
+    if len(sizes) != 5 or not all(s.strip().isdecimal() and int(s) for s in sizes):
+        raise ValueError(f"--shape {text!r} is not E,TOP_K,H,I,G: five numbers above 0")
+    experts, top_k, hidden, inter, group = map(int, sizes)
+    if top_k > experts:
+        raise ValueError(f"--shape {text!r}: top-{top_k} of {experts} experts")
+    if group not in random_layers.GROUP_SIZES:
+        raise ValueError(f"--shape {text!r}: group size {group}, known: 32, 64, 128")
+    if hidden % group or inter % group:
+        raise ValueError(
+            f"--shape {text!r}: {hidden} and {inter} are no multiples of {group}"
+        )
+    return MoEShape(experts, top_k, hidden, inter, group, dtype)
+
+
+def parse_tokens(text: str | None) -> tuple[int, ...]:
+    """Of ``--tokens``; raises ``ValueError``."""
+    if text is None:
+        return DECODE_TOKENS
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise ValueError(f"--tokens {text!r} is not N,N,...: numbers above 0")
+    return tuple(sorted({int(word) for word in words}))
+
+
+def shapes_of(args: argparse.Namespace, family: Any) -> list[MoEShape]:
+    """Of ``--shape`` and of the checkpoints' hybrid layers, each once.
+
+    Raises ``ValueError``, also for a checkpoint that cannot be read.
+    """
+    shapes = [parse_shape(text, args.dtype or "bf16") for text in args.shape]
+    for name in args.checkpoint:
+        checkpoint = read_checkpoint(name)
+        dtype = explain_layers.activation_dtype(checkpoint)
+        for layer in explain_layers.expert_layers(checkpoint, args.tp, family):
+            if layer.bits == 4 and layer.group_size is not None:
+                shapes.append(
+                    MoEShape(
+                        layer.num_experts,
+                        layer.top_k,
+                        layer.hidden,
+                        layer.intermediate // args.tp,
+                        layer.group_size,
+                        args.dtype or random_layers.dtype_name(dtype),
+                    )
+                )
+    return list(dict.fromkeys(shapes))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; returns its exit status."""
+    switch.register()
+    family = devices.device_family()
+    try:
+        tokens = parse_tokens(args.tokens)
+        with quiet():
+            shapes = shapes_of(args, family)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if isinstance(family, str):
+        print(f"error: {family}", file=sys.stderr)
+        return 1
+    if args.show:
+        print("\n".join(show(family, shapes)))
+        return 0
+    if family.tuning is None:
+        print(
+            f"{family.name}: nothing to tune. The CPU ops have no launch plans and no "
+            "tiles; which kernel runs is decided per expert from its rows, the group "
+            "size and the processor's instruction set."
+        )
+        return 0
+    if not shapes:
+        print("error: give a checkpoint or --shape", file=sys.stderr)
+        return 2
+    return measure(args, family, shapes, tokens)
+
+
+def measure(
+    args: argparse.Namespace,
+    family: Any,
+    shapes: list[MoEShape],
+    decode_tokens: tuple[int, ...],
+) -> int:
+    """Tune the shapes on the GPU; returns the exit status."""
+    entries: list[dict[str, Any]] = []
+    device = torch.cuda.get_device_name()
+    source = f"vllm-hybrid-w4a16 tune on {device}, {datetime.date.today()}"
+    pool = None
+    start = time.monotonic()
+    with Progress("tune") as progress:
+        try:
+            for shape in shapes:
+                progress.say(f"{shape}")
+                layer = LayerShape(
+                    shape.experts,
+                    shape.top_k,
+                    shape.hidden,
+                    shape.intermediate,
+                    shape.group_size,
+                    DTYPES[shape.dtype],
+                )
+                if args.only != "decode":
+                    tiles = [t for m in (16, 32, 64, 128) for t in tile_sizes(m)]
+                    pool = prefill_kernels.CompilePool(
+                        [(layer, PrefillTiles(tile, tile)) for tile in tiles]
+                    )
+                bench = GpuBench(layer, family.cu_count, pool)
+                tuning.forget()
+                current = tuning.lookup(family.name, family.cu_count, shape)
+                tuner = Tuner(
+                    bench,
+                    current,
+                    family.cu_count,
+                    source,
+                    lambda e: tuning.write_owner_entry(family.name, e),
+                    progress,
+                    decode_tokens,
+                    args.full,
+                )
+                entries.append(tuner.entry)
+                if args.only == "prefill" and current.exact and current.entry:
+                    tuner.entry["decode"] = current.entry["decode"]
+                if args.only == "decode" and current.exact and current.entry:
+                    tuner.entry["rows"] = current.entry["rows"]
+                    tuner.entry["prefill_from"] = current.entry["prefill_from"]
+                tuner.run(args.only != "prefill", args.only != "decode")
+                if pool is not None:
+                    pool.close()
+        except KeyboardInterrupt:
+            if pool is not None:
+                pool.close()
+            print(
+                f"\ninterrupted: what was measured is in "
+                f"{tuning.owner_table(family.name)}",
+                file=sys.stderr,
+            )
+            return 130
+        except ValueError as error:  # a layer that does not fit into memory
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    if args.json:
+        print(json.dumps(entries, indent=1))
+    out = sys.stderr if args.json else sys.stdout
+    behind = farthest_behind(entries)
+    if behind is not None:
+        share, where = behind
+        print(
+            f"the search is at most {100 * share:.1f}% behind the fastest of the full "
+            f"sweep ({where})",
+            file=out,
+        )
+    print(
+        f"written: {tuning.owner_table(family.name)}, {len(entries)} shapes in "
+        f"{time.monotonic() - start:.0f} s",
+        file=out,
+    )
+    return 0
+
+
+def show(family: Any, shapes: list[MoEShape]) -> list[str]:
+    """Tables, and what would be used for ``shapes``."""
+    arch = family.name
+    if family.tuning is None:
+        return [f"{arch}: no tables, the CPU ops have nothing to tune"]
+    owner = tuning.owner_table(arch)
+    entries = tuning.owner_entries(arch)
+    shipped = tuning.TABLES / f"{family.tuning}.json"
+    lines = [
+        f"owner    {owner} ({len(entries)} shapes)"
+        if owner.is_file()
+        else f"owner    {owner} (not there)",
+        f"shipped  {shipped}"
+        if shipped.is_file()
+        else f"shipped  none for {arch}: small tiles",
+        f"         {tuning.table(family.tuning).get('source', 'no source')}",
+    ]
+    for entry in entries:
+        usable = (
+            entry["compute_units"] == family.cu_count
+            and entry["kernel_version"] == tuning.KERNEL_VERSION
+        )
+        shape = tuning.entry_shape(entry)
+        text = f"  {shape}: {entry.get('source', 'no source')}"
+        if not usable:
+            text += " (of other kernels or another device: not used)"
+        lines.append(text)
+    for shape in shapes:
+        tuned = tuning.lookup(arch, family.cu_count, shape)
+        near = "" if tuned.origin == "rule" or tuned.exact else ", the nearest shape"
+        lines += ["", f"{shape}: from {tuned.origin}{near}"]
+        lines.append(f"  prefill from {tuned.prefill_from} tokens on")
+        for tokens, plans in tuned.decode.items():
+            texts = ("rule" if plan is None else str(list(plan)) for plan in plans)
+            lines.append(f"  up to {tokens} tokens: gate_up, down {', '.join(texts)}")
+        for tokens in PREFILL_TOKENS:
+            tiles = tuned.prefill_tiles(tokens * shape.top_k)
+            sizes_text = (
+                str(list(dataclasses.astuple(tile))) for tile in tiles_of(tiles)
+            )
+            lines.append(f"  prefill of {tokens}: {', '.join(sizes_text)}")
+    return lines
+
+
+def tiles_of(tiles: PrefillTiles) -> tuple[Tile, Tile]:
+    return tiles.gate_up, tiles.down

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Which launch plans and tiles exist, and how the fastest is found.
+
+Launch plans of decode form a grid per kernel. ``search`` climbs down on it from several
+starts and visits all neighbours of what it ends at; ``sweep`` measures the whole grid.
+``finals`` decides between the best few and what is used now.
+"""
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import Plan, Tile
+
+SIFT_REPLAYS, FINAL_REPLAYS = 3, 12
+FINALISTS = 3
+# Least gain that counts, as a share; more where the samples spread more.
+LEAST_GAIN = 0.01
+# Of the search: the best starts overall that it climbs down from. The best start of
+# each kernel is one too, unless it is slower than the best of all by this factor.
+STARTS, HOPELESS = 2, 2.0
+
+Sampler = Callable[[Any, int], list[float]]
+"""``sample(candidate, count)``: microseconds per call, ``count`` samples."""
+Measure = Callable[[Any], float | None]
+"""Microseconds of a candidate; ``None``: not for this shape or device, or wrong."""
+
+
+# ---------------------------------------------------------------------- candidates
+@dataclass(frozen=True)
+class Family:
+    """Plans of one kernel: a point of the grid that ``axes`` span makes a plan.
+
+    ``make(*values)`` returns ``None`` where a combination means nothing.
+    """
+
+    axes: tuple[tuple[int, ...], ...]
+    make: Callable[..., Plan | None]
+
+    def plan(self, point: tuple[int, ...]) -> Plan | None:
+        """Of a point, given by its place along each axis; ``None`` outside the grid."""
+        if any(
+            not 0 <= place < len(axis)
+            for place, axis in zip(point, self.axes, strict=True)
+        ):
+            return None
+        values = (axis[place] for place, axis in zip(point, self.axes, strict=True))
+        return self.make(*values)
+
+    def points(self) -> Iterator[tuple[int, ...]]:
+        return itertools.product(*(range(len(axis)) for axis in self.axes))
+
+    def plans(self) -> Iterator[Plan]:
+        """The whole grid."""
+        for point in self.points():
+            plan = self.plan(point)
+            if plan is not None:
+                yield plan
+
+    def starts(self) -> Iterator[tuple[int, ...]]:
+        """Points at a quarter and three quarters of each axis."""
+        yield from itertools.product(
+            *(
+                sorted({(len(axis) - 1) // 4, (3 * len(axis) - 3) // 4})
+                for axis in self.axes
+            )
+        )
+
+    def neighbours(self, point: tuple[int, ...]) -> tuple[list, list]:
+        """Points one move along one axis, and those along several axes at a time.
+
+        Along an axis a move is a step, or doubles or halves the value; along several it
+        is the same kind of move on all.
+        """
+        found: dict[tuple[int, ...], int] = {}
+        for step in itertools.product((-1, 0, 1), repeat=len(point)):
+            for move in (_step, _scale):
+                moved = tuple(map(move, self.axes, point, step))
+                if moved != point and self.plan(moved) is not None:
+                    found[moved] = sum(map(abs, step))
+        along = [near for near, axes in found.items() if axes == 1]
+        return along, [near for near, axes in found.items() if axes > 1]
+
+
+def _step(axis: tuple[int, ...], place: int, step: int) -> int:
+    return place + step
+
+
+def _scale(axis: tuple[int, ...], place: int, step: int) -> int:
+    """The place of twice the value (``step`` 1), of half of it (-1)."""
+    wanted = axis[place] * 2.0**step
+    beyond = [i for i, value in enumerate(axis) if (value - wanted) * step >= 0]
+    if step == 0:
+        return place
+    if not beyond:
+        return -1  # outside
+    return beyond[0] if step > 0 else beyond[-1]
+
+
+_SHARES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+_SLOTS = (1, 2, 3, 4, 8, 16)
+
+
+def plan_families(op: str, matrix_units: bool) -> list[Family]:
+    """All plans of ``op`` ("gate_up" or "down") that ``csrc/rocm/plan.h`` knows of.
+
+    gate_up: kernel, waves, slots, row_tiles; down: kernel, waves, k_slices, slots.
+    """
+    if op == "gate_up":
+        families = [
+            Family((tuple(range(1, 9)),), lambda waves, k=kernel: (k, waves, 0, 0))
+            for kernel in (0, 1)
+        ]
+        if matrix_units:
+            axes = ((1, 2, 3, 4, 6, 8, 12, 16), _SLOTS, (1, 2, 3, 4, 6, 8, 12, 16, 24))
+            families.append(Family(axes, lambda *values: (2, *values)))
+        return families
+
+    def down(kernel: int, shares: int, k_slices: int, slots: int = 0) -> Plan | None:
+        waves = shares * k_slices
+        return (kernel, waves, k_slices, slots) if waves <= 16 else None
+
+    slices = (1, 2, 4, 8)
+    families = [
+        Family((_SHARES, slices), lambda *values, k=kernel: down(k, *values))
+        for kernel in (0, 1)
+    ]
+    if matrix_units:
+        grid = (_SHARES, slices, _SLOTS[:-1])
+        families += [
+            Family(grid, lambda *values, k=kernel: down(k, *values))
+            for kernel in (2, 3)
+        ]
+    return families
+
+
+def tile_sizes(block_m: int) -> Iterator[Tile]:
+    """Tiles worth a try; a thread holds at most 64 sums of one projection."""
+    for block_n, warps, stages in itertools.product(
+        (32, 64, 128), (2, 4, 8), stages_here()
+    ):
+        if 8 <= block_m * block_n // (32 * warps) <= 64:
+            yield Tile(block_m, block_n, warps, stages)
+
+
+def stages_here() -> tuple[int, ...]:
+    """More than one crashes in Triton on AMD and gains nothing there."""
+    return (1,) if torch.version.hip else (2, 3, 4)
+
+
+# -------------------------------------------------------------------------- search
+class Measured:
+    """Remembers what ``measure`` said of each candidate."""
+
+    def __init__(self, measure: Measure) -> None:
+        self._measure = measure
+        self.times: dict[Any, float | None] = {}
+
+    def __call__(self, candidate: Any) -> float | None:
+        if candidate not in self.times:
+            self.times[candidate] = self._measure(candidate)
+        return self.times[candidate]
+
+    def ranked(self) -> list[Any]:
+        """The fastest first."""
+        known = {plan: us for plan, us in self.times.items() if us is not None}
+        return sorted(known, key=known.__getitem__)
+
+
+def search(families: Sequence[Family], measure: Measured) -> list[Plan]:
+    """The plans measured, the fastest first, most of the grid left out.
+
+    From the best starts (see ``Family.starts``) it goes to the fastest neighbour, at
+    first along the axes, then across them, until no neighbour is faster.
+    """
+    begins: list[tuple[float, Family, tuple[int, ...]]] = []
+    for family in families:
+        for point in family.starts():
+            us = _time(family, point, measure)
+            if us is not None:
+                begins.append((us, family, point))
+    begins.sort(key=lambda begin: begin[0])
+    chosen = begins[:STARTS]
+    for family in families:
+        mine = next((begin for begin in begins if begin[1] is family), None)
+        if (
+            mine is not None
+            and mine not in chosen
+            and mine[0] < HOPELESS * begins[0][0]
+        ):
+            chosen.append(mine)
+    for us, family, point in chosen:
+        _descend(family, point, us, measure)
+    return measure.ranked()
+
+
+def _descend(
+    family: Family, point: tuple[int, ...], us: float, measure: Measured
+) -> None:
+    moved = True
+    while moved:
+        moved = False
+        for points in family.neighbours(point):
+            times = ((_time(family, near, measure), near) for near in points)
+            known = [(time, near) for time, near in times if time is not None]
+            fastest = min(known, default=None)
+            if fastest is not None and fastest[0] < us:
+                us, point = fastest
+                moved = True
+                break
+
+
+def _time(family: Family, point: tuple[int, ...], measure: Measured) -> float | None:
+    plan = family.plan(point)
+    return None if plan is None else measure(plan)
+
+
+def sweep(families: Sequence[Family], measure: Measured) -> list[Plan]:
+    """All plans of the grids, the fastest first."""
+    for family in families:
+        for plan in family.plans():
+            measure(plan)
+    return measure.ranked()
+
+
+# -------------------------------------------------------------------------- choice
+class Choice(NamedTuple):
+    """What ``finals`` found; times in microseconds."""
+
+    winner: Any
+    us: float
+    current_us: float
+    fastest_us: float
+    """The least of all entrants', within the noise or not."""
+
+
+def finals(
+    current: Any,
+    finalists: Sequence[Any],
+    sample: Sampler,
+    step: Callable[[str], None] = lambda name: None,
+) -> Choice:
+    """Whether one of ``finalists`` replaces ``current``.
+
+    All take turns in two passes, in opposite orders. A finalist wins if in each pass it
+    is faster by more than ``LEAST_GAIN`` and more than the quartiles of both spread.
+    """
+    entrants = [current, *(f for f in finalists if f != current)]
+    samples: list[dict[int, list[float]]] = []
+    for order in (range(len(entrants)), range(len(entrants) - 1, -1, -1)):
+        step("finals")
+        taken: dict[int, list[float]] = {index: [] for index in order}
+        for _ in range(FINAL_REPLAYS // 3):
+            for index in order:
+                taken[index] += sample(entrants[index], 3)
+        samples.append(taken)
+    medians = [
+        statistics.median(samples[0][index] + samples[1][index])
+        for index in range(len(entrants))
+    ]
+    best = 0
+    for index in range(1, len(entrants)):
+        wins = all(
+            _median_gain(taken[0], taken[index])
+            > max(LEAST_GAIN, _spread(taken[0]), _spread(taken[index]))
+            for taken in samples
+        )
+        if wins and medians[index] < medians[best]:
+            best = index
+    return Choice(entrants[best], medians[best], medians[0], min(medians))
+
+
+def choose(
+    current: Any,
+    candidates: Sequence[Any],
+    sample: Sampler,
+    step: Callable[[str], None] = lambda name: None,
+) -> Choice:
+    """All candidates are measured, the best few go to the ``finals``."""
+    measure = Measured(sifting(sample, step))
+    for candidate in candidates:
+        measure(candidate)
+    return finals(current, measure.ranked()[:FINALISTS], sample, step)
+
+
+def sifting(sample: Sampler, step: Callable[[str], None]) -> Measure:
+    """A quick measurement: the least of a few samples."""
+
+    def measure(candidate: Any) -> float:
+        step("sifting")
+        return min(sample(candidate, SIFT_REPLAYS))
+
+    return measure
+
+
+def _median_gain(old: list[float], new: list[float]) -> float:
+    return 1 - statistics.median(new) / statistics.median(old)
+
+
+def _spread(samples: list[float]) -> float:
+    """Half the distance of the quartiles, relative to the median."""
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return (high - low) / 2 / middle
