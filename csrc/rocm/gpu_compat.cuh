@@ -18,7 +18,9 @@
 //   GPU_HAS_MMA              kHasMma for the preprocessor: 0 or 1
 //   kHasAsyncCopy            constexpr bool: copies to LDS run in the background. On the host the
 //                            same macro sets it
+// fork: begin overlay
 // CUDA has neither with HYBRID_W4A16_AMD_PATH: a test build that runs AMD's code path.
+// fork: end
 //
 //   per lane, no cooperation:
 //   int lane()               0..31
@@ -88,7 +90,7 @@
 //   block-collective (all lanes of the block must call it; none has left the kernel):
 //   void block_barrier()             wave_barrier for the whole block
 //
-//   code that starts kernels (plain C++ compiled with HYBRID_W4A16_CUDA or HYBRID_W4A16_HIP):
+//   code that starts kernels (plain C++, not device code):
 //   Stream                           opaque stream handle
 //   void launch(kernel, const LaunchShape&, Stream, args...)  runs kernel(args...) on the stream;
 //                                    on the host returns when the kernel has ended. Throws
@@ -97,6 +99,7 @@
 //   int max_lds_bytes()              most LDS per block on the current device
 //   std::string current_arch()       the current device, such as "sm_90" or "host" (not on HIP)
 //
+// fork: begin overlay
 //   for the test runner in host/:
 //   void prepare_device(int, arch)   loads kernels on a device and makes it current; `arch` is its
 //                                    architecture, or empty if the kernels are loaded already
@@ -106,6 +109,7 @@
 //   kOrders, void set_order(int)     number of orders in which lanes can run; selects one
 //   std::string take_launched()      names of the kernels launched since the last call, one per
 //                                    line, where known
+// fork: end
 #pragma once
 
 #include <cstdint>

@@ -15,7 +15,6 @@ runs the tests of each commit in its own tree and prints what came out.
 import argparse
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -181,12 +180,15 @@ def main() -> int:
                 library = build(tree, folder / f"build-{name}")
                 built.append("CPU library")
             seconds = time.monotonic() - started
-            print(f"{name}: built {', '.join(built) or 'nothing'} in {seconds:.0f} s")
-            for what, used in (("its own build", library), ("the final one", final)):
-                summary = run_tests(tree, used, *step.commit.tests)
-                print(f"{name}: with the ops of {what}: {re.sub('=+ ?', '', summary)}")
-                if library is not None:
-                    break
+            print(
+                f"{name}: built {', '.join(built) or 'nothing'} in {seconds:.0f} s",
+                flush=True,
+            )
+            started = time.monotonic()
+            summary = run_tests(tree, library or final, *step.commit.tests)
+            ops = "its own" if library else "the last commit's"
+            seconds = time.monotonic() - started
+            print(f"{name}: {summary} ({seconds:.0f} s with {ops} ops)", flush=True)
     return 0
 
 

@@ -223,7 +223,7 @@ def random_routing(
 
 
 def is_opt_in() -> bool:
-    """Whether the device is used only with ``VLLM_HYBRID_W4A16_MOE=1``."""
+    """Whether the device is used on request only."""
     family = device_family()
     return isinstance(family, DeviceFamily) and family.opt_in
 

@@ -37,7 +37,15 @@ _QUANTIZATION = "vllm/model_executor/layers/quantization"
 # (commit, names of files in this project). A name without a folder matches in any.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # Rules for what the later commits bring, by name.
-    ("token", ("vllm/model_executor/kernels/*", "*shared*", "*router*", "*add_norm*")),
+    (
+        "token",
+        (
+            "vllm/model_executor/kernels/*",
+            "*shared*",
+            "*router*",
+            "test_linear_kernel.py",
+        ),
+    ),
     (
         "lm_head",
         ("*dense*", "*rescore*", "*wvSplitK_int_g*", "hybrid_w4a16_head*", "*lm_head*"),

@@ -226,16 +226,19 @@ quantized head.""",
         ),
     ),
     "token": Commit(
-        title="[ROCm][CPU] Add int4 linear layers and fused router and shared experts",
+        title="[CPU][Kernel] Run dense int4 linear layers on the int4 MoE kernels",
         why="""\
-Once routed experts and head are fast, the dense int4 projections, the shared expert
-and the router are what is left of a decoded token, in many small launches.""",
+In int4 MoE models the dense int4 projections are, after experts and head, the next
+largest part of a decoded token.""",
         what="""\
-Adds a mixed-precision linear kernel over the dense int4 op, and kernels that join the
-shared expert and the router.""",
-        tested="The ops against float64; layers against the dequantized weights.",
-        not_measured=_NO_RDNA,
-        tests=(),
+Adds HybridW4A16LinearKernel over the dense int4 op, first in the list of the CPU's
+mixed-precision kernels. It leaves bf16 to vLLM's AMX kernel where there is one. On a GPU
+it can take few rows on the skinny GEMM and many on Triton; it is in no GPU's list.""",
+        tested="""\
+Layers that fit and that do not; the product against float64.""",
+        not_measured=f"""\
+{_NO_RDNA} It was not compared with RDNAHybridW4A16LinearKernel.""",
+        tests=(f"{_QUANTIZATION_TESTS}/test_linear_kernel.py",),
     ),
 }
 

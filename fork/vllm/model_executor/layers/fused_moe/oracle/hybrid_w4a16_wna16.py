@@ -103,9 +103,9 @@ def incompatibility_reason(moe_config: FusedMoEConfig, quant_config: Any) -> str
 
 
 def takes(moe_config: FusedMoEConfig, quant_config: Any) -> bool:
-    """Whether the oracle is going to pick HYBRID_W4A16."""
-    if moe_config.moe_backend not in ("auto", oracle.BACKEND):
-        return False
+    """Whether the oracle is going to pick HYBRID_W4A16, or to raise since it cannot."""
+    if moe_config.moe_backend != "auto":
+        return moe_config.moe_backend == oracle.BACKEND
     return incompatibility_reason(moe_config, quant_config) is None
 
 
