@@ -36,8 +36,8 @@ MAXIMUM_LINES = 2500
 MAXIMUM_OWN_LINES = 120
 """Of the series, in files that vLLM has."""
 
-# vLLM's own tests of the files that the series edits, those of them that need no GPU, no
-# model from a hub and none of the fixtures in tests/conftest.py.
+# vLLM's own tests of the files that the series edits that need no GPU, no model from a
+# hub and none of the fixtures in tests/conftest.py.
 VLLM_TESTS = (
     "tests/quantization/test_auto_round.py",
     "tests/quantization/test_auto_gptq.py",

@@ -218,8 +218,11 @@ def _check_references(plan: Plan, tree: Path, name: str, ours: dict[str, str]) -
     problems = [("imports", *p) for p in fork_files.missing_imports(tree, ours)]
     for path, header in fork_files.missing_includes(ours):
         problems.append(("includes", path, f"there is no {header}"))
+    known = {(report.path, report.detail) for report in plan.reports}
     for symbol, path, problem in problems:
-        plan.reports.append(Report(name, path, symbol, CONFLICTS, problem))
+        if (path, problem) not in known:
+            known.add((path, problem))
+            plan.reports.append(Report(name, path, symbol, CONFLICTS, problem))
 
 
 def _report_new_files(

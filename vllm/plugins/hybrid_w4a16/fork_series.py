@@ -232,8 +232,9 @@ In int4 MoE models the dense int4 projections are, after experts and head, the n
 largest part of a decoded token.""",
         what="""\
 Adds HybridW4A16LinearKernel over the dense int4 op, first in the list of the CPU's
-mixed-precision kernels. It leaves bf16 to vLLM's AMX kernel where there is one. On a GPU
-it can take few rows on the skinny GEMM and many on Triton; it is in no GPU's list.""",
+mixed-precision kernels. It leaves bf16 to vLLM's AMX kernel where there is one. On a
+GPU it runs few rows on the skinny GEMM and many on Triton, but it is in no GPU's
+list.""",
         tested="""\
 Layers that fit and that do not; the product against float64.""",
         not_measured=f"""\
