@@ -121,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(tree: Path, branch: str | None, patches: Path | None, check: bool) -> int:
+    if not check and patches is None:
+        _check_repository(tree)
     plan = make_plan(tree)
     if check:
         print("\n".join(map(str, plan.reports)))
@@ -163,25 +165,27 @@ def make_plan(tree: Path) -> Plan:
         )
     plan = Plan()
     files = fork_files.carried(fork_files.project_folder())
+    ours = {name: fork_files.texts(files, name) for name in SERIES}
     originals = {path: _read(tree / path) for path in _edited_files()}
-    before: dict[str, str | None] = {}
+    edited = {}
+    for name in SERIES:
+        edited[name] = _edited(plan, name, originals)
+        _check_references(plan, tree, name, ours[name])
     with _Formatter(tree) as formatter:
+        _report_new_files(plan, tree, files, formatter, ours[list(SERIES)[-1]])
+        if plan.conflicts or all(r.status == THERE for r in plan.reports):
+            return plan
+        before: dict[str, str | None] = dict(originals)
         for name, commit in SERIES.items():
-            ours = formatter.formatted(fork_files.texts(files, name))
-            edited = _edited(plan, name, originals)
-            _check_references(plan, tree, name, ours)
-            texts = {**edited, **ours}
+            texts = {**edited[name], **formatter.formatted(ours[name])}
             changes = {
-                path: (before.get(path, originals.get(path)), text)
+                path: (before.get(path), text)
                 for path, text in texts.items()
-                if before.get(path, originals.get(path)) != text
+                if before.get(path) != text
             }
             if changes:
                 plan.steps.append(Step(name, commit, changes))
             before.update(texts)
-    _report_new_files(plan, tree, files, before)
-    if not any(r.status == APPLIES for r in plan.reports):
-        plan.steps.clear()
     return plan
 
 
@@ -229,13 +233,17 @@ def _report_new_files(
     plan: Plan,
     tree: Path,
     files: Iterable[fork_files.Carried],
-    final: dict[str, str | None],
+    formatter: "_Formatter",
+    final: dict[str, str],
 ) -> None:
+    found = {file.target: _read(tree / file.target) for file in files}
+    present = {path: final[path] for path, text in found.items() if text is not None}
+    expected = formatter.formatted(present)
     for file in files:
-        found, status, detail = _read(tree / file.target), APPLIES, ""
-        if found is not None and found == final[file.target]:
+        text, status, detail = found[file.target], APPLIES, ""
+        if text is not None and text == expected[file.target]:
             status = THERE
-        elif found is not None:
+        elif text is not None:
             status = CONFLICTS
             detail = "it exists with other contents; start from a tree without it"
         plan.reports.append(
@@ -299,6 +307,14 @@ def commit(tree: Path, plan: Plan, branch: str | None) -> None:
     Raises ``ForkError``, with the tree as it was, where ``tree`` is no git repository,
     has uncommitted changes, or ``branch`` exists.
     """
+    _check_repository(tree)
+    if branch is not None:
+        _git(tree, "switch", "--quiet", "--create", branch)
+    _commit_steps(tree, plan.steps)
+    print(_git(tree, "log", f"-{len(plan.steps)}", "--format=%h %s").rstrip())
+
+
+def _check_repository(tree: Path) -> None:
     top = _git(tree, "rev-parse", "--show-toplevel", unless="not a git repository")
     if Path(top.strip()) != tree:
         raise ForkError(f"{tree} is not a git repository of its own: use --patch-dir")
@@ -306,10 +322,6 @@ def commit(tree: Path, plan: Plan, branch: str | None) -> None:
     if dirty:
         raise ForkError(f"{tree} has uncommitted changes, commit them first:\n{dirty}")
     _git(tree, "var", "GIT_COMMITTER_IDENT")  # says what to set where it is not
-    if branch is not None:
-        _git(tree, "switch", "--quiet", "--create", branch)
-    _commit_steps(tree, plan.steps)
-    print(_git(tree, "log", f"-{len(plan.steps)}", "--format=%h %s").rstrip())
 
 
 def _commit_steps(repository: Path, steps: Iterable[Step]) -> None:

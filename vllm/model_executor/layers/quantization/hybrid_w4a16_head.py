@@ -39,13 +39,17 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.hybrid_w4a16_head_schemes import (
+    # fork: begin overlay
     DRAFT_ATTRIBUTE,
     DRAFT_OPTION,
     DRAFT_TARGET,
     ENV_NAME,
+    # fork: end
     SCHEMES,
     HeadScheme,
+    # fork: begin overlay
     draft_scheme,
+    # fork: end
 )
 from vllm.model_executor.layers.quantization.online.base import (
     OnlineQuantizationConfig,
