@@ -33,18 +33,19 @@ quick: venv  ## the tests to run after every edit, under 3 minutes
 
 test: clang venv lint pytest  ## everything that CI runs, under 15 minutes
 
-pytest: venv  ## the tests of CI alone; ARGS="-k packaging" and the like go to pytest
+pytest: venv  ## only the tests of CI; ARGS goes to pytest (ARGS="-k packaging")
 	@$(PYTEST) $(ARGS)
 
-nightly: clang venv wheel  ## the long tests, the vLLM releases before this one, drift
+nightly: clang venv wheel  ## the long tests, previous vLLM releases, drift
 	@$(PYTEST) -m nightly $(ARGS)
+	@$(RUN) -m tools.check_install
 	@$(RUN) -m tools.check_releases
 	@$(RUN) -m tools.check_drift
 
 lint: venv  ## ruff, clang-format and mypy
 	@$(RUN) tools/lint.py
 
-format: venv  ## rewrite the sources as `make lint` wants them
+format: venv  ## format the sources and fix what `make lint` can fix
 	@$(RUN) tools/lint.py --fix
 
 bench: venv  ## time the experts call on this machine's CPU
@@ -68,7 +69,7 @@ check-vllm-src:
 	$(if $(VLLM_SRC),,$(error VLLM_SRC is not set: make fork VLLM_SRC=/path/to/vllm, \
 	    the folder of vLLM's sources))
 
-drift: venv  ## does the newest vLLM release still fit? (ARGS="0.33.0": another one)
+drift: venv  ## check whether the newest vLLM release still fits (ARGS="0.33.0": another)
 	@$(RUN) -m tools.check_drift $(ARGS)
 
 clean:  ## remove .venv and everything built

@@ -79,6 +79,7 @@ def build_library(destination: Path) -> None:
 
 
 def print_report(lines: list[str]) -> None:
+    """Print what was found and what is built, under a title."""
     title = f"------ {target.DISTRIBUTION} ------"
     print("\n".join([title, *lines, "-" * len(title)]), flush=True)
 
@@ -123,6 +124,7 @@ def run_cmake(torch: target.Package, gpu: target.GpuPlan, report: list[str]) -> 
 
 
 def run_or_exit(command: list[str]) -> None:
+    """Run a command; exit with a message if it fails."""
     if subprocess.run(command).returncode != 0:
         sys.exit(f"\nerror: this command failed, see above: {' '.join(command)}\n")
 

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""AMDGPU assembler text as clang prints it: kernels, their resources, their main loops.
+"""Parses AMDGPU assembly as clang prints it: kernels, their resources and main loops.
 
 Pure functions from text to numbers; isa_report.py runs the tools and prints.
 
 A weight load is a vector memory load with the non-temporal hint (gfx11: ``slc`` or
-``nt``; gfx12: ``th:TH_LOAD_NT...``): kernels give it to weights and to nothing else. A
-main loop is an innermost loop with weight loads; a kernel has one per compiled number
-of activation rows, or none when it is fully unrolled: then its whole body counts. Plain
-loads of 16 bytes in a main loop are activations on their way to LDS, so the loop stores
-at least as many 16-byte pieces there; plain loads in excess are taken for weight loads
-that lost the hint.
+``nt``; gfx12: ``th:TH_LOAD_NT...``); kernels use the hint only for weights. A main loop
+is an innermost loop with weight loads. A kernel has one main loop per compiled number
+of activation rows; if it is fully unrolled it has none, and its whole body counts.
+Plain 16-byte loads in a main loop are activations that go to LDS, so the loop stores at
+least as many 16-byte pieces to LDS. Any more plain loads are counted as weight loads
+without the hint.
 
-Memory answers a wave's requests while the wave computes, until it waits (``s_waitcnt``,
-on gfx12 ``s_wait_*cnt``) or meets a barrier. Two numbers follow from where the waits
-stand. *Weight bytes in flight*: what a turn of a main loop requests before its first
-wait after a weight load. *Round trips*: how often a wave waits for memory, one answer
-after the other, before it requests its first weights.
+Memory serves a wave's requests while the wave computes, until it waits (``s_waitcnt``,
+on gfx12 ``s_wait_*cnt``) or meets a barrier. The positions of the waits give two
+numbers. *Weight bytes in flight*: what an iteration of a main loop requests before its
+first wait after a weight load. *Round trips*: the number of dependent waits for memory
+before a wave requests its first weights.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ from typing import TypeVar
 import networkx
 import yaml
 
-# VGPRs of a SIMD per wave32 lane, and the step in which a wave gets them: LLVM's AMDGPU
-# backend (feature 1_5xVGPRs: 1536 in steps of 24, else 1024 in steps of 16) and AMD's
-# RDNA3 and RDNA4 instruction set guides.
+# VGPRs of a SIMD per wave32 lane, and the allocation granularity. Sources: LLVM's
+# AMDGPU backend (feature 1_5xVGPRs: 1536 in steps of 24, else 1024 in steps of 16) and
+# AMD's RDNA3 and RDNA4 instruction set guides.
 ARCHS = Path(__file__).resolve().parents[1] / "csrc" / "rocm" / "amd_archs.json"
 VGPR_FILE = {
     arch: (facts["vgprs"], facts["vgpr_step"])
@@ -47,8 +47,8 @@ LDS_BYTES_PER_WGP = 128 * 1024  # for two CUs; RDNA3 and RDNA4
 LANE_LOAD_BYTES = 16  # 32 weights
 WAVE_SIZE = 32
 
-# Counters of requests: of vector loads (in order), of scalar loads and LDS (one counter
-# on gfx11, so any of its waits is taken to wait for scalar loads), of the rest.
+# Request counters: vector loads (in order); scalar loads and LDS (one counter on gfx11,
+# so each of its waits counts as a wait for scalar loads); everything else.
 _WAITS = {
     "vmcnt": "vector",
     "lgkmcnt": "scalar",
@@ -58,7 +58,7 @@ _WAITS = {
     "vscnt": "other",
     "storecnt": "other",
 }
-# Neither work nor a request: waits and hints to the scheduler.
+# Neither work nor requests: waits and scheduler hints.
 _HINTS = ("s_wait", "s_delay_alu", "s_clause", "s_nop", "s_code_end")
 
 
@@ -70,12 +70,12 @@ class Instruction:
 
     @property
     def operations(self) -> list[str]:
-        """Mnemonics, two for a dual instruction (``v_dual_a ... :: v_dual_b ...``)."""
+        """Mnemonics; two for a dual instruction (``v_dual_a ... :: v_dual_b ...``)."""
         return [half.split()[0] for half in self.text.split("::")]
 
     @property
     def load_bytes(self) -> int:
-        """Bytes per lane of a vector memory load, 0 for everything else."""
+        """Bytes per lane of a vector memory load; 0 for everything else."""
         found = re.match(
             r"(?:global|buffer|flat)_load_(?:d16_)?(?:hi_)?(dwordx?|[bui](?=\d))(\d*)",
             self.text,
@@ -87,18 +87,20 @@ class Instruction:
 
     @property
     def is_weight_load(self) -> bool:
+        """Whether this loads memory with the non-temporal hint."""
         hint = re.search(r"\b(slc|nt)\b|th:TH_LOAD_NT", self.text)
         return self.load_bytes > 0 and hint is not None
 
     @property
     def is_scalar_load(self) -> bool:
+        """Whether this is a scalar memory load."""
         return self.text.startswith(("s_load_", "s_buffer_load_"))
 
     @property
     def waits(self) -> dict[str, int]:
-        """Kind of request -> how many may still be under way; empty: no wait.
+        """Kind of request -> how many may still be pending; empty if this is no wait.
 
-        A barrier waits for other waves, which is listed as "other".
+        A barrier waits for other waves, which counts as "other".
         """
         name, _, operands = self.text.partition(" ")
         if name == "s_waitcnt":
@@ -112,14 +114,14 @@ class Instruction:
         if not name.startswith("s_wait_") or not set(counters) <= _WAITS.keys():
             return {}
         value = int(operands.split()[-1], 0)
-        if len(counters) == 2:  # loads or stores above LDS, 8 bits apart
+        if len(counters) == 2:  # loads or stores in the high byte, LDS in the low
             return {_WAITS[counters[0]]: value >> 8, "other": value & 0xFF}
         return {_WAITS[counters[0]]: value}
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel as assembled: resources from the metadata, code in layout order."""
+    """A kernel in assembly: resources from the metadata, code in layout order."""
 
     name: str
     vgpr: int
@@ -131,7 +133,7 @@ class Kernel:
     labels: dict[str, int]  # label -> index into code
 
     def main_loops(self) -> list["Region"]:
-        """The innermost loops with weight loads; the whole body where there is none."""
+        """Return the innermost loops with weight loads; without any, the whole body."""
         flow = self._flow
         loops = [
             self._region(flow.subgraph(loop), min(_entries(flow, loop)))
@@ -143,8 +145,9 @@ class Kernel:
     def round_trips(self) -> tuple[int, int] | None:
         """Fewest and most dependent memory round trips before the first weight load.
 
-        Over all paths that enter no loop without weights on the way; None where no
-        weight load is reached. Requests that are under way at the same time count once.
+        Considers all paths, but enters a loop without weights only if there is no way
+        around it; ``None`` if no weight load is reachable. Simultaneous requests count
+        once.
         """
         flow = self._flow
         loops = _loops(flow, set(flow), self._has_weights)
@@ -168,7 +171,7 @@ class Kernel:
 
     @functools.cached_property
     def _blocks(self) -> list[slice]:
-        """Basic blocks in layout order."""
+        """Return the basic blocks in layout order."""
         jumps = [i for i, ins in enumerate(self.code) if _jump(ins)]
         starts = sorted({0, *self.labels.values(), *(i + 1 for i in jumps)})
         starts = [i for i in starts if i < len(self.code)]
@@ -176,7 +179,7 @@ class Kernel:
 
     @functools.cached_property
     def _flow(self) -> networkx.DiGraph:
-        """The control flow graph over the numbers of the blocks."""
+        """Return the control flow graph of the block numbers."""
         blocks = self._blocks
         number = {block.start: i for i, block in enumerate(blocks)}
         flow = networkx.DiGraph()
@@ -196,22 +199,22 @@ class Kernel:
 
 
 def _jump(ins: Instruction) -> str:
-    """The instruction's text if control may go elsewhere after it."""
+    """Return the instruction's text if it may jump, else an empty string."""
     jumps = ("s_branch", "s_cbranch", "s_endpgm", "s_setpc")
     return ins.text if ins.text.startswith(jumps) else ""
 
 
 def _entries(flow: networkx.DiGraph, loop: set[int]) -> set[int]:
-    """Blocks of a loop that are reached from outside; the first one if none is."""
+    """Return a loop's blocks that are reached from outside; else its first block."""
     return {j for i, j in flow.edges if i not in loop and j in loop} or {min(loop)}
 
 
 def _loops(
     flow: networkx.DiGraph, nodes: set[int], has_weights: Callable[[int], bool]
 ) -> Iterator[tuple[set[int], bool]]:
-    """Loops among `nodes` and whether they load weights.
+    """Return loops among `nodes`, each with whether it loads weights.
 
-    Of nested ones these are the innermost that do and the outermost that do not.
+    Of nested loops: the innermost ones that do, and the outermost ones that do not.
     """
     parts = networkx.strongly_connected_components(flow.subgraph(nodes))
     for loop in sorted(parts, key=min):  # in layout order
@@ -233,7 +236,7 @@ State = TypeVar("State", bound=Hashable)
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Part of a kernel that is entered at one block."""
+    """A part of a kernel that is entered at one block."""
 
     blocks: dict[int, tuple[Instruction, ...]]  # in layout order
     flow: networkx.DiGraph
@@ -241,16 +244,16 @@ class Region:
 
     @property
     def code(self) -> tuple[Instruction, ...]:
-        """In layout order, both sides of every branch."""
+        """Return the code in layout order, with both sides of every branch."""
         return tuple(ins for block in self.blocks.values() for ins in block)
 
     def walk(
         self, state: State, step: Callable[[State, Instruction], list[State]]
     ) -> set[State]:
-        """Takes `state` along every path, once through loops; returns the last ones.
+        """Carry `state` along every path, once through loops; return the final states.
 
-        `step(state, instruction)` gives the states after an instruction; none: the path
-        ends there.
+        `step(state, instruction)` returns the states after an instruction. If it
+        returns none, the path ends there.
         """
         dominators = networkx.immediate_dominators(self.flow, self.entry)
         reached = {self.entry, *dominators}
@@ -280,13 +283,14 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """Round trips so far, and after how many each pending load was requested."""
+    """Round trips so far, and their number when each pending load was requested."""
 
     level: int = 0
     vector: tuple[int, ...] = ()  # in order
     scalar: int = -1  # the latest; -1: none
 
     def after(self, ins: Instruction) -> "_Pending":
+        """Return the state after an instruction."""
         if ins.is_scalar_load:
             return dataclasses.replace(self, scalar=self.level)
         if ins.load_bytes:
@@ -304,13 +308,14 @@ class _Pending:
 
 @dataclasses.dataclass(frozen=True)
 class _Requested:
-    """Weight bytes that a wave requested, and before the first wait after one."""
+    """Weight bytes that a wave requested: in all, and before the first wait."""
 
     total: int = 0
     early: int = 0
     waited: bool = False
 
     def after(self, ins: Instruction) -> "_Requested":
+        """Return the state after an instruction."""
         if ins.is_weight_load:
             size = ins.load_bytes * WAVE_SIZE
             early = self.early if self.waited else self.early + size
@@ -321,9 +326,9 @@ class _Requested:
 
 
 def parse_assembly(text: str) -> list[Kernel]:
-    """Reads clang's AMDGPU assembler output; returns its kernels in metadata order.
+    """Parse clang's AMDGPU assembly; return its kernels in metadata order.
 
-    Raises ValueError when a kernel that the metadata names has no code.
+    Raises ValueError if a kernel in the metadata has no code.
     """
     bodies = dict(_functions(text))
     found = re.search(
@@ -374,7 +379,7 @@ def _functions(
 
 
 def occupancy(arch: str, vgpr: int, lds: int = 0, block_size: int = 32) -> int:
-    """Waves per SIMD that fit, at most 16.
+    """Return the waves that fit a SIMD, at most 16.
 
     `vgpr` per lane, `lds` in bytes per block, `block_size` in lanes. Raises KeyError
     for an architecture that VGPR_FILE does not list.
@@ -389,28 +394,28 @@ def occupancy(arch: str, vgpr: int, lds: int = 0, block_size: int = 32) -> int:
 
 @dataclasses.dataclass
 class Loop:
-    """One turn of a main loop; see the module's docstring for the numbers."""
+    """One iteration of a main loop; the module docstring explains the numbers."""
 
     weight_loads: dict[int, int]  # bytes per lane -> count
-    weight_bytes: int  # of a wave, on the path that requests most
-    weight_bytes_in_flight: int  # of them
-    plain_wide_loads: int  # 16 bytes and no hint
+    weight_bytes: int  # per wave, on the path that requests most
+    weight_bytes_in_flight: int  # part of weight_bytes
+    plain_wide_loads: int  # 16-byte loads without the hint
     wide_lds_stores: int
     dot2_per_512B: float | None
-    valu_per_512B: float | None  # with those
+    valu_per_512B: float | None  # dot2 included
     instructions_per_512B: float | None  # without waits and hints
     code: str
     mca_cycles_per_512B: float | None = None
 
     @property
     def lane_loads(self) -> float:
-        """Weight bytes per lane in units of 16, which is 512 bytes per wave."""
+        """Weight bytes per lane in units of 16; one unit is 512 bytes per wave."""
         return sum(n * size for size, n in self.weight_loads.items()) / LANE_LOAD_BYTES
 
     def faults(self, activations_through_lds: bool = True) -> list[str]:
-        """Why this loop must not ship; empty when it may.
+        """Return why this loop must not ship; empty if it may.
 
-        Where activations do not go through LDS, wide loads without the hint are theirs.
+        If activations do not go through LDS, wide loads without the hint load them.
         """
         found = (
             []
@@ -434,7 +439,7 @@ class Loop:
 
 
 def analyse(region: Region) -> Loop:
-    """Counts what a main loop does in one turn, every instruction once."""
+    """Count what a main loop does in an iteration; every instruction counts once."""
     code = region.code
     loads = Counter(ins.load_bytes for ins in code if ins.is_weight_load)
     plain = [ins for ins in code if ins.load_bytes >= 16 and not ins.is_weight_load]
@@ -464,5 +469,5 @@ def analyse(region: Region) -> Loop:
 
 
 def parse_mca(text: str) -> list[float]:
-    """Block reciprocal throughputs, in cycles, of the regions of an llvm-mca report."""
+    """Return the block reciprocal throughput, in cycles, of each llvm-mca region."""
     return [float(x) for x in re.findall(r"^Block RThroughput:\s*([\d.]+)", text, re.M)]

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Time of a quantized lm_head on a GPU, beside the 16-bit one, and its first tokens.
+"""Time of a quantized lm_head, beside the 16-bit one, and its first tokens.
 
-Every figure is the median over replays of a CUDA graph; weights are larger than any
-cache. ``all rescored`` is the worst case: every logit lies within the window. The check
+On a GPU every figure is the median over replays of a CUDA graph. On the CPU the options
+take turns, with a measurement of the read bandwidth before each round; % is the median
+over rounds of what a scan reads per second, in parts of that. Weights are larger than
+any cache. ``all rescored`` is the worst case: every logit within the window. The check
 counts rows whose first token is not the 16-bit head's, among them rows that nearly tie
 and rows of heavy-tailed weights and activations.
 Exit status: 0; 1 when a first token was lost; 2 for a bad argument.
@@ -14,12 +16,15 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from moe_bench.ceilings import ReadNow
+from moe_bench.machine import describe
 
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 
@@ -30,35 +35,40 @@ NAMES = {"int4_g128": (4, 128), "int4_g32": (4, 32), "int8_g32": (8, 32)}
 class Head:
     """A random head [N, K]: rows of different sizes, near ties and heavy tails."""
 
-    def __init__(self, n: int, k: int):
-        weight = torch.randn(n, k, device="cuda") * 0.02
-        weight *= torch.exp(0.3 * torch.randn(n, 1, device="cuda"))
-        self.tails = torch.arange(0, n, 97, device="cuda")
-        scale = torch.distributions.StudentT(2.0).sample((len(self.tails), k)).cuda()
+    def __init__(self, n: int, k: int, device: str):
+        self.device = device
+        weight = torch.randn(n, k, device=device) * 0.02
+        weight *= torch.exp(0.3 * torch.randn(n, 1, device=device))
+        self.tails = torch.arange(0, n, 97, device=device)
+        scale = (
+            torch.distributions.StudentT(2.0).sample((len(self.tails), k)).to(device)
+        )
         weight[self.tails] *= (1 + scale.abs()).clamp(max=30)
-        self.ties = torch.arange(1, n, 50, device="cuda")[:2000]
-        noise = 2e-4 * torch.randn(len(self.ties), k, device="cuda")
+        self.ties = torch.arange(1, n, 50, device=device)[:2000]
+        noise = 2e-4 * torch.randn(len(self.ties), k, device=device)
         weight[self.ties] = weight[self.ties - 1] + noise
         self.weight = weight.to(torch.bfloat16)
         self.quantized = {
             name: ops.quantize(self.weight, *width) for name, width in NAMES.items()
         }
-        properties = torch.cuda.get_device_properties(0)
-        self.cu_count = properties.multi_processor_count
+        self.cu_count = 1
+        if device != "cpu":
+            properties = torch.cuda.get_device_properties(0)
+            self.cu_count = properties.multi_processor_count
 
     def rows(self, count: int, kind: str = "peaked") -> torch.Tensor:
         """Hidden states whose logits have a deviation of about 2 and a few peaks."""
         n, k = self.weight.shape
         among = {"ties": self.ties, "tails": self.tails}.get(kind)
         limit = n if among is None else len(among)
-        chosen = torch.randint(0, limit, (count,), device="cuda")
+        chosen = torch.randint(0, limit, (count,), device=self.device)
         towards = self.weight[chosen if among is None else among[chosen]].float()
-        x = torch.randn(count, k, device="cuda")
+        x = torch.randn(count, k, device=self.device)
         if kind == "heavy":
-            x = torch.distributions.StudentT(2.5).sample((count, k)).cuda()
+            x = torch.distributions.StudentT(2.5).sample((count, k)).to(self.device)
         x /= x.norm(dim=1, keepdim=True)
         towards /= towards.norm(dim=1, keepdim=True)
-        strength = torch.rand(count, 1, device="cuda") / 2
+        strength = torch.rand(count, 1, device=self.device) / 2
         return ((x + strength * towards) * 90).to(torch.bfloat16)
 
     def scan(self, name: str, a: torch.Tensor, c: torch.Tensor) -> None:
@@ -99,8 +109,8 @@ def microseconds(call: Callable[[], Any], calls: int = 10, replays: int = 9) -> 
 def buffers(head: Head, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     n = len(head.weight)
     return (
-        torch.empty(count, n, dtype=torch.bfloat16, device="cuda"),
-        torch.empty(count, 2 * ops.PARTS, device="cuda"),
+        torch.empty(count, n, dtype=torch.bfloat16, device=head.device),
+        torch.empty(count, 2 * ops.PARTS, device=head.device),
     )
 
 
@@ -118,6 +128,44 @@ def times(head: Head, counts: list[int]) -> Iterator[dict[str, float]]:
         yield row
 
 
+def times_on_cpu(
+    head: Head, counts: list[int], rounds: int
+) -> Iterator[dict[str, Any]]:
+    reads = ReadNow(torch.get_num_threads())
+    linear = torch.nn.functional.linear
+    n, k = head.weight.shape
+    for count in counts:
+        a = head.rows(count)
+        c, p = buffers(head, count)
+        calls: dict[str, Callable[[], Any]] = {
+            "bf16": partial(linear, a, head.weight),
+            **{name: partial(head.scan, name, a, c) for name in NAMES},
+            "int4_rescored": partial(head.rescored, a, c, p),
+        }
+        num_bytes = {"bf16": 2.0 * n * k}
+        for name, (bits, group) in NAMES.items():
+            num_bytes[name] = n * k * (bits / 8 + 2 / group)
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for call in calls.values():
+            call()
+        first = len(reads.gbps)
+        for _ in range(rounds):
+            reads.measure()
+            for name, call in calls.items():
+                begin = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - begin)
+        row: dict[str, Any] = {"rows": count}
+        row["read GB/s"] = statistics.median(reads.gbps[first:])
+        for name, times in seconds.items():
+            row[name] = 1e6 * statistics.median(times)
+            if name in num_bytes:
+                pairs = zip(times, reads.gbps[first:], strict=True)
+                shares = [num_bytes[name] / t / 1e9 / gbps for t, gbps in pairs]
+                row[f"{name} %"] = 100 * statistics.median(shares)
+        yield row
+
+
 def first_tokens(head: Head, count: int) -> dict[str, int]:
     """Of ``count`` rows in four kinds: those that lost their first token."""
     lost, lost_by_int4, total = 0, 0, 0
@@ -128,12 +176,19 @@ def first_tokens(head: Head, count: int) -> dict[str, int]:
             head.scan("int4_g128", a, c)
             plain = c.argmax(1)
             head.rescored(a, c, p)
-            exact = torch.mm(a, head.weight.t(), out_dtype=torch.float32)
+            exact = products(a, head.weight)
             first = exact.to(torch.bfloat16).argmax(1)
             lost += int((c.argmax(1) != first).sum())
             lost_by_int4 += int((plain != first).sum())
             total += len(a)
     return {"rows": total, "lost": lost, "lost_by_int4_alone": lost_by_int4}
+
+
+def products(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """fp32 sums."""
+    if a.device.type == "cpu":
+        return torch.cat([a.float() @ w.float().t() for w in weight.split(8192)], 1)
+    return torch.mm(a, weight.t(), out_dtype=torch.float32)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -142,23 +197,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--check", type=int, default=20000, help="rows to check")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rounds", type=int, default=15, help="on the CPU")
     parser.add_argument("--json", type=Path, metavar="F", help="write the results")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available() or max(options.rows) > ops.MAX_ROWS:
-        parser.error(f"a GPU and --rows of up to {ops.MAX_ROWS} are needed")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU; --device cpu runs without one")
+    if max(options.rows) > ops.MAX_ROWS:
+        parser.error(f"--rows: at most {ops.MAX_ROWS}")
     error = ops.load_error()
     if error is not None:
         parser.error(error)
     torch.manual_seed(1)
-    head = Head(options.vocabulary, options.hidden)
-    table = list(times(head, options.rows))
+    head = Head(options.vocabulary, options.hidden, options.device)
+    if options.device == "cpu":
+        table = list(times_on_cpu(head, options.rows, options.rounds))
+    else:
+        table = list(times(head, options.rows))
     for row in table:
         print("  ".join(f"{name} {value:.1f}" for name, value in row.items()))
     checked = first_tokens(head, options.check)
     print(checked)
     if options.json:
         document = {
-            "gpu": torch.cuda.get_device_name(),
+            "machine": describe(options.device, torch.get_num_threads()),
             "shape": [options.vocabulary, options.hidden],
             "us": table,
             "first_tokens": checked,

@@ -1,37 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What the compiler made of the GPU kernels, without a GPU.
+"""Reports on compiled GPU kernels, without a GPU.
 
 ``python benchmarks/isa_report.py [--arch gfx1151 ...] [--json F] [SOURCE ...]``
 
-Compiles kernel sources (without SOURCE all of csrc/rocm that AMD gets) to assembler for
-each architecture and prints each kernel's registers, LDS, scratch and occupancy, and
-what its main loops do.
+Compiles kernel sources (without SOURCE all of csrc/rocm that AMD supports) to assembly
+for each architecture. Prints the registers, LDS, scratch and occupancy of each kernel,
+and what its main loops do.
 
-amdgpu_assembly.py says what counts as a weight load, a main loop, a round trip and as
-weight bytes in flight.
+amdgpu_assembly.py defines weight loads, main loops, round trips and weight bytes in
+flight.
 
-Exit status 0: all well. 1: a kernel uses scratch; a main loop has no weight load, one
-narrower than 16 bytes, or one without the hint; a wait stands between the weight loads
-of a turn; or a kernel for one token (name ending in _t1) has fewer than 2048 weight
-bytes in flight. Each is named with its reason. 2: a tool is missing (the message names
-Debian's package) or the compiler failed.
+Exit status 0: no faults. 1: a kernel uses scratch; a main loop has no weight load, one
+narrower than 16 bytes, or one without the hint; a wait separates the weight loads of an
+iteration; or a kernel for one token (name ending in _t1) has fewer than 2048 weight
+bytes in flight. The report names each kernel and the reason. 2: a tool is missing (the
+message names Debian's package) or the compiler failed.
 
 Columns:
   vgpr, sgpr  registers per lane and per wave
-  lds         bytes per block that the code object fixes; dynamic LDS comes on top
+  lds         static bytes per block; dynamic LDS is extra
   scratch     bytes per lane
-  occ         waves per SIMD that registers and fixed LDS leave room for, 16 at most
+  occ         waves per SIMD that fit registers and static LDS, at most 16
   trips       dependent memory round trips before the first weight load: fewest-most
-              over the paths that lead there
-  weight      weight loads per turn of the main loop, count x bytes per lane
-  flight      weight bytes of a wave requested before the first wait that follows
+              over the paths to it
+  weight      weight loads per iteration of the main loop, count x bytes per lane
+  flight      weight bytes that a wave requests before its first wait after a load
   dot2, valu, instr
               v_dot2, all VALU operations (both halves of a dual instruction count) and
-              all instructions but waits and hints, per 512 weight bytes
-  mca         SIMD cycles that 512 weight bytes (a 16-byte load of 32 lanes) take while
-              other waves hide all latency: llvm-mca's block reciprocal throughput
-  budget      mca as a share of the SIMD cycles that memory needs for these bytes
+              all instructions except waits and hints, per 512 weight bytes
+  mca         SIMD cycles for 512 weight bytes (a 16-byte load of 32 lanes) if other
+              waves hide all latency: llvm-mca's block reciprocal throughput
+  budget      mca as a share of the SIMD cycles that memory needs to deliver them
 """
 
 import argparse
@@ -58,13 +58,15 @@ from amdgpu_assembly import (
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_DIR = ROOT / "csrc" / "rocm"
 
-# The budget is gfx1151's (Strix Halo, Radeon 8060S): 40 CUs at 2.9 GHz by AMD's product
-# page; 212 GB/s is what copy tools measure of its 256 GB/s (8000 MT/s, 32 bytes wide).
+# The budget is for gfx1151 (Strix Halo, Radeon 8060S): 40 CUs at 2.9 GHz (AMD's product
+# page), and 212 GB/s, which copy tools measure of its 256 GB/s (8000 MT/s, 32 bytes
+# wide).
 CUS, CLOCK_HZ, READ_BYTES_PER_S = 40, 2.9e9, 212e9
 WAVE_LOAD_BYTES = 512  # 32 lanes x 16 bytes
-# What a wave of a kernel for one token is to have in flight: two blocks, two row sets.
+# Required bytes in flight of a kernel for one token: two blocks, two row sets.
 LEAST_IN_FLIGHT = 2048
-# Prefixes of kernels that read no weights, and that read activations without LDS.
+# Name prefixes of kernels without weights, and of kernels that load activations
+# without LDS.
 WITHOUT_WEIGHTS = ("rescore_largest_",)
 ACTIVATIONS_FROM_MEMORY = ("rescore_rows_",)
 
@@ -72,17 +74,23 @@ ACTIVATIONS_FROM_MEMORY = ("rescore_rows_",)
 def budget_cycles() -> float:
     """SIMD cycles of a CU in which memory delivers 512 weight bytes to it: about 560.
 
-    212 GB/s over 40 CUs at 2.9 GHz are 1.83 bytes per CU and clock; 2 SIMDs share them.
+    212 GB/s over 40 CUs at 2.9 GHz is 1.83 bytes per CU and clock; 2 SIMDs share them.
     """
     return SIMDS_PER_CU * WAVE_LOAD_BYTES / (READ_BYTES_PER_S / CUS / CLOCK_HZ)
 
 
 class ToolError(Exception):
-    """A tool is missing or failed; the text says which and what to do."""
+    """A tool is missing or failed; the message says which, and what to do."""
+
+
+def kernel_sources() -> list[Path]:
+    """The sources that are compiled for AMD: the grouped kernels are not."""
+    sources = sorted(SOURCE_DIR.glob("*.hip"))
+    return [source for source in sources if "_grouped_" not in source.name]
 
 
 def find_tool(names: Sequence[str], package: str) -> str:
-    """Path of the first of `names` on PATH or in ROCm's folders. Raises ToolError."""
+    """Return the first of `names` on PATH or in ROCm's folders. Raises ToolError."""
     rocm = os.environ.get("ROCM_PATH", "/opt/rocm")
     path = [os.environ.get("PATH", ""), f"{rocm}/bin", f"{rocm}/llvm/bin"]
     for name in names:
@@ -103,16 +111,16 @@ def _run(command: Sequence[str], text: str = "") -> str:
 
 
 def compile_to_assembly(compiler: str, source: Path, arch: str) -> str:
-    """Compiles a kernel source for `arch`; returns assembler text. Raises ToolError."""
+    """Compile a kernel source for `arch`; return the assembly. Raises ToolError."""
     command = [compiler, "-x", "hip", f"--offload-arch={arch}", "--offload-device-only"]
     command += ["-O3", "-std=c++17", "-S", f"-I{ROOT / 'csrc'}", f"-I{SOURCE_DIR}"]
-    if Path(compiler).name.startswith("clang"):  # plain clang: no ROCm behind it
+    if Path(compiler).name.startswith("clang"):  # plain clang, without ROCm
         command += ["-nogpulib", "-nogpuinc", "--no-gpu-bundle-output"]
     return _run([*command, str(source), "-o", "-"])
 
 
 def estimate_cycles(mca: str, arch: str, loops: Sequence[Loop]) -> None:
-    """Fills in mca_cycles_per_512B of the loops with weight loads. Raises ToolError."""
+    """Set mca_cycles_per_512B of the loops with weight loads. Raises ToolError."""
     loops = [loop for loop in loops if loop.weight_loads]
     if not loops:
         return
@@ -128,7 +136,7 @@ def estimate_cycles(mca: str, arch: str, loops: Sequence[Loop]) -> None:
 
 
 def report(arch: str, source: Path, compiler: str, mca: str) -> list[dict]:
-    """Rows of the report, one per kernel of `source`; JSON-ready but for "loops"."""
+    """Return a row per kernel of `source`, ready for JSON except for "loops"."""
     kernels = parse_assembly(compile_to_assembly(compiler, source, arch))
     loops = [[analyse(code) for code in kernel.main_loops()] for kernel in kernels]
     estimate_cycles(mca, arch, [loop for group in loops for loop in group])
@@ -170,7 +178,7 @@ def report(arch: str, source: Path, compiler: str, mca: str) -> list[dict]:
 
 
 def table(arch: str, rows: Sequence[dict]) -> str:
-    """The rows of one architecture as text, a line per kernel and further main loop."""
+    """Return one architecture's rows as text: a line per kernel and extra main loop."""
     width = max([len(row["name"]) for row in rows], default=6)
     columns = (
         "vgpr sgpr   lds scratch occ trips   weight flight   dot2   valu  instr    mca "
@@ -207,17 +215,14 @@ def table(arch: str, rows: Sequence[dict]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line of the module's docstring; returns the exit status."""
+    """Run the command line of the module docstring; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", type=Path, metavar="SOURCE")
     parser.add_argument("--arch", nargs="+", choices=sorted(VGPR_FILE), metavar="GFX")
     parser.add_argument("--json", type=Path, metavar="F", help="also write F")
     args = parser.parse_args(argv)
     archs = args.arch or sorted(VGPR_FILE)
-    # the grouped kernels need matrix instructions: no code for AMD
-    sources = args.sources or sorted(
-        p for p in SOURCE_DIR.glob("*.hip") if "_grouped_" not in p.name
-    )
+    sources = args.sources or kernel_sources()
     try:
         tools = (
             find_tool(["hipcc", "amdclang++", "clang++-22"], "clang-22"),

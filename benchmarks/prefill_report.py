@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Compile the Triton prefill kernels, without a GPU, and report what they use.
+"""Compiles the Triton prefill kernels without a GPU and reports their resources.
 
-For every architecture the tiles of its tuning table are
-compiled in a few variants (dtype, group size, zero points). Exits 1 when a kernel
-spills registers, uses scratch memory or more than 64 KiB of shared memory on AMD.
+For every architecture it compiles the tiles of the tuning table in a few variants
+(dtype, group size, zero points). Exit status 1: a kernel spills registers, uses scratch
+memory, or uses more than 64 KiB of shared memory on AMD.
 """
 
 import argparse
@@ -20,16 +20,17 @@ import sys
 import tempfile
 from typing import Any
 
-# Checks AMD architectures of each generation unless told otherwise.
+# By default it checks one AMD architecture of each generation.
 ARCHS = "gfx1151,gfx1100,gfx1201"
-# dtype, group size, zero points: the common one, and the one with most in registers
+# dtype, group size, zero points: the common case, and the one that needs most registers
 VARIANTS = [("bf16", 128, False), ("bf16", 32, True)]
 ALL_VARIANTS = list(itertools.product(("bf16", "fp16"), (32, 64, 128), (False, True)))
-# Bytes of LDS that a workgroup may have on RDNA
+# LDS bytes per workgroup on RDNA.
 LDS_LIMIT = 65536
 
 
 def gpu_target(arch: str) -> Any:
+    """Return Triton's compilation target for ``sm_NN`` or an AMD architecture."""
     from triton.backends.compiler import GPUTarget
 
     if arch.startswith("sm_"):
@@ -40,7 +41,7 @@ def gpu_target(arch: str) -> Any:
 def compile_kernel(
     arch: str, name: str, tile: tuple[int, ...], dtype: str, group: int, zeros: bool
 ) -> dict[str, Any]:
-    """Compile one kernel; returns its row of the report."""
+    """Compile one kernel; return its row of the report."""
     import triton
     from triton.compiler import ASTSource
 
@@ -74,7 +75,7 @@ def compile_kernel(
             signature[argument] = f"*{floats.get(argument, 'i32')}"
         else:
             signature[argument] = scalars.get(argument, "i32")
-    # as a launch specializes: what a real layer's sizes are multiples of
+    # Specialize like a launch: these are multiples of a real layer's sizes.
     multiples = [
         (i,)
         for i, argument in enumerate(kernel.arg_names)
@@ -106,7 +107,7 @@ def compile_kernel(
 
 
 def resources(arch: str, compiled: Any) -> tuple[int, int]:
-    """Registers per thread and bytes of spills or scratch memory."""
+    """Return registers per thread, and bytes of spills or scratch memory."""
     if not arch.startswith("sm_"):
         text = compiled.asm["amdgcn"]
         numbers = [

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Writes an AutoRound int4 checkpoint with random weights in a published model's shape.
+"""Writes an AutoRound int4 checkpoint of random weights in a published model's shape.
 
-For timing servers and for comparing them with a reference where no real checkpoint can
-be had: Qwen3-MoE with the experts of ``--shape``, attention as in Qwen3-30B-A3B, all
-linears but the routers in 4 bits (``auto_round:auto_gptq``, symmetric, group 128), and
-the tokenizer of the bundled checkpoint. One file per layer.
+It is for timing servers, and for comparing them with a reference, without a real
+checkpoint: a Qwen3-MoE with the experts of ``--shape``, attention as in Qwen3-30B-A3B,
+all linears except the routers in 4 bits (``auto_round:auto_gptq``, symmetric, group
+size 128), and the tokenizer of the bundled checkpoint. One file per layer.
 """
 
 import argparse
@@ -26,12 +26,12 @@ GROUP = 128
 HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
 # The symmetric zero point, 8, stored minus 1 in every nibble.
 ZEROS = 0x77777777
-# Of integers drawn evenly from -7..7.
+# Standard deviation of integers drawn uniformly from -7..7.
 NIBBLE_DEVIATION = 4.32
 
 
 def model_config(shape: MoEShape, layers: int, vocabulary: int) -> dict:
-    """config.json."""
+    """Return the contents of config.json."""
     routers = {f"model.layers.{i}.mlp.gate" for i in range(layers)}
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -74,25 +74,25 @@ def model_config(shape: MoEShape, layers: int, vocabulary: int) -> dict:
 
 
 class RandomTensors:
-    """Makes the tensors of a checkpoint on ``device``, hands them out on the CPU."""
+    """Makes a checkpoint's tensors on ``device`` and returns them on the CPU."""
 
     def __init__(self, seed: int, device: str) -> None:
         self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def dense(self, *size: int, deviation: float) -> torch.Tensor:
-        """Normal, bf16."""
+        """A normally distributed bf16 tensor."""
         values = torch.randn(*size, generator=self._generator, device=self._device)
         return (deviation * values).to(torch.bfloat16).cpu()
 
     def linears(
         self, names: list[str], n: int, k: int
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """int4 [n, k] linears, variance about 1/k."""
+        """int4 [n, k] linears with a variance of about 1/k."""
         count, groups = len(names), k // GROUP
         words = torch.zeros(count, k // 8, n, dtype=torch.int32, device=self._device)
         for nibble in range(8):
-            # -7..7 and no -8: a mean other than zero would make all tokens alike
+            # -7..7 without -8: a nonzero mean would make all tokens alike
             q = torch.randint(
                 *(1, 16, words.shape),
                 generator=self._generator,
@@ -115,7 +115,7 @@ class RandomTensors:
 def layer_tensors(
     prefix: str, shape: MoEShape, random: RandomTensors
 ) -> dict[str, torch.Tensor]:
-    """All tensors of a decoder layer, by name."""
+    """Return all tensors of a decoder layer by name."""
     hidden, inner = shape.hidden, shape.intermediate
     queries, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     ones = torch.ones(hidden, dtype=torch.bfloat16)
@@ -124,7 +124,7 @@ def layer_tensors(
         f"{prefix}.post_attention_layernorm.weight": ones.clone(),
         f"{prefix}.self_attn.q_norm.weight": torch.ones(HEAD_DIM, dtype=torch.bfloat16),
         f"{prefix}.self_attn.k_norm.weight": torch.ones(HEAD_DIM, dtype=torch.bfloat16),
-        # 0.05: the scores of the experts are some 2 apart
+        # 0.05: the experts' scores differ by about 2
         f"{prefix}.mlp.gate.weight": random.dense(
             shape.num_experts, hidden, deviation=0.05
         ),
@@ -154,17 +154,22 @@ def make_checkpoint(
     shape: MoEShape = SHAPES["qwen3-30b-a3b"],
     device: str = "cpu",
     seed: int = 0,
+    vocabulary: int | None = None,
 ) -> Path:
-    """Write the checkpoint, unless it is there; returns ``folder``.
+    """Write the checkpoint unless it exists; return ``folder``.
 
-    The weights depend on ``device``'s random generator, too.
+    ``vocabulary`` is the number of rows of embedding and head: at least the
+    tokenizer's, which is also the default. The weights also depend on ``device``'s
+    random generator.
     """
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER / name, folder / name)
-    vocabulary = json.loads((TOKENIZER / "config.json").read_text())["vocab_size"]
+    if vocabulary is None:
+        config = json.loads((TOKENIZER / "config.json").read_text())
+        vocabulary = config["vocab_size"]
     random = RandomTensors(seed, device)
     index: dict[str, str] = {}
 
@@ -177,10 +182,10 @@ def make_checkpoint(
         write(f"model-layer-{i:03}.safetensors", layer_tensors(prefix, shape, random))
     size = (vocabulary, shape.hidden)
     rest = {
-        # about as large as what a layer adds to it
+        # about as large as the output that a layer adds
         "model.embed_tokens.weight": random.dense(*size, deviation=0.2),
         "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16),
-        # logits some 2 nats apart
+        # logits differ by about 2 nats
         "lm_head.weight": random.dense(*size, deviation=0.05),
     }
     write("model-rest.safetensors", rest)
@@ -201,6 +206,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--device", default="cpu", help="where random numbers are made")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocabulary", type=int, help="default: the tokenizer's")
     options = parser.parse_args()
     print(
         make_checkpoint(
@@ -209,6 +215,7 @@ def main() -> int:
             SHAPES[options.shape],
             options.device,
             options.seed,
+            options.vocabulary,
         )
     )
     return 0

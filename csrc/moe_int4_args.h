@@ -25,8 +25,8 @@ enum class DType : int32_t { kHalf = 0, kBFloat16 = 1 };
 enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
 // X(kind, weight): act(x) = x * weight. epilogue.h (CPU) and activation.cuh (GPU) define the
-// functions that the formulas call. tanh-GELU uses 0.5 * (1 + tanh(y)) = sigmoid(2 * y) with y =
-// sqrt(2 / pi) * (x + 0.044715 x^3).
+// functions that the formulas call. For y = sqrt(2 / pi) * (x + 0.044715 x^3), tanh-GELU's factor
+// 0.5 * (1 + tanh(y)) is sigmoid(2 * y).
 #define MOE_INT4_ACTIVATIONS(X) \
   X(kSilu, sigmoid(alpha* x))   \
   X(kGelu, normal_cdf(x))       \
@@ -113,8 +113,9 @@ struct GateUpArgs {
   Plan plan;
 };
 
-// fused_moe_wvSplitK_int4_down: c[m] = sum over t of topk_weights[m, t] * w[expert(m, t)] a[m*top_k
-// + t], in fp32 and in a fixed order. Every element of c is written (0 when all pairs are skipped).
+// fused_moe_wvSplitK_int4_down: c[m] is the sum over t of
+//   topk_weights[m, t] * w[expert(m, t)] a[m*top_k + t]
+// in fp32 and in a fixed order. Every element of c is written (0 when all pairs are skipped).
 struct DownArgs {
   DType dtype;
   const void* a;  // [M * top_k, K = I]
@@ -123,8 +124,7 @@ struct DownArgs {
   void* c;    // [M, N]
   int64_t c_stride_m;
   Routing routing;
-  const float*
-      topk_weights;  // [M, top_k] or null: all 1, the router weight was applied to the input
+  const float* topk_weights;  // [M, top_k] or null: all 1 (already applied to the input)
   int64_t tw_stride_m;
   int32_t cu_count;
   Plan plan;

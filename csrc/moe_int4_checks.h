@@ -2,8 +2,9 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // Argument checks of the int4 MoE ops: they turn tensors into the structs of moe_int4_args.h. A
-// failed check throws std::runtime_error (RuntimeError in Python) with the message "<op>:
-// <argument>: expected <what>, got <what>". Values inside tensors (expert ids) are not checked,
+// failed check throws std::runtime_error (RuntimeError in Python) with this message:
+//   <op>: <argument>: expected <what>, got <what>
+// Values inside tensors (expert ids) are not checked,
 // because reading them would synchronise a GPU. Kernels skip ids that are out of range.
 #pragma once
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Settings for the whole run, before any test imports vLLM."""
+"""Settings for the whole run, made before any test imports vLLM."""
 
 import importlib.metadata
 import importlib.util
@@ -8,12 +8,12 @@ import os
 
 import pytest
 
-# Nothing is fetched: tests use the bundled checkpoint and ones that they make.
+# Tests must not download anything: they use the bundled checkpoint and generated ones.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# GiB; vLLM's default on a CPU machine is a share of the memory that tests do not need.
+# GiB. On a CPU machine vLLM's default is a share of the memory, more than tests need.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-# A worker of pytest-xdist has its share of the cores. Its servers compute on one: vLLM
-# would put those of all workers on the first.
+# A worker of pytest-xdist has its share of the cores. Its servers use one core; vLLM
+# would put the servers of all workers on the first.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
@@ -23,7 +23,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
 
 
 def pytest_configure() -> None:
-    # the checkout is on sys.path, so that our own modules would be found anyway
+    # the checkout is on sys.path, so importing our modules would prove nothing
     ours = list(importlib.metadata.distributions(name="vllm-hybrid-w4a16"))
     for name, found in (
         ("vllm", importlib.util.find_spec("vllm.config")),

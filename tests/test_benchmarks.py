@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""benchmark_moe.py on tiny shapes: what it writes, what it rejects, what it notices.
+"""benchmark_moe.py on tiny shapes: its output, its argument checks, its error handling.
 
-How fast anything is, is never asserted here.
+These tests assert nothing about speed.
 """
 
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,7 +28,7 @@ ROW_KEYS = {
 
 @pytest.fixture
 def moe_bench(monkeypatch):
-    """The package, with ceilings and caches shrunk so that a run takes seconds."""
+    """The package, with ceilings and caches so small that a run takes seconds."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # main() may overwrite it
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     import moe_bench.ceilings
@@ -37,7 +38,7 @@ def moe_bench(monkeypatch):
     monkeypatch.setattr(moe_bench.ceilings, "GPU_BYTES", 1 << 30)
     monkeypatch.setattr(moe_bench.ceilings, "PASSES", 1)
     monkeypatch.setattr(moe_bench.timing, "WARM_UP_SECONDS", 0)
-    # no second table: the ceilings of such small buffers are not stable
+    # no second table, because the ceilings of such small buffers are not stable
     monkeypatch.setattr(moe_bench.run, "CEILING_NOISE", float("inf"))
     monkeypatch.setattr(moe_bench.machine, "cache_bytes", lambda device: 1 << 18)
     threads = torch.get_num_threads()
@@ -61,7 +62,7 @@ def hybrid_runs() -> bool:
 
 
 def check_rows(result: dict, moe_bench) -> None:
-    """Derived numbers follow from the measured ones."""
+    """Check that derived numbers follow from the measured ones."""
     shape = moe_bench.shapes.parse_shape(SHAPE)
     hybrid = {
         (row["tokens"], row["routing"], row["group_size"]): row["us"]
@@ -95,7 +96,7 @@ def test_cpu_run_writes_table_and_json(main, moe_bench, tmp_path, capsys):
     assert main(arguments.split() + options) == 0
 
     result = json.loads(file.read_text())
-    offered = {"hybrid", "cpu-int4", "torch"}
+    offered = {"hybrid", "cpu-int4", "llama-cpp", "torch"}
     absent = {entry["backend"] for entry in result["unavailable"]}
     assert all(entry["reason"] for entry in result["unavailable"])
     assert ("hybrid" in absent) == (not hybrid_runs())
@@ -197,6 +198,23 @@ def test_plot_is_written(main, tmp_path):
     assert file.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_llama_cpp_gets_the_same_weights(moe_bench, group_size):
+    generator = torch.Generator().manual_seed(group_size)
+    words = torch.empty(4, 32, dtype=torch.int32)
+    words.random_(-(2**31), 2**31, generator=generator)
+    scales = torch.rand(4, 256 // group_size, generator=generator).bfloat16()
+    blocks = moe_bench.llama_cpp.to_q4_0(words, scales).reshape(4, 8, 18)
+    # as ggml defines Q4_0: an fp16 scale; byte j holds weights j and j + 16
+    scale = blocks[..., :2].copy().view(np.float16).astype(np.float32)
+    nibbles = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
+    found = (scale * (nibbles.astype(np.float32) - 8)).reshape(4, 256)
+    expected = moe_bench.inputs.dequantize(words, scales.float())
+    assert np.array_equal(found, expected.numpy())
+    with pytest.raises(ValueError, match="cannot be stored in fp16"):
+        moe_bench.llama_cpp.to_q4_0(words, scales * 1e6)
+
+
 def test_wrong_results_are_reported_and_not_timed(
     main, moe_bench, monkeypatch, tmp_path, capsys
 ):
@@ -255,7 +273,7 @@ def test_broken_backend_does_not_stop_the_others(
             "--shapes 8:2:256:96 --group-size 64",
             "--group-size: 64 does not divide hidden 256 and intermediate 96",
         ),
-        ("--backends fast", "--backends: 'fast' is not one of hybrid, cpu-int4, torch"),
+        ("--backends fast", "--backends: 'fast' is not one of hybrid, cpu-int4, "),
         ("--backends marlin", "--backends: 'marlin' is not one of hybrid, "),
         ("--routing even", "--routing: 'even' is not one of balanced, uniform, "),
         ("--repeats 0", "--repeats: 0 is not a positive number"),
@@ -375,7 +393,7 @@ def test_memory_is_shared_by_the_backends(moe_bench):
     assert share(wanted, layer_bytes, 200) == wanted
     half = share(wanted, layer_bytes, 60)
     assert half == {"hybrid": 20, "cpu-int4": 20, "torch": 5}
-    # one layer each comes first, however large a layer of one backend is
+    # each backend first gets one layer, however large it is
     assert share(wanted, layer_bytes | {"torch": 70}, 80) == {
         "hybrid": 5,
         "cpu-int4": 5,
@@ -386,7 +404,7 @@ def test_memory_is_shared_by_the_backends(moe_bench):
 def test_short_memory_shortens_the_rotation(
     main, moe_bench, monkeypatch, tmp_path, capsys
 ):
-    """Every backend is measured, over as many layers as fit."""
+    """Every backend is measured, with as many layers as fit."""
     shape = moe_bench.shapes.parse_shape(SHAPE)
     layer_bytes = shape.num_experts * shape.expert_weights * 2
     available = int(3.5 * layer_bytes / moe_bench.run.MEMORY_SHARE)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``tools/check_imports.py`` finds what it is for, and nothing in this checkout."""
+"""``tools/check_imports.py`` finds planted problems, and none in this checkout."""
 
 import pytest
 
@@ -67,17 +67,17 @@ def test_this_checkout_and_a_good_one_have_none(tmp_path):
         (
             "csrc/rocm/kernel.hip",
             "int x;\n#ifdef __HIPCC__\n#endif\n",
-            "csrc/rocm/kernel.hip:2: __HIPCC__ belongs into gpu_compat.cuh",
+            "csrc/rocm/kernel.hip:2: __HIPCC__ belongs in gpu_compat.cuh",
         ),
         (
             "csrc/cpu/kernel.cpp",
             "#if __CUDA_ARCH__ >= 900\n#endif\n",
-            "csrc/cpu/kernel.cpp:1: __CUDA_ARCH__ belongs into gpu_compat.cuh",
+            "csrc/cpu/kernel.cpp:1: __CUDA_ARCH__ belongs in gpu_compat.cuh",
         ),
         (
             "csrc/kernel.h",
             "#if defined(__AMDGCN__)\n#endif\n",
-            "csrc/kernel.h:1: __AMDGCN__ belongs into gpu_compat.cuh",
+            "csrc/kernel.h:1: __AMDGCN__ belongs in gpu_compat.cuh",
         ),
     ],
     ids=["up", "up for types", "ground floor", "nowhere", "hip", "cuda", "amdgcn"],

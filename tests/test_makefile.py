@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What ``make`` says before it starts to work."""
+"""Messages of ``make`` before it starts to build."""
 
 import os
 import shutil

@@ -29,7 +29,10 @@ def tool(monkeypatch):
 
 
 def write_linear(folder, name, symmetric, extra=None):
-    """A checkpoint of one linear, [N, K] = [16, 128], groups of 32; its weight."""
+    """Write a checkpoint of one linear and return its weight.
+
+    [N, K] = [16, 128], group size 32.
+    """
     form = FORMATS[name]
     stored = form.random_linear(np.random.default_rng(0), 16, 128, 32, symmetric)
     tensors = {f"model.up_proj.{k}": torch.from_numpy(v) for k, v in stored.items()}
@@ -118,7 +121,7 @@ def test_text_shorter_than_a_window(tool, tmp_path, capsys):
 
 
 def test_figures_of_heads():
-    """By hand: two positions, of which one has another first token."""
+    """Computed by hand: two positions, one with a different first token."""
 
     from benchmarks.quality_bench import heads
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""serve_compare.py: what it runs, what it makes of samples, and that it cleans up.
+"""serve_compare.py: its commands, its statistics and its cleanup.
 
-How fast anything is, is never asserted here.
+These tests assert nothing about speed.
 """
 
 import argparse
@@ -146,7 +146,7 @@ SAMPLES = [
     sample("stock", 1, 10.0),
     sample("stock", 2, 20.0),
     sample("hybrid", 2, 36.0),
-    sample("hybrid", 2, 90.0, concurrency=4),  # the baseline did not get there
+    sample("hybrid", 2, 90.0, concurrency=4),  # the baseline has no such sample
 ]
 
 
@@ -200,7 +200,7 @@ def test_written_results(tool, tmp_path):
 
 
 def test_the_picture_names_every_variant(tool, tmp_path):
-    """Also one that did not run, and one that did not run in every mode."""
+    """Including one that did not run, and one that did not run in every mode."""
     variants = ["--variant=stock", "--variant=triton", "--variant=hybrid"]
     options = tool.parse_arguments([str(CHECKPOINT), f"--out={tmp_path}", *variants])
     comparison = tool.Comparison(options, tool.Progress())
@@ -245,7 +245,7 @@ def test_only_harmless_variables_are_recorded(tool, monkeypatch):
 
 
 def running_script(out: Path, *arguments: str) -> AbstractContextManager[Popen[str]]:
-    """The script on the bundled checkpoint."""
+    """Run the script on the bundled checkpoint."""
     command = [sys.executable, str(SCRIPT), str(CHECKPOINT), f"--out={out}"]
     return running([*command, *arguments])
 
@@ -274,7 +274,7 @@ def test_real_comparison(tmp_path):
 
 @pytest.fixture
 def stand_in(tool, monkeypatch, tmp_path):
-    """``main`` on a stand-in for vLLM, the machine's facts made up."""
+    """``main`` on a stand-in for vLLM, with invented facts about the machine."""
     facts = {**make_result(tool, tmp_path).facts, "rooflines": {}}
     monkeypatch.setattr(tool.facts, "gather", lambda *_: facts)
     monkeypatch.setattr(tool.signal, "signal", lambda number, handler: None)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``VllmServer``: starting, waiting, failing, stopping, on a stand-in for vLLM.
+"""``VllmServer``: starting, waiting, failing and stopping, with a stand-in for vLLM.
 
-Whether a real server starts and stops is for tests/e2e.
+tests/e2e starts and stops real servers.
 """
 
 import signal
@@ -48,7 +48,7 @@ def test_what_does_not_stop_is_killed(log, monkeypatch):
 
 
 def test_a_second_interrupt_kills(log, monkeypatch):
-    """Ctrl-C while the server is given time to stop leaves nothing behind either."""
+    """Ctrl-C while the server is stopping leaves nothing behind either."""
     with pytest.raises(KeyboardInterrupt), stand_in(log, "stubborn") as server:
         server.wait_ready(READY_S)
         wait_for_users(log, 2)

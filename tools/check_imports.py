@@ -70,6 +70,7 @@ def rank(name: str) -> int | None:
 
 
 def import_problems(checkout: Path) -> Iterator[str]:
+    """Yield a line for each import against ``ORDER``, and for an import circle."""
     ours = modules(checkout)
     graph: dict[str, set[str]] = {name: set() for name in ours}
     for name, file in sorted(ours.items()):
@@ -91,6 +92,7 @@ def import_problems(checkout: Path) -> Iterator[str]:
 
 
 def macro_problems(checkout: Path) -> Iterator[str]:
+    """Yield a line for each vendor macro outside of ``gpu_compat.cuh``."""
     for file in sorted((checkout / "csrc").rglob("*")):
         if file.suffix not in CXX_SUFFIXES or file.name == KNOWS_VENDORS:
             continue
@@ -98,7 +100,7 @@ def macro_problems(checkout: Path) -> Iterator[str]:
             found = VENDOR_MACRO.search(line.partition("//")[0])
             if found:
                 where = f"{file.relative_to(checkout).as_posix()}:{number}"
-                yield f"{where}: {found[0]} belongs into {KNOWS_VENDORS}"
+                yield f"{where}: {found[0]} belongs in {KNOWS_VENDORS}"
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ CXX_SUFFIXES = {".h", ".cpp", ".cuh", ".cu", ".hip"}
 
 
 def cxx_sources() -> list[str]:
+    """Return the C++ and GPU sources below csrc and tests."""
     files = [*(CHECKOUT / "csrc").rglob("*"), *(CHECKOUT / "tests").rglob("*")]
     return sorted(str(file) for file in files if file.suffix in CXX_SUFFIXES)
 

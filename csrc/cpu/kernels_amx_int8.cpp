@@ -63,7 +63,7 @@ constexpr int32_t kTileBytes = 1024;
 constexpr int32_t kChunkBytes = 2 * kTileBytes;  // a panel's chunk, or 16 unpacked weight rows
 constexpr int32_t kRows = 32;                    // weight rows per pass, two blocks of 16
 constexpr int32_t kTableGroups = 16;             // groups whose scales are converted together
-// Of these, rows that are adjacent in memory: as many as one store has outputs.
+// Of these, rows that are adjacent in memory. One store writes this many outputs.
 constexpr int32_t kAdjacent = 4;
 
 // L lanes per group, G groups in a chunk (the table above).

@@ -22,9 +22,8 @@ namespace {
 constexpr int32_t kChunk = 128;      // weights (and activations) in a chunk
 constexpr int32_t kChunkWords = 16;  // words in a chunk
 constexpr int32_t kPlaneBytes = 256;
-constexpr int32_t kColumns = 32;  // weight rows dequantized together
-constexpr int32_t kBlockK =
-    256;  // weights of each dequantized together: 16 KiB in all, fits the L1 cache
+constexpr int32_t kColumns = 32;   // weight rows dequantized together
+constexpr int32_t kBlockK = 256;   // weights of each: 16 KiB in all, fits the L1 cache
 constexpr int32_t kMaxBlock = 12;  // activation rows per block: 24 accumulators
 
 int32_t planes_of(DType dtype) { return dtype == DType::kHalf ? 2 : 1; }
@@ -96,8 +95,8 @@ int64_t scratch_bytes(int32_t k, int32_t group_size, int32_t) {
   return int64_t{8} * (kColumns + 1) * round_up(k / group_size, 16) + 2 * kColumns * kBlockK;
 }
 
-// Dequantizes words [word0, word0 + count) of kColumns weight rows from n on into pairs [word][i
-// 0..3][weight row 0..31]. Past the tile's last row, that row is repeated.
+// Dequantizes words [word0, word0 + count) of kColumns weight rows from n on into pairs
+// [word][i 0..3][weight row 0..31]. Past the tile's last row, that row is repeated.
 void dequantize(const Tile& t, int32_t n, int32_t word0, int32_t count, char* to) {
   const int32_t last = t.first + t.columns - 1;
   for (int32_t half = 0; half < 2; ++half, to += 64) {

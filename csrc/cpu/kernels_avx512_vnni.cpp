@@ -145,8 +145,8 @@ inline void load_products(const Tile& t, const Sizes& sizes, int32_t n, int32_t 
   }
 }
 
-// The products of rows [begin, end) of R streams for T activation rows from r0 on, as [activation
-// row][stream][row][group].
+// The products of rows [begin, end) of R streams for T activation rows from r0 on, as
+// [activation row][stream][row][group].
 template <int32_t T, int32_t R>
 void load_run(const Tile& t, const Sizes& sizes, const Streams& streams, int32_t begin, int32_t end,
               int32_t r0) {

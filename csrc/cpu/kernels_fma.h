@@ -21,12 +21,11 @@ namespace moe_int4::cpu {
 namespace {
 
 constexpr int32_t kLanes = MOE_INT4_LANES;
-constexpr int32_t kChunk = 8 * kLanes;  // weights in one vector of words
-constexpr int32_t kBlockRows =
-    kLanes == 16 ? 4 : 2;           // activation rows per block; limited by registers
-constexpr int32_t kWeightRows = 4;  // dequantized weight rows per pass
-constexpr int32_t kRowsAhead = 4;   // weight rows between prefetch and use
-constexpr int32_t kManyRows = 8;    // from this many rows on, dequantizing first is faster
+constexpr int32_t kChunk = 8 * kLanes;                // weights in one vector of words
+constexpr int32_t kBlockRows = kLanes == 16 ? 4 : 2;  // activation rows per block (registers)
+constexpr int32_t kWeightRows = 4;                    // dequantized weight rows per pass
+constexpr int32_t kRowsAhead = 4;                     // weight rows between prefetch and use
+constexpr int32_t kManyRows = 8;  // from this many rows on, dequantizing first is faster
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));

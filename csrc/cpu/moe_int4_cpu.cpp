@@ -4,9 +4,8 @@
 // The int4 MoE ops on the CPU. The driver groups rows by expert, converts activations once, and
 // cuts the work into tiles of output columns. The kernels that tuning.h selects multiply the tiles.
 //
-// One thread computes an output element, in an order that depends neither on the number of threads
-// nor on how the work was cut. Results are therefore bitwise repeatable.
-// number of threads nor on how the work was cut, so results are bitwise repeatable.
+// A single thread computes each output element, in an order that depends neither on the number of
+// threads nor on how the work was cut. Results are therefore bitwise repeatable.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

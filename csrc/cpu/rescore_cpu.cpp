@@ -2,8 +2,9 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // wvSplitK_int_g_rescore on the CPU. First each part of the vocabulary finds its largest product
-// and its largest lower bound. Then each part recomputes the products that might exceed the largest
-// of all. The result depends neither on the number of threads nor on which thread handled a part.
+// and its largest lower bound. Then each part recomputes its products that may be the largest of
+// all, or that are within the window below it. The result depends neither on the number of threads
+// nor on which thread handled a part.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The AMD code objects that are embedded in this library. embed_device_code.py writes their
-// definition, amd_device_code.cmake runs it.
+// The AMD code objects that are embedded in this library. embed_device_code.py writes the
+// definition; amd_device_code.cmake runs it.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ namespace gpu {
 
 struct CodeObject {
   const char* arch;     // "gfx1151"
-  const char* kernels;  // names, one a line
+  const char* kernels;  // names, one per line
   const uint8_t* data;  // a zlib stream
   size_t compressed_size, size;
 };

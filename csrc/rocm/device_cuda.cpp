@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// HYBRID_W4A16_GPU_ARCHS: what nvcc was told to compile for, separated by spaces.
+// HYBRID_W4A16_GPU_ARCHS lists the architectures that nvcc compiled for, separated by spaces.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstdlib>
@@ -14,7 +14,7 @@
 namespace moe_int4::gpu {
 namespace {
 
-// Machine code runs on its own major version from its minor version on.
+// Machine code runs on devices of its major version with at least its minor version.
 bool runs_on(const std::string& built, const std::string& device) {
   const int from = std::atoi(built.c_str() + 3), at = std::atoi(device.c_str() + 3);
   return at >= from && at / 10 == from / 10;
@@ -32,14 +32,14 @@ std::string refusal(const std::string& arch) {
   return "hybrid_w4a16 holds no kernels for " + arch + "; it was built for " HYBRID_W4A16_GPU_ARCHS;
 }
 
-// The kernels are part of this library: the driver loads them.
+// The kernels are part of this library, and the driver loads them.
 void load_device(int, const std::string& arch) {
   const std::string reason = refusal(arch);
   if (!reason.empty()) throw std::runtime_error(reason);
 }
 
 void require_current_device() {
-  // One device is used over and over: looking its name up costs more than a launch.
+  // Usually the same device is used again, and looking up its name costs more than a launch.
   thread_local int checked = -1;
   const int device = ::gpu::current_device();
   if (device == checked) return;

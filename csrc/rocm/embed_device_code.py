@@ -5,8 +5,8 @@
 ``python embed_device_code.py OUT.cpp ARCH=CODE_OBJECT [ARCH=CODE_OBJECT ...]``
 
 Each code object is compressed with zlib into a file beside OUT.cpp, which includes it.
-The names of its kernels are read from its symbol table; one without kernels (of a
-source that is for other GPUs) is left out. Standard library only.
+The names of its kernels come from its symbol table. A code object without kernels (from
+a source for other GPUs) is left out. Standard library only.
 """
 
 import struct
@@ -38,17 +38,17 @@ hybrid_w4a16_code_{i}:
 
 
 def kernel_names(code_object: bytes) -> list[str]:
-    """Names of the kernels of a code object, those that have a descriptor (NAME.kd).
+    """Return the names of a code object's kernels: those with a descriptor (NAME.kd).
 
-    Raises ``ValueError`` where it is no code object.
+    Raises ``ValueError`` if it is not a code object.
     """
     if code_object[:4] != b"\x7fELF" or struct.unpack_from("<H", code_object, 18) != (
         EM_AMDGPU,
     ):
-        raise ValueError("no AMDGPU code object")
+        raise ValueError("not an AMDGPU code object")
     (table_at,) = struct.unpack_from("<Q", code_object, 40)
     entry_size, count = struct.unpack_from("<HH", code_object, 58)
-    # Per section: type, offset, size, link (for symbols: the section of their names).
+    # Per section: type, offset, size, link (for symbols: the section with their names).
     sections = []
     for i in range(count):
         fields = struct.unpack_from("<IIQQQQI", code_object, table_at + i * entry_size)

@@ -6,7 +6,6 @@
 // A lane reads 16 bytes (32 weights) of one row at a time. kLanesPerRow lanes are adjacent along k,
 // so a wave covers kRowGroups rows by kBlockK weights with one load. It always works on two such
 // sets of rows: gate and up rows of the same index, or two adjacent sets of output rows.
-// rows.
 #pragma once
 
 #include "gpu_compat.cuh"
@@ -23,8 +22,8 @@ constexpr int kLog2BlockK = gpu::kHasMma ? 7 : 8;
 static_assert(1 << kLog2BlockK == kBlockK);
 
 constexpr int kMaxSlots = 8;  // activation rows that a wave multiplies with an expert's weights
-// Activation rows per pass: the matrix instruction has room for 8. Without it registers run out,
-// and if more than 4 rows share an expert, its weights are read again, from the cache.
+// Activation rows per pass over the weights in registers: the matrix instruction has room for 8.
+// Without it registers run out.
 constexpr int kSlotsPerPass = gpu::kHasMma ? 8 : 4;
 constexpr int kLoadDepth = gpu::kHasMma ? 4 : 2;  // blocks of weights in flight per wave
 constexpr int kMaxWaves = 16;                     // per block

@@ -21,34 +21,20 @@ constexpr DType dtype_of() {
   if (dtype == dtype_of<DT>() && w.group_size == G && (w.zeros != nullptr) == ZP && t == T) \
     return MOE_INT4_NAME(OP, NAME, G, ZNAME, T);
 
-// Selects the entry point for a call in which `t` tokens (or rows of a block) share weights. The
-// checks have rejected group sizes other than 32, 64 and 128.
-auto& gate_up_kernel(DType dtype, const Weights& w, int t) {
-  MOE_INT4_FOR_ALL(MOE_INT4_CASE, gate_up)
-  throw std::runtime_error("gate_up: no kernel");
-}
-auto& down_kernel(DType dtype, const Weights& w, int t) {
-  MOE_INT4_FOR_ALL(MOE_INT4_CASE, down)
-  throw std::runtime_error("down: no kernel");
-}
-auto& gemm_kernel(DType dtype, const Weights& w, int t) {
-  MOE_INT4_FOR_ALL(MOE_INT4_CASE, gemm)
-  throw std::runtime_error("gemm: no kernel");
-}
-
+// `OP`_kernel(dtype, w, t) selects the entry point for a call in which `t` tokens (or rows of a
+// block) share weights. The checks have rejected group sizes other than 32, 64 and 128.
+#define MOE_INT4_LOOKUP(OP)                                 \
+  auto& OP##_kernel(DType dtype, const Weights& w, int t) { \
+    MOE_INT4_FOR_ALL(MOE_INT4_CASE, OP)                     \
+    throw std::runtime_error(#OP ": no kernel");            \
+  }
+MOE_INT4_LOOKUP(gate_up)
+MOE_INT4_LOOKUP(down)
+MOE_INT4_LOOKUP(gemm)
 #if GPU_HAS_MMA
-auto& grouped_gate_up_kernel(DType dtype, const Weights& w, int t) {
-  MOE_INT4_FOR_ALL(MOE_INT4_CASE, grouped_gate_up)
-  throw std::runtime_error("gate_up: no grouped kernel");
-}
-auto& grouped_down_kernel(DType dtype, const Weights& w, int t) {
-  MOE_INT4_FOR_ALL(MOE_INT4_CASE, grouped_down)
-  throw std::runtime_error("down: no grouped kernel");
-}
-auto& wide_down_kernel(DType dtype, const Weights& w, int t) {
-  MOE_INT4_FOR_ALL(MOE_INT4_CASE, wide_down)
-  throw std::runtime_error("down: no wide kernel");
-}
+MOE_INT4_LOOKUP(grouped_gate_up)
+MOE_INT4_LOOKUP(grouped_down)
+MOE_INT4_LOOKUP(wide_down)
 #endif
 
 // Converts a row stride to int. Kernels index within an expert in 32 bits, and within a row set in

@@ -150,11 +150,13 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
             });
         if (count == 0) continue;
         gpu::wave_barrier();
-        with_slots(count, [&](auto slots, int first_slot, int left) {
+        // Not `Once`: 144 registers, and with the cap spills.
+        with_slots<false>(count, [&](auto slots, int first_slot, int left) {
           const auto row_of = [&](int s) {
             return acts + mine.in_row[first_slot + (s < left ? s : 0)] * a_stride_m;
           };
-          WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
+          using Slots = decltype(slots);
+          WaveTile<DT, G, ZP, Slots::kSlots, Slots::kPasses> tile(first, last, k);
           tile.run(weights.at<ZP>(expert, rows), row_of, mine.staged);
           tile.finish();
           tile.for_each_result([&](int s, int r, float sum) {

@@ -96,11 +96,12 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
                          });
       if (count == 0) return;
       gpu::wave_barrier();
-      with_slots(count, [&](auto slots, int first_slot, int left) {
+      with_slots<true>(count, [&](auto slots, int first_slot, int left) {
         const auto row_of = [&](int s) {
           return acts + mine.in_row[first_slot + (s < left ? s : 0)] * a_stride_m;
         };
-        WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
+        using Slots = decltype(slots);
+        WaveTile<DT, G, ZP, Slots::kSlots, Slots::kPasses> tile(first, last, k);
         multiply(tile, expert, rows, first_slot, row_of);
       });
     }

@@ -53,7 +53,8 @@ GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
       const int slot = first_slot + (s < left ? s : 0);
       return static_cast<const uint16_t*>(a) + mine.in_row[slot] * a_stride_m;
     };
-    WaveTile<DT, G, ZP, decltype(slots)::value> tile(first, last, k);
+    using Slots = decltype(slots);
+    WaveTile<DT, G, ZP, Slots::kSlots, Slots::kPasses> tile(first, last, k);
     tile.run(rows, row_of, mine.staged);
     tile.finish();
     tile.for_each_result([&](int s, int r, float sum) {
@@ -63,9 +64,9 @@ GPU_DEVICE void gemm(MOE_INT4_GEMM_ARGS) {
     });
   };
   if constexpr (T == 1) {
-    multiply(SlotCount<1>{}, 0, 1);
+    multiply(SlotCount<1, 1>{}, 0, 1);
   } else {
-    with_slots(block_size_m, multiply);
+    with_slots<true>(block_size_m, multiply);
   }
   gpu::block_barrier();
 

@@ -210,11 +210,11 @@ GPU_DEVICE int digit_sum(uint32_t digits) {
   return static_cast<int>((digits + (digits >> 16)) * 0x1111u >> 12 & 15);
 }
 
-// Lists the pairs (token, t) that the pair at hand serves, so that an expert's weights are read
+// Lists the pairs (token, t) that the given pair serves, so that an expert's weights are read
 // once for all tokens of a block. The first token that picked the expert serves all pairs with that
 // expert; the others serve none. If a token picked the expert twice, its second pair is served
 // separately. `expert` (at least 0), `token` (counted from the block's first) and t (a place that
-// `picked` holds) are the pair at hand. Wave-collective; returns the number of pairs. `visit(slot,
+// `picked` holds) are the given pair. Wave-collective; returns the number of pairs. `visit(slot,
 // token, t, router weight)` runs in one lane per pair.
 template <typename Visit>
 GPU_DEVICE int list_slots(const Picked& picked, int token, int t, int expert, const Visit& visit) {
@@ -238,20 +238,23 @@ GPU_DEVICE int list_slots(const Picked& picked, int token, int t, int expert, co
   return digit_sum(sharers);
 }
 
-// Runs body(SlotCount<S>, first slot, slots) over `count` slots, with the smallest compiled S that
-// is large enough.
-template <int S>
+// Runs body(SlotCount<S, P>, first slot, slots) over `count` slots, with the smallest compiled S *
+// P that is large enough; see WaveTile. Without `Once` P is 1, and further slots read the weights
+// again.
+template <int S, int P>
 struct SlotCount {
-  static constexpr int value = S;
+  static constexpr int kSlots = S, kPasses = P;
 };
-template <typename Body>
+template <bool Once, typename Body>
 GPU_DEVICE void with_slots(int count, const Body& body) {
   if (count <= 1) {
-    body(SlotCount<1>{}, 0, count);
+    body(SlotCount<1, 1>{}, 0, count);
+  } else if (Once && kSlotsPerPass < kMaxSlots && count > kSlotsPerPass) {
+    body(SlotCount<kSlotsPerPass, kMaxSlots / kSlotsPerPass>{}, 0, count);
   } else {
     for (int first = 0; first < count; first += kSlotsPerPass) {
       const int left = count - first;
-      body(SlotCount<kSlotsPerPass>{}, first, left < kSlotsPerPass ? left : kSlotsPerPass);
+      body(SlotCount<kSlotsPerPass, 1>{}, first, left < kSlotsPerPass ? left : kSlotsPerPass);
     }
   }
 }

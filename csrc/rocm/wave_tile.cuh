@@ -271,16 +271,18 @@ struct ProductOf<DT, G, S, true> {
 // fork: end
 
 // The product over blocks [first, last) of k; finish() makes results of what run() left in the
-// lanes.
-template <typename DT, int G, bool ZP, int S>
+// lanes. S slots at a time meet the weights of a turn, P times: weights are loaded once for S * P
+// slots, and activations wait in registers and LDS for S of them only.
+template <typename DT, int G, bool ZP, int S, int P = 1>
 class WaveTile {
   using Product = typename ProductOf<DT, G, S, gpu::kHasMma>::Type;
   static constexpr int kScales = Product::kScales;
   static constexpr int kGroups = kBlockK / G;
   static constexpr int kSumsPerBlock = kBlockK / Product::kSummed;
   static constexpr int kStagedBlocks = staged_blocks(S);
-  static constexpr int kStagings = kLoadDepth / kStagedBlocks;      // in a turn
-  static constexpr int kAhead = gpu::kHasMma ? 1 : kStagings;       // requested before the weights
+  static constexpr int kStagings = kLoadDepth / kStagedBlocks;  // in a turn
+  // Requested before the weights; of several passes as little as can be: registers.
+  static constexpr int kAhead = gpu::kHasMma || P > 1 ? 1 : kStagings;
   static constexpr int kUnitsPerRow = kStagedBlocks * kBlockK / 8;  // of 16 bytes
   static constexpr int kUnitsPerLane = S * kUnitsPerRow / gpu::kWaveSize;
   static_assert(S * kUnitsPerRow % gpu::kWaveSize == 0 && kLoadDepth % kStagedBlocks == 0);
@@ -298,47 +300,75 @@ class WaveTile {
   template <typename RowOf>
   GPU_DEVICE void run(const WeightRows& rows, const RowOf& row_of, char* staged) {
     float* const sums = reinterpret_cast<float*>(staged + S * staged_row_bytes(S));
-    GPU_UNROLL
-    for (int i = 0; i < kUnitsPerLane; ++i) {
-      act_rows_[i] = row_of((gpu::lane() + i * gpu::kWaveSize) / kUnitsPerRow);
-    }
+    enter_rows(row_of, 0);
     for (int base = first_; base < last_; base += kLoadDepth) {
-      GPU_UNROLL
-      for (int j = 0; j < kAhead; ++j) request_units(j, base + j * kStagedBlocks);
-      gpu::order_requests();
+      request_ahead(base);
       request_weights(rows, base);
       gpu::order_requests();
       GPU_UNROLL
-      for (int d = 0; d < kLoadDepth; ++d) {
-        if (d > 0 && base + d >= last_) return;
-        if (d % kStagedBlocks == 0) {
-          const int staging = d / kStagedBlocks;
-          if (staging >= kAhead) request_units(0, base + d);
-          gpu::wave_barrier();  // what was staged before has been read
-          store_staged(staging % kAhead, staged, sums);
-          gpu::wave_barrier();
+      for (int p = 0; p < P; ++p) {
+        if (p > 0) {
+          gpu::order_requests();  // not earlier: registers
+          enter_rows(row_of, p);
+          request_ahead(base);
         }
-        add_block(d, rows, base, staged + d % kStagedBlocks * kBlockK * 2,
-                  sums + d % kStagedBlocks * kSumsPerBlock);
+        GPU_UNROLL
+        for (int d = 0; d < kLoadDepth; ++d) {
+          if (d > 0 && base + d >= last_) {
+            if constexpr (P == 1) return;
+            break;
+          }
+          if (d % kStagedBlocks == 0) {
+            const int staging = d / kStagedBlocks;
+            if (staging >= kAhead) request_units(0, base + d);
+            gpu::wave_barrier();  // what was staged before has been read
+            store_staged(staging % kAhead, staged, sums);
+            gpu::wave_barrier();
+          }
+          add_block(products_[p], d, rows, base, staged + d % kStagedBlocks * kBlockK * 2,
+                    sums + d % kStagedBlocks * kSumsPerBlock);
+        }
       }
+      if constexpr (P > 1) enter_rows(row_of, 0);
     }
   }
 
-  GPU_DEVICE void finish() { product_.finish(); }
+  GPU_DEVICE void finish() {
+    GPU_UNROLL
+    for (int p = 0; p < P; ++p) products_[p].finish();
+  }
 
   // visit(slot, row set, result) in the lane that holds the result for row lane_row() of the set.
   template <typename Visit>
   GPU_DEVICE void for_each_result(const Visit& visit) const {
     GPU_UNROLL
-    for (int i = 0; i < Product::kResults; ++i) {
-      const int s = Product::slot(i);
-      if (s >= S) continue;
+    for (int p = 0; p < P; ++p) {
       GPU_UNROLL
-      for (int r = 0; r < 2; ++r) visit(s, r, product_.acc[r][i]);
+      for (int i = 0; i < Product::kResults; ++i) {
+        const int s = Product::slot(i);
+        if (s >= S) continue;
+        GPU_UNROLL
+        for (int r = 0; r < 2; ++r) visit(p * S + s, r, products_[p].acc[r][i]);
+      }
     }
   }
 
  private:
+  // The rows of slots p * S to p * S + S - 1.
+  template <typename RowOf>
+  GPU_DEVICE void enter_rows(const RowOf& row_of, int p) {
+    GPU_UNROLL
+    for (int i = 0; i < kUnitsPerLane; ++i) {
+      act_rows_[i] = row_of(p * S + (gpu::lane() + i * gpu::kWaveSize) / kUnitsPerRow);
+    }
+  }
+
+  GPU_DEVICE void request_ahead(int base) {
+    GPU_UNROLL
+    for (int j = 0; j < kAhead; ++j) request_units(j, base + j * kStagedBlocks);
+    gpu::order_requests();
+  }
+
   // The group of the lane's i-th scale in block base + d.
   static GPU_DEVICE uint32_t group(int base, int d, int i) {
     return base * kGroups + (d * kGroups + Product::lane_group() + i);
@@ -370,8 +400,8 @@ class WaveTile {
   }
 
   // Block base + d.
-  GPU_DEVICE void add_block(int d, const WeightRows& rows, int base, const char* staged,
-                            const float* sums) {
+  GPU_DEVICE void add_block(Product& product, int d, const WeightRows& rows, int base,
+                            const char* staged, const float* sums) {
     float scale[2][kScales], offset[2][kScales];
     GPU_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -388,7 +418,7 @@ class WaveTile {
         offset[r][i] = Format<DT>::kOffset + zero;
       }
     }
-    product_.add(blocks_[d], scale, offset, staged, sums);
+    product.add(blocks_[d], scale, offset, staged, sums);
   }
 
   // The units of staging j, from `block` on.
@@ -435,7 +465,7 @@ class WaveTile {
   const uint16_t* act_rows_[kUnitsPerLane];
   gpu::U32x4 units_[kAhead][kUnitsPerLane];
   Block<kScales> blocks_[kLoadDepth];
-  Product product_;
+  Product products_[P];
 };
 
 }  // namespace moe_int4

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Servers on the bundled checkpoint, and what it should compute."""
+"""Servers on the bundled checkpoint, and its expected results."""
 
 import os
 import shlex
@@ -18,19 +18,19 @@ from ..support.reference_model import ReferenceModel
 CHECKOUT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 600.0
 
-# A small model does not need the share of a GPU's memory that vLLM takes by default;
-# other processes may be using it.
+# A small model does not need vLLM's default share of a GPU's memory, which other
+# processes may be using.
 _ON_GPU = ["--gpu-memory-utilization=0.2", f"--kv-cache-memory-bytes={2**30}"]
 SERVE_ARGUMENTS = [
     "--no-enable-prefix-caching",
     *(_ON_GPU if torch.cuda.is_available() else []),
-    # what the machine at hand needs, such as another attention backend
+    # options that the machine needs, such as another attention backend
     *shlex.split(os.environ.get("HYBRID_W4A16_TEST_SERVE_ARGS", "")),
 ]
 
-# What each server is started with: vLLM's defaults with the switch at its default (on
-# CUDA hybrid is opt-in), and eager mode under "require". The cache of compiled code is
-# thrown away with the server, so that what runs is what the sources say now.
+# The options of each server: vLLM's defaults with the switch at its default (hybrid is
+# opt-in on CUDA), and eager mode under "require". The cache of compiled code is deleted
+# with the server, so that the current sources run.
 MODES: dict[str, tuple[list[str], str | None]] = {
     "compiled": ([], None if torch.version.cuda is None else "1"),
     "eager": (["--enforce-eager"], "require"),
@@ -39,7 +39,7 @@ MODES: dict[str, tuple[list[str], str | None]] = {
 
 @pytest.fixture(scope="session")
 def serve_arguments() -> list[str]:
-    """For every server."""
+    """Options of every server."""
     return SERVE_ARGUMENTS
 
 
@@ -60,7 +60,7 @@ def client(
     checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Client]:
-    """A client of a server in each of the modes."""
+    """Yield a client of a server in each of the modes."""
     arguments, switch = MODES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     environment = {"VLLM_HYBRID_W4A16_MOE": switch, "VLLM_CACHE_ROOT": str(folder)}

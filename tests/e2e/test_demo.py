@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The demo script: what it prints, its exit status, and that no process stays."""
+"""The demo script: its output, its exit status, and that no process is left behind."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ DECLINED = "HybridW4A16 MoE: layer x falls back to vLLM's MoE path: why\n"
 
 
 def running_demo(log: Path, *arguments: str) -> AbstractContextManager[Popen[str]]:
-    """The demo script in a process of its own."""
+    """Run the demo script in a separate process."""
     command = [sys.executable, "-m", "tools.demo", f"--log={log}", *arguments]
     return running(command, cwd=CHECKOUT)
 

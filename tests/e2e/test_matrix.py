@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Tiny checkpoints in every format through ``LLM(...)``, deployed in several ways.
 
-A part of the support matrix that covers every pair of format, symmetry, group size,
-dtype and sharding. ``make matrix`` runs all of it; its results are in ``matrix.json``,
-from which the table in docs/support.md is made. Where there is a GPU, the same runs
-there, and what the CPU does not have (sleep mode, Qwen3.5 in fp16).
+The cells here cover every pair of format, symmetry, group size, dtype and sharding.
+``make matrix`` runs the whole matrix; ``matrix.json`` has its results, from which the
+table in docs/support.md is made. On a GPU machine the same cells run on the GPU, and
+additional ones that the CPU does not support (sleep mode, Qwen3.5 in fp16).
 """
 
 import itertools
@@ -22,13 +22,14 @@ from ..support.matrix_cells import (
     full,
     grid,
     on_a_gpu,
+    shared_experts,
     subset,
 )
 from ..support.tiny_models import DenseReference, Recipe, make_checkpoint, prompts
 
 GPUS = torch.cuda.device_count()
 SHORT_RUN = [*subset(), *cut_groups()[:2]]
-LONG_RUN = cut_groups()[2:]
+LONG_RUN = cut_groups()[2:] + shared_experts()[1:]
 CELLS = list(dict.fromkeys([*SHORT_RUN, *on_a_gpu(), *LONG_RUN]))
 ON_CPU = [*SHORT_RUN, *LONG_RUN]
 RUN = [cell for cell in CELLS if (cell.ranks <= GPUS if GPUS else cell in ON_CPU)]
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def answers(request, folder):
-    """Of the cells whose tests were asked for (pytest's -k)."""
+    """Run the cells of the selected tests (pytest's -k)."""
     asked = set()
     for item in request.session.items:
         if item.originalname == test_cell.__name__:
@@ -105,7 +106,7 @@ def test_subset_has_every_pair():
 
 
 def test_a_damaged_expert_would_show(tmp_path):
-    """What the tolerances are worth: gate and up of one expert of eight swapped."""
+    """The tolerances detect one damaged expert: gate and up swapped in one of 8."""
     folder = make_checkpoint(Recipe(), tmp_path)
     intact, damaged = DenseReference(folder), DenseReference(folder)
     gate_up = damaged.model.model.layers[1].mlp.experts.gate_up_proj.data

@@ -19,22 +19,22 @@ pytestmark = pytest.mark.e2e
 
 TOLERANCE = Tolerance(
     # transformers' own bf16 on this checkpoint, teacher-forced on 9,216 tokens of text,
-    # prefers another token than float32 at 93 positions: half of them less than 0.025
-    # below float32's first choice, all but one less than 0.17 (a router that ties
-    # sends a token to other experts). On 2,880 tokens of greedy completions: 22, at
-    # most 0.093.
+    # prefers another token than float32 at 93 positions. Half of these tokens are less
+    # than 0.025 below float32's first choice, all but one less than 0.17 (a router that
+    # ties sends a token to other experts). On 2,880 tokens of greedy completions there
+    # are 22, at most 0.093 below.
     tie_gap=0.25,
     tie_share=0.05,
     mean=0.01,
-    # transformers' own bf16 against float32: 0.0133; served when this was written:
-    # 0.011 to 0.013, and 0.016 on the long prompt. The reference itself with one expert
-    # of the 96 damaged, against the intact one: 0.026 (gate and up swapped) to 0.070
-    # (halves of K swapped), while its perplexity moved by 0.3% to 1.8%.
+    # transformers' own bf16 differs from float32 by 0.0133. The server, when this was
+    # written: 0.011 to 0.013, and 0.016 on the long prompt. The reference with one of
+    # the 96 experts damaged differs from the intact one by 0.026 (gate and up swapped)
+    # to 0.070 (halves of K swapped), while its perplexity changes by 0.3% to 1.8%.
     absolute=0.02,
     perplexity_ratio=1.005,
 )
 
-WINDOW = 512  # tokens; what the model was trained on
+WINDOW = 512  # tokens; the model's training length
 LONG = 1500  # tokens
 
 PROMPTS = [
@@ -48,7 +48,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def text(reference: ReferenceModel) -> list[int]:
-    """Tokens of two modules of the standard library of the Python that runs this."""
+    """Return tokens of two standard library modules of the running Python."""
     sources = [inspect.getsource(module) for module in (textwrap, shlex)]
     encode = reference.tokenizer.encode
     return [token for source in sources for token in encode(source, verbose=False)]

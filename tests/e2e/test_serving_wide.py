@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``vllm serve`` on random weights in Qwen3-30B-A3B's shape, two layers of them.
+"""``vllm serve`` on random weights with the shape of Qwen3-30B-A3B, two layers.
 
-128 experts of 2048 x 768: the tiles and launches that a real model gets, which the
-bundled checkpoint is too small for. Needs a GPU, or HYBRID_W4A16_TEST_WIDE=1, 20 GB of
+128 experts of 2048 x 768 use the tiles and launches of a real model, for which the
+bundled checkpoint is too small. Needs a GPU, or HYBRID_W4A16_TEST_WIDE=1, 20 GB of
 memory and patience.
 """
 
@@ -34,11 +34,11 @@ pytestmark = [
     ),
 ]
 
-# transformers' own fp16 and bf16 against float32 on 512 random tokens, fed alike: 0.020
-# and 0.107 nats per token, other first choices at 7 and 64 positions, up to 0.66 and
-# 1.6 nats below (of a random router's 128 scores some are close, and a token goes
-# elsewhere). Served in fp16 on a CPU: 0.010. With gate and up swapped in eight experts
-# of the first layer: 0.25 nats per token, in one: 0.08.
+# transformers' own fp16 and bf16 against float32 on the same 512 random tokens: 0.020
+# and 0.107 nats per token; other first choices at 7 and 64 positions, up to 0.66 and
+# 1.6 nats below (some of a random router's 128 scores are close, and a token goes to
+# other experts). The server in fp16 on a CPU: 0.010. With gate and up swapped in eight
+# experts of the first layer: 0.25 nats per token; in one expert: 0.08.
 TOLERANCE = {
     "float16": Tolerance(
         tie_gap=1.0, tie_share=0.05, mean=0.01, absolute=0.03, perplexity_ratio=1.01
@@ -137,7 +137,7 @@ def test_long_prompt(
 
 
 def test_damaged_experts_would_show(wide_reference: ReferenceModel) -> None:
-    """What the tolerance is worth: gate and up of 8 of 128 experts swapped."""
+    """The tolerance detects damage: gate and up swapped in 8 of 128 experts."""
     (text,) = random_tokens(0, 512)
     intact = wide_reference.text_logprobs(text)
     experts = wide_reference.model.model.layers[0].mlp.experts.gate_up_proj.data

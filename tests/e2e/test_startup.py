@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``vllm serve`` where it must not come up, and with another group size and dtype."""
+"""``vllm serve`` on broken checkpoints, and with another group size and dtype."""
 
 import inspect
 import json
@@ -32,7 +32,7 @@ START_TIMEOUT_S = 600.0
 
 
 def log_of_failing_load(name: str, folder: Path, environment: Mapping[str, str]) -> str:
-    """What a process that cannot load ``folder`` has printed."""
+    """Return the output of a process that cannot load ``folder``."""
     cases = json.dumps({name: [str(folder), {}]})
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.load_worker", cases],
@@ -74,7 +74,7 @@ def test_server_does_not_come_up_on_a_broken_checkpoint(
     asymmetric = copy_checkpoint(checkpoint, tmp_path / "asymmetric")
     tensors = load_file(asymmetric / WEIGHTS)
     zeros = tensors["model.layers.2.mlp.experts.5.down_proj.qzeros"]
-    zeros[1, 3] ^= 0x10  # the second nibble: 6 for 7
+    zeros[1, 3] ^= 0x10  # the second nibble: 6 instead of 7
     save_weights(tensors, asymmetric)
     with VllmServer(
         asymmetric,
@@ -109,5 +109,5 @@ def test_group_32_in_fp16(checkpoint: Path, tmp_path: Path) -> None:
         ]
     difference = served - reference.text_logprobs(tokens)
     print(f"absolute difference {difference.abs().mean():.5f} nats")
-    # fp16 has 8 times the precision of bf16, see test_serving.
+    # fp16 has 8 times the precision of bf16; see test_serving.
     assert difference.abs().mean() < 0.005

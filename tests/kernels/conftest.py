@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Where the kernel tests run: every device that the op library has kernels for."""
+"""Devices of the kernel tests: every one that the op library has kernels for."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def _devices() -> list[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu_kernels():
-    """Loads the kernels of the GPU at hand, as a layer that uses them does."""
+    """Load the kernels of this machine's GPU, like a layer that uses them."""
     if "cuda" in _devices():
         properties = torch.cuda.get_device_properties(0)
         arch = getattr(properties, "gcnArchName", "").split(":")[0]
@@ -36,7 +36,7 @@ def device(request):
 
 @pytest.fixture
 def every_isa(device):
-    """Iterates over the CPU's instruction sets; on a GPU there is nothing to choose."""
+    """Iterate over the CPU's instruction sets; on a GPU run once."""
     isas = ops.build_info().get("cpu", ()) if device == "cpu" else ()
 
     def choose():
@@ -53,7 +53,7 @@ def every_isa(device):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads and restores it afterwards."""
+    """Set the number of threads, and restore it afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

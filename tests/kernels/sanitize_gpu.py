@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The cases of test_moe_int4_on_host.py on an NVIDIA GPU, under compute-sanitizer.
+"""Runs the cases of test_moe_int4_on_host.py on an NVIDIA GPU, with compute-sanitizer.
 
 ``python tests/kernels/sanitize_gpu.py [--arch sm_90] [--tools memcheck,racecheck,...]
 [--amd-path]``
 
 Builds the kernels, their launchers and csrc/rocm/host/runner.cpp with nvcc into one
-program without torch, so that all that the sanitizer reports is ours; runs every case
-twice, checks the results against float64 and that both runs gave the same bits, first
-without a tool and then under each. Prints a line per tool. Exit status 1: something
-was reported or wrong; 2: no nvcc, or it failed. ``--program`` takes what ``--build``
-left elsewhere. ``--amd-path`` builds the code that AMD runs: no matrix instructions, no
-asynchronous copies. Needs numpy and pytest.
+program without torch, so that the sanitizer only reports on our code. Runs every case
+twice, first without a tool and then under each one. Compares the results with float64,
+and both runs bit for bit. Prints a line per tool. Exit status 1: a report or a wrong
+result; 2: no nvcc, or it failed. ``--program`` runs what ``--build`` built elsewhere.
+``--amd-path`` builds the code path of AMD: no matrix instructions, no asynchronous
+copies. Needs numpy and pytest.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TOOLS = "memcheck,racecheck,initcheck,synccheck"
 
 
 def build(nvcc, arch, folder, amd_path):
-    """Compiles the program into `folder`, an object per process; returns its path."""
+    """Compiles the program in `folder`, one process per object; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     number = arch.removeprefix("sm_")
     common = [nvcc, "-std=c++17", "-O3", f"-I{ROCM}", f"-I{ROCM.parent}"]
@@ -57,7 +57,7 @@ def build(nvcc, arch, folder, amd_path):
 
 
 def run(command, combinations):
-    """Runs all cases in one process; returns (wrong results, what was printed)."""
+    """Runs all cases in one process; returns (wrong results, printed text)."""
     cases = [case for key in combinations for case in host.Maker(*key).cases()]
     calls = b"".join(record(case.fields) for case in cases)
     done = subprocess.run(command, input=calls, capture_output=True, check=False)
@@ -114,7 +114,7 @@ def main():
         print(f"{tool}: {count} calls, twice each: {verdict}  {report}", flush=True)
         return bool(wrong)
 
-    # Side by side: a sanitizer spends most of its time on the host.
+    # In parallel, because a sanitizer spends most of its time on the host.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         failed = list(pool.map(check, ["none", *options.tools.split(",")]))
     return int(any(failed))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""One table of activations: C++ and Triton number the formulas as Python does."""
+"""The activations' formulas have the same numbers in C++, Triton and Python."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ FORMULAS = {name: formula for name, formula in ops.ACTIVATIONS.values()}
 
 
 def own_formulas() -> dict[str, int]:
-    """Without names of the same formula under other parameters."""
+    """Only one name per formula; others have the same formula with other parameters."""
     return {name: number for name, number in FORMULAS.items() if name != "swigluoai"}
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The op library refuses a GPU that it holds no code for.
+"""The op library rejects a GPU that it has no code for.
 
-``csrc/rocm/device_cuda.cpp`` is compiled against a stand-in of CUDA's runtime, whose
-only device is what the test says. For HIP: test_hip_launch.py.
+``csrc/rocm/device_cuda.cpp`` is compiled against a stand-in for CUDA's runtime, whose
+only device is the one that the test chooses. test_hip_launch.py covers HIP.
 """
 
 import shutil

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The op library from a compiler that does not know the newest CPU instructions."""
+"""The op library, built by a compiler without the newest CPU instructions."""
 
 import platform
 import re
@@ -38,7 +38,7 @@ def run(*command) -> subprocess.CompletedProcess:
     [
         ("-mnothing", set(), set()),
         ("-mamx-*", {"amx_bf16", "amx_int8"}, set()),
-        # amx_int8 leaves many rows to amx_bf16, so it goes unused without it.
+        # amx_int8 relies on amx_bf16 for many rows, so it is unused without it.
         ("-mavx512bf16", {"amx_bf16", "avx512_bf16"}, {"amx_int8"}),
     ],
     ids=["current", "no AMX", "no BF16"],
@@ -62,7 +62,7 @@ def test_kernels_that_the_compiler_cannot_build_are_left_out(
     plan = run("ninja", "-C", build, "-n", "-v").stdout
     built = set(re.findall(r"kernels_(\w+)\.cpp\.o ", plan))
     assert built == {kernel for kernel in ALL if kernel not in left_out}
-    # The choice of kernels (tuning.h) names none that is not there.
+    # The choice of kernels (tuning.h) uses no kernel that is missing.
     chooser = "CMakeFiles/_hybrid_w4a16_C.dir/csrc/cpu/isa.cpp.o"
     run("ninja", "-C", build, chooser)
     symbols = run("nm", "--undefined-only", "--demangle", build / chooser).stdout

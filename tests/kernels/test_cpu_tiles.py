@@ -2,10 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The CPU kernels of the int4 MoE ops, one tile at a time, against float64.
 
-The kernels of csrc/cpu are built under AddressSanitizer and UBSan, AMX instructions
-replaced by cpu/amx_emulation.h: so the AMX kernels are tested without AMX.
-cpu/tiles.cpp makes the cases, fresh in every run; a failure names the seed that
-brings them back (environment variable HYBRID_W4A16_TEST_SEED).
+The kernels of csrc/cpu are built under AddressSanitizer and UBSan. cpu/amx_emulation.h
+replaces AMX instructions, so the AMX kernels are tested on any machine. cpu/tiles.cpp
+generates new cases in every run. A failure prints the seed that reproduces them
+(environment variable HYBRID_W4A16_TEST_SEED).
 """
 
 import concurrent.futures
@@ -26,14 +26,14 @@ SKIPPED = 77  # tiles.cpp
 
 # fp32 sums of up to 5120 exact products of weights of up to 15 steps.
 SUMS = 3e-6
-# The same of weights that are 128 too large, whose excess is subtracted from the sum.
+# The same for weights that are 128 too large; the excess is subtracted from the sum.
 BF16_SUMS = 3e-5
-# Activations as 16-bit integers: their error is below 1e-4 of a group's norm; more than
-# that in few outputs, whose errors do not average out.
+# For activations as 16-bit integers, whose error is below 1e-4 of a group's norm. With
+# few outputs the errors do not average out, so the limit is higher.
 INTEGERS = 2e-4
 
-# Kernel: cases, limit of the relative error. Each takes any number of rows, whatever
-# tuning.h gives it.
+# Kernel: number of cases, limit of the relative error. Each kernel supports any number
+# of rows, whatever tuning.h selects it for.
 KERNELS = {
     "amx_bf16": (150, BF16_SUMS),
     "amx_int8": (150, INTEGERS),
@@ -46,7 +46,7 @@ KERNELS = {
 
 
 def flags_of_kernels():
-    """Flags of each kernels_*.cpp for its instructions, as CMakeLists.txt has them."""
+    """Return the instruction set flags of each kernels_*.cpp from CMakeLists.txt."""
     flags = {"portable": []}
     if platform.machine() == "x86_64":
         text = (CSRC / "cpu" / "CMakeLists.txt").read_text()
@@ -67,7 +67,7 @@ def program(tmp_path_factory):
     common = ["-std=c++20", "-O1", "-g1", "-fno-omit-frame-pointer", *sanitize]
     common += ["-ffp-contract=fast", "-Wno-psabi", f"-I{CSRC}", f"-I{CSRC / 'cpu'}"]
     sources = {}
-    # From the last on: the kernels of AMX take the longest.
+    # In reverse, because the AMX kernels take longest.
     for name, flags in reversed(flags_of_kernels().items()):
         if name.startswith("amx"):
             flags = [*flags, "-include", HERE / "amx_emulation.h"]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Which devices the op library is used on, and what is said of the others."""
+"""Which devices use the op library, and the reasons for the others."""
 
 import subprocess
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ HELD = ("cpu", "gfx1100", "gfx1151", "gfx1201", "sm_80", "sm_90")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend a platform, an architecture and what the op library was built for."""
+    """Pretend a platform, an architecture, and what the op library was built for."""
 
     def pretend(platform: str, arch: str = "", held: tuple = HELD) -> None:
         names = ("cpu", "rocm", "cuda")
@@ -30,7 +30,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(ops, "refusal", refusal)
         kernels = [("avx512_vnni", 1), ("amx_int8", 2), ("amx_bf16", 17)]
         monkeypatch.setattr(ops, "cpu_kernels", lambda *_: kernels)
-        # an instinct accelerator's and a WSL driver's names have such a tail
+        # The names of Instinct accelerators and of WSL's driver have such a suffix.
         properties = SimpleNamespace(
             gcnArchName=f"{arch}:sramecc+:xnack-", multi_processor_count=20
         )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The host run of GPU kernels finds what it is there to find.
+"""The host run of GPU kernels detects the faults that it is made for.
 
-One toy kernel, a block sum: each wave sums its lanes with shuffles, leaves the sum in
-LDS, and all lanes add up the waves after a barrier. The program's argument breaks it.
+The toy kernel is a block sum. Each wave sums its lanes with shuffles and stores the sum
+in LDS; after a barrier all lanes add up the waves. The program's argument breaks it.
 """
 
 import platform
@@ -59,7 +59,7 @@ extern "C" GPU_KERNEL(128) void block_sum(const char* fault, const float* in,
   for (int i = 0; i < 4; ++i) total += lds[i];
   if (broken("LDS reuse without barrier") && lane == 0) lds[3 - wave] = 0;
   if (broken("same word from all waves") && lane == 1) lds[0] = total;
-  // Waves change places through LDS of their own: 128 words from word 4 on.
+  // Waves exchange values through LDS of their own: 128 words from word 4 on.
   float* own = lds + 4 + thread;
   *own = total;
   if (broken("shuffle for a barrier")) gpu::shuffle_xor<1>(total);
@@ -67,7 +67,7 @@ extern "C" GPU_KERNEL(128) void block_sum(const char* fault, const float* in,
     gpu::wave_barrier();
   }
   total = lds[4 + (thread ^ 7)];
-  // A copy in the background: the row's first four values to LDS of the lane's own.
+  // A copy in the background: the row's first four values to the lane's own LDS.
   const auto to = gpu::lds_address(lds + 132 + 4 * thread);
   gpu::copy_16_async(to + (broken("copy past the end") ? 2048 : 0), row, true);
   if (!broken("copy in no group")) gpu::commit_copies();

@@ -23,20 +23,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.test_moe_int4_on_host import (
-    BF16,
-    BUILD,
-    HALF,
-    Maker,
-    read_records,
-    record,
-)
+from tests.kernels.test_moe_int4_on_host import Maker
 from tests.kernels.test_wvSplitK_int_g_on_host import (
     BITS_AND_ZEROS,
     check_rescored,
     rescore_case,
 )
 from tests.kernels.test_wvSplitK_int_g_on_host import Maker as DenseMaker
+from tests.support.kernels_on_host import BF16, BUILD, HALF, read_records, record
 
 pytestmark = [
     pytest.mark.slow,
@@ -224,9 +218,7 @@ def test_results_of_the_dense_op_are_right(program, launched, dtype):
     cases = []
     for bits, zero_points in BITS_AND_ZEROS:
         for group in (32, 64, 128):
-            every = list(DenseMaker(dtype, bits, group, zero_points).cases())
-            # 1, 3 and 16 rows: a kernel each
-            cases += [every[0], every[5], every[-1]]
+            cases += DenseMaker(dtype, bits, group, zero_points).cases(every=False)
     check_results(program, launched, cases)
 
 
@@ -340,7 +332,7 @@ PLANTED = {
 
 
 def dense_cases():
-    return list(DenseMaker(HALF, 4, 128, True).cases())
+    return list(DenseMaker(HALF, 4, 128, True).cases(every=True))
 
 
 PLANTED_DENSE = {

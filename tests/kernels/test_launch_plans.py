@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The rule of csrc/rocm/plan.h that picks launch plans by shape.
+"""The rule of csrc/rocm/plan.h that selects launch plans by shape.
 
-On a fine grid of shapes: what the rule expects a call to read does not jump where a
-token or a column is added. And the plans that it picks for RDNA run on the host.
+On a fine grid of shapes, the bytes that the rule expects a call to read do not jump
+when a token or a column is added. The plans that it selects for RDNA run on the host.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import platform
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
@@ -38,7 +38,7 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What the rule knows of one, and the host program that stands for it."""
+    """The rule's facts about a device, and the host program that represents it."""
 
     mma: bool
     compute_units: int
@@ -46,7 +46,7 @@ class Device:
     table: str
 
     def most_tokens(self, top_k, experts):
-        """Of decode: prefill takes more."""
+        """Most tokens of decode; prefill handles more."""
         return tuning.prefill_from(self.table, experts, top_k) - 1
 
 
@@ -56,6 +56,7 @@ GFX1151 = Device(False, 40, 65536, "rdna")
 
 @pytest.fixture(scope="module")
 def build():
+    @functools.cache
     def build(mma, *sources):
         command = [sys.executable, BUILD, *(["--mma"] if mma else []), *sources]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -67,8 +68,8 @@ def build():
 
 @pytest.fixture(scope="module")
 def plans(build):
-    """plans(device, [(tokens, top_k, experts, hidden, intermediate), ...]): for each
-    the rule's gate_up and down as plans.cpp prints them."""
+    """plans(device, [(tokens, top_k, experts, hidden, intermediate), ...]): returns the
+    rule's gate_up and down plan for each, as plans.cpp prints them."""
 
     def plans(device, problems):
         program = build(device.mma, ROOT / "csrc/rocm/host/plans.cpp")
@@ -88,7 +89,7 @@ def distinct(tokens, top_k, experts):
 
 
 def expected_reads(device, problem, kernel, weights):
-    """Experts that a call reads, and what finding out who shares costs in experts."""
+    """Experts that a call reads, and the cost of finding sharers, in experts."""
     tokens, top_k, experts = problem[:3]
     if kernel == PAIRS:
         return tokens * top_k
@@ -127,7 +128,7 @@ def test_no_cliff_where_a_token_is_added(device, plans):
                 )
             ):
                 where = f"{shape}, {before[0]} to {after[0]} tokens, op {op}"
-                # down's grouped kernels run for few tokens too, where tiles are many
+                # down's grouped kernels also run for few tokens if there are many tiles
                 falls = 0.75 if op == 1 and old[1][0] == PAIRS else 0.97
                 assert more >= falls * less, where
                 assert more <= 1.06 * growth * less, where
@@ -140,7 +141,7 @@ def test_no_cliff_where_columns_are_added(device, plans):
     for (top_k, experts, hidden, _), t in itertools.product(
         SHAPES.values(), (1, 2, 3, 4, 8, 16)
     ):
-        problems = [(t, top_k, experts, hidden, i) for i in range(256, 4097, 64)]
+        problems = [(t, top_k, experts, hidden, i) for i in range(256, 4097, 32)]
         pairs = list(zip(problems, plans(device, problems), strict=True))
         for (before, old), (after, new) in itertools.pairwise(pairs):
             where = f"{before} to {after}"
@@ -174,7 +175,7 @@ def test_experts_are_read_once_for_few_tokens_on_rdna(name, plans):
 RUNS = [
     pytest.param(name, tokens, marks=[] if short else [pytest.mark.nightly])
     for name, tokens in itertools.product(SHAPES, (1, 2, 4, 8, 16))
-    for short in [(name, tokens) in (("qwen3-30b-a3b", 1), ("mixtral-8x7b", 8))]
+    for short in [(name, tokens) == ("qwen3-30b-a3b", 8)]
 ]
 
 
@@ -200,9 +201,35 @@ def test_rdna_plans_of_the_rule_run(name, tokens, build):
     )
     assert run.returncode == 0, run.stderr.decode(errors="replace")[:4000]
     replies = list(read_records(run.stdout))
-    shares = tokens > 2 if name == "mixtral-8x7b" else tokens > 8
+    shares = distinct(tokens, top_k, experts) < 0.95 * tokens * top_k
     for case, reply in zip(calls, replies, strict=True):
         case.check(reply["c"])
-        kernel = reply["kernels"].decode()
-        assert kernel.endswith("_t8" if shares else "_t1") or 2 <= tokens <= 8
-        assert np.isfinite(case.expected).all()
+        (kernel,) = set(reply["kernels"].decode().split())  # one launch per order
+        assert kernel.endswith("_t8" if shares else "_t1")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mma", [False, True], ids=["dot products", "mma"])
+def test_long_rows_and_many_experts_run(mma, build):
+    """Mixtral's k in down, 512 experts of ten each; few rows, by the rule's plan."""
+    calls = []
+    for op, tokens, n, k, routed in (
+        ("gate_up", 3, 24, 4096, (2, 8)),
+        ("down", 3, 32, 14336, (2, 8)),
+        ("gate_up", 9, 16, 256, (10, 512)),
+        ("down", 9, 32, 128, (10, 512)),
+    ):
+        maker = Maker(mma, op, BF16, 128, True)
+        maker.aligned = True
+        case = getattr(maker, op)(tokens, n, k, PAIRS, routed)
+        del case.fields["plan"]
+        calls.append(case)
+    run = subprocess.run(
+        [build(mma)],
+        input=b"".join(record(case.fields) for case in calls),
+        capture_output=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr.decode(errors="replace")[:4000]
+    for case, reply in zip(calls, read_records(run.stdout), strict=True):
+        case.check(reply["c"])

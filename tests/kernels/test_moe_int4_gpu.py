@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What only a GPU can show of the int4 MoE ops; skipped where there is none.
+"""Tests of the int4 MoE ops that need a GPU; skipped without one.
 
-A decode step, gate_up then down, eagerly and replayed from a graph, against float64 on
-inputs that are fresh in every run (a failure names its seed; HYBRID_W4A16_TEST_SEED
-brings it back); long reductions; other streams; an architecture that was not built for.
+A decode step (gate_up, then down), eager and replayed from a graph, against float64 on
+inputs that are new in every run (a failure prints its seed, HYBRID_W4A16_TEST_SEED
+reproduces it); long reductions; other streams; an architecture without code.
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 
-from . import test_moe_int4_ops as sweep  # its float64 side
+from . import test_moe_int4_ops as sweep  # for its float64 reference
 
 SEED = int(os.environ.get("HYBRID_W4A16_TEST_SEED", secrets.randbits(32)))
 GPU = ops.load_error() is None and bool({"hip", "cuda"} & set(ops.build_info()))
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class DecodeStep:
-    """One experts call on random data: what it reads, its ops, its float64 result."""
+    """One experts call on random data: its inputs, its ops, its float64 result."""
 
     def __init__(
         self, seed, tokens, group, top_k=None, hidden=None, inter=None, count=None
@@ -44,7 +44,7 @@ class DecodeStep:
         w13 = sweep.Experts(*shape13, group, dtype, zeros, rng.choice([0, 32]))
         w2 = sweep.Experts(*shape2, group, dtype, zeros, rng.choice([0, 4]))
         a = torch.randn(tokens, hidden).to(dtype)
-        # Few experts and many picks: tokens share them, and pick them twice.
+        # Few experts and many picks: tokens share experts, and pick some twice.
         ids = torch.randint(-1, count, (tokens, top_k))
         weights = torch.rand(tokens, top_k)
         name, *parameters = sweep.ACTIVATIONS[rng.choice(list(sweep.ACTIVATIONS))]
@@ -91,7 +91,7 @@ class DecodeStep:
 
 
 def replay(step):
-    """The bits that a graph of the step writes on its second replay."""
+    """Return the bits that a graph of the step writes on its second replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step.run()
@@ -150,7 +150,7 @@ def test_tokens_that_share_experts(tokens, draw):
 )
 def test_every_plan_gives_the_same_result(tokens, gate_up, down):
     step = DecodeStep(SEED + tokens, tokens, 32, 4, 1024, 512, count=16)
-    step.a = step.a.contiguous()  # some kernels ask for aligned rows
+    step.a = step.a.contiguous()  # some kernels need aligned rows
     step.run(gate_up, down)
     step.check(f"seed {SEED + tokens}, plans {gate_up} and {down}")
 
@@ -172,7 +172,7 @@ def test_runs_on_the_current_stream():
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # work on another stream would be done by then
+        torch.cuda._sleep(50_000_000)  # work on another stream would finish during this
         step.a.copy_(real)
         step.run()
     stream.synchronize()

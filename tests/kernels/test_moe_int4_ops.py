@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The int4 MoE ops against float64, on every device and CPU instruction set at hand.
+"""The int4 MoE ops against float64, on every available device and instruction set.
 
-Themes: a randomized sweep per op, values at the ends of the formats, bitwise
-repeatability, arguments that must be refused, schema and tracing.
+Themes: a randomized sweep per op, values at the limits of the formats, bitwise
+repeatability, arguments that must be rejected, schema and tracing.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def pack_zeros(z: torch.Tensor) -> torch.Tensor:
 
 
 class Experts:
-    """Random packed weights and what they stand for, in float64."""
+    """Random packed weights and their values in float64."""
 
     def __init__(self, e, n, k, group, dtype, zeros=False, pad=0, gain=1.0):
         q = torch.randint(0, 16, (e, n, k))
@@ -48,7 +48,7 @@ class Experts:
         s = s.to(dtype)
         centre = 8 if z is None else z.repeat_interleave(group, 2)
         self.dense = (q - centre).double() * s.double().repeat_interleave(group, 2)
-        # Padding and gaps hold garbage that must not get into a result.
+        # Padding and gaps hold garbage that must not reach a result.
         self.w = torch.full((e, n, k // 8 + pad), 0x7F0FF0F7, dtype=torch.int32)
         self.w = self.w[:, :, : k // 8].copy_(pack_weights(q))
         self.scales = torch.full((e, n, k // group + pad), float("nan"), dtype=dtype)
@@ -93,7 +93,7 @@ def local_experts(ids: torch.Tensor, expert_map: torch.Tensor | None, e: int):
 
 
 def products(dense: torch.Tensor, local: torch.Tensor, rows: torch.Tensor):
-    """``dense[local[i]] @ rows[i]`` for every row in float64, NaN where not here."""
+    """``dense[local[i]] @ rows[i]`` for every row in float64; NaN if not local."""
     y = torch.full((len(rows), dense.shape[1]), float("nan"), dtype=torch.float64)
     for expert in local.unique().tolist():
         if expert != NOT_HERE:
@@ -104,7 +104,7 @@ def products(dense: torch.Tensor, local: torch.Tensor, rows: torch.Tensor):
 
 # -------------------------------------------------------------------- buffers
 def odd_rows(t: torch.Tensor, gap: int, fill: float = float("nan")) -> torch.Tensor:
-    """A copy that starts `gap` elements late and has `gap` more between its rows."""
+    """A copy that starts `gap` elements late and has `gap` extra between its rows."""
     rows, cols = t.shape
     flat = torch.full((gap + rows * (cols + gap),), fill, dtype=t.dtype)
     return flat[gap:].view(rows, cols + gap)[:, :cols].copy_(t)
@@ -133,7 +133,7 @@ class Output:
 
 
 def check(c: Output, expected: torch.Tensor, context: str):
-    """`expected` is NaN where nothing may be written."""
+    """Check `c`; `expected` is NaN where nothing may be written."""
     c.check_surroundings()
     got, skipped = c.view.cpu().double(), expected.isnan()
     assert got[skipped].isnan().all(), f"{context}: wrote to skipped rows"
@@ -183,7 +183,7 @@ def cases(op: str, count: int) -> list[Case]:
     result = []
     for seed in range(count):
         group = rng.choice([32, 64, 128])
-        # Every seventh case is long enough for more than one block of k.
+        # Every seventh case is long enough for several blocks of k.
         k = group * (rng.randint(1, 6) if seed % 7 else 1152 // group + 2)
         result.append(
             Case(
@@ -220,7 +220,7 @@ def experts_of(case: Case, n: int) -> Experts:
 
 
 def routing_of(case: Case):
-    """topk_ids (with a gap between rows), expert map or None, local experts."""
+    """Return topk_ids (with gaps between rows), expert map or None, local experts."""
     shape, e = (case.tokens, case.top_k), case.experts
     if case.mapped:
         local = torch.cat([torch.arange(e), torch.full((3,), NOT_HERE)])
@@ -296,7 +296,7 @@ def test_down(case, device, every_isa, threads):
 
 
 def blocks_of(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random blocks over the row ids, in random order, some skipped, with padding."""
+    """Return random blocks over the row ids: in random order, some skipped, padded."""
     rows = case.tokens * case.top_k
     order = torch.randperm(rows)
     expert_ids, sorted_ids = [], []
@@ -364,9 +364,9 @@ def test_weight_rows_that_are_no_multiple_of_anything(device, every_isa):
 
 # --------------------------------------------------------------- large shapes
 class PickedExperts:
-    """A stack of experts of which only the picked ones hold anything.
+    """A stack of experts in which only the picked ones contain data.
 
-    The others' memory is reserved but never touched.
+    The memory of the others is reserved but never touched.
     """
 
     def __init__(self, picked, e, n, k, group, dtype, zeros):
@@ -392,8 +392,8 @@ class PickedExperts:
         )
 
     def products(self, local: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """As the function of that name, but 1024 dequantized weight rows at a time, in
-        float32: its error is a thousandth of what is allowed."""
+        """Like the function of that name, but in float32 and 1024 dequantized weight
+        rows at a time. The error of float32 is a thousandth of the tolerance."""
         n, k = self.w.shape[1], rows.shape[1]
         shift = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32)
         y = torch.empty(len(rows), n)
@@ -505,7 +505,7 @@ def test_nan_stays_in_its_row(device, every_isa, dtype, rows):
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 20])
 @pytest.mark.parametrize("k,group_size", [(64, 32), (192, 32), (192, 64)])
 def test_nan_stays_in_its_call(device, every_isa, k, group_size, rows):
-    # kernels keep memory from call to call and may read past a row's last group
+    # Kernels keep memory between calls, and may read past a row's last group.
     torch.manual_seed(0)
     dtype = torch.bfloat16
     before = Experts(1, 64, 2048, 32, dtype)
@@ -562,7 +562,8 @@ def test_same_bits_every_time(device, every_isa, threads, dtype, tokens):
 
 
 def test_more_tokens_than_are_worked_on_together(device):
-    # the CPU takes 256 tokens at a time where K * top_k is this large (tokens_together)
+    # With such a large K * top_k the CPU handles 256 tokens at a time
+    # (tokens_together).
     torch.manual_seed(5)
     tokens, together, k, top_k = 300, 256, 16384, 8
     w = Experts(2, 64, k, 128, torch.bfloat16, zeros=True)
@@ -609,7 +610,7 @@ def test_more_tokens_than_are_worked_on_together(device):
 
 # ------------------------------------------------------------------ arguments
 def good_arguments(op: str, device: str = "cpu") -> dict:
-    """A valid call: 3 tokens, top 2, 4 experts, K = 128, N = 48, groups of 32."""
+    """Return a valid call: 3 tokens, top 2, 4 experts, K = 128, N = 48, G = 32."""
     k, n, dtype = 128, 48, torch.bfloat16
     args = {
         "a": torch.zeros(6 if op == "down" else 3, k, dtype=dtype),
@@ -659,7 +660,7 @@ def overlapping(t):
 
 ALL = ("gemm", "gate_up", "down")
 PAIR = ("gate_up", "down")
-# ops, argument, how it is changed, what the message says after "<op>: "
+# Ops, argument, how it is changed, and the message after "<op>: ".
 BAD = [
     (ALL, "a", lambda t: t.float(), "a: expected dtype Half or BFloat16, got Float"),
     (ALL, "a", lambda t: t[0], r"a: expected shape \[.*K\], got \[128\]"),
@@ -978,7 +979,7 @@ def test_instruction_sets(device):
 def test_kernels_that_run_are_named(device, group_size, every_isa):
     if device != "cpu":
         pytest.skip("a GPU has one kernel for all")
-    many = {"avx512_vnni": "avx512"}  # its own kernel is for few rows
+    many = {"avx512_vnni": "avx512"}  # its own kernel only runs few rows
     few = {"amx_bf16": "avx512_vnni", "avx512_bf16": "avx512_vnni"}
     for isa in every_isa():
         (first, rows), *_, (last, _) = ops.cpu_kernels(group_size, torch.half) * 2

@@ -3,12 +3,12 @@
 """The Triton prefill kernels against float64.
 
 On a GPU the randomized sweep runs there. Elsewhere ``test_in_the_interpreter`` runs a
-short one in a process of its own, where ``TRITON_INTERPRET=1`` is set before anything
-imports Triton. Inputs are fresh in every run: a failure names its seed, which
-HYBRID_W4A16_TEST_SEED brings back.
+short sweep in a separate process that sets ``TRITON_INTERPRET=1`` before anything
+imports Triton. Inputs are new in every run. A failure prints its seed, which
+HYBRID_W4A16_TEST_SEED reproduces.
 
-Cases come in families, which share what a kernel is compiled for, since compiling takes
-far longer than running. Many workers help (``pytest -n 8``), a family is a test.
+A family of cases shares the compiled kernels, since compiling takes far longer than
+running. A family is one test, so many workers help (``pytest -n 8``).
 """
 
 import itertools
@@ -29,7 +29,7 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     Tuned,
 )
 
-from . import test_moe_int4_ops as sweep  # its float64 side
+from . import test_moe_int4_ops as sweep  # for its float64 reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = torch.cuda.is_available()
@@ -52,7 +52,7 @@ if INTERPRETED:
 
 
 def align(ids: torch.Tensor, block_m: int, num_experts: int, expert_map):
-    """What vLLM's ``moe_align_block_size`` gives, in plain torch, with more room."""
+    """vLLM's ``moe_align_block_size`` in plain torch, with more room."""
     sorted_ids, expert_ids = [], []
     for expert in range(num_experts):
         pairs = (ids.flatten() == expert).nonzero().flatten().tolist()
@@ -61,7 +61,7 @@ def align(ids: torch.Tensor, block_m: int, num_experts: int, expert_map):
         local = expert if expert_map is None else int(expert_map[expert])
         expert_ids += [local] * (len(pairs) // block_m)
     padded = len(sorted_ids)
-    # beyond what is meant lies garbage
+    # The rest of the buffer is garbage.
     sorted_ids += [7] * (2 * block_m)
     expert_ids += [0, 10**6]
     lists = sorted_ids, expert_ids, [padded]
@@ -80,7 +80,7 @@ TILES = [
 
 
 class Family:
-    """What kernels are compiled for."""
+    """The properties that kernels are compiled for."""
 
     def __init__(self, number: int) -> None:
         rng = random.Random(f"{SEED} {number}")
@@ -120,7 +120,8 @@ class PrefillStep:
             places = torch.randperm(self.global_experts)[:count]
             expert_map = torch.full((self.global_experts,), -1, dtype=torch.int32)
             expert_map[places] = torch.arange(count, dtype=torch.int32)
-        # few experts, many picks: some get none, one token may pick one twice
+        # Few experts, many picks: some experts get none, and a token may pick one
+        # twice.
         ids = torch.randint(0, self.global_experts, (tokens, top_k))
         weights = torch.rand(tokens, top_k) if family.weighted else None
         act = sweep.activation(*family.activation)
@@ -204,14 +205,14 @@ def test_dense_against_float64(number):
 # fork: begin token
 @needs_triton
 def test_a_gpu_takes_many_rows_of_a_dense_linear_to_triton():
-    """The op of ``HybridW4A16LinearKernel``, where few rows go elsewhere."""
-    from vllm.model_executor.kernels.linear.mixed_precision import hybrid_w4a16
+    """Few go to the skinny GEMM."""
+    from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_linear
 
     weights = sweep.Experts(1, 72, 256, 128, torch.bfloat16, True)
     w, s, z = (t[0] for t in weights.args(DEVICE))
     for rows in (16, 17):
         x = torch.randn(rows, 256).bfloat16().to(DEVICE)
-        y = hybrid_w4a16._multiply_on_gpu(x, w, s, z, 1, 128, "sm_90")
+        y = hybrid_w4a16_dense_linear._multiply_on_gpu(x, w, s, z, 1, 128, 4, "sm_90")
         expected = x.cpu().double() @ weights.dense[0].T
         error = (y.cpu().double() - expected).norm() / expected.norm()
         assert error < sweep.TOLERANCE[torch.bfloat16], rows
@@ -258,7 +259,7 @@ def test_a_short_workspace_is_refused():
 @pytest.mark.skipif(not INTERPRETED, reason="see test_in_the_interpreter")
 @pytest.mark.parametrize("ep", [(1, 0), (2, 1)])
 def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
-    """A loaded layer, made to believe that it is on a GPU; sorting by ``align``."""
+    """A loaded layer that is told it is on a GPU, with ``align`` for sorting."""
     from vllm.model_executor.layers.fused_moe import moe_align_block_size
     from vllm.plugins import load_general_plugins
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The tuning tables: entries, the choice of tiles, what they compile to."""
+"""The tuning tables: their entries, the choice of tiles, and compiled kernels."""
 
 import json
 import logging
@@ -62,7 +62,7 @@ def test_a_table_can_pad_rows_of_a_multiple_of_1024_bytes(k, words, other_tables
 
 @pytest.fixture
 def other_tables(monkeypatch, tmp_path):
-    """Tables that a test writes, instead of the shipped ones."""
+    """Use tables that a test writes instead of the shipped ones."""
     monkeypatch.setattr(hybrid_w4a16_tuning, "TABLES", tmp_path)
 
     def forget():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Which pairs of token and expert a wave serves together (csrc/rocm/slots.cuh).
+"""Pairs of token and expert that a wave serves together (csrc/rocm/slots.cuh).
 
-The lists are compared as such: a list that leaves a pair to another wave gives the same
-result, but reads an expert's weights once more. Runs on the host, like the kernels in
-test_moe_int4_on_host.py.
+The test compares the lists themselves: a list that leaves a pair to another wave gives
+the same result, but reads an expert's weights once more. It runs on the host, like the
+kernels in test_moe_int4_on_host.py.
 """
 
 import platform
@@ -18,9 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "csrc" / "rocm" / "host" / "build.py"
 
-# Arguments: tokens, top_k, then the ids of every token. A line per pair and order of
-# lanes: the pairs that it serves, as token * top_k + t, in the order of their slots; -2
-# where one came with the router weight of another.
+# Arguments: tokens, top_k, then the ids of every token. It prints a line per pair and
+# order of lanes: the pairs that it serves, as token * top_k + t, in the order of their
+# slots; -2 if one came with another pair's router weight.
 PROGRAM = r"""
 #include <cstdio>
 #include <cstdlib>
@@ -50,7 +50,7 @@ int main(int argc, char** argv) {
   const int pairs = tokens * top_k;
   std::vector<int32_t> ids;
   for (int i = 3; i < argc; ++i) ids.push_back(std::atoi(argv[i]));
-  std::vector<float> weights(pairs);  // of a pair: its number
+  std::vector<float> weights(pairs);  // the weight of a pair is its number
   for (int pair = 0; pair < pairs; ++pair) weights[pair] = pair;
   for (int order = 0; order < gpu::kOrders; ++order) {
     gpu::set_order(order);
@@ -84,7 +84,7 @@ def program(tmp_path_factory):
 def expected_lists(ids: list[list[int]]) -> list[list[int]]:
     """The first token that picked an expert serves it for all tokens.
 
-    A second pair of the same token and expert is served on its own.
+    A second pair with the same token and expert is served separately.
     """
     top_k, lists = len(ids[0]), []
     for token, picked in enumerate(ids):

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The dense op and rescoring against float64, on every device and CPU instruction set.
 
-Themes: products in both widths, repeatable bits, what rescoring computes, quantization,
-arguments that must be refused, tracing.
+Themes: products with both weight widths, repeatable bits, rescoring, quantization,
+arguments that must be rejected, tracing.
 """
 
 import pytest
@@ -29,7 +29,7 @@ def _library():
 
 
 class Matrix:
-    """Random packed weights [N, K] and what they stand for, in float64."""
+    """Random packed weights [N, K] and their values in float64."""
 
     def __init__(self, n, k, group, bits, zeros, dtype, pad=0):
         q = torch.randint(0, 2**bits, (n, k))
@@ -98,7 +98,7 @@ def test_bits_repeat_whatever_the_threads(device, threads, bits, group):
 
 # ------------------------------------------------------------------ rescoring
 def head(rows, n, k, dtype, spread):
-    """Weights, hidden states, int4 products, errors: an lm_head with peaked logits."""
+    """Return weights, hidden states, int4 products and errors of a peaked lm_head."""
     w = (torch.randn(n, k) / k**0.5).to(dtype)
     a = torch.randn(rows, k) + spread * w[torch.randint(0, n, (rows,))].float()
     packed, scales, errors = ops.quantize(w, 4, 128)
@@ -119,20 +119,20 @@ def rescored(w, a, packed, scales, errors, window, bound, device):
 @pytest.mark.parametrize("rows, window", [(1, 0.5), (3, 0.0), (8, 1.0), (16, 1e9)])
 def test_what_is_asked_for_is_exact(device, every_isa, dtype, rows, window):
     w, a, packed, scales, errors = head(rows, 1500, 384, dtype, 30)
-    errors[::11] = -1  # rows that do not exist
+    errors[::11] = -1  # padding rows
     exact = a.double() @ w.double().T
     for isa in every_isa():
         before, after = rescored(w, a, packed, scales, errors, window, 7.0, device)
         asked = ops.rescored_rows(a, errors, before, window, 7.0)
         assert 0 < asked.sum() < asked.numel(), isa
         assert torch.equal(after[~asked], before[~asked]), isa
-        # off by no more than the rounding of the result and of an fp32 sum
+        # Off by at most the rounding of the result and of an fp32 sum.
         off = (after.double() - exact).abs() - exact.abs() * 2**-8
         assert off[asked].max() < 1e-5, isa
 
 
 def test_first_tokens_are_those_of_the_16_bit_head(device):
-    """Also where rows nearly tie: every other one is its neighbour plus a little."""
+    """Even if rows nearly tie: every other row is its neighbour plus a little."""
     lost_without = 0
     for _ in range(8):
         w, _, _, _, _ = head(1, 3000, 256, torch.bfloat16, 0)
@@ -148,7 +148,7 @@ def test_first_tokens_are_those_of_the_16_bit_head(device):
 
 
 def test_a_large_product_of_a_row_that_does_not_exist_changes_nothing(device):
-    """A vocabulary's padding has products 0, more than real ones that are negative."""
+    """A vocabulary's padding has products of 0, which may exceed all real ones."""
     w, a, packed, scales, errors = head(2, 640, 256, torch.bfloat16, 0)
     w[0] = 0.01 * a[0]
     padded = w.clone()

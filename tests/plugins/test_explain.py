@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``explain``: bytes against files and loaded layers, verdicts against the gate."""
+"""``explain``: byte counts match files and loaded layers, verdicts the decision."""
 
 import http.server
 import json
@@ -24,6 +24,7 @@ from vllm.plugins.hybrid_w4a16.explain import as_text, explain
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import CheckpointError
 from vllm.plugins.hybrid_w4a16.hooks import apply_hooks
 
+from ..support import tiny_models
 from ..support.int4_formats import FORMATS
 from ..support.moe_layers import LAYER_NAME, Checkpoint, Shape, make_layer, quant_config
 from ..support.qwen35_checkpoints import (
@@ -57,7 +58,7 @@ def only_group(report):
 
 
 def change_config(folder, **changes):
-    """Set entries of config.json; ``text_config__x`` is one of the nested one."""
+    """Set entries of config.json; ``text_config__x`` sets x in nested text_config."""
     config = json.loads((folder / "config.json").read_text())
     for name, value in changes.items():
         *path, last = name.split("__")
@@ -86,7 +87,7 @@ def test_full_size_qwen35_checkpoint(tmp_path):
     assert (report["hybrid_layers"], report["declined_layers"]) == (40, 0)
     assert report["device"]["decode"] == "HIP wvSplitK"
 
-    # by hand, from the model's published sizes
+    # computed by hand from the model's published sizes
     expert = 3 * 2048 * 512
     loaded = expert // 2 + expert // 128 * 2  # nibbles and 16-bit scales
     linear = 2048 * (8192 + 4096 + 32 + 32 + 4096) + 8192 * 4  # qkv, z, b, a, out, conv
@@ -108,7 +109,7 @@ def test_full_size_qwen35_checkpoint(tmp_path):
     assert rate == pytest.approx(212e9 / report["token_bytes"])
 
 
-def test_published_qwen35_checkpoint(tmp_path):
+def test_published_qwen35_checkpoint(tmp_path, monkeypatch):
     """Intel/Qwen3.5-35B-A3B-int4-AutoRound: int4 attention, bf16 shared experts."""
     folder = make_checkpoint(tmp_path / "35b", int4_attention=True)
     report = explain(str(folder), device="gfx1151")
@@ -123,11 +124,30 @@ def test_published_qwen35_checkpoint(tmp_path):
     }.items():
         assert megabytes[name] == pytest.approx(expected, abs=3), name
     assert report["token_bytes"] / 1e6 == pytest.approx(2622, rel=2e-3)
+    linears = {
+        (g["name"], g["outputs"], g["inputs"]): g["layers"] for g in report["linears"]
+    }
+    assert linears == {
+        ("in_proj_qkvz", 12288, 2048): 30,
+        ("in_proj_ba", 64, 2048): 30,
+        ("out_proj", 2048, 4096): 30,
+        ("qkv_proj", 9216, 2048): 10,
+        ("o_proj", 2048, 4096): 10,
+    }
+    assert report["launches"] == {"routed experts": 80, "int4 linears": 0}
+    monkeypatch.setenv(switch.LINEAR_NAME, "1")
+    report = explain(str(folder), device="gfx1151")
+    assert report["launches"] == {"routed experts": 80, "int4 linears": 110}
+    text = as_text(report)
+    assert "launches    190 per token by this project (80 for routed experts," in text
+    half = {g["name"]: g for g in explain(str(folder), 2, device="cpu")["linears"]}
+    assert (half["qkv_proj"]["outputs"], half["qkv_proj"]["inputs"]) == (4608, 2048)
+    assert (half["o_proj"]["outputs"], half["o_proj"]["inputs"]) == (2048, 2048)
     assert report["bandwidth_gbps"] == 212
     assert report["roofline_tokens_per_s"] == pytest.approx(81, abs=0.5)
 
 
-# vLLM's GPTQ takes no checkpoint with zero points.
+# vLLM's GPTQ rejects checkpoints with zero points.
 @pytest.mark.parametrize(
     ("format", "symmetric"),
     [
@@ -304,7 +324,7 @@ def test_tensor_parallel_shares(tiny):
         assert two[name] == one[name] / 2
     for name in ("router", "norms and others"):
         assert two[name] == one[name]
-    # two key/value heads among four ranks: each holds one
+    # two key/value heads on four ranks: each rank holds one
     four = parts(explain(str(tiny), tp_size=4))
     assert four["KV cache, 164 tokens"] == one["KV cache, 164 tokens"] / 2
     with pytest.raises(CheckpointError, match="--tp 3 does not divide"):
@@ -319,6 +339,37 @@ def test_context_and_bandwidth(tiny):
     assert long["roofline_tokens_per_s"] == pytest.approx(100e9 / long["token_bytes"])
 
 
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [("gfx1151", "not compared with vLLM's RDNA kernel"), ("cuda", "on cuda it is")],
+)
+def test_linears_say_why_they_stay_with_vllm(device, reason, monkeypatch):
+    monkeypatch.delenv(switch.LINEAR_NAME, raising=False)
+    report = explain(str(BUNDLED), device=device)
+    for group in report["linears"]:
+        assert (group["layers"], group["hybrid"]) == (6, False)
+        assert group["reason"].startswith(reason)
+        assert f"vLLM's kernel: {group['reason']}" in as_text(report)
+    names = sorted(group["name"] for group in report["linears"])
+    assert names == ["o_proj", "qkv_proj"]
+
+
+@pytest.mark.parametrize(("format", "symmetric"), [("awq", False), ("gptq", True)])
+def test_linears_of_other_formats(format, symmetric, tmp_path, monkeypatch):
+    monkeypatch.setenv(switch.LINEAR_NAME, "1")
+    folder = tiny_models.make_checkpoint(
+        tiny_models.Recipe("qwen3_moe", format, symmetric, 64, int4_attention=True),
+        tmp_path,
+    )
+    report = explain(str(folder), device="cpu")
+    sizes = [(g["name"], g["outputs"], g["inputs"]) for g in report["linears"]]
+    assert sorted(sizes) == [("o_proj", 256, 256), ("qkv_proj", 512, 256)]
+    assert {g["group_size"] for g in report["linears"]} == {64}
+    assert all(g["hybrid"] and g["layers"] == 2 for g in report["linears"])
+    change_config(folder, quantization_config__bits=8)
+    assert explain(str(folder), device="cpu")["linears"] == []
+
+
 def test_bundled_checkpoint_reads_its_embedding_as_lm_head(capsys):
     assert cli.main(["explain", str(BUNDLED), "--device=gfx1151"]) == 0
     text = capsys.readouterr().out
@@ -330,7 +381,7 @@ def test_bundled_checkpoint_reads_its_embedding_as_lm_head(capsys):
 
 
 def test_lm_head_options(capsys):
-    """By hand: 3072 x 256 weights, tied to the embedding."""
+    """Computed by hand: 3072 x 256 weights, tied to the embedding."""
     report = explain(str(BUNDLED), bandwidth=100)
     weights = 3072 * 256
     options = {option["name"]: option for option in report["heads"]}
@@ -431,7 +482,7 @@ def test_bad_arguments(arguments, tiny):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's API as reading headers takes."""
+    """The part of the hub's API that is needed to read headers."""
 
     folder: Path
     sent: dict[str, int]

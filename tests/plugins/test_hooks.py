@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The hook table's applier, on stand-in targets and on the installed vLLM."""
+"""Applying the hook table to stand-in targets and to the installed vLLM."""
 
 import dataclasses
 import importlib
@@ -31,7 +31,7 @@ def static_handler(number):
 
 @pytest.fixture
 def target(monkeypatch):
-    """A module with factories as vLLM has them, and the hooks of these."""
+    """A module with factories like vLLM's, and hooks for them."""
     module = types.ModuleType("stand_in_target")
 
     class Factory:

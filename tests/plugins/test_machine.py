@@ -122,6 +122,28 @@ def test_doctor_on_an_apu_that_is_full(strix_halo, on_rocm):
     assert f"Serve with --kv-cache-memory-bytes {2 * GIB}: " in found
 
 
+def test_doctor_without_a_compiler_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+    check = doctor._compiler()
+    assert check.ok and "--enforce-eager" in check.found
+    compiler = tmp_path / "my-c++"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", "my-c++")
+    assert doctor._compiler().found == str(compiler)
+
+
+def test_doctor_without_a_compiler_for_triton(tmp_path, on_rocm, monkeypatch):
+    on_rocm(100, 120)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    check = doctor._compiler()
+    assert not check.ok and "Triton" in check.found and "CC" in check.fix
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert doctor._compiler().found == str(tmp_path / "gcc")
+
+
 def test_doctor_names_versions_of_driver_rocm_and_triton(strix_halo, monkeypatch):
     strix_halo(0.5, 120, 124, 110)
     installed = {"triton": "3.7.0", "rocm-sdk-core": "7.10.0"}

@@ -63,6 +63,11 @@ def test_a_report_of_everything(made_up, tmp_path, capsys):
     assert "| hybrid | 20.0 (20.0 to 20.0) |" in out
     assert "47.5 (40.0 to 55.0)" in out and "hybrid / stock" in out
     assert "tune: not run" in out
+    assert out.splitlines()[-1].startswith(f"send {archive}")
+    # of the folder the name alone
+    assert f": {BUNDLED.name}\n" in out and str(BUNDLED.parent) not in out
+    assert found["checkpoint"] == BUNDLED.name
+    assert "* a token reads " in out and " MB" in out
     with tarfile.open(archive) as tar:
         names = {member.name for member in tar}
         owners = {(m.uid, m.uname) for m in tar}
@@ -78,9 +83,36 @@ def test_a_server_that_does_not_start_is_part_of_the_report(made_up, tmp_path, c
     assert found["results"]["compare"]["failures"]["stock"].endswith("OSError: no")
     assert found["results"]["compare"]["ratio"] is None
     assert found["steps"]["selftest"] == "not run"
-    assert "| stock | vllm serve ended with status 1: OSError: no |" in (
-        capsys.readouterr().out
-    )
+    out = capsys.readouterr().out
+    assert "| stock | vllm serve ended with status 1: OSError: no |" in out
+    assert "* compare: failed: stock: vllm serve ended with status 1: OSError" in out
+    assert found["results"]["compare"]["summary"]["hybrid"]  # it went on
+    assert "| machine" not in merge_reports.row(found)
+    assert " | - | 47.5 (40.0 to 55.0) | - | " in merge_reports.row(found)
+
+
+LOG = """\
+(APIServer pid=1) WARNING 11-28 18:48 [u.py:2] errors like `OSError: [Errno 24] Too many
+(APIServer pid=1) INFO 11-28 18:48 [u.py:3] Exception: none so far
+(Worker pid=2) ERROR 11-28 18:50 [m.py:953]     raise AttributeError(
+(Worker pid=2) ERROR 11-28 18:50 [m.py:953] AttributeError: Layer x has no parameter 'w'
+(EngineCore pid=3) ERROR 11-28 18:50 [c.py:15] Exception: WorkerProc failed
+RuntimeError: Engine core initialization failed.
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (LOG, "AttributeError: Layer x has no parameter 'w'"),
+        ("INFO fine\ntorch.cuda.OutOfMemoryError: 2 GiB\n", "torch.cuda.OutOfMemory"),
+        ("INFO fine\nKilled\n", "see serve.log"),
+    ],
+)
+def test_the_cause_is_the_first_error_of_the_log(text, cause, tmp_path):
+    log = tmp_path / "serve.log"
+    log.write_text(text)
+    assert compare._cause(log).startswith(cause)
 
 
 def test_a_failing_step_leaves_the_others(made_up, monkeypatch, tmp_path):
@@ -122,6 +154,15 @@ def test_merging_reports_keeps_one_row_for_each(made_up, tmp_path):
     assert "| 21.0 (20.0 to 22.0) | 47.5 (40.0 to 55.0) |" in row
     assert "passed" in row
     assert row.count("|") == merge_reports.HEADER.count("|")
+    assert "No report has been received" not in once
+
+    # another commit's archive is a row of its own
+    found["environment"]["commit"] = "f" * 40
+    other = archive_of(tmp_path / "other.tar.gz", found)
+    assert merge_reports.main([str(archive), str(other), *words[1:]]) == 0
+    twice = results.read_text()
+    table = twice.partition(merge_reports.BEGIN)[2].partition(merge_reports.END)[0]
+    assert len(table.strip().splitlines()) == 2 + 2 and "| ffffffffffff |" in table
 
 
 def archive_of(path, content):

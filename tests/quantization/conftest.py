@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""These tests look at layers as a vLLM process with the plugin builds them."""
+"""These tests use layers as a vLLM process with the plugin builds them."""
 
 import os
 

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Every checkpoint format through vLLM's own classes: load, repack, run, shard, reload.
 
-``test_inc_moe`` looks at what does not depend on the format.
+``test_inc_moe`` covers what does not depend on the format.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ METHODS = {
     "awq": AWQHybridW4A16MoEMethod,
     "compressed-tensors": CompressedTensorsHybridW4A16MoEMethod,
 }
-# vLLM's AutoGPTQConfig refuses sym = false for a whole model.
+# vLLM's AutoGPTQConfig rejects sym = false for a whole model.
 CASES = [
     (format, symmetric)
     for format in FORMATS
@@ -242,13 +242,13 @@ def test_processing_again_changes_nothing(format, symmetric):
 def test_weights_are_reloaded_into_the_same_tensors(
     format, symmetric, padded, monkeypatch
 ):
-    """vLLM's reload: what RL training and sleep mode's second level use."""
+    """vLLM's weight reload, which RL training and level 2 of sleep mode use."""
     shape = Shape(4, 2, 2048, 256, 128) if padded else Shape()
     if padded:
         pad_rows(monkeypatch)
     layer = empty_layer(format, symmetric, shape)
     model = torch.nn.ModuleDict({"experts": layer})
-    with torch.device(DEVICE):  # as vLLM's loader does
+    with torch.device(DEVICE):  # like vLLM's loader
         record_metadata_for_reloading(model)
     Checkpoint(shape, symmetric, format=format).load_into(layer)
     before = {n: (p.data_ptr(), p.stride()) for n, p in layer.named_parameters()}
@@ -260,7 +260,7 @@ def test_weights_are_reloaded_into_the_same_tensors(
         after = {n: (p.data_ptr(), p.stride()) for n, p in layer.named_parameters()}
         assert after == before
         assert error_of(layer, checkpoint, torch.bfloat16) < 8e-3
-    # nothing but the layer's own tensors is kept
+    # Only the layer's own tensors are kept.
     config, packing = layer.quant_method.moe_quant_config, layer.quant_method.packing
     assert config.w1_scale is getattr(layer, f"w13_{packing.scales}")
     assert config.w2_scale is getattr(layer, f"w2_{packing.scales}")
@@ -290,13 +290,13 @@ def test_shards_that_cut_groups_are_reloaded(format, symmetric):
 @pytest.mark.skipif(DEVICE != "cpu", reason="an opaque op hides the layer on GPUs")
 @every_format
 def test_compiled_code_sees_reloaded_weights(format, symmetric):
-    """As vLLM compiles: without guards, so that what was traced stays."""
+    """Compiled like vLLM: without guards, so traced code is never retraced."""
     layer = empty_layer(format, symmetric)
     model = torch.nn.ModuleDict({"experts": layer})
     record_metadata_for_reloading(model)
     Checkpoint(Shape(), symmetric, format=format).load_into(layer)
     x, weights, ids = inputs(3, Shape(), torch.bfloat16)
-    torch.compiler.reset()  # without guards code for the previous case would do
+    torch.compiler.reset()  # without guards the previous case's code would be reused
     skip_guards = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
 
     @torch.compile(backend="eager", fullgraph=True, options=skip_guards)
@@ -312,7 +312,7 @@ def test_compiled_code_sees_reloaded_weights(format, symmetric):
     with set_forward_context(None, VllmConfig()):
         y = compiled(x, weights, ids)
     assert relative_error(y, checkpoint.forward(x, weights, ids)) < 8e-3
-    # nothing but the layer's own tensors is kept
+    # Only the layer's own tensors are kept.
     packing = layer.quant_method.packing
     scales = getattr(layer, f"w13_{packing.scales}")
     assert layer.quant_method.moe_quant_config.w1_scale is scales
@@ -363,7 +363,7 @@ def test_v1_and_v2_zero_points_are_told_apart(format):
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["v2", "v1"])
 def test_gptq_with_zero_points(offset):
-    """vLLM's config class refuses these; the method does not."""
+    """vLLM's config class rejects these; the method does not."""
     format = "gptq" if offset else "gptq_v2"
     layer = empty_layer(format, True)
     layer.quant_method.symmetric = False
@@ -389,7 +389,7 @@ def test_scales_that_the_activation_dtype_cannot_hold(format):
 
 @every_format
 def test_dummy_weights(format, symmetric, monkeypatch):
-    """--load-format dummy: nothing is loaded, vLLM fills what it can."""
+    """With --load-format dummy nothing is loaded; vLLM fills what it can."""
     from vllm.config import VllmConfig
     from vllm.model_executor.model_loader.weight_utils import (
         initialize_single_dummy_weight,
@@ -407,7 +407,7 @@ def test_dummy_weights(format, symmetric, monkeypatch):
 
 
 def pad_rows(monkeypatch):
-    """What a tuning table may ask for, on the device at hand."""
+    """Make a tuning table for this device that requests padding."""
     padding = dataclasses.replace(base.device_family(), tuning="padded")
     monkeypatch.setattr(base, "device_family", lambda: padding)
     monkeypatch.setattr(

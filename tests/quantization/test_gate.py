@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What goes hybrid, what is declined, and what the log says of it."""
+"""Which layers are hybrid, which are declined, and what the log says about them."""
 
 import dataclasses
 import logging
@@ -12,6 +12,7 @@ import torch
 
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
@@ -37,7 +38,7 @@ from ..support.moe_layers import (
 
 @pytest.fixture(autouse=True)
 def fresh_gate(monkeypatch):
-    """An empty record per test, and log lines that caplog sees."""
+    """An empty record for each test, and log lines that caplog captures."""
     fresh_gate_records(monkeypatch)
 
 
@@ -58,7 +59,7 @@ PASSTHROUGH = dataclasses.replace(
     FusedMoEParallelConfig.make_no_parallel(), all2all_backend="passthrough"
 )
 
-# what differs from a layer that is accepted, and the reason that names it
+# The difference from an accepted layer, and the reason that names it.
 DECLINED = {
     "bits": ({"bits": 8}, {}, "8-bit weights, supported: 4"),
     "group size": (
@@ -113,16 +114,16 @@ def decline_kwargs(case):
 
 
 class Declined(Exception):
-    """Raised in place of what vLLM's own path would do with the layer."""
+    """Raised where vLLM's own path would handle the layer."""
 
 
 @pytest.fixture
 def stock_path(monkeypatch):
-    """Stop where the factory's own body takes over: it is vLLM's business."""
+    """Stop where the factory's own body takes over, which is not under test."""
     from vllm.model_executor.layers.quantization.inc.schemes import inc_wna16_scheme
 
     class Platform:
-        def __getattr__(self, name):  # what is asked first depends on the release
+        def __getattr__(self, name):  # the first attribute read depends on the release
             raise Declined
 
     monkeypatch.setattr(inc_wna16_scheme, "current_platform", Platform())
@@ -180,7 +181,7 @@ def test_explicit_switch_wins_over_moe_backend(value, monkeypatch):
 
 @pytest.mark.parametrize("ep", [True, False], ids=["ep", "tp"])
 def test_data_parallel_where_tokens_can_be_gathered(ep, monkeypatch):
-    """vLLM's communicator on the CPU cannot: any MoE model fails there."""
+    """vLLM's CPU communicator cannot gather tokens: any MoE model fails there."""
     monkeypatch.setenv(switch.NAME, "require")
     moe = {"moe_parallel_config": data_parallel(ep=ep)}
     if DEVICE == "cpu":
@@ -265,7 +266,7 @@ def test_draft_model_beside_a_declined_target_has_its_own_summary(
 
 @pytest.mark.parametrize("attributes", [(), ("in_dtype", "activation")])
 def test_stand_in_layer_is_declined_not_an_error(attributes, monkeypatch):
-    """As vLLM's own tests have them: ``__new__`` and a ``moe_config`` of nothing."""
+    """Layers like those in vLLM's tests: ``__new__`` and an empty ``moe_config``."""
     monkeypatch.setenv(switch.NAME, "1")
     layer = object.__new__(RoutedExperts)
     object.__setattr__(layer, "moe_config", SimpleNamespace())
@@ -276,7 +277,7 @@ def test_stand_in_layer_is_declined_not_an_error(attributes, monkeypatch):
 
 
 class Untouchable:
-    """Fails when anything is read of it but what the device is planned for."""
+    """Fails on any attribute access except the device's."""
 
     def __getattr__(self, name):
         if name == oracle._PLANNED:
@@ -314,7 +315,7 @@ def test_each_model_of_a_process_has_its_own_summary(caplog):
         for name in ("model.layers.0.mlp.experts", "mtp.layers.0.mlp.experts") * 2:
             layer = make_layer(Shape(), inc_config(), name=name)
             Checkpoint(Shape()).load_into(layer)
-            layer.quant_method.process_weights_after_loading(layer)  # loaded anew
+            layer.quant_method.process_weights_after_loading(layer)  # loaded again
     lines = summaries(caplog)
     assert len(lines) == 4
     assert all(": 1/1 layers (" in line for line in lines)
@@ -341,3 +342,24 @@ def test_summary_of_a_second_model_in_the_same_process(caplog):
         with caplog.at_level(logging.INFO):
             Checkpoint(Shape()).load_into(make_layer(Shape(), inc_config()))
         assert "HybridW4A16 MoE: 1/1 layers" in caplog.text
+
+
+def test_the_tuning_table_in_use_is_logged_once(caplog, tmp_path, monkeypatch):
+    """As on a GPU, where each layer's experts look their shape up."""
+    monkeypatch.setenv("VLLM_CONFIG_ROOT", str(tmp_path))
+    tuning.forget()
+    tuned = tuning.MoEShape(128, 8, 2048, 768, 128, "bf16")
+    entry = {"compute_units": 40, "kernel_version": tuning.KERNEL_VERSION}
+    entry |= {"prefill_from": 24, "decode": [], "rows": []}
+    path = tuning.write_owner_entry("gfx1151", tuning.shape_fields(tuned) | entry)
+    layer = make_layer(Shape(), inc_config())
+    for shape in (tuned, dataclasses.replace(tuned, hidden=8192), tuned):
+        tuning.lookup("gfx1151", 40, shape)
+    with caplog.at_level(logging.INFO):
+        Checkpoint(Shape()).load_into(layer)
+    tuning.forget()
+    (line,) = (r.message for r in caplog.records if "tuning of" in r.message)
+    assert line == (
+        f"HybridW4A16 MoE: tuning of 2 shapes: 1 from {path}; 1 by rule, "
+        "`vllm-hybrid-w4a16 tune` measures"
+    )

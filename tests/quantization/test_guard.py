@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The check of a model's first layer: planted faults are found, sound layers pass."""
+"""The check of a model's first layer finds planted faults and passes sound layers."""
 
 import pytest
 import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_guard as guard
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_guard_kernels as kernels
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_moe_helper as helper
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -23,7 +24,7 @@ from ..support.moe_layers import (
 
 SHAPE = Shape(4, 2, 512, 256, 64)
 every_format = pytest.mark.parametrize("format", list(FORMATS))
-# vLLM's own GPTQ takes symmetric checkpoints only
+# vLLM's own GPTQ supports only symmetric checkpoints.
 with_zeros = [name for name in FORMATS if not name.startswith("gptq")]
 
 
@@ -41,7 +42,7 @@ def load(format="auto_round:auto_gptq", symmetric=True, name=LAYER_NAME, **overr
 
 
 def spoil_packing(monkeypatch, layer_format, field, spoil):
-    """Lets ``spoil`` change what the conversion of one tensor kind gives."""
+    """Let ``spoil`` change the result of converting one kind of tensor."""
     import dataclasses
 
     from vllm.model_executor.layers.quantization import hybrid_w4a16_method as method
@@ -68,15 +69,15 @@ def spoil_packing(monkeypatch, layer_format, field, spoil):
 )
 def test_sound_layers_are_checked_and_pass(format, symmetric, monkeypatch):
     runs = []
-    decode = guard._KernelCheck._decode
+    decode = kernels.KernelCheck._decode
 
     def noted(self, tokens):
         runs.append(tokens)
         return decode(self, tokens)
 
-    monkeypatch.setattr(guard._KernelCheck, "_decode", noted)
+    monkeypatch.setattr(kernels.KernelCheck, "_decode", noted)
     load(format, symmetric)
-    assert runs == list(guard._DECODE_TOKENS)
+    assert runs == list(kernels._DECODE_TOKENS)
 
 
 def test_one_wrong_scale_in_the_conversion(monkeypatch):
@@ -170,9 +171,9 @@ def test_under_expert_parallelism():
 def test_only_the_first_layer_of_its_form_in_a_model_is_checked(monkeypatch):
     config = quant_config("auto_round:auto_gptq", SHAPE.group_size, True)
     checks = []
-    run = guard._KernelCheck.problem
+    run = kernels.KernelCheck.problem
     monkeypatch.setattr(
-        guard._KernelCheck, "problem", lambda self: checks.append(1) or run(self)
+        kernels.KernelCheck, "problem", lambda self: checks.append(1) or run(self)
     )
 
     def two_layers():
@@ -190,7 +191,7 @@ def test_only_the_first_layer_of_its_form_in_a_model_is_checked(monkeypatch):
 
 
 def test_reference_uses_no_code_of_the_conversion():
-    """What it says of stored tensors is what the second implementation says."""
+    """It agrees with the independent second implementation on stored tensors."""
     import numpy as np
 
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_packing as packing

@@ -95,7 +95,7 @@ def test_activations(config, reference):
     output = run_layer(layer, x, weights, ids)
     expected = checkpoint.forward(x, weights, ids, reference)
     assert relative_error(output, expected) < TOLERANCE[torch.float16]
-    # the parameters matter: plain silu is something else
+    # the parameters matter: plain silu gives another result
     assert relative_error(checkpoint.forward(x, weights, ids), expected) > 0.05
 
 
@@ -178,7 +178,7 @@ def test_after_load_the_layer_holds_the_checkpoints_bytes_and_nothing_else():
     "shape", [Shape(), Shape(8, 2, 1024, 512, 128)], ids=["small", "large"]
 )
 def test_repack_peak_is_at_most_one_expert(shape, symmetric):
-    """The allocator's own record: bytes live above the start, at any moment."""
+    """The allocator's own record of the most live bytes above the start."""
     layer = make_layer(shape, inc_config(shape.group_size, sym=symmetric))
     list(layer.load_weights(Checkpoint(shape, symmetric).tensors()))
     loaded_bytes = sum(p.untyped_storage().nbytes() for p in layer.parameters())

@@ -33,7 +33,6 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
     record_metadata_for_reloading,
 )
-from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 from ..support.int4_formats import FORMATS
@@ -252,33 +251,28 @@ def test_an_input_that_does_not_fit_into_shared_memory_is_declined(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("platform", "amx", "moe", "linear", "reason"),
+    ("device", "amx", "moe", "linear", "reason"),
     [
         ("cpu", False, None, None, None),
         ("cpu", False, "0", "1", f"{switch.NAME}=0"),
         ("cpu", False, None, "0", f"{switch.LINEAR_NAME}=0"),
         ("cpu", True, None, None, "vLLM's AMX kernel is faster on prompts"),
         ("cpu", True, None, "1", None),
-        ("cuda", False, None, None, f"opt-in, set {switch.NAME}=1"),
+        ("cuda", False, None, None, f"on cuda it is opt-in, set {switch.NAME}=1"),
         ("cuda", False, "1", None, None),
         ("cuda", False, "require", "0", f"{switch.LINEAR_NAME}=0"),
-        ("rocm", False, None, None, "not compared with vLLM's RDNA kernel yet"),
-        ("rocm", False, "1", None, f"set {switch.LINEAR_NAME}=1"),
-        ("rocm", False, None, "1", None),
+        ("gfx1151", False, None, None, "not compared with vLLM's RDNA kernel yet"),
+        ("gfx1151", False, "1", None, f"set {switch.LINEAR_NAME}=1"),
+        ("gfx1151", False, None, "1", None),
     ],
 )
-def test_where_it_is_wanted(monkeypatch, platform, amx, moe, linear, reason):
+def test_where_it_is_wanted(monkeypatch, device, amx, moe, linear, reason):
     for name, value in ((switch.NAME, moe), (switch.LINEAR_NAME, linear)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    for name in ("cpu", "cuda", "rocm"):
-        is_it = name == platform
-        monkeypatch.setattr(
-            type(current_platform), f"is_{name}", lambda self, is_it=is_it: is_it
-        )
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    found = hybrid_w4a16._switch_reason(layer_config())
+    found = hybrid_w4a16.incompatibility_reason(layer_config(), PLANNED[device])
     assert (found is None) == (reason is None)
     assert reason is None or reason in found
 
@@ -288,11 +282,10 @@ def test_amx_keeps_fp16(monkeypatch):
     monkeypatch.delenv(switch.LINEAR_NAME)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     fp16 = layer_config(act_type=torch.float16)
-    if current_platform.is_cpu():
-        assert hybrid_w4a16._switch_reason(fp16) is None
+    assert hybrid_w4a16.incompatibility_reason(fp16, PLANNED["cpu"]) is None
 
 
 def test_an_unknown_value_is_an_error(monkeypatch):
     monkeypatch.setenv(switch.LINEAR_NAME, "yes")
     with pytest.raises(ValueError, match="invalid value 'yes' for .*: auto, 1, 0"):
-        hybrid_w4a16._switch_reason(layer_config())
+        hybrid_w4a16.incompatibility_reason(layer_config(), PLANNED["cpu"])

@@ -14,17 +14,27 @@ from vllm.distributed import (
     initialize_model_parallel,
     model_parallel_is_initialized,
 )
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
+from vllm.model_executor.layers.quantization import hybrid_w4a16_head
 from vllm.model_executor.layers.quantization.hybrid_w4a16_head import (
     BOUND,
     WINDOW,
     HybridW4A16HeadMethod,
+    # fork: begin overlay
+    draft_model_loaded,
+    # fork: end
 )
 from vllm.model_executor.layers.quantization.hybrid_w4a16_head_schemes import (
     # fork: begin overlay
+    DRAFT_ATTRIBUTE,
+    DRAFT_TARGET,
     ENV_NAME,
     # fork: end
     SCHEMES,
+    # fork: begin overlay
+    draft_head_config,
+    # fork: end
 )
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -50,15 +60,15 @@ def _one_process(tmp_path_factory):
 
 
 def make_head(name, base=None, dtype=torch.bfloat16, tied=False, **options):
-    """A head under construction as a model's constructor makes it.
+    """Make a head under construction, as a model's constructor does.
 
-    base: the checkpoint's quantization; ``None``: 16 bits.
+    name: a scheme, or the whole ``targets``. base: the checkpoint's quantization;
+    ``None`` means 16 bits.
     """
     config = VllmConfig()
     if name is not None:
-        online = OnlineQuantizationConfig(
-            QuantizationConfigArgs(targets={PREFIX: name})
-        )
+        targets = name if isinstance(name, dict) else {PREFIX: name}
+        online = OnlineQuantizationConfig(QuantizationConfigArgs(targets=targets))
         if base is not None:
             base.online_quantization_config = online
         config.quant_config = base or online
@@ -106,7 +116,7 @@ def test_logits_memory_and_summary(name, base, tied):
     assert isinstance(method, HybridW4A16HeadMethod) and method.name == name
     finish(made)
     limit = {8: 0.01, 4: 0.15}[scheme.bits]
-    for rows in (1, 16, 40):  # the last is more than a call takes
+    for rows in (1, 16, 40):  # the last exceeds the rows of one call
         got, exact = logits_of(made, rows)
         assert got.shape == exact.shape
         error = (got.double() - exact).norm() / exact.norm()
@@ -148,13 +158,13 @@ def test_rescoring_is_what_the_docstring_says():
 
 
 def test_a_tied_head_follows_its_embedding():
-    """As after reload_weights, which reaches the embedding alone."""
+    """The situation after reload_weights, which updates only the embedding."""
     made = make_head("int4_rescored", tied=True)
     finish(made)
     before = made.head.qweight.data_ptr()
     made.weight = torch.randn_like(made.weight)
     made.embedding.weight.data[:VOCABULARY].copy_(made.weight)
-    made.embedding.update_param_tp_status()  # vLLM does so when it has loaded a layer
+    made.embedding.update_param_tp_status()  # vLLM calls this after loading a layer
     got, exact = logits_of(made, 4)
     assert torch.equal(got.argmax(1), exact.bfloat16().argmax(1))
     assert made.head.qweight.data_ptr() == before
@@ -205,3 +215,142 @@ def test_weights_that_are_not_finite_are_refused():
     made.head.weight.data[7, 3] = float("inf")
     with pytest.raises(ValueError, match="lm_head.weight: expected finite.* row 7 has"):
         finish(made)
+
+
+# fork: begin overlay
+class Drafter(torch.nn.Module):
+    """As MTP and EAGLE models: a head of its own, until vLLM gives it the target's."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm_head = ParallelLMHead(
+            VOCABULARY, HIDDEN, params_dtype=torch.bfloat16, prefix=PREFIX
+        )
+        self.logits_processor = LogitsProcessor(VOCABULARY)
+
+    def compute_logits(self, x):
+        return self.logits_processor(self.lm_head, x)
+
+
+class DrafterLoader:
+    """Stands in for vLLM's loader, whose hook calls it."""
+
+    def load_model(self, vllm_config, model_config, prefix=""):
+        with set_current_vllm_config(vllm_config), torch.device(DEVICE):
+            return Drafter()
+
+
+def load_drafter(**speculative):
+    speculative.setdefault("draft_model_config", object())
+    config = VllmConfig()
+    asked = types.SimpleNamespace(**speculative)
+    object.__setattr__(config, "speculative_config", asked)
+    return draft_model_loaded(DrafterLoader(), config, asked.draft_model_config)
+
+
+@pytest.mark.parametrize("draft", ["int4_g128", "int8_g32"])
+@pytest.mark.parametrize("name", [None, "int4_rescored", "int8_g32"])
+def test_a_drafter_reads_the_shared_head_in_its_own_scheme(monkeypatch, name, draft):
+    asked = {DRAFT_ATTRIBUTE: draft}
+    made = make_head(name, speculative_config=types.SimpleNamespace(**asked))
+    finish(made)
+    if name is not None:  # a drafter's own head is left alone, whatever is asked for
+        monkeypatch.setenv(ENV_NAME, name)
+    drafter = load_drafter(**asked)
+    assert isinstance(drafter.lm_head.quant_method, UnquantizedEmbeddingMethod)
+    own = {n for n, _ in made.head.named_parameters() if n.startswith("draft_")}
+    shares = SCHEMES.get(name) and name.split("_")[0] == draft.split("_")[0]
+    assert own == (set() if shares else {"draft_qweight", "draft_weight_scale"})
+
+    drafter.lm_head = made.head
+    x = torch.randn(3, HIDDEN).bfloat16().to(DEVICE)
+    scheme = SCHEMES[draft]
+    packed, scales, _ = ops.quantize(
+        made.head.weight.data if hasattr(made.head, "weight") else padded(made),
+        scheme.bits,
+        scheme.group_size,
+    )
+    expected = x.float() @ ops.dequantize(packed, scales, scheme.bits).T
+    got = drafter.compute_logits(x)
+    assert torch.allclose(got.float(), expected[:, :VOCABULARY], rtol=0.02, atol=0.05)
+    # The target's own logits are what they are without a drafter.
+    alone = make_head(name)
+    alone.head.weight.data.copy_(padded(made))
+    finish(alone)
+    of_target = made.head.quant_method.apply(made.head, x)
+    assert torch.equal(of_target, alone.head.quant_method.apply(alone.head, x))
+
+
+def padded(made):
+    weight = torch.zeros(len(made.embedding.weight), HIDDEN, dtype=torch.bfloat16)
+    weight[:VOCABULARY] = made.weight
+    return weight.to(DEVICE)
+
+
+def test_a_drafter_with_a_head_of_its_own_is_warned_about(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(
+        hybrid_w4a16_head.logger, "warning", lambda text, *a: warnings.append(text % a)
+    )
+    monkeypatch.setattr(Drafter, "has_own_lm_head", True, raising=False)
+    drafter = load_drafter(**{DRAFT_ATTRIBUTE: "int4_g128"})
+    (warning,) = warnings
+    assert "brings an lm_head of its own" in warning
+    x = torch.randn(1, HIDDEN).bfloat16().to(DEVICE)
+    own = drafter.lm_head
+    own.weight.data.normal_()
+    own.quant_method.process_weights_after_loading(own)
+    expected = own.quant_method.apply(own, x)[:, :VOCABULARY]
+    assert torch.equal(drafter.compute_logits(x), expected)
+
+
+def test_without_the_option_a_drafter_shares_the_head_as_it_is():
+    drafter = load_drafter()
+    assert "_apply_head" not in vars(drafter.logits_processor)
+
+
+def test_a_target_names_the_drafts_scheme():
+    config = {"lm_head": "int4_rescored", DRAFT_TARGET: "int8_g32"}
+    made = make_head(config, speculative_config=types.SimpleNamespace())
+    assert made.head.quant_method.draft_name == "int8_g32"
+    config[DRAFT_TARGET] = "int4_rescored"
+    with pytest.raises(ValueError, match="draft_lm_head'.=int4_rescored: expected one"):
+        make_head(config, speculative_config=types.SimpleNamespace())
+
+
+class Arguments:
+    """Stands in for EngineArgs, whose hook calls it."""
+
+    def __init__(self, method, value):
+        self.speculative_config = {
+            "method": method,
+            "draft-lm-head-quantization": value,
+        }
+
+    def create_speculative_config(self, model_config, parallel_config):
+        assert "draft-lm-head-quantization" not in self.speculative_config
+        return types.SimpleNamespace(**self.speculative_config)
+
+
+@pytest.mark.parametrize(
+    ("value", "scheme"),
+    [("int4", "int4_g128"), ("int8", "int8_g32"), ("int4_g32", "int4_g32")],
+)
+def test_the_option_is_taken_out_and_remembered(value, scheme):
+    arguments = Arguments("mtp", value)
+    config = draft_head_config(arguments, None, None)
+    assert getattr(config, DRAFT_ATTRIBUTE) == scheme
+    assert arguments.speculative_config["draft-lm-head-quantization"] == value
+
+
+@pytest.mark.parametrize("value", ["fp8", "nvfp4", "int4_rescored", None])
+def test_other_values_are_left_to_vllm(value):
+    assert draft_head_config(Arguments("mtp", value), None, None) is None
+
+
+def test_a_method_without_a_head_to_share_is_refused():
+    with pytest.raises(ValueError, match="expected a method of eagle.*, got ngram"):
+        draft_head_config(Arguments("ngram", "int4"), None, None)
+
+
+# fork: end

@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Damaged checkpoints: hundreds of mutations of a layer's tensors and of the config.
 
-Each ends in an exception that names what is damaged, or in the output that the mutated
-checkpoint stands for; never in a crash, or in something else silently.
+Each ends in an exception that names the damage, or in the output that the mutated
+checkpoint represents; never in a crash or a silent error.
 """
 
 import re
@@ -39,10 +39,10 @@ class Mutation:
     """A change of one layer's tensors.
 
     Attributes:
-        tensors: (name, tensor) as they are loaded.
-        named: what an error has to mention; ``None`` where the outcome is a checkpoint
-            that is as good as before, or means something else.
-        reference: the checkpoint that the tensors then stand for.
+            tensors: (name, tensor) in the order of loading.
+            named: what the error must mention; ``None`` if the checkpoint is as good as
+                before, or has another meaning.
+            reference: the checkpoint that the tensors represent after the mutation.
     """
 
     def __init__(self, format: str, symmetric: bool, seed: int) -> None:
@@ -56,7 +56,7 @@ class Mutation:
         getattr(self, self.kind)()
 
     def pick(self, suffix: str | None = None) -> tuple[str, str]:
-        """A tensor's name and, as errors have it, behind the layer's."""
+        """Return a tensor's name, and the part after the layer's name in errors."""
         names = [
             name
             for name in self.tensors
@@ -149,7 +149,7 @@ class Mutation:
         self.tensors[name] = torch.from_numpy(array)
         if self.symmetric:
             self.named = [f"{text} holds 0x", "expected"]
-        else:  # another number, no less valid
+        else:  # another number, equally valid
             self.reference.experts[int(expert)][projection][zeros] = array
         return None
 
@@ -275,7 +275,7 @@ def test_symmetric_zero_points_in_a_checkpoint_that_is_not_called_so():
     assert relative_error(run_layer(layer, x, weights, ids), expected) < 8e-3
 
 
-# What the config says, though the tensors are those of symmetric groups of 32.
+# The config's settings, while the tensors are symmetric with group size 32.
 CONFIGS = {
     "auto_round:auto_gptq": [
         {"group_size": 64},
@@ -346,12 +346,12 @@ CONFIG_CASES = [
 
 @pytest.mark.parametrize(("format", "index"), CONFIG_CASES)
 def test_config_that_does_not_fit_the_tensors(format, index, monkeypatch):
-    """An error under "require": no layer is computed with what the config mistakes."""
+    """An error under "require": no layer runs with wrong settings of the config."""
     monkeypatch.setenv("VLLM_HYBRID_W4A16_MOE", "require")
     change = CONFIGS[format][index]
     checkpoint = Checkpoint(SHAPE, True, format=format)
-    # Exception: vLLM's config classes and pydantic raise what they like, among them
-    # bare assertions
+    # vLLM's config classes and pydantic raise any kind of exception, including bare
+    # assertions.
     with pytest.raises(Exception) as error:  # noqa: B017, PT011
         config = quant_config(format, 32, **change)
         layer = make_layer(SHAPE, config)

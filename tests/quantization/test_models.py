@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Layers with the sizes and the names of published models, few experts of each."""
+"""Layers with the sizes and names of published models, with few experts each."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from ..support.moe_layers import (
     run_layer,
 )
 
-# hidden and intermediate size of an expert, group size, some format
+# Hidden and intermediate size of an expert, group size, and a format.
 SIZES = {
     "Qwen3-30B-A3B": (2048, 768, 128, "auto_round:auto_gptq"),
     "Qwen3.5-35B-A3B": (2048, 512, 128, "auto_round:auto_awq"),
@@ -71,8 +71,8 @@ def test_what_keeps_gpt_oss_out(group_size, moe, reason, monkeypatch):
         make_layer(Shape(2, 1, 2880, 2880, group_size), config, **moe)
 
 
-# As published AutoRound checkpoints of Qwen3.5-MoE have it: the text model inside a
-# vision-language one, experts int4, everything else 16-bit.
+# The structure of published AutoRound checkpoints of Qwen3.5-MoE: a text model inside a
+# vision-language model, int4 experts, everything else 16-bit.
 QWEN35 = "model.language_model.layers"
 QWEN35_EXTRA = {
     f"{QWEN35}.{layer}.{name}": {"bits": 16, "data_type": "fp"}
@@ -90,7 +90,7 @@ QWEN35_EXTRA = {
         "mlp.shared_expert.down_proj",
     )
 }
-# What vLLM's model class of Qwen3.5 does to names; importing it needs torchvision.
+# The name mapping of vLLM's Qwen3.5 model class, whose import needs torchvision.
 QWEN35_MAPPER = WeightsMapper(
     orig_to_new_prefix={
         "model.language_model.": "language_model.model.",

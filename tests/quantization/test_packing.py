@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""From a checkpoint's words to the packed layout."""
+"""Converting a checkpoint's words to the packed layout."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,7 @@ layouts = {
 
 
 def stored_linear(format, rows, groups, group_size, symmetric, seed):
-    """A random linear as its format has it on disk, in numpy and in torch."""
+    """Return a random linear as its format stores it, in numpy and in torch."""
     rng = np.random.default_rng(seed)
     k = groups * group_size
     stored = FORMATS[format].random_linear(rng, rows, k, group_size, symmetric)
@@ -110,8 +110,9 @@ def test_op_on_packed_is_matmul_on_dequantized(
     )
     weight = FORMATS[format].dequantize(stored)
     expected = x.astype(np.float64) @ weight.T
-    # fp32 accumulation, one rounding to fp16, and where few rows are multiplied as
-    # integers (AVX-512) half a step of max|x| / 32639 for each of them
+    # The error of fp32 accumulation, of one rounding to fp16 and, if few rows are
+    # multiplied as integers (AVX-512), of half a step of max|x| / 32639 for each of
+    # them.
     size = np.abs(x).astype(float)
     limit = 1e-3 * np.abs(expected) + 1e-5 * (size @ np.abs(weight).T)
     limit += size.max(1, keepdims=True) / 65278 * np.abs(weight).sum(1)
@@ -191,7 +192,7 @@ def test_shuffle_of_any_length_works_in_place(words):
 
 
 def flags_of_the_memory_at(address: int) -> list[str]:
-    """What Linux notes about the mapping that holds ``address`` (proc(5), VmFlags)."""
+    """Return Linux's flags of the mapping that holds ``address`` (proc(5), VmFlags)."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         bounds = re.match("([0-9a-f]+)-([0-9a-f]+) ", line)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""A profile of an MoE layer says by name what ran."""
+"""A profile of an MoE layer shows the ops by name."""
 
 import pytest
 import torch

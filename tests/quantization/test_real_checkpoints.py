@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Checkpoints that other tools wrote (``tests/fixtures``), layer by layer.
 
-``HYBRID_W4A16_CHECKPOINTS``: folders of further ones (Qwen3-MoE), separated by colons.
+``HYBRID_W4A16_CHECKPOINTS`` adds checkpoint folders (Qwen3-MoE), separated by colons.
 """
 
 import itertools
@@ -62,7 +62,7 @@ class RealCheckpoint(Checkpoint):
                     name.rpartition(".")[2]: np.array(array)
                     for name, array in stored.items()
                     if name.startswith(f"{self.name}.{expert}.{projection}.")
-                    and not name.endswith(".g_idx")  # vLLM drops them, too
+                    and not name.endswith(".g_idx")  # vLLM drops them too
                 }
                 for projection in ("gate_proj", "up_proj", "down_proj")
             }
@@ -84,7 +84,7 @@ class RealCheckpoint(Checkpoint):
         return {"symmetric": quantization["sym"]}
 
     def weights(self) -> np.ndarray:
-        """All of the layer's weights, dequantized, in one row."""
+        """Return all of the layer's dequantized weights in one row."""
         return np.concatenate(
             [
                 self.format.dequantize(linear).ravel()
@@ -113,12 +113,12 @@ def test_layer_against_float64(folder, dtype):
 
 
 def test_the_tools_mean_the_same_weights():
-    """All quantized one model: read rightly, they differ by the quantization alone."""
+    """All tools quantized one model, so the weights differ only by the quantization."""
     weights = {folder.name: RealCheckpoint(folder, 0).weights() for folder in BUNDLED}
     assert len(weights) == 7
     for one, other in itertools.combinations(weights, 2):
         difference = np.linalg.norm(weights[one] - weights[other])
         relative = difference / np.linalg.norm(weights[one])
-        # int4 by rounding: 0.08 to 0.12 each, GPTQ's 0.16 from those; another order of
-        # K or N would give 1.4
+        # Rounding to int4 gives a difference of 0.08 to 0.12 each, GPTQ's 0.16 from
+        # those. A wrong order of K or N would give 1.4.
         assert relative < 0.2, (one, other)

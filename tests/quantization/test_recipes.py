@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Checkpoints whose layers are not all alike, and formats that are not taken."""
+"""Checkpoints whose layers differ, and formats that are not supported."""
 
 import pytest
 import torch
@@ -55,12 +55,12 @@ def fresh_gate(monkeypatch):
 
 
 class Declined(Exception):
-    """Raised in place of what vLLM's own path would do with the layer."""
+    """Raised where vLLM's own path would handle the layer."""
 
 
 @pytest.fixture
 def left_to_vllm(monkeypatch):
-    """Whether a layer of a config is left to vLLM, whose own methods are stubs."""
+    """Return whether a config's layer is left to vLLM, whose own methods are stubs."""
 
     def stock(*args, **kwargs):
         raise Declined
@@ -77,7 +77,7 @@ def left_to_vllm(monkeypatch):
     def ask(config, **kwargs) -> bool:
         try:
             method = method_of(config, **kwargs)
-        except Exception as error:  # noqa: BLE001 vLLM's, which has no kernel for it
+        except Exception as error:  # noqa: BLE001 from vLLM, which has no kernel
             return switch.NAME not in str(error)
         return not isinstance(method, HybridW4A16MoEMethod)
 
@@ -116,7 +116,7 @@ def test_autoround_16_bit_experts_stay_16_bit(format, spelling, caplog):
     assert type(method_of(config)) is UnquantizedFusedMoEMethod
     other = method_of(config, name="model.layers.4.mlp.experts")
     assert isinstance(other, HybridW4A16MoEMethod)
-    assert "HybridW4A16" not in caplog.text, "not int4: none of our business"
+    assert "HybridW4A16" not in caplog.text, "16-bit layers must not be logged"
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -256,7 +256,7 @@ def test_16_bit_experts_of_the_other_formats(format, overrides, caplog):
 def test_recipes_are_not_looked_up_on_an_opt_in_device(
     format, left_to_vllm, monkeypatch
 ):
-    """Under auto nothing changes there, not even what vLLM overlooks."""
+    """Under auto nothing changes on such a device, not even what vLLM ignores."""
     monkeypatch.setenv(switch.NAME, "auto")
     monkeypatch.setattr(devices, "device_family", lambda: devices.PLANNED["cuda"])
     for module in (inc_moe, gptq, awq, compressed_tensors):

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Requests that the tests send to a server, through its OpenAI API."""
 
+from typing import Any
+
 import openai
 
 from benchmarks.serve_bench.vllm_server import MODEL_NAME, VllmServer
@@ -54,3 +56,18 @@ class Client:
         assert logprobs is not None and logprobs.token_logprobs is not None
         assert len(logprobs.token_logprobs) == len(tokens)
         return logprobs.token_logprobs[1:]
+
+    def complete(
+        self, prompts: list[str], count: int, logprobs: int, **sampling: Any
+    ) -> list[Any]:
+        """Choices of the API, with the likeliest ``logprobs`` tokens of each step."""
+        answer = self._completions.create(
+            model=MODEL_NAME,
+            prompt=prompts,
+            max_tokens=count,
+            logprobs=logprobs,
+            extra_body={"ignore_eos": True},
+            timeout=10 * REQUEST_TIMEOUT_S,
+            **sampling,
+        )
+        return sorted(answer.choices, key=lambda choice: choice.index)

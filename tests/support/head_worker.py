@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Runs engines with different heads in one process and prints what they answer.
+"""Runs engines with different heads in one process and prints their output.
 
     python -m tests.support.head_worker CHECKPOINT '{"NAME": {"head": "int8_g32"}}'
 
 Per engine: ``head``, a value of ``VLLM_HYBRID_W4A16_LM_HEAD`` or null; ``engine``,
-arguments for ``LLM``; ``requests``, names in ``REQUESTS``, all by default; ``reload``,
-whether to answer again after ``reload_weights``; ``sleep``, the same after sleep mode's
-two levels. Prints one JSON object for each engine, on a line that begins with ``MARK``.
+arguments for ``LLM``; ``requests``, names in ``REQUESTS``, all by default; ``reload``:
+whether to generate again after ``reload_weights``; ``sleep``: the same after both
+levels of sleep mode.
+Prints one JSON object per engine, on a line that begins with ``MARK``.
 """
 
 import json
@@ -25,7 +26,7 @@ PROMPTS = (
     "import os\nimport sys\n\n\nclass Reader:\n    def read(self, size=-1):\n",
 )
 CHOICES = ["import os", "return None"]
-ALLOWED_BIAS = {"300": 100.0}
+ALLOWED_BIAS = {300: 100.0}
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0, "logprobs": 5, "max_tokens": 24},
@@ -38,7 +39,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 def answer(llm: Any, names: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Of all requests at once: per name and prompt, what vLLM gave back."""
+    """Run all requests at once; return vLLM's output per name and prompt."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -69,7 +70,7 @@ def _plain(output: Any) -> dict[str, Any]:
 
 
 def _spec_counts(llm: Any) -> dict[str, float]:
-    """Counters of speculative decoding, without those by position."""
+    """Return the counters of speculative decoding, without the ones per position."""
     return {
         metric.name: metric.value
         for metric in llm.get_metrics()
@@ -124,10 +125,10 @@ def main() -> None:
 
 
 def write_drafter(checkpoint: Path, folder: Path) -> Path:
-    """An EAGLE drafter without a head for the target in ``checkpoint``.
+    """Write an EAGLE drafter without a head for the target in ``checkpoint``.
 
-    Its layer adds nothing and ``fc`` passes the target's hidden state on, so that its
-    draft is what the shared head makes of that state: the token before.
+    Its layer adds nothing, and ``fc`` passes on the target's hidden state. So its draft
+    is the shared head's output for that state: the previous token.
     """
     import torch
     from safetensors.torch import save_file

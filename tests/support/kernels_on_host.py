@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Calls of the GPU kernels on the host (csrc/rocm/host): data, the runner, verdicts.
+"""Runs the GPU kernels on the host (csrc/rocm/host): data, the runner, checks.
 
-Buffers are exactly sized, gaps between rows and outputs are poisoned, pointers are only
-as aligned as the ops demand. Inputs are fresh in every run; a failure names the seed
-that brings them back (environment variable HYBRID_W4A16_TEST_SEED).
+Buffers have exactly the needed size, gaps between rows and outputs are poisoned, and
+pointers are only as aligned as the ops require. Inputs are new in every run. A failure
+prints the seed that reproduces them (environment variable HYBRID_W4A16_TEST_SEED).
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ NIBBLE_SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], dtype=np.uint32)
 
 
 def to_bits(x, dtype):
-    """Rounds to fp16 or bf16; returns the bits as uint16."""
+    """Round to fp16 or bf16; return the bits as uint16."""
     if dtype == HALF:
         return x.astype(np.float16).view(np.uint16)
     bits = np.asarray(x, dtype=np.float32).view(np.uint32)
@@ -39,16 +39,16 @@ def to_bits(x, dtype):
 
 
 def from_bits(bits, dtype):
-    """fp16 or bf16 bits to float64."""
+    """Convert fp16 or bf16 bits to float64."""
     if dtype == HALF:
         return bits.view(np.float16).astype(np.float64)
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
 def spread(array, strides):
-    """The array's elements at `strides` (innermost 1) in an exactly sized flat buffer.
+    """Put the array's elements at `strides` (innermost 1) in an exactly sized buffer.
 
-    The gaps are all ones: NaN as a 16-bit or 32-bit float.
+    All bits of the gaps are ones: NaN as a 16-bit or 32-bit float.
     """
     strides = (*strides, 1)
     extents = ((n - 1) * s for n, s in zip(array.shape, strides, strict=True))
@@ -64,7 +64,7 @@ def spread(array, strides):
 
 @dataclasses.dataclass
 class Case:
-    """One op call: the fields for the runner and what must come back."""
+    """One op call: the runner's fields and the expected output."""
 
     fields: dict
     expected: np.ndarray  # float64 [rows, columns]
@@ -75,7 +75,7 @@ class Case:
     label: str
 
     def check(self, c):
-        """Asserts that `c`, the output buffer's bytes, is right and nothing else is."""
+        """Assert that `c`, the bytes of the output buffer, is right, gaps included."""
         c = np.frombuffer(c, dtype=np.uint16)
         untouched = np.ones(c.size, dtype=bool)
         rows, columns = self.expected.shape
@@ -96,7 +96,7 @@ class Case:
 
 
 def record(fields):
-    """Fields as the runner reads them: int64, double, and bytes as they are."""
+    """Encode fields for the runner: int64, double, and bytes unchanged."""
     parts = [struct.pack("<I", len(fields))]
     for name, value in fields.items():
         if isinstance(value, float):
@@ -133,7 +133,7 @@ class Outcome:
 
 
 def run(program, cases, env=None):
-    """The outcome of one process that makes the calls of `cases`."""
+    """Run the calls of `cases` in one process; return its outcome."""
     calls = b"".join(record(case.fields) for case in cases)
     done = subprocess.run(
         [program],
@@ -147,14 +147,14 @@ def run(program, cases, env=None):
 
 
 def run_all(jobs):
-    """Outcomes of `jobs`, {key: (program, cases)}, side by side on all cores."""
+    """Run `jobs`, {key: (program, cases)}, on all cores; return their outcomes."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         found = {key: pool.submit(run, *job) for key, job in jobs.items()}
         return {key: job.result() for key, job in found.items()}
 
 
 def check(outcome):
-    """Asserts that every call of `outcome` ended and was right."""
+    """Assert that every call of `outcome` ended with a right result."""
     if outcome.returncode != 0:
         stopped_at = outcome.cases[len(outcome.replies)].label
         pytest.fail(f"{stopped_at}\n{outcome.stderr[:4000]}", pytrace=False)
@@ -165,7 +165,7 @@ def check(outcome):
 
 
 def build_programs():
-    """Paths of the host program without and with matrix instructions."""
+    """Return the paths of the host program without and with matrix instructions."""
     if platform.machine() != "x86_64":
         pytest.skip("the host run switches fibers in x86-64 assembler")
     found = {}
@@ -178,7 +178,7 @@ def build_programs():
 
 
 def check_every_kernel_ran(program, prefix, outcomes):
-    """Asserts that `outcomes` are of all kernels of `program` with the prefix."""
+    """Assert that `outcomes` include all kernels of `program` with the prefix."""
     symbols = subprocess.run(
         ["objdump", "-t", program], capture_output=True, text=True, check=True
     ).stdout
@@ -195,6 +195,6 @@ def check_every_kernel_ran(program, prefix, outcomes):
 
 
 def name_of(value):
-    """A combination's part in a test's name."""
+    """Return a combination's part of a test's name."""
     names = {True: "yes", False: "no"}
     return names[value] if isinstance(value, bool) else str(value)

@@ -225,16 +225,19 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def write_table(results: list[dict[str, Any]]) -> None:
+    """Replace the table in docs/support.md."""
     text = DOCUMENT.read_text()
     before, rest = text.split(BEGIN)
     DOCUMENT.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
 
 
 def load_results() -> list[dict[str, Any]]:
+    """Return the results in tests/e2e/matrix.json; none if there is no such file."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
 def save_results(results: list[dict[str, Any]]) -> None:
+    """Write tests/e2e/matrix.json, one result per line."""
     lines = ",\n".join(json.dumps(result) for result in results)
     RESULTS.write_text(f"[\n{lines}\n]\n")
 

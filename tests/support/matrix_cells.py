@@ -56,6 +56,16 @@ DEPLOYMENTS = {
     "prefix caching": Deployment(1, {"enable_prefix_caching": True}, seen=False),
     "weights reloaded": Deployment(1, reload=True),
     "compiled": Deployment(1, {"enforce_eager": False}),
+    "shared expert int8": Deployment(
+        1, {"quantization_config": {"targets": {"*shared_expert*": "int8_g32"}}}
+    ),
+    "shared expert int8, TP 2": Deployment(
+        2,
+        {
+            "quantization_config": {"targets": {"*shared_expert*": "int8_g32"}},
+            "tensor_parallel_size": 2,
+        },
+    ),
     "sleep mode": Deployment(1, {"enable_sleep_mode": True}, sleep=True),
     "sleep mode, compiled": Deployment(
         1, {"enable_sleep_mode": True, "enforce_eager": False}, sleep=True
@@ -71,7 +81,9 @@ SHARDINGS = ("1 rank", "TP 2", "TP 2, EP 2")
 OTHER_DEPLOYMENTS = tuple(
     name
     for name, deployment in DEPLOYMENTS.items()
-    if name not in (*SHARDINGS, "TP 4") and not deployment.sleep
+    if name not in (*SHARDINGS, "TP 4")
+    and not deployment.sleep
+    and "quantization_config" not in deployment.arguments
 )
 
 
@@ -85,6 +97,7 @@ class Cell:
 
     @property
     def ranks(self) -> int:
+        """Number of processes."""
         return DEPLOYMENTS[self.deployment].ranks
 
     @property
@@ -93,13 +106,16 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Unique name, used in reports and test ids."""
         return f"{self.recipe.folder_name} {self.dtype} {self.deployment}"
 
     def to_json(self) -> dict[str, Any]:
+        """Return a dictionary for ``from_json``."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Cell":
+        """Return the cell that ``to_json`` described."""
         return Cell(**{**values, "recipe": Recipe(**values["recipe"])})
 
 
@@ -149,6 +165,15 @@ def other_deployments() -> list[Cell]:
             name,
         )
         for name in OTHER_DEPLOYMENTS
+    ]
+
+
+def shared_experts() -> list[Cell]:
+    """Quantized at load; the first cell is in test_matrix's short run."""
+    return [
+        Cell(QWEN35, "bfloat16", "shared expert int8"),
+        Cell(QWEN35, "bfloat16", "shared expert int8, TP 2"),
+        Cell(Recipe("glm4_moe", "compressed-tensors"), "float16", "shared expert int8"),
     ]
 
 
@@ -221,11 +246,27 @@ def subset() -> list[Cell]:
         Cell(QWEN35_ATTENTION, "bfloat16"),
     ]
     attention = [
-        Cell(Recipe("qwen3_moe", "awq", False, 64, True), "bfloat16", "compiled"),
-        Cell(Recipe("qwen3_moe", "compressed-tensors", False, 32, True), "float16"),
+        Cell(
+            Recipe("qwen3_moe", "awq", False, 64, int4_attention=True),
+            "bfloat16",
+            "compiled",
+        ),
+        Cell(
+            Recipe("qwen3_moe", "compressed-tensors", False, 32, int4_attention=True),
+            "float16",
+        ),
     ]
     shards = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
     others = [cell for cell in other_deployments() if cell.deployment != "compiled"]
     return list(
-        dict.fromkeys([*covering(grid()), *models, *attention, *shards, *others])
+        dict.fromkeys(
+            [
+                *covering(grid()),
+                *models,
+                *attention,
+                *shared_experts()[:1],
+                *shards,
+                *others,
+            ]
+        )
     )

@@ -93,15 +93,21 @@ def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
     llm.reset_prefix_cache()
 
 
-def int4_linears(model: torch.nn.Module) -> list[str]:
-    """Names of the dense linears that run on ``HybridW4A16LinearKernel``."""
+def our_linears(model: torch.nn.Module) -> tuple[list[str], list[str]]:
+    """Names of linears on ``HybridW4A16LinearKernel``, and of those that were quantized
+    at load."""
     from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16 import (
         HybridW4A16LinearKernel,
     )
+    from vllm.model_executor.layers.quantization.hybrid_w4a16_online_linear import (
+        HybridW4A16OnlineLinearMethod,
+    )
 
-    found = []
+    found, quantized = [], []
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
+        if isinstance(method, HybridW4A16OnlineLinearMethod):
+            quantized.append(name)
         # some methods hold another one, compressed-tensors' is the layer's scheme
         for holder in (method, getattr(module, "scheme", None)):
             while holder is not None:
@@ -109,7 +115,7 @@ def int4_linears(model: torch.nn.Module) -> list[str]:
                     found.append(name)
                 inner = getattr(holder, "scheme", None)
                 holder = inner or getattr(holder, "linear_method", None)
-    return found
+    return found, quantized
 
 
 def sleep_and_wake(llm: Any) -> None:
@@ -223,6 +229,7 @@ def tell_shared_memory_of_cells_apart() -> None:
 def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     """Run one cell and return its output."""
     from vllm import LLM
+    from vllm.plugins import load_general_plugins
 
     deployment = DEPLOYMENTS[cell.deployment]
     checkpoint = make_checkpoint(cell.recipe, checkpoints)
@@ -251,9 +258,13 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
         seed = int(os.environ["RANK"])
     if deployment.ranks > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
+    at_load = "quantization_config" in arguments
+    if at_load:  # whose names are checked before plugins are loaded
+        load_general_plugins()
     llm = LLM(str(checkpoint), **arguments)
-    (linears,) = llm.apply_model(int4_linears)
+    ((linears, quantized),) = llm.apply_model(our_linears)
     assert bool(linears) == cell.recipe.int4_attention, linears
+    assert bool(quantized) == at_load, quantized
     if deployment.reload:
         os.environ["MATRIX_CELL"] = json.dumps(cell.to_json())
         garbage_then_checkpoint(llm, checkpoint)

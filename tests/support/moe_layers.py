@@ -147,6 +147,7 @@ def make_layer(
 
 
 def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up."""
     return torch.nn.functional.silu(gate) * up
 
 
@@ -177,6 +178,7 @@ class Checkpoint:
         ]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the checkpoint's tensors by their names within the layer."""
         for e, expert in enumerate(self.experts):
             for name, linear in expert.items():
                 for suffix, array in linear.items():

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// Prints what the rule of plan.h says. Each line on stdin is a problem: tokens, top_k, experts,
-// hidden and intermediate size, compute units, bytes of LDS. Each line on stdout is its answer: for
-// gate_up kernel, waves of a block, slots, row tiles, waves of the grid, bytes of LDS of a block;
-// for down kernel, waves, k slices, slots, waves of the grid, bytes.
+// Prints the launch plans that plan.h chooses. Each line on stdin is a problem: tokens, top_k,
+// experts, hidden and intermediate size, compute units, bytes of LDS. Each line on stdout is its
+// plan. For gate_up: kernel, waves per block, slots, row tiles, waves of the grid, bytes of LDS per
+// block. For down: kernel, waves per block, k slices, slots, waves of the grid, bytes of LDS per
+// block.
 #include <cinttypes>
 #include <cstdio>
 

@@ -55,8 +55,7 @@ gpu_host_switch:
 namespace gpu_host {
 namespace {
 
-constexpr size_t kStackBytes =
-    256 * 1024;  // instrumented frames are large; pages are allocated on demand
+constexpr size_t kStackBytes = 256 * 1024;  // instrumented frames are large; pages are lazy
 constexpr size_t kGuardBytes = 4096;
 constexpr int kFailExit = 70;  // EX_SOFTWARE; AddressSanitizer and UBSan exit with 1
 

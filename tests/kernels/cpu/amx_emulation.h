@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// AMX tile instructions in plain C++, for machines without AMX: included before a kernel source
-// (-include), it takes the place of the compiler's intrinsics. Memory is accessed element by
-// element, so that AddressSanitizer sees every byte. What the processor refuses, and use of a tile
-// that is not configured, ends the program.
+// AMX tile instructions in plain C++, for machines without AMX. This file is included before a
+// kernel source (-include) and replaces the compiler's intrinsics. It accesses memory element by
+// element, so that AddressSanitizer checks every byte. It ends the program on anything that the
+// processor would reject, and on use of an unconfigured tile.
 //
 // Intel SDM volume 1, chapter 18; volume 2, LDTILECFG and TDP*.
 #pragma once
@@ -16,7 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 
-// Unnamed as in the kernels: each source has its own flags, so it shares no inline function.
+// Unnamed, as in the kernels: each source has its own flags, so sources share no inline functions.
 namespace amx_emulation {
 namespace {
 
@@ -134,7 +134,7 @@ inline void multiply_bf16(int c, int a, int b) {
 }  // namespace
 }  // namespace amx_emulation
 
-// The compiler's own are macros too: operands are immediates.
+// The compiler's intrinsics are macros too, because their operands are immediates.
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_zero

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// tiles KERNEL CASES SEED LIMIT: random tiles through a kernel, against float64.
+// tiles KERNEL CASES SEED LIMIT: runs random tiles through a kernel and compares with float64.
 //
 // Prints the largest error. Exit status 1: a case failed, and is printed; 77: the processor lacks
-// the kernel's instructions (those of AMX are emulated, amx_emulation.h). Memory ends where a
-// kernel may read and write no further; what prepare() and multiply() have to write is poisoned
-// with NaNs before, and so are the gaps between the outputs.
+// the kernel's instructions (amx_emulation.h emulates AMX). Each buffer ends where a kernel must
+// not read or write further. Outputs of prepare() and multiply() are poisoned with NaNs beforehand,
+// and so are the gaps between the outputs.
 //
-// Errors are relative to the norm that the outputs are expected to have when rows and weights are
-// independent: that of random outputs themselves may be next to nothing.
+// Errors are relative to the norm that outputs have on average for independent rows and weights.
+// The norm of the random outputs themselves may be close to zero.
 #include <sanitizer/asan_interface.h>
 #include <sys/mman.h>
 
@@ -26,7 +26,7 @@
 #include "kernels.h"
 #include "kernels_common.h"
 
-// Aborts, of the emulation too, are reported like faults: with a stack and the case.
+// Aborts (the emulation's too) are reported like faults: with a stack and the case.
 extern "C" const char* __asan_default_options() { return "handle_abort=1"; }
 
 namespace {
@@ -55,7 +55,7 @@ bool has_avx512() {
 #endif
 }
 
-// Null: this processor cannot run it.
+// Returns null if this processor cannot run the kernel.
 const Kernel* find(const std::string& name) {
   if (name == kPortable.name) return &kPortable;
 #if defined(__x86_64__)
@@ -68,8 +68,8 @@ const Kernel* find(const std::string& name) {
   return nullptr;
 }
 
-// Memory that ends where pages that cannot be accessed begin: AddressSanitizer does not see the
-// accesses of vector intrinsics that have a mask. Poisoned.
+// Poisoned memory that ends at an inaccessible page, because AddressSanitizer does not check masked
+// vector intrinsics.
 class Memory {
  public:
   explicit Memory(int64_t bytes) : bytes_(bytes), pages_(round_up<int64_t>(bytes, kPage)) {
@@ -98,7 +98,7 @@ class Memory {
   char* start_;
 };
 
-// A copy whose end is the end of its memory.
+// A copy that ends at the end of its memory.
 template <typename T>
 struct Copy {
   explicit Copy(const std::vector<T>& from) : memory(sizeof(T) * from.size()) {
@@ -108,7 +108,7 @@ struct Copy {
   Memory memory;
 };
 
-// Aligned as the driver's.
+// Aligned like the driver's buffers.
 struct Aligned : Memory {
   explicit Aligned(int64_t bytes) : Memory(round_up<int64_t>(bytes, 64)) {}
 };
@@ -122,7 +122,7 @@ class Case {
     group_size_ = 32 << pick(0, 2);
     groups_ = pick(1, pick(0, 3) ? 12 : 40);
     k_ = group_size_ * groups_;
-    m_ = pick(1, pick(0, 1) ? 40 : 9);  // kernels differ most where rows are few
+    m_ = pick(1, pick(0, 1) ? 40 : 9);  // kernels differ most with few rows
     columns_ = pick(0, 1) ? 32 * pick(1, pick(0, 3) ? 4 : 16) : pick(1, 140);
     symmetric_ = pick(0, 1);
     first_ = pick(0, 3) ? 8 * pick(0, 3) : pick(0, 20);
@@ -146,7 +146,7 @@ class Case {
                  s_stride_, z_stride_, out_stride_, special_row_, outliers_);
   }
 
-  // The error, or infinity where an output is none; says which.
+  // Returns the error, or infinity if an output is unwritten or not finite; prints which.
   double run(const Kernel& kernel) const {
     const std::vector<float> out = multiply(kernel);
     double error = 0, norm = 0, worst = -1;
@@ -187,7 +187,7 @@ class Case {
     if (!good) return std::numeric_limits<double>::infinity();
     worst_ = "largest in row " + std::to_string(worst_row) + ", column " +
              std::to_string(worst_column) + ": " + std::to_string(worst);
-    // Zeros times anything are exact.
+    // Products with zeros are exact.
     if (norm == 0) return error == 0 ? 0 : std::numeric_limits<double>::infinity();
     return std::sqrt(error / norm);
   }
@@ -249,7 +249,7 @@ class Case {
     return w;
   }
 
-  // As the driver does it (moe_int4_cpu.cpp).
+  // As the driver does (moe_int4_cpu.cpp).
   std::vector<float> multiply(const Kernel& kernel) const {
     const int64_t rows = kernel.rows_allocated(dtype_, m_);
     const int64_t stride = round_up<int64_t>(kernel.row_bytes(dtype_, k_), 64) + 64;

@@ -36,6 +36,7 @@ def register() -> None:
     hybrid_w4a16_head_schemes.register()
     try:
         hooks.apply_hooks()
+        _add_online_linears()
     except hooks.HookError as error:
         if switch.value() == "require":
             raise
@@ -44,3 +45,16 @@ def register() -> None:
             vllm.__version__,
             error,
         )
+
+
+def _add_online_linears() -> None:
+    """Add our methods to vLLM's table of linears that are quantized at load.
+
+    Where this vLLM has no such table, asking for one of them is vLLM's own error.
+    """
+    try:
+        from vllm.model_executor.layers.quantization import hybrid_w4a16_online_linear
+    except ImportError as error:
+        logger.info("HybridW4A16: no linears in int8 or int4 at load: %s", error)
+    else:
+        hybrid_w4a16_online_linear.register()

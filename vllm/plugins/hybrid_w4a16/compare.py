@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -215,11 +216,17 @@ def _wait_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None
         time.sleep(0.3)
 
 
+_IS_NO_ERROR = re.compile(r"(?:\(.*?\) )?(?:DEBUG|INFO|WARNING) ")
+# The last line of a traceback, behind what vLLM's log puts before it.
+_RAISED = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)")
+
+
 def _cause(log: Path) -> str:
     """The first error in a log; later ones are its echoes in other processes."""
     for line in log.read_text(errors="replace").splitlines():
-        if "Error: " in line or "Exception: " in line:
-            return line.strip()[-300:]
+        found = _RAISED.search(line)
+        if found and not _IS_NO_ERROR.match(line):
+            return found[1].strip()[:300]
     return f"see {log.name}"
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -299,6 +300,31 @@ def _threads() -> Check:
     return Check("threads", True, f"vLLM computes with {count}: {why}")
 
 
+def _compiler() -> Check:
+    """torch.compile and Triton call a compiler at run time; our wheel does not."""
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    variable, names = ("CXX", ("g++",)) if on_cpu else ("CC", ("gcc", "clang"))
+    chosen = os.environ.get(variable)
+    found = next(filter(None, map(shutil.which, (chosen,) if chosen else names)), None)
+    if found is not None:
+        return Check("compiler", True, found)
+    if on_cpu:
+        return Check(
+            "compiler",
+            True,
+            "no C++ compiler on PATH, which torch.compile needs on a CPU: serve with "
+            "--enforce-eager, or install g++",
+        )
+    return Check(
+        "compiler",
+        False,
+        "no C compiler on PATH, which Triton needs to launch its kernels",
+        "install gcc, or set CC to a C compiler",
+    )
+
+
 def _tuning() -> Check:
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
@@ -325,6 +351,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     _vllm_fits,
     _library,
     _device,
+    _compiler,
     _plugin,
     _switch,
     _tuning,

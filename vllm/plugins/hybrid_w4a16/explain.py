@@ -18,6 +18,7 @@ from .explain_checkpoint import Checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
     from .explain_layers import ExpertsLayer
+    from .explain_linears import LinearGroup
 
 # GB/s that large copies reach, with what is known of it. Other devices differ too much
 # among themselves: there --bandwidth has to say it.
@@ -102,12 +103,13 @@ def _report(
         hybrid_w4a16_switch as switch,
     )
 
-    from . import explain_bytes, explain_layers
+    from . import explain_bytes, explain_layers, explain_linears
 
     switch.register()
     value = switch.value()
     family = devices.PLANNED[device] if device else devices.device_family()
     layers = explain_layers.expert_layers(checkpoint, tp_size, family)
+    linears = explain_linears.linears(checkpoint, tp_size, family)
     parts = explain_bytes.parts(checkpoint, layers, tp_size, context)
     total = sum(part.token_bytes for part in parts)
     known = family if isinstance(family, devices.DeviceFamily) else None
@@ -133,6 +135,8 @@ def _report(
         "hybrid_layers": sum(layer.hybrid for layer in layers),
         "declined_layers": sum(not (layer.hybrid or layer.error) for layer in layers),
         "refused_layers": sum(layer.error for layer in layers),
+        "linears": [dataclasses.asdict(group) for group in linears],
+        "launches": _launches(layers, linears),
         "parts": [dataclasses.asdict(part) for part in parts],
         "heads": [
             dataclasses.asdict(option)
@@ -142,6 +146,20 @@ def _report(
         "bandwidth_gbps": bandwidth,
         "bandwidth_source": source if bandwidth else None,
         "roofline_tokens_per_s": bandwidth * 1e9 / total if bandwidth else None,
+    }
+
+
+# gate_up and down: hybrid_w4a16_moe.py.
+_LAUNCHES_OF_EXPERTS = 2
+
+
+def _launches(
+    layers: list["ExpertsLayer"], linears: list["LinearGroup"]
+) -> dict[str, int]:
+    """This project's kernel launches (on the CPU: op calls) per token of one stream."""
+    return {
+        "routed experts": _LAUNCHES_OF_EXPERTS * sum(layer.hybrid for layer in layers),
+        "int4 linears": sum(group.layers for group in linears if group.hybrid),
     }
 
 
@@ -190,9 +208,11 @@ def as_text(report: dict[str, Any]) -> str:
         f"switch      {report['switch']}",
         "",
         *_expert_table(report),
+        *_linear_table(report),
         "",
         *_part_table(report),
         "",
+        *_launches_line(report),
         *_conclusion(report),
         *_head_table(report),
     ]
@@ -219,6 +239,35 @@ def _expert_table(report: dict[str, Any]) -> list[str]:
             )
         )
     return _aligned(rows, "<<<<<><")
+
+
+def _linear_table(report: dict[str, Any]) -> list[str]:
+    if not report["linears"]:
+        return []
+    rows: list[tuple[str, ...]] = [("int4 linears", "layers", "size", "group", "path")]
+    for group in report["linears"]:
+        rows.append(
+            (
+                group["name"],
+                str(group["layers"]),
+                f"{group['outputs']} x {group['inputs']}",
+                str(group["group_size"]),
+                "hybrid" if group["hybrid"] else f"vLLM's kernel: {group['reason']}",
+            )
+        )
+    return ["", *_aligned(rows, "<><><")]
+
+
+def _launches_line(report: dict[str, Any]) -> list[str]:
+    launches = {name: count for name, count in report["launches"].items() if count}
+    if not launches:
+        return []
+    what = "op calls" if report["device"]["name"] == "cpu" else "launches"
+    parts = ", ".join(f"{count} for {name}" for name, count in launches.items())
+    return [
+        f"{what:12}{sum(launches.values())} per token by this project ({parts});",
+        "            the lm_head and what stays with vLLM come on top",
+    ]
 
 
 def _path(group: dict[str, Any]) -> str:

@@ -63,7 +63,8 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "moe_int4_grouped_*.hip",
             "configs/hybrid_w4a16/sm_*.json",
             "hybrid_w4a16_switch.py",
-            "hybrid_w4a16_guard.py",
+            "hybrid_w4a16_guard*.py",
+            "hybrid_w4a16_online_linear.py",
             "hybrid_w4a16_graph_timing.py",
             "hybrid_w4a16_reference.py",
             # vLLM's own methods of these formats ask the oracle

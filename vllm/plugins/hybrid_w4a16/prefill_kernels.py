@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The Triton prefill kernels on random layers, and their compilation beforehand.
+"""Runs the Triton prefill kernels on random layers, and compiles them beforehand.
 
-Compiling a variant takes seconds and is done in other processes at the same time; the
-results come back through Triton's cache on disk.
+Compiling a variant takes seconds. Other processes do it in parallel, and Triton's cache
+on disk passes the results on.
 """
 
 import concurrent.futures
@@ -25,7 +25,7 @@ SILU = ("silu", 1.0, 0.0, None)
 
 @dataclass
 class PrefillCall:
-    """One experts call of prefill: x [M, H], ids and weights [M, top_k]."""
+    """One prefill call of the experts: x [M, H], ids and weights [M, top_k]."""
 
     layer: RandomLayer
     shape: LayerShape
@@ -50,6 +50,7 @@ class PrefillCall:
         self.workspace = prefill.Workspace.split(buffer, *self.sizes)
 
     def blocks(self):
+        """Return the pairs sorted into blocks for the gate_up tile."""
         return self.prefill.Blocks(
             *align(
                 self.ids,
@@ -60,7 +61,7 @@ class PrefillCall:
         )
 
     def launch(self, op: str, blocks) -> None:
-        """One of the two GEMMs, "gate_up" or "down", on what the workspace holds."""
+        """Run one of the two GEMMs, "gate_up" or "down", on the workspace's content."""
         prefill, space = self.prefill, self.workspace
         if op == "gate_up":
             prefill.gate_up(
@@ -83,7 +84,7 @@ class PrefillCall:
             )
 
     def run(self, out: torch.Tensor, activation: tuple = SILU) -> None:
-        """The whole call, out [M, H]."""
+        """Run the whole call; out is [M, H]."""
         self.prefill.prefill_experts(
             self.x,
             self.w13,
@@ -102,7 +103,7 @@ class PrefillCall:
 def align(
     ids: torch.Tensor, block_m: int, experts: int, expert_map: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The pairs sorted by expert, as ``HybridW4A16MoEExperts`` has them sorted."""
+    """Return the pairs sorted by expert, in the way of ``HybridW4A16MoEExperts``."""
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import (
         moe_align_block_size,
     )
@@ -114,9 +115,9 @@ def align(
 
 
 def compile_variant(shape: LayerShape, tiles: PrefillTiles) -> str | None:
-    """Compile for ``shape`` into Triton's cache on disk; returns what went wrong.
+    """Compile for ``shape`` into Triton's cache on disk; return the error, if any.
 
-    One expert's weights are enough: how many there are is no constant of the kernels.
+    One expert's weights are enough, since the kernels do not depend on their number.
     """
     one = dataclasses.replace(shape, experts=1, top_k=1)
     device = "cuda"
@@ -130,14 +131,14 @@ def compile_variant(shape: LayerShape, tiles: PrefillTiles) -> str | None:
         call = PrefillCall(layer, one, x, ids, weights, None, tiles)
         call.run(torch.empty_like(x))
         torch.cuda.synchronize()
-    except Exception as error:  # noqa: BLE001  # a tile too large for this device
+    except Exception as error:  # noqa: BLE001  # such as a tile too large for this device
         reason = (str(error).splitlines() or [""])[0]
         return f"{type(error).__name__}: {reason[:200]}"
     return None
 
 
 class CompilePool:
-    """Compiles variants (shape and tiles each) in processes of their own."""
+    """Compiles variants (a shape and tiles each) in other processes."""
 
     def __init__(self, variants: Iterable[tuple[LayerShape, PrefillTiles]]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -149,9 +150,9 @@ class CompilePool:
         }
 
     def wait(self, shape: LayerShape, tiles: PrefillTiles) -> str | None:
-        """Until the variant is compiled; why it cannot be, if so."""
+        """Wait until the variant is compiled; return the error, if any."""
         return self._results[shape, tiles].result()
 
     def close(self) -> None:
-        """Give up what has not begun."""
+        """Cancel everything that has not started."""
         self._pool.shutdown(wait=False, cancel_futures=True)

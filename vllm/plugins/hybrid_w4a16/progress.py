@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""A progress bar on standard error while a command runs; none if that is no terminal.
+"""A progress bar on standard error while a command runs, if that is a terminal.
 
 The commands' own output goes to standard output.
 """
@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No log lines inside; unlike vLLM's ``suppress_logging`` also after an error
-    they are back."""
+    """Suppress log lines inside. Unlike with vLLM's ``suppress_logging`` they return
+    even after an error."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -27,7 +27,7 @@ def quiet() -> Iterator[None]:
 
 
 class Progress:
-    """A context manager around the work."""
+    """A context manager that shows the progress of the work inside."""
 
     def __init__(self, title: str) -> None:
         self._bar: Any = tqdm(
@@ -41,15 +41,15 @@ class Progress:
         self._bar.close()
 
     def total(self, steps: int) -> None:
-        """How many calls of ``step`` there will be."""
+        """Set how many calls of ``step`` there will be."""
         self._bar.total = steps
         self._bar.refresh()
 
     def step(self, name: str) -> None:
-        """One step of ``name`` begins."""
+        """Begin one step of ``name``."""
         self._bar.set_postfix_str(name, refresh=False)
         self._bar.update()
 
     def say(self, text: str) -> None:
-        """A line that stays; printed whether or not there is a bar."""
+        """Print a permanent line, with or without a bar."""
         tqdm.write(text, file=sys.stderr)

@@ -15,7 +15,7 @@ GROUP_SIZES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Routed experts of one layer on one rank."""
+    """The routed experts of a layer on one rank."""
 
     experts: int
     top_k: int
@@ -34,7 +34,7 @@ class LayerShape:
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert's int4 weights and 16-bit scales."""
+        """Bytes of one expert's int4 weights and 16-bit scales."""
         weights = 3 * self.hidden * self.intermediate
         return weights // 2 + 2 * weights // self.group_size
 
@@ -47,6 +47,7 @@ class Int4Matrix(NamedTuple):
     zero_points: torch.Tensor | None
 
     def to(self, device: str) -> "Int4Matrix":
+        """Return a copy on ``device``."""
         zeros = self.zero_points
         return Int4Matrix(
             self.words.to(device),
@@ -55,7 +56,7 @@ class Int4Matrix(NamedTuple):
         )
 
     def dequantized(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        """Weights [N, K] of one expert."""
+        """Return the weights [N, K] of one expert."""
         zeros = None if self.zero_points is None else self.zero_points[expert]
         return reference.dequantize_packed(
             self.words[expert], self.scales[expert], zeros, dtype
@@ -69,17 +70,19 @@ class RandomLayer(NamedTuple):
     w2: Int4Matrix
 
     def to(self, device: str) -> "RandomLayer":
+        """Return a copy on ``device``."""
         return RandomLayer(self.w13.to(device), self.w2.to(device))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``fp16`` or ``bf16``."""
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 def random_layer(shape: LayerShape, generator: torch.Generator) -> RandomLayer:
-    """Every word is uniformly random, scales keep activations near unit variance.
+    """Make a layer of uniformly random words, with activations near unit variance.
 
-    On the generator's device.
+    It is on the generator's device.
     """
     hidden, inter = shape.hidden, shape.intermediate
     return RandomLayer(
@@ -91,13 +94,13 @@ def random_layer(shape: LayerShape, generator: torch.Generator) -> RandomLayer:
 def random_matrix(
     shape: LayerShape, n: int, k: int, generator: torch.Generator
 ) -> Int4Matrix:
-    """[E, N, K] in the shape's group size, dtype and symmetry."""
+    """Make an [E, N, K] matrix with the shape's group size, dtype and symmetry."""
     groups = k // shape.group_size
     size = (shape.experts, n, groups)
     device = generator.device
     scales = torch.rand(size, generator=generator, device=device)
     signs = torch.randint(0, 2, size, generator=generator, device=device) * 2 - 1
-    # the standard deviation of q - 8 is 4.6, that of q - zero 6.5
+    # the standard deviation is 4.6 for q - 8, 6.5 for q - zero
     deviation = 4.6 if shape.symmetric else 6.5
     scales = (scales + 0.5) * signs / (deviation * k**0.5)
     zeros = None
@@ -108,7 +111,7 @@ def random_matrix(
 
 
 def random_words(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Uniformly random int32 of ``size``."""
+    """Return uniformly random int32 of ``size``."""
     words = torch.empty(size, dtype=torch.int32, device=generator.device)
     return words.random_(-(2**31), 2**31, generator=generator)
 
@@ -116,9 +119,9 @@ def random_words(size: tuple[int, ...], generator: torch.Generator) -> torch.Ten
 def random_routing(
     tokens: int, shape: LayerShape, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 ids and fp32 weights [M, top_k]; each token draws distinct experts.
+    """Return int32 ids and fp32 weights [M, top_k]; each token has distinct experts.
 
-    On the CPU, as ``generator`` is.
+    They are on the CPU, like ``generator``.
     """
     score = torch.rand(tokens, shape.experts, generator=generator)
     ids = score.topk(shape.top_k).indices.to(torch.int32)

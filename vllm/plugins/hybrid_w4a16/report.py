@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     switch.register()
     args.out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"form": FORM, "checkpoint": args.checkpoint}
+    report: dict[str, Any] = {"form": FORM, "checkpoint": _name(args.checkpoint)}
     report["environment"] = environment()
     report["steps"], report["results"] = {}, {}
     status = 0
@@ -86,6 +86,12 @@ def run(args: argparse.Namespace) -> int:
     archive = write(report, args.out)
     print(f"\n{as_markdown(report)}\nsend {archive}, and paste the lines above")
     return status
+
+
+def _name(checkpoint: str) -> str:
+    """What the report calls it: of a folder the last part, the rest is the owner's."""
+    folder = Path(checkpoint)
+    return folder.resolve().name if folder.is_dir() else checkpoint
 
 
 def _step(
@@ -153,7 +159,9 @@ def _compare(args: argparse.Namespace, report: dict[str, Any]) -> str:
         lambda text: print(f"  {text}", flush=True),
     )
     report["results"]["compare"] = found
-    return "ok" if not found["failures"] else f"failed: {found['failures']}"
+    if not found["failures"]:
+        return "ok"
+    return "failed: " + "; ".join(f"{n}: {why}" for n, why in found["failures"].items())
 
 
 STEP_FUNCTIONS = {
@@ -272,10 +280,10 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def _print_explain(found: dict[str, Any]) -> None:
-    limit = found["roofline_tokens_per_s"]
+    limit, size = found["roofline_tokens_per_s"], found["token_bytes"]
+    text = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
     print(
-        f"* a token reads {found['token_bytes'] / 1e9:.2f} GB"
-        + (f", at most {limit:.0f} tokens/s" if limit else "")
+        f"* a token reads {text}" + (f", at most {limit:.0f} tokens/s" if limit else "")
     )
 
 
@@ -288,7 +296,7 @@ def _print_compare(found: dict[str, Any]) -> None:
     print("| | TTFT ms | TPOT ms | output tokens/s |\n| --- | --- | --- | --- |")
     for name, row in found["summary"].items():
         if row is None:
-            why = found["failures"].get(name, "not run")
+            why = found["failures"].get(name, "not run").replace("|", "/")
             print(f"| {name} | {why} | | |")
             continue
         cells = [

@@ -10,64 +10,39 @@ those before is checked. On the way the Triton kernels that the model will use a
 compiled, so that no request has to wait for it.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
-from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
-from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import CheckpointPacking
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_guard_sums as sums
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_guard_kernels import KernelCheck
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
-    from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
-        HybridW4A16MoEExperts,
-    )
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import Int4MoEMethod
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 
 logger = init_logger(__name__)
 
-# Of a row's outputs against the size that they have with random activations. Kernels
-# that are right reach 0.01 (bf16; int8 activations on some CPUs); one scale of 16 that
-# is wrong by half makes 0.1.
-TOLERANCE = 0.04
-# Weights of a matrix that are compared with per expert; rows are left out where there
-# are more (Mixtral's 58 million would take a second on a CPU).
-_MAX_WEIGHTS = 2 << 20
-# Most weights to unpack at a time for checksums.
-_CHUNK_WEIGHTS = 1 << 18
-# A chunk of dequantized weights takes at most this part of an expert's bytes.
-_CHUNK_SHARE = 2
-_DECODE_TOKENS = (1, 3)
-_PREFILL_TOKENS = 24
-
 _checked: set[tuple[object, ...]] = set()
 
 
 class Kept(NamedTuple):
-    """Checksums of one expert's tensors before the conversion, by "w13" and "w2".
-
-    Sums and not copies: the conversion may need a whole expert's room besides.
-    """
+    """What ``check`` needs of a layer as it was before the conversion."""
 
     signature: tuple[object, ...]
     expert: int
-    rows: dict[str, torch.Tensor]
-    """int32 [N]: of a row's weights, scales and zero points together."""
-    totals: dict[str, dict[str, int]]
-    """Of all rows, for each of the three."""
+    """The local expert that checksums were made of."""
+    sums: dict[str, sums.Sums]
+    """By "w13" and "w2"."""
 
 
 def keep(method: "Int4MoEMethod", layer: "RoutedExperts") -> Kept | None:
-    """Copies of a part of what is about to be converted, for ``check``.
+    """Checksums of a part of what is about to be converted, for ``check``.
 
     ``None`` where nothing will be checked: a layer like one that was checked, weights
     on the meta device, and while torch.compile or a graph capture looks on.
@@ -77,37 +52,8 @@ def keep(method: "Int4MoEMethod", layer: "RoutedExperts") -> Kept | None:
     signature = _signature(method, layer)
     if signature in _checked or not _can_run(method, layer):
         return None
-    packing = method.packing
     expert = layer.local_num_experts - 1
-    kept = Kept(signature, expert, {}, {})
-    for name in ("w13", "w2"):
-        words = getattr(layer, f"{name}_{packing.qweight}").data[expert]
-        scales = reference.stored_scales(
-            packing, getattr(layer, f"{name}_{packing.scales}").data[expert]
-        )
-        zeros = None
-        if not method.symmetric:
-            zeros = getattr(layer, f"{name}_{packing.zeros}").data[expert]
-
-        def parts(rows, words=words, scales=scales, zeros=zeros):
-            yield (
-                "weights",
-                reference.stored_weights(
-                    packing, _row_words(packing, words, rows, packing.words_along_k)
-                ),
-            )
-            yield "scales", scales[rows].view(torch.int16)
-            if zeros is not None:
-                yield (
-                    "zero points",
-                    reference.stored_zero_points(
-                        packing, _row_words(packing, zeros, rows, False)
-                    ),
-                )
-
-        k = _reduction(packing, words)
-        kept.rows[name], kept.totals[name] = _checksums(scales, k, parts)
-    return kept
+    return Kept(signature, expert, sums.stored(method, layer, expert))
 
 
 def check(
@@ -125,10 +71,10 @@ def check(
         return
     start = time.monotonic()
     _checked.add(kept.signature)
-    problem = _conversion_problem(method, layer, kept)
+    problem = sums.conversion_problem(method, layer, kept.expert, kept.sums)
     compiled, compile_s = 0, 0.0
     if problem is None:
-        run = _KernelCheck(method, layer, kernel, kept.expert)
+        run = KernelCheck(method, layer, kernel, kept.expert)
         problem = run.problem()
         compiled, compile_s = run.compiled, run.compile_s
     if problem is not None:
@@ -169,417 +115,3 @@ def _can_run(method: "Int4MoEMethod", layer: "RoutedExperts") -> bool:
     if weights.is_meta or weights.numel() == 0 or torch.compiler.is_compiling():
         return False
     return not (weights.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _sampled_rows(rows: int, share: int, device: torch.device) -> torch.Tensor:
-    """About ``rows / share`` rows in blocks of 8, over all positions in a tile."""
-    blocks = rows // 8
-    wanted = max(1, blocks // share)
-    # an odd stride, so that all remainders modulo a tile's size come up
-    stride = max(1, blocks // wanted) | 1
-    picked = (torch.arange(wanted, device=device) * stride) % blocks
-    picked = picked.unique()
-    return (picked[:, None] * 8 + torch.arange(8, device=device)).flatten()
-
-
-def _some_rows(rows: int, k: int, device: torch.device) -> torch.Tensor:
-    """All rows, or so many that they hold about ``_MAX_WEIGHTS``."""
-    share = -(-rows * k // _MAX_WEIGHTS)
-    if share <= 1:
-        return torch.arange(rows, device=device)
-    return _sampled_rows(rows, share, device)
-
-
-def _row_words(
-    packing: CheckpointPacking, words: torch.Tensor, rows: torch.Tensor, along_k: bool
-) -> torch.Tensor:
-    """Stored words that hold ``rows``, whole blocks of 8; ``along_k``: one row each."""
-    index = rows if along_k else rows[::8] // 8
-    return words.index_select(1 if packing.k_first else 0, index)
-
-
-def _reduction(packing: CheckpointPacking, words: torch.Tensor) -> int:
-    """K of stored words."""
-    stored = words.shape[0 if packing.k_first else 1]
-    return 8 * stored if packing.words_along_k else stored
-
-
-def _checksums(
-    scales: torch.Tensor,
-    k: int,
-    parts: Callable[[torch.Tensor], Iterable[tuple[str, torch.Tensor]]],
-) -> tuple[torch.Tensor, dict[str, int]]:
-    """Sums over integers times factors that depend on their place in the row; 0 for
-    rows that are left out.
-
-    ``parts(rows)`` yields names and values [len(rows), any].
-    """
-    count, device = scales.shape[0], scales.device
-    sums = torch.zeros(count, dtype=torch.int32, device=device)
-    totals: dict[str, int] = {}
-    step = max(8, _CHUNK_WEIGHTS // k // 8 * 8)
-    # the share of an expert that temporaries may take, 12 bytes per weight
-    step = min(step, max(8, count // 24 // 8 * 8))
-    place = torch.arange(k, dtype=torch.int32, device=device)
-    factors = (place * 40503).remainder_(32749).add_(1)
-    for rows in _some_rows(count, k, device).split(step):
-        for what, values in parts(rows):
-            part = (values * factors[: values.shape[1]]).sum(1, dtype=torch.int64)
-            part.remainder_(2**31 - 1)
-            totals[what] = totals.get(what, 0) + int(part.sum())
-            sums[rows] ^= part.to(torch.int32)
-    return sums, totals
-
-
-def _conversion_problem(
-    method: "Int4MoEMethod", layer: "RoutedExperts", kept: Kept
-) -> str | None:
-    """How the converted expert differs from what the checkpoint said, if it does."""
-    packing = method.packing
-    for name in ("w13", "w2"):
-        words = getattr(layer, f"{name}_{packing.qweight}")[kept.expert]
-        scales = getattr(layer, f"{name}_{packing.scales}")[kept.expert]
-        zeros = None
-        if not method.symmetric:
-            zeros = getattr(layer, f"{name}_{packing.zeros}")[kept.expert]
-
-        def parts(rows, words=words, scales=scales, zeros=zeros):
-            yield "weights", reference.packed_weights(words[rows])
-            yield "scales", scales[rows].view(torch.int16)
-            if zeros is not None:
-                yield (
-                    "zero points",
-                    reference.packed_zero_points(zeros[rows[::8] // 8]),
-                )
-
-        sums, totals = _checksums(scales, words.shape[1] * 8, parts)
-        before = kept.totals[name]
-        wrong = [what for what, total in totals.items() if total != before[what]]
-        if wrong or not torch.equal(sums, kept.rows[name]):
-            rows = (sums != kept.rows[name]).nonzero()[:, 0].tolist()
-            return (
-                f"the conversion of the {' and '.join(wrong or ['tensors'])} of {name} "
-                f"from {packing.name} is wrong: local expert {kept.expert}, "
-                f"{len(rows)} of {len(sums)} rows, row {rows[0]} first"
-            )
-    return None
-
-
-class _Run(NamedTuple):
-    """One call of the kernels on the first ``tokens`` tokens."""
-
-    how: str
-    tokens: int
-    middle: torch.Tensor
-    """[M * top_k, I]: what gate_up wrote."""
-    out: torch.Tensor
-    """[M, H]"""
-
-
-class _KernelCheck:
-    """The kernels on a few tokens that all pick the same two experts."""
-
-    def __init__(
-        self,
-        method: "Int4MoEMethod",
-        layer: "RoutedExperts",
-        kernel: "FusedMoEKernel",
-        expert: int,
-    ) -> None:
-        packing = method.packing
-        self.layer = layer
-        self.kernel = cast("HybridW4A16MoEExperts", kernel.fused_experts)
-        self.w13, self.w2 = (
-            (
-                getattr(layer, f"{name}_{packing.qweight}"),
-                getattr(layer, f"{name}_{packing.scales}"),
-                getattr(layer, f"{name}_{packing.zeros}", None),
-            )
-            for name in ("w13", "w2")
-        )
-        scales = self.w13[1]
-        self.device, self.dtype = scales.device, scales.dtype
-        self.hidden = self.w13[0].shape[2] * 8
-        self.inter = self.w2[0].shape[2] * 8
-        self.top_k = method.moe.experts_per_token
-        self.activation = (
-            ops.ACTIVATIONS[layer.activation].name,
-            *self.kernel._activation_arguments(layer.activation),
-        )
-        self.compiled, self.compile_s = 0, 0.0
-        generator = torch.Generator().manual_seed(0)
-        tokens = max(*self._decode_tokens(), self._prefill_tokens())
-        x = torch.randn(tokens, self.hidden, generator=generator)
-        self.x = x.to(self.dtype).to(self.device)
-        # slots take turns; the second expert comes first in every other token
-        local = torch.tensor([0, expert])
-        slots = (torch.arange(tokens)[:, None] + torch.arange(self.top_k)) % 2
-        self.local = local[slots].to(self.device)
-        self.experts = sorted({0, expert})
-        self.expert_map = layer.expert_map
-        ids = self.local
-        if self.expert_map is not None:
-            globals_ = [
-                int((self.expert_map == e).nonzero()[0, 0]) for e in (0, expert)
-            ]
-            ids = torch.tensor(globals_)[slots].to(self.device)
-        self.ids = ids.to(torch.int32)
-        # vLLM loads models with their own dtype as torch's default
-        weights = torch.rand(
-            tokens, self.top_k, generator=generator, dtype=torch.float32
-        )
-        weights += 0.5
-        self.weights = (weights / self.top_k).to(self.device)
-
-    def _prefill_tokens(self) -> int:
-        return 0 if self.kernel.prefill_from is None else _PREFILL_TOKENS
-
-    def problem(self) -> str | None:
-        """What differs from plain torch, the first of it; ``None``: nothing."""
-        try:
-            runs = [self._decode(tokens) for tokens in self._decode_tokens()]
-        except RuntimeError as error:
-            if self.kernel.tuned is None or ": plan:" not in str(error):
-                raise
-            logger.warning(
-                "HybridW4A16 MoE: the tuning table's launch plans for %s do not fit "
-                "this layer and are not used: %s",
-                self.kernel.tuned.shape,
-                str(error).splitlines()[0],
-            )
-            self.kernel.tuned.decode.clear()
-            runs = [self._decode(tokens) for tokens in self._decode_tokens()]
-        if self.kernel.prefill_from is not None:
-            runs += [self._prefill(tiles) for tiles in self._tiles()]
-        return self._gate_up_problem(runs) or self._down_problem(runs)
-
-    def _decode_tokens(self) -> list[int]:
-        """A few, and every number that the tuning table has plans for."""
-        planned = self.kernel.tuned.decode if self.kernel.tuned is not None else {}
-        return sorted({*_DECODE_TOKENS, *planned})
-
-    def _decode(self, tokens: int) -> _Run:
-        plans: tuple[tuning.Plan | None, tuning.Plan | None] = (None, None)
-        if self.kernel.tuned is not None:
-            plans = self.kernel.tuned.decode_plans(tokens)
-        nan = float("nan")
-        middle = self.x.new_full((tokens * self.top_k, self.inter), nan)
-        out = self.x.new_full((tokens, self.hidden), nan)
-        w13, s13, z13 = self.w13
-        w2, s2, z2 = self.w2
-        name, alpha, beta, limit = self.activation
-        cu_count = self.kernel.cu_count
-        ids, weights = self.ids[:tokens], self.weights[:tokens]
-        ops.fused_moe_wvSplitK_int4_gate_up(
-            self.x[:tokens],
-            w13,
-            s13,
-            middle,
-            ids,
-            name,
-            cu_count,
-            self.kernel.group_size,
-            z13,
-            self.expert_map,
-            alpha,
-            beta,
-            limit,
-            plan=plans[0],
-        )
-        ops.fused_moe_wvSplitK_int4_down(
-            middle,
-            w2,
-            s2,
-            out,
-            ids,
-            weights,
-            cu_count,
-            self.kernel.down_group_size,
-            z2,
-            self.expert_map,
-            plan=plans[1],
-        )
-        return _Run(f"decode, {tokens} tokens", tokens, middle, out)
-
-    def _tiles(self) -> list[tuning.PrefillTiles]:
-        """Of every number of tokens that the model can get at once."""
-        assert self.kernel.prefill_from is not None and self.kernel.tuned is not None
-        tokens, found = self.kernel.prefill_from, []
-        while tokens <= 1 << 17:
-            tiles = self.kernel.tuned.prefill_tiles(tokens * self.top_k)
-            if tiles not in found:
-                found.append(tiles)
-            tokens *= 2
-        return found
-
-    def _prefill(self, tiles: tuning.PrefillTiles) -> _Run:
-        from vllm.model_executor.layers.fused_moe.experts import (
-            hybrid_w4a16_triton as prefill,
-        )
-        from vllm.model_executor.layers.fused_moe.moe_align_block_size import (
-            moe_align_block_size,
-        )
-
-        start = time.monotonic()
-        tokens = self._prefill_tokens()
-        sizes = tokens, self.top_k, self.hidden, self.inter
-        buffer = self.x.new_zeros(prefill.Workspace.elements(*sizes))
-        workspace = prefill.Workspace.split(buffer, *sizes)
-        out = self.x.new_full((tokens, self.hidden), float("nan"))
-        known = self.w13[0].shape[0]
-        if self.expert_map is not None:
-            known = self.expert_map.shape[0]
-        blocks = moe_align_block_size(
-            self.ids[:tokens],
-            tiles.gate_up.block_m,
-            known,
-            self.expert_map,
-            ignore_invalid_experts=self.expert_map is not None,
-        )
-        prefill.prefill_experts(
-            self.x[:tokens],
-            prefill.Int4Matrix(*self.w13, self.kernel.group_size),
-            prefill.Int4Matrix(*self.w2, self.kernel.down_group_size),
-            out,
-            workspace,
-            self.ids[:tokens],
-            self.weights[:tokens],
-            self.expert_map,
-            prefill.Blocks(*blocks),
-            prefill.Activation(*self.activation),
-            tiles,
-        )
-        # plane order back into the order of the intermediate's columns
-        k = torch.arange(self.inter, device=self.device)
-        place = 128 * (k // 128) + 16 * (k % 8) + (k % 128) // 8
-        middle = workspace.middle.index_select(1, place)
-        self.compiled += 2
-        self.compile_s += time.monotonic() - start
-        return _Run(f"prefill, {tiles}", tokens, middle, out)
-
-    def _gate_up_problem(self, runs: list[_Run]) -> str | None:
-        most = max(run.tokens for run in runs)
-        x, local = self.x[:most].float(), self.local[:most].flatten()
-        name, alpha, beta, limit = self.activation
-        for expert in self.experts:
-            pairs = (local == expert).nonzero()[:, 0]
-            if not len(pairs):
-                continue
-            inputs = x[pairs // self.top_k]
-            size = _rms(inputs)
-            for rows in self._chunks(self.inter, self.hidden):
-                gate, gate_norm = self._product(self.w13, expert, rows, inputs)
-                up_rows = rows + self.inter
-                up, up_norm = self._product(self.w13, expert, up_rows, inputs)
-                want = reference.activate(gate, up, *self.activation)
-                acted = reference.activate(
-                    gate, torch.ones_like(up), name, alpha, 0.0, limit
-                )
-                # what errors in gate and up come to in their product
-                gate_size, up_size = gate_norm * size, up_norm * size
-                allowed = (_rms(up + beta, 0) + TOLERANCE * up_size) * gate_size
-                allowed += _rms(acted, 0) * up_size + _rms(want, 0)
-                for run in runs:
-                    mine = pairs < run.tokens * self.top_k
-                    if not bool(mine.any()):
-                        continue
-                    got = run.middle[pairs[mine]][:, rows].float()
-                    wrong = self._wrong(got, want[mine], allowed, rows)
-                    if wrong is not None:
-                        return f"gate_up ({run.how}), local expert {expert}, {wrong}"
-        return None
-
-    def _down_problem(self, runs: list[_Run]) -> str | None:
-        """Of each run by what its own gate_up wrote."""
-        mixed: dict[int, list[torch.Tensor]] = {expert: [] for expert in self.experts}
-        for run in runs:
-            slots = run.middle.view(run.tokens, self.top_k, self.inter).float()
-            for expert in self.experts:
-                factors = self.weights[: run.tokens] * (
-                    self.local[: run.tokens] == expert
-                )
-                mixed[expert].append(torch.einsum("mti,mt->mi", slots, factors))
-        inputs = {expert: torch.cat(parts) for expert, parts in mixed.items()}
-        got = torch.cat([run.out for run in runs])
-        ends = [run.tokens for run in runs]
-        for rows in self._chunks(self.hidden, self.inter):
-            want = torch.zeros(
-                len(got), len(rows), dtype=torch.float32, device=self.device
-            )
-            sizes = torch.zeros(
-                len(got), len(rows), dtype=torch.float32, device=self.device
-            )
-            for expert in self.experts:
-                part, norm = self._product(self.w2, expert, rows, inputs[expert])
-                want += part
-                sizes += part.abs() + norm * _rms(inputs[expert], 1)[:, None]
-            for run, mine, expected, size in zip(
-                runs, got.split(ends), want.split(ends), sizes.split(ends), strict=True
-            ):
-                wrong = self._wrong(
-                    mine[:, rows].float(), expected, _rms(size, 0), rows
-                )
-                if wrong is not None:
-                    return f"down ({run.how}), {wrong}"
-        return None
-
-    def _wrong(
-        self,
-        got: torch.Tensor,
-        want: torch.Tensor,
-        allowed: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> str | None:
-        """The first row whose error is larger than ``TOLERANCE * allowed``."""
-        limit = torch.finfo(self.dtype).max
-        inside = want.abs() < limit  # fp16 may overflow in a model that is sound
-        error = _rms(torch.where(inside, got - want, 0.0), 0)
-        wrong = ~(error <= TOLERANCE * allowed + 1e-30)
-        if not bool(wrong.any()):
-            return None
-        at = int(wrong.nonzero()[0, 0])
-        ratio = float(error[at] / allowed[at].clamp(min=1e-30))
-        token = int((got[:, at] - want[:, at]).abs().nan_to_num(math.inf).argmax())
-        return (
-            f"row {int(rows[at])} differs from plain torch: relative error "
-            f"{ratio:.2g}, allowed {TOLERANCE}; token {token} is "
-            f"{float(got[token, at]):.6g}, "
-            f"expected {float(want[token, at]):.6g}"
-        )
-
-    def _chunks(self, rows: int, k: int) -> Iterator[torch.Tensor]:
-        """Rows to compare, so many at a time that temporaries stay small."""
-        every = _some_rows(rows, k, self.device)
-        expert_bytes = 3 * self.hidden * self.inter // 2
-        # two temporaries of 4 bytes each per weight
-        count = max(8, expert_bytes // _CHUNK_SHARE // (8 * k) // 8 * 8)
-        return iter(every.split(count))
-
-    def _product(
-        self,
-        matrix: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-        expert: int,
-        rows: torch.Tensor,
-        x: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [M, K] times ``rows`` of the expert, fp32 [M, rows]; norms of the rows.
-
-        A row's norm is at least that of weights one step from zero.
-        """
-        words, scales, zero_points = (None if t is None else t[expert] for t in matrix)
-        assert words is not None and scales is not None
-        zeros = None
-        if zero_points is not None:
-            zeros = reference.packed_zero_points(zero_points[rows[::8] // 8])
-        w = reference.dequantize(
-            reference.packed_weights(words[rows]), scales[rows], zeros, torch.float32
-        )
-        group_size = w.shape[1] // scales.shape[1]
-        step = scales[rows].float().norm(dim=1) * group_size**0.5
-        return x @ w.T, torch.maximum(w.norm(dim=1), step)
-
-
-def _rms(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Root of the mean square, over all or along ``dim``."""
-    square = x.float().square()
-    return (square.mean() if dim is None else square.mean(dim)).sqrt()

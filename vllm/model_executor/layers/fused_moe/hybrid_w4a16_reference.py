@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What int4 experts compute, in plain torch and from the layout's definition.
+"""Int4 experts in plain torch, written from the layout's definition.
 
-The kernels are held against it: when a model's first layer is loaded
+The kernels are compared with it when a model's first layer is loaded
 (``hybrid_w4a16_guard``) and by the commands ``selftest`` and ``tune``. It shares no
 code with the conversion (``hybrid_w4a16_packing``) or the kernels.
 """
@@ -13,35 +13,36 @@ import torch
 
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import CheckpointPacking
 
-# Where v0..v7 of a word are: in our layout, in plain order, and in AWQ's.
+# Bit positions of v0..v7 in a word: in our layout, in plain order, and in AWQ's.
 _EXLLAMA = (0, 16, 4, 20, 8, 24, 12, 28)
 _PLAIN = (0, 4, 8, 12, 16, 20, 24, 28)
 _AWQ = (0, 16, 4, 20, 8, 24, 12, 28)
-# Of an op's output against exact arithmetic, relative to its Frobenius norm: rounding
-# of 16-bit operands and results. The tests of the ops hold the kernels to the same.
+# Largest error of an op's output against exact arithmetic, relative to its Frobenius
+# norm: the rounding of 16-bit operands and results. The tests of the ops use the same
+# values.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 
 def _nibbles(words: torch.Tensor, shifts: tuple[int, ...], dim: int) -> torch.Tensor:
-    """0..15 as int32, eight times as many along ``dim`` as there are words."""
+    """Unpack words to int32 0..15; ``dim`` becomes eight times as long."""
     shift = torch.tensor(shifts, dtype=torch.int32, device=words.device)
-    # in place: 4 bytes per nibble are enough
+    # In place, so that 4 bytes per nibble are enough.
     nibbles = (words.movedim(dim, -1).unsqueeze(-1) >> shift).bitwise_and_(15)
     return nibbles.flatten(-2).movedim(-1, dim)
 
 
 def packed_weights(words: torch.Tensor) -> torch.Tensor:
-    """q int32 [..., N, K] of packed words int32 [..., N, K//8]."""
+    """Unpack words int32 [..., N, K//8] in the ops' layout to q int32 [..., N, K]."""
     return _nibbles(words, _EXLLAMA, -1)
 
 
 def packed_zero_points(zero_points: torch.Tensor) -> torch.Tensor:
-    """Zero points int32 [..., N, K//G] of packed ones, int32 [..., N//8, K//G]."""
+    """Unpack zero points int32 [..., N//8, K//G] to int32 [..., N, K//G]."""
     return _nibbles(zero_points, _PLAIN, -2)
 
 
 def stored_weights(packing: CheckpointPacking, words: torch.Tensor) -> torch.Tensor:
-    """q int32 [N, K] of one linear's words as the checkpoint format stores them."""
+    """Return q int32 [N, K] of one linear's words in the checkpoint's format."""
     rows = words.t() if packing.k_first else words
     if packing.words_along_k:
         return _nibbles(rows, _PLAIN, 1)
@@ -49,14 +50,14 @@ def stored_weights(packing: CheckpointPacking, words: torch.Tensor) -> torch.Ten
 
 
 def stored_zero_points(packing: CheckpointPacking, zeros: torch.Tensor) -> torch.Tensor:
-    """Zero points int32 [N, K//G] of one linear as the format stores them."""
+    """Return zero points int32 [N, K//G] of one linear in the checkpoint's format."""
     rows = zeros.t() if packing.k_first else zeros
     stored = _nibbles(rows, _PLAIN if packing.words_along_k else _AWQ, 0)
     return (stored + packing.zero_offset) & 15
 
 
 def stored_scales(packing: CheckpointPacking, scales: torch.Tensor) -> torch.Tensor:
-    """Scales [N, K//G] of one linear as the checkpoint format stores them."""
+    """Return scales [N, K//G] of one linear in the checkpoint's format."""
     return scales.t() if packing.k_first else scales
 
 
@@ -66,7 +67,7 @@ def dequantize(
     zero_points: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Weights [..., N, K] in ``dtype``: ``(q - zero) * scale``.
+    """Return weights [..., N, K] in ``dtype``: ``(q - zero) * scale``.
 
     Args:
         q: 0..15, [..., N, K].
@@ -87,7 +88,7 @@ def dequantize_packed(
     zero_points: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``dequantize`` of weights in the ops' layout, [..., N, K]."""
+    """Like ``dequantize``, for weights [..., N, K] in the ops' layout."""
     zeros = None if zero_points is None else packed_zero_points(zero_points)
     return dequantize(packed_weights(words), scales, zeros, dtype)
 
@@ -112,7 +113,7 @@ def activate(
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of ``expected``; 0 for two zeros."""
+    """Frobenius norm of the difference over that of ``expected``; 0 if both are 0."""
     difference = float((got.double() - expected.double()).norm())
     norm = float(expected.double().norm())
     if difference == 0:

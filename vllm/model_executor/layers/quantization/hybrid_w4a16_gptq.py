@@ -76,8 +76,11 @@ def gptq_moe_method(
     except RecipeConflict as conflict:
         oracle.decline(prefix, oracle.Misfit(conflict))
         return None
-    if recipe is None or not is_layer_gptq_quantized(
-        next(expert_linears(layer, prefix)), config.modules_in_block_to_quantize
+    # empty: nothing is known; vLLM before 0.32 takes that for "none of the layers"
+    modules = config.modules_in_block_to_quantize
+    if recipe is None or (
+        modules
+        and not is_layer_gptq_quantized(next(expert_linears(layer, prefix)), modules)
     ):
         return UnquantizedFusedMoEMethod(layer.moe_config)
     if recipe != own:

@@ -11,7 +11,8 @@ in. ``int4_rescored`` scans all rows in int4 and then computes those again from 
   model the largest was 5.8); and every logit within ``WINDOW`` of the largest, so also
   what is sampled among them. "Exact" means up to the order of fp32 sums;
 * approximate: logits further below, each less than ``exp(-WINDOW)`` = 3e-4 as likely
-  as the first token. They keep their int4 value.
+  as the first token. They keep their int4 value. Where a grammar or a bias leaves none
+  but such tokens to choose from, the choice is that of an int4 head.
 
 With tensor parallelism each rank goes by the largest logit of its own rows: it
 computes more again, never less. More than 16 rows at once (``prompt_logprobs``) take

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Names under which vLLM's users ask for a quantized lm_head.
+"""Names under which vLLM's users ask for a quantized lm_head, or linear.
 
 ``--quantization-config '{"targets": {"lm_head": "int4_rescored"}}'``, which composes
 with any checkpoint whose head is in 16 bits.
@@ -18,8 +18,20 @@ with any checkpoint whose head is in 16 bits.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from vllm import envs
-from vllm.config.quantization import _ONLINE_SHORTHANDS, QuantizationConfigArgs
+from vllm.config.quantization import (
+    _ONLINE_SHORTHANDS,
+    QuantizationConfigArgs,
+    QuantSpec,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    GroupShape,
+    QuantKey,
+    ScaleDesc,
+)
+from vllm.scalar_type import scalar_types
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
@@ -55,7 +67,19 @@ SCHEMES = {
     "int4_rescored": HeadScheme(4, 128, rescored=True),
 }
 
+
 # fork: begin overlay
+def linear_key(scheme: HeadScheme) -> QuantKey:
+    """What vLLM's table of linear methods knows a scheme by.
+
+    Scales are in the activation dtype; bf16 tells the key from vLLM's own of int4.
+    """
+    dtype = scalar_types.uint4b8 if scheme.bits == 4 else scalar_types.uint8b128
+    return QuantKey(
+        dtype, ScaleDesc(torch.bfloat16, True, GroupShape(1, scheme.group_size))
+    )
+
+
 DRAFT_OPTION = "draft_lm_head_quantization"
 """Key of ``--speculative-config``."""
 DRAFT_ATTRIBUTE = "hybrid_w4a16_draft_lm_head"
@@ -78,11 +102,12 @@ def draft_scheme(value: object) -> str | None:
 def register() -> None:
     """Make the names known to vLLM, as values of ``targets`` and of the variable.
 
-    A target that is no lm_head gets vLLM's own error: the names define neither a
-    linear nor a MoE spec.
+    Experts get vLLM's own error, and so does a linear that is to be rescored: the names
+    define no spec for them.
     """
-    for name in SCHEMES:
-        _ONLINE_SHORTHANDS.setdefault(name, QuantizationConfigArgs())
+    for name, scheme in SCHEMES.items():
+        linear = None if scheme.rescored else QuantSpec(weight=linear_key(scheme))
+        _ONLINE_SHORTHANDS.setdefault(name, QuantizationConfigArgs(linear=linear))
     envs.environment_variables.setdefault(
         ENV_NAME, envs.env_with_choices(ENV_NAME, None, list(SCHEMES))
     )

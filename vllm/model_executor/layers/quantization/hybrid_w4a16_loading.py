@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Loading of int4 experts, every tensor checked.
+"""Loads int4 experts and checks every tensor.
 
-vLLM's own loader of expert weights copies a tensor that is too small into a corner of
-its place, converts any dtype, and does not notice a tensor that never came.
+vLLM's own expert loader copies a tensor that is too small into part of the parameter,
+converts any dtype, and does not notice a missing tensor.
 """
 
 import weakref
@@ -96,9 +96,9 @@ class ExpertTensorLoader:
     ) -> bool | None:
         """``RoutedExperts.weight_loader`` with the tensor checked first.
 
-        Raises ``ValueError`` naming the tensor when its shape or dtype is not what the
-        format and the model's config ask for, when it comes a second time, and when the
-        layer was converted already.
+        Raises ``ValueError`` naming the tensor when its shape or dtype does not match
+        the format and the model's config, when it was loaded before, and when the layer
+        has already been converted.
         """
         if is_packed(param):
             raise ValueError(
@@ -141,9 +141,9 @@ class ExpertTensorLoader:
     def load_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterable[str]:
-        """``RoutedExperts.load_weights``, which passes over experts it does not know.
+        """``RoutedExperts.load_weights``, which silently skips unknown experts.
 
-        Raises ``ValueError`` naming a tensor of an expert that the config has not.
+        Raises ``ValueError`` naming the tensor if the config has no such expert.
         """
         layer = self._layer()
         assert layer is not None
@@ -165,7 +165,7 @@ class ExpertTensorLoader:
     def check_complete(self, layer: "RoutedExperts") -> None:
         """Raise ``ValueError`` unless every tensor of the layer's experts was loaded.
 
-        Afterwards the loader is ready for the next time.
+        Afterwards the loader accepts the tensors again, for a reload.
         """
         missing = [
             self._describe(shard, suffix, expert)

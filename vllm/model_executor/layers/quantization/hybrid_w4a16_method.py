@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What the int4 MoE methods of all checkpoint formats share."""
+"""The part of the int4 MoE methods that all checkpoint formats share."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What a quantization config says of the experts of a layer, one by one."""
+"""What a quantization config says about each expert of a layer."""
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -12,11 +12,11 @@ Recipe = TypeVar("Recipe")
 
 
 class RecipeConflict(ValueError):
-    """Experts of one layer are to be quantized differently; the message names two."""
+    """The config quantizes experts of one layer differently; the message names two."""
 
 
 def expert_linears(layer: "RoutedExperts", prefix: str) -> Iterator[str]:
-    """Names of the linears of all experts, as checkpoints and their configs have them.
+    """Names of the linears of all experts, as in checkpoints and their configs.
 
     ``prefix``: the layer's name.
     """
@@ -33,13 +33,13 @@ def expert_linears(layer: "RoutedExperts", prefix: str) -> Iterator[str]:
 def uniform_recipe(
     layer: "RoutedExperts", prefix: str, recipe_of: Callable[[str], Recipe]
 ) -> Recipe:
-    """What ``recipe_of`` says of every linear of the layer's experts.
+    """The recipe that ``recipe_of`` returns for every linear of the layer's experts.
 
-    vLLM looks up a quantization config by the layer's name alone; recipes with an entry
-    per expert, or a pattern that only an expert's name matches, are seen here.
+    vLLM looks a layer up in the quantization config by the layer's name alone. This
+    also sees entries for single experts and patterns that match only an expert's name.
 
-    Raises ``RecipeConflict`` naming two linears of which it says different things:
-    experts of one layer are one tensor in vLLM.
+    Raises ``RecipeConflict`` naming two linears with different recipes: vLLM keeps the
+    experts of a layer in one tensor.
     """
     names = expert_linears(layer, prefix)
     first = next(names)

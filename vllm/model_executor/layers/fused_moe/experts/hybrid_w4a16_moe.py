@@ -123,7 +123,12 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: mk.ExpertTokensMetadata | None,
         activation: MoEActivation,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        # The output may use workspace13, so intermediate results go to workspace2.
+        """Return the shapes of workspace13, workspace2 and the output.
+
+        M tokens, N = 2*I, K = H. All intermediate results are in workspace2, since
+        vLLM may place the output in workspace13: [M * topk, I] for decode, and the
+        elements of ``hybrid_w4a16_triton.Workspace`` for prefill.
+        """
         if self._is_prefill(M):
             # imported lazily, here and below: a CPU machine may have no Triton
             from vllm.model_executor.layers.fused_moe.experts import (
@@ -177,6 +182,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             topk_ids: int32/int64 [M, top_k], global expert ids.
             expert_map: int32 [global experts] to local expert or -1, or ``None``.
             workspace2: with the shape from ``workspace_shapes``.
+
+        Raises ``RuntimeError`` if a tensor does not fit the ops (its message names the
+        argument), ``ValueError`` if the workspace of prefill is too small.
         """
         assert self.w1_scale is not None and self.w2_scale is not None
         name = ops.ACTIVATIONS[activation].name

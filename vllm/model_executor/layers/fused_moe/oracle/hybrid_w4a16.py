@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The decision which MoE layers go hybrid, and the log of it.
+"""Decides which MoE layers take the hybrid path, and logs the decision.
 
 Every hook asks ``consider`` before it looks at a layer's recipe and ``accept`` after. A
 layer that is declined falls back to vLLM's MoE path, with one log line per distinct
@@ -89,7 +89,7 @@ class Misfit(str):
 
 @dataclass
 class _Model:
-    """What became of the layers of one model."""
+    """The decisions on one model's layers."""
 
     config: object = None
     """vLLM's ``ModelConfig``, which tells a draft model from its target."""
@@ -186,9 +186,9 @@ def incompatibility_reason(
 ) -> str | None:
     """Why the layer cannot go hybrid, or ``None``.
 
-    Cheap checks come first: nothing is read of the layer before the recipe, the device
-    and the switch have passed. ``bits`` and ``group_size`` ``None``: the recipe is not
-    known yet, only the rest is checked.
+    Cheap checks come first: the layer is not read before the recipe, the device and the
+    switch have passed. ``bits`` and ``group_size`` are ``None`` where the recipe is not
+    known yet; then only the rest is checked.
     """
     if bits is not None and bits != 4:
         return f"{bits}-bit weights, supported: 4"
@@ -249,9 +249,9 @@ def incompatibility_reason(
 
 
 def plan_for(layer: "RoutedExperts", family: "DeviceFamily | str") -> None:
-    """Let the decision on ``layer`` be about this device, not the one at hand.
+    """Decide on ``layer`` for this device instead of the one at hand.
 
-    ``family``: or the reason why there is none.
+    ``family`` may be the reason why there is no device.
     """
     setattr(layer, _PLANNED, family)
 

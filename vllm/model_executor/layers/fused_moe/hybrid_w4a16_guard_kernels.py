@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The kernels on a layer's own weights, held against plain torch; for the guard."""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_guard_sums import some_rows
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
+        HybridW4A16MoEExperts,
+    )
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import Int4MoEMethod
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+
+logger = init_logger(__name__)
+
+# Of a row's outputs against the size that they have with random activations. Kernels
+# that are right reach 0.01 (bf16; int8 activations on some CPUs); one scale of 16 that
+# is wrong by half makes 0.1.
+TOLERANCE = 0.04
+# A chunk of dequantized weights takes at most this part of an expert's bytes.
+_CHUNK_SHARE = 2
+_DECODE_TOKENS = (1, 3)
+_PREFILL_TOKENS = 24
+
+
+class _Run(NamedTuple):
+    """One call of the kernels on the first ``tokens`` tokens."""
+
+    how: str
+    tokens: int
+    middle: torch.Tensor
+    """[M * top_k, I]: what gate_up wrote."""
+    out: torch.Tensor
+    """[M, H]"""
+
+
+class KernelCheck:
+    """The kernels on a few tokens that all pick the same two experts."""
+
+    def __init__(
+        self,
+        method: "Int4MoEMethod",
+        layer: "RoutedExperts",
+        kernel: "FusedMoEKernel",
+        expert: int,
+    ) -> None:
+        packing = method.packing
+        self.layer = layer
+        self.kernel = cast("HybridW4A16MoEExperts", kernel.fused_experts)
+        self.w13, self.w2 = (
+            (
+                getattr(layer, f"{name}_{packing.qweight}"),
+                getattr(layer, f"{name}_{packing.scales}"),
+                getattr(layer, f"{name}_{packing.zeros}", None),
+            )
+            for name in ("w13", "w2")
+        )
+        scales = self.w13[1]
+        self.device, self.dtype = scales.device, scales.dtype
+        self.hidden = self.w13[0].shape[2] * 8
+        self.inter = self.w2[0].shape[2] * 8
+        self.top_k = method.moe.experts_per_token
+        self.activation = (
+            ops.ACTIVATIONS[layer.activation].name,
+            *self.kernel._activation_arguments(layer.activation),
+        )
+        self.compiled, self.compile_s = 0, 0.0
+        generator = torch.Generator().manual_seed(0)
+        tokens = max(*self._decode_tokens(), self._prefill_tokens())
+        x = torch.randn(tokens, self.hidden, generator=generator)
+        self.x = x.to(self.dtype).to(self.device)
+        # slots take turns; the second expert comes first in every other token
+        local = torch.tensor([0, expert])
+        slots = (torch.arange(tokens)[:, None] + torch.arange(self.top_k)) % 2
+        self.local = local[slots].to(self.device)
+        self.experts = sorted({0, expert})
+        self.expert_map = layer.expert_map
+        ids = self.local
+        if self.expert_map is not None:
+            globals_ = [
+                int((self.expert_map == e).nonzero()[0, 0]) for e in (0, expert)
+            ]
+            ids = torch.tensor(globals_)[slots].to(self.device)
+        self.ids = ids.to(torch.int32)
+        # vLLM loads models with their own dtype as torch's default
+        weights = torch.rand(
+            tokens, self.top_k, generator=generator, dtype=torch.float32
+        )
+        weights += 0.5
+        self.weights = (weights / self.top_k).to(self.device)
+
+    def _prefill_tokens(self) -> int:
+        return 0 if self.kernel.prefill_from is None else _PREFILL_TOKENS
+
+    def problem(self) -> str | None:
+        """What differs from plain torch, the first of it; ``None``: nothing."""
+        try:
+            runs = [self._decode(tokens) for tokens in self._decode_tokens()]
+        except RuntimeError as error:
+            if self.kernel.tuned is None or ": plan:" not in str(error):
+                raise
+            logger.warning(
+                "HybridW4A16 MoE: the tuning table's launch plans for %s do not fit "
+                "this layer and are not used: %s",
+                self.kernel.tuned.shape,
+                str(error).splitlines()[0],
+            )
+            self.kernel.tuned.decode.clear()
+            runs = [self._decode(tokens) for tokens in self._decode_tokens()]
+        if self.kernel.prefill_from is not None:
+            runs += [self._prefill(tiles) for tiles in self._tiles()]
+        return self._gate_up_problem(runs) or self._down_problem(runs)
+
+    def _decode_tokens(self) -> list[int]:
+        """A few, and every number that the tuning table has plans for."""
+        planned = self.kernel.tuned.decode if self.kernel.tuned is not None else {}
+        return sorted({*_DECODE_TOKENS, *planned})
+
+    def _decode(self, tokens: int) -> _Run:
+        plans: tuple[tuning.Plan | None, tuning.Plan | None] = (None, None)
+        if self.kernel.tuned is not None:
+            plans = self.kernel.tuned.decode_plans(tokens)
+        nan = float("nan")
+        middle = self.x.new_full((tokens * self.top_k, self.inter), nan)
+        out = self.x.new_full((tokens, self.hidden), nan)
+        w13, s13, z13 = self.w13
+        w2, s2, z2 = self.w2
+        name, alpha, beta, limit = self.activation
+        cu_count = self.kernel.cu_count
+        ids, weights = self.ids[:tokens], self.weights[:tokens]
+        ops.fused_moe_wvSplitK_int4_gate_up(
+            self.x[:tokens],
+            w13,
+            s13,
+            middle,
+            ids,
+            name,
+            cu_count,
+            self.kernel.group_size,
+            z13,
+            self.expert_map,
+            alpha,
+            beta,
+            limit,
+            plan=plans[0],
+        )
+        ops.fused_moe_wvSplitK_int4_down(
+            middle,
+            w2,
+            s2,
+            out,
+            ids,
+            weights,
+            cu_count,
+            self.kernel.down_group_size,
+            z2,
+            self.expert_map,
+            plan=plans[1],
+        )
+        return _Run(f"decode, {tokens} tokens", tokens, middle, out)
+
+    def _tiles(self) -> list[tuning.PrefillTiles]:
+        """Of every number of tokens that the model can get at once."""
+        assert self.kernel.prefill_from is not None and self.kernel.tuned is not None
+        tokens, found = self.kernel.prefill_from, []
+        while tokens <= 1 << 17:
+            tiles = self.kernel.tuned.prefill_tiles(tokens * self.top_k)
+            if tiles not in found:
+                found.append(tiles)
+            tokens *= 2
+        return found
+
+    def _prefill(self, tiles: tuning.PrefillTiles) -> _Run:
+        from vllm.model_executor.layers.fused_moe.experts import (
+            hybrid_w4a16_triton as prefill,
+        )
+        from vllm.model_executor.layers.fused_moe.moe_align_block_size import (
+            moe_align_block_size,
+        )
+
+        start = time.monotonic()
+        tokens = self._prefill_tokens()
+        sizes = tokens, self.top_k, self.hidden, self.inter
+        buffer = self.x.new_zeros(prefill.Workspace.elements(*sizes))
+        workspace = prefill.Workspace.split(buffer, *sizes)
+        out = self.x.new_full((tokens, self.hidden), float("nan"))
+        known = self.w13[0].shape[0]
+        if self.expert_map is not None:
+            known = self.expert_map.shape[0]
+        blocks = moe_align_block_size(
+            self.ids[:tokens],
+            tiles.gate_up.block_m,
+            known,
+            self.expert_map,
+            ignore_invalid_experts=self.expert_map is not None,
+        )
+        prefill.prefill_experts(
+            self.x[:tokens],
+            prefill.Int4Matrix(*self.w13, self.kernel.group_size),
+            prefill.Int4Matrix(*self.w2, self.kernel.down_group_size),
+            out,
+            workspace,
+            self.ids[:tokens],
+            self.weights[:tokens],
+            self.expert_map,
+            prefill.Blocks(*blocks),
+            prefill.Activation(*self.activation),
+            tiles,
+        )
+        # plane order back into the order of the intermediate's columns
+        k = torch.arange(self.inter, device=self.device)
+        place = 128 * (k // 128) + 16 * (k % 8) + (k % 128) // 8
+        middle = workspace.middle.index_select(1, place)
+        self.compiled += 2
+        self.compile_s += time.monotonic() - start
+        return _Run(f"prefill, {tiles}", tokens, middle, out)
+
+    def _gate_up_problem(self, runs: list[_Run]) -> str | None:
+        most = max(run.tokens for run in runs)
+        x, local = self.x[:most].float(), self.local[:most].flatten()
+        name, alpha, beta, limit = self.activation
+        for expert in self.experts:
+            pairs = (local == expert).nonzero()[:, 0]
+            if not len(pairs):
+                continue
+            inputs = x[pairs // self.top_k]
+            size = _rms(inputs)
+            for rows in self._chunks(self.inter, self.hidden):
+                gate, gate_norm = self._product(self.w13, expert, rows, inputs)
+                up_rows = rows + self.inter
+                up, up_norm = self._product(self.w13, expert, up_rows, inputs)
+                want = reference.activate(gate, up, *self.activation)
+                acted = reference.activate(
+                    gate, torch.ones_like(up), name, alpha, 0.0, limit
+                )
+                # what errors in gate and up come to in their product
+                gate_size, up_size = gate_norm * size, up_norm * size
+                allowed = (_rms(up + beta, 0) + TOLERANCE * up_size) * gate_size
+                allowed += _rms(acted, 0) * up_size + _rms(want, 0)
+                for run in runs:
+                    mine = pairs < run.tokens * self.top_k
+                    if not bool(mine.any()):
+                        continue
+                    got = run.middle[pairs[mine]][:, rows].float()
+                    wrong = self._wrong(got, want[mine], allowed, rows)
+                    if wrong is not None:
+                        return f"gate_up ({run.how}), local expert {expert}, {wrong}"
+        return None
+
+    def _down_problem(self, runs: list[_Run]) -> str | None:
+        """Of each run by what its own gate_up wrote."""
+        mixed: dict[int, list[torch.Tensor]] = {expert: [] for expert in self.experts}
+        for run in runs:
+            slots = run.middle.view(run.tokens, self.top_k, self.inter).float()
+            for expert in self.experts:
+                factors = self.weights[: run.tokens] * (
+                    self.local[: run.tokens] == expert
+                )
+                mixed[expert].append(torch.einsum("mti,mt->mi", slots, factors))
+        inputs = {expert: torch.cat(parts) for expert, parts in mixed.items()}
+        got = torch.cat([run.out for run in runs])
+        ends = [run.tokens for run in runs]
+        for rows in self._chunks(self.hidden, self.inter):
+            want = torch.zeros(
+                len(got), len(rows), dtype=torch.float32, device=self.device
+            )
+            sizes = torch.zeros(
+                len(got), len(rows), dtype=torch.float32, device=self.device
+            )
+            for expert in self.experts:
+                part, norm = self._product(self.w2, expert, rows, inputs[expert])
+                want += part
+                sizes += part.abs() + norm * _rms(inputs[expert], 1)[:, None]
+            for run, mine, expected, size in zip(
+                runs, got.split(ends), want.split(ends), sizes.split(ends), strict=True
+            ):
+                wrong = self._wrong(
+                    mine[:, rows].float(), expected, _rms(size, 0), rows
+                )
+                if wrong is not None:
+                    return f"down ({run.how}), {wrong}"
+        return None
+
+    def _wrong(
+        self,
+        got: torch.Tensor,
+        want: torch.Tensor,
+        allowed: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> str | None:
+        """The first row whose error is larger than ``TOLERANCE * allowed``."""
+        limit = torch.finfo(self.dtype).max
+        inside = want.abs() < limit  # fp16 may overflow in a model that is sound
+        error = _rms(torch.where(inside, got - want, 0.0), 0)
+        wrong = ~(error <= TOLERANCE * allowed + 1e-30)
+        if not bool(wrong.any()):
+            return None
+        at = int(wrong.nonzero()[0, 0])
+        ratio = float(error[at] / allowed[at].clamp(min=1e-30))
+        token = int((got[:, at] - want[:, at]).abs().nan_to_num(math.inf).argmax())
+        return (
+            f"row {int(rows[at])} differs from plain torch: relative error "
+            f"{ratio:.2g}, allowed {TOLERANCE}; token {token} is "
+            f"{float(got[token, at]):.6g}, "
+            f"expected {float(want[token, at]):.6g}"
+        )
+
+    def _chunks(self, rows: int, k: int) -> Iterator[torch.Tensor]:
+        """Rows to compare, so many at a time that temporaries stay small."""
+        every = some_rows(rows, k, self.device)
+        expert_bytes = 3 * self.hidden * self.inter // 2
+        # two temporaries of 4 bytes each per weight
+        count = max(8, expert_bytes // _CHUNK_SHARE // (8 * k) // 8 * 8)
+        return iter(every.split(count))
+
+    def _product(
+        self,
+        matrix: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        expert: int,
+        rows: torch.Tensor,
+        x: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [M, K] times ``rows`` of the expert, fp32 [M, rows]; norms of the rows.
+
+        A row's norm is at least that of weights one step from zero.
+        """
+        words, scales, zero_points = (None if t is None else t[expert] for t in matrix)
+        assert words is not None and scales is not None
+        zeros = None
+        if zero_points is not None:
+            zeros = reference.packed_zero_points(zero_points[rows[::8] // 8])
+        w = reference.dequantize(
+            reference.packed_weights(words[rows]), scales[rows], zeros, torch.float32
+        )
+        group_size = w.shape[1] // scales.shape[1]
+        step = scales[rows].float().norm(dim=1) * group_size**0.5
+        return x @ w.T, torch.maximum(w.norm(dim=1), step)
+
+
+def _rms(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Root of the mean square, over all or along ``dim``."""
+    square = x.float().square()
+    return (square.mean() if dim is None else square.mean(dim)).sqrt()

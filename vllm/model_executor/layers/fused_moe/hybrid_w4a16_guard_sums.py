@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Checksums of an expert's tensors, as the checkpoint stores them and converted.
+
+Sums and not copies: the conversion may need a whole expert's room besides.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import CheckpointPacking
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import Int4MoEMethod
+
+# Weights of a matrix that are compared with per expert; rows are left out where there
+# are more (Mixtral's 58 million would take a second on a CPU).
+_MAX_WEIGHTS = 2 << 20
+# Most weights to unpack at a time.
+_CHUNK_WEIGHTS = 1 << 18
+
+
+class Sums(NamedTuple):
+    """Of one matrix of one expert."""
+
+    rows: torch.Tensor
+    """int32 [N]: of a row's weights, scales and zero points together."""
+    totals: dict[str, int]
+    """Of all rows, for each of the three."""
+
+
+def stored(
+    method: "Int4MoEMethod", layer: "RoutedExperts", expert: int
+) -> dict[str, Sums]:
+    """Of a local expert's tensors before the conversion, by "w13" and "w2"."""
+    packing = method.packing
+    found = {}
+    for name in ("w13", "w2"):
+        words = getattr(layer, f"{name}_{packing.qweight}").data[expert]
+        scales = reference.stored_scales(
+            packing, getattr(layer, f"{name}_{packing.scales}").data[expert]
+        )
+        zeros = None
+        if not method.symmetric:
+            zeros = getattr(layer, f"{name}_{packing.zeros}").data[expert]
+
+        def parts(rows, words=words, scales=scales, zeros=zeros):
+            yield (
+                "weights",
+                reference.stored_weights(
+                    packing, _row_words(packing, words, rows, packing.words_along_k)
+                ),
+            )
+            yield "scales", scales[rows].view(torch.int16)
+            if zeros is not None:
+                yield (
+                    "zero points",
+                    reference.stored_zero_points(
+                        packing, _row_words(packing, zeros, rows, False)
+                    ),
+                )
+
+        found[name] = _checksums(scales, _reduction(packing, words), parts)
+    return found
+
+
+def conversion_problem(
+    method: "Int4MoEMethod",
+    layer: "RoutedExperts",
+    expert: int,
+    kept: dict[str, Sums],
+) -> str | None:
+    """How the converted expert differs from what the checkpoint said, if it does."""
+    packing = method.packing
+    for name in ("w13", "w2"):
+        words = getattr(layer, f"{name}_{packing.qweight}")[expert]
+        scales = getattr(layer, f"{name}_{packing.scales}")[expert]
+        zeros = None
+        if not method.symmetric:
+            zeros = getattr(layer, f"{name}_{packing.zeros}")[expert]
+
+        def parts(rows, words=words, scales=scales, zeros=zeros):
+            yield "weights", reference.packed_weights(words[rows])
+            yield "scales", scales[rows].view(torch.int16)
+            if zeros is not None:
+                yield (
+                    "zero points",
+                    reference.packed_zero_points(zeros[rows[::8] // 8]),
+                )
+
+        now, before = _checksums(scales, words.shape[1] * 8, parts), kept[name]
+        wrong = [what for what in now.totals if now.totals[what] != before.totals[what]]
+        if wrong or not torch.equal(now.rows, before.rows):
+            rows = (now.rows != before.rows).nonzero()[:, 0].tolist()
+            return (
+                f"the conversion of the {' and '.join(wrong or ['tensors'])} of {name} "
+                f"from {packing.name} is wrong: local expert {expert}, "
+                f"{len(rows)} of {len(now.rows)} rows, row {rows[0]} first"
+            )
+    return None
+
+
+def _sampled_rows(rows: int, share: int, device: torch.device) -> torch.Tensor:
+    """About ``rows / share`` rows in blocks of 8, over all positions in a tile."""
+    blocks = rows // 8
+    wanted = max(1, blocks // share)
+    # an odd stride, so that all remainders modulo a tile's size come up
+    stride = max(1, blocks // wanted) | 1
+    picked = (torch.arange(wanted, device=device) * stride) % blocks
+    picked = picked.unique()
+    return (picked[:, None] * 8 + torch.arange(8, device=device)).flatten()
+
+
+def some_rows(rows: int, k: int, device: torch.device) -> torch.Tensor:
+    """All rows, or so many that they hold about ``_MAX_WEIGHTS``."""
+    share = -(-rows * k // _MAX_WEIGHTS)
+    if share <= 1:
+        return torch.arange(rows, device=device)
+    return _sampled_rows(rows, share, device)
+
+
+def _row_words(
+    packing: CheckpointPacking, words: torch.Tensor, rows: torch.Tensor, along_k: bool
+) -> torch.Tensor:
+    """Stored words that hold ``rows``, whole blocks of 8; ``along_k``: one row each."""
+    index = rows if along_k else rows[::8] // 8
+    return words.index_select(1 if packing.k_first else 0, index)
+
+
+def _reduction(packing: CheckpointPacking, words: torch.Tensor) -> int:
+    """K of stored words."""
+    stored = words.shape[0 if packing.k_first else 1]
+    return 8 * stored if packing.words_along_k else stored
+
+
+def _checksums(
+    scales: torch.Tensor,
+    k: int,
+    parts: Callable[[torch.Tensor], Iterable[tuple[str, torch.Tensor]]],
+) -> Sums:
+    """Sums over integers times factors that depend on their place in the row; 0 for
+    rows that are left out.
+
+    ``parts(rows)`` yields names and values [len(rows), any].
+    """
+    count, device = scales.shape[0], scales.device
+    sums = torch.zeros(count, dtype=torch.int32, device=device)
+    totals: dict[str, int] = {}
+    step = max(8, _CHUNK_WEIGHTS // k // 8 * 8)
+    # the share of an expert that temporaries may take, 12 bytes per weight
+    step = min(step, max(8, count // 24 // 8 * 8))
+    place = torch.arange(k, dtype=torch.int32, device=device)
+    factors = (place * 40503).remainder_(32749).add_(1)
+    for rows in some_rows(count, k, device).split(step):
+        for what, values in parts(rows):
+            part = (values * factors[: values.shape[1]]).sum(1, dtype=torch.int64)
+            part.remainder_(2**31 - 1)
+            totals[what] = totals.get(what, 0) + int(part.sum())
+            sums[rows] ^= part.to(torch.int32)
+    return Sums(sums, totals)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""Linears over the dense ops' weights, for any number of activation rows.
+
+On the CPU one C++ op takes them all. On a GPU the skinny GEMM takes up to
+``hybrid_w4a16_dense_ops.MAX_ROWS``. More go to the Triton GEMM of the MoE prefill (4
+bits) or to a 16-bit GEMM on dequantized weights (8 bits).
+"""
+
+import functools
+
+import torch
+
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import prefill_tiles
+from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
+from vllm.utils.torch_utils import direct_register_custom_op
+
+
+def multiply(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    family: DeviceFamily,
+) -> torch.Tensor:
+    """``x @ w^.T`` in ``x``'s dtype, [..., N] for fp16/bf16 ``x`` [..., K].
+
+    weights, scales and zero_points are as ``hybrid_w4a16_dense_ops`` has them, on a
+    device of ``family``. Repeatable bits, no host sync.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    sizes = family.cu_count, group_size, bits
+    if family.tuning is None:
+        out = _multiply_few(rows, weights, scales, zero_points, *sizes)
+    else:
+        register_gpu_op()
+        out = torch.ops.vllm.hybrid_w4a16_linear(
+            rows, weights, scales, zero_points, *sizes, family.tuning
+        )
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@functools.cache
+def register_gpu_op() -> None:
+    """Make the op known that torch.compile does not look into: it branches on the rows.
+
+    To be called before anything is traced.
+    """
+    direct_register_custom_op(
+        "hybrid_w4a16_linear", _multiply_on_gpu, fake_impl=_output_on_gpu
+    )
+
+
+def _multiply_few(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    cu_count: int,
+    group_size: int,
+    bits: int,
+) -> torch.Tensor:
+    out = x.new_empty(x.shape[0], weights.shape[0])
+    ops.wvSplitK_int_g(x, weights, scales, out, cu_count, group_size, bits, zero_points)
+    return out
+
+
+def _multiply_on_gpu(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    cu_count: int,
+    group_size: int,
+    bits: int,
+    tuning: str,
+) -> torch.Tensor:
+    """Choose by the number of rows. ``tuning`` names the table of the Triton tiles."""
+    rows, inputs = x.shape
+    if rows <= ops.MAX_ROWS:
+        return _multiply_few(
+            x, weights, scales, zero_points, cu_count, group_size, bits
+        )
+    if bits == 8:
+        dense = ops.dequantize(weights, scales, bits).to(x.dtype)
+        return torch.nn.functional.linear(x, dense)
+    # imported here: a CPU may have no Triton
+    from vllm.model_executor.layers.fused_moe.experts import (
+        hybrid_w4a16_triton as prefill,
+    )
+
+    zeros = None if zero_points is None else zero_points.unsqueeze(0)
+    matrix = prefill.Int4Matrix(
+        weights.unsqueeze(0), scales.unsqueeze(0), zeros, group_size
+    )
+    tiles = prefill_tiles(tuning, rows, 1, weights.shape[0], inputs)
+    return prefill.dense(x, matrix, tiles.down)
+
+
+def _output_on_gpu(x: torch.Tensor, weights: torch.Tensor, *_: object) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weights.shape[0])
