@@ -188,6 +188,7 @@ def apply_hooks(
     Applies all hooks or none: raises ``HookError`` that names every hook that does not
     fit, and leaves vLLM unchanged.
     """
+    switch.register()  # the hooks ask it
     resolved, failures = [], []
     for hook in hooks:
         try:

@@ -34,9 +34,10 @@ logger = init_logger(__name__)
 TABLES = Path(__file__).parent / "configs/hybrid_w4a16"
 
 # What the log adds where a measured table would help.
-_MEASURE = _MEASURE_NEW = ""
+_MEASURE = _MEASURE_NEW = _MEASURE_RULE = ""
 # fork: begin overlay
 _MEASURE = "; `vllm-hybrid-w4a16 tune` measures them"
+_MEASURE_RULE = ", `vllm-hybrid-w4a16 tune` measures"
 _MEASURE_NEW = "; `vllm-hybrid-w4a16 tune` writes a new one"
 # fork: end
 
@@ -410,5 +411,5 @@ def used_text() -> str | None:
             files.append(f"{hits} from {path}")
     ruled = sum(tuned.origin == "rule" for tuned in _used)
     if ruled:
-        files.append(f"{ruled} by rule{_MEASURE}")
+        files.append(f"{ruled} by rule{_MEASURE_RULE}")
     return f"tuning of {len(_used)} shapes: {'; '.join(files)}"
