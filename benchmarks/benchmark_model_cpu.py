@@ -15,6 +15,7 @@ Exit status: 0; 1 when an engine cannot be run; 2 for a bad argument.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -171,14 +172,18 @@ def write_gguf(file: Path, options: argparse.Namespace) -> Path:
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(options.vocabulary)
 
-    def quantized(name: str, kind: Any, *shape: int) -> None:
+    @functools.cache
+    def blocks(kind: Any, *shape: int) -> np.ndarray:
+        """Random weights; layers share them, as in vLLM's checkpoint."""
         size, scale = sizes[kind]
         *rows, columns = shape
-        blocks = rng.integers(0, 256, (*rows, columns // 32, size), dtype=np.uint8)
+        made = rng.integers(0, 256, (*rows, columns // 32, size), dtype=np.uint8)
         scales = np.full((*rows, columns // 32), scale / columns**0.5, dtype=np.float16)
-        blocks[..., :2] = scales[..., None].view(np.uint8)
-        flat = blocks.reshape(*rows, columns // 32 * size)
-        writer.add_tensor(f"{name}.weight", flat, raw_dtype=kind)
+        made[..., :2] = scales[..., None].view(np.uint8)
+        return made.reshape(*rows, columns // 32 * size)
+
+    def quantized(name: str, kind: Any, *shape: int) -> None:
+        writer.add_tensor(f"{name}.weight", blocks(kind, *shape), raw_dtype=kind)
 
     def plain(name: str, values: np.ndarray) -> None:
         writer.add_tensor(f"{name}.weight", values.astype(np.float32))
@@ -326,7 +331,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     make_checkpoint(
-        options.work / "checkpoint", options.layers, vocabulary=options.vocabulary
+        options.work / "checkpoint",
+        options.layers,
+        vocabulary=options.vocabulary,
+        alike=True,
     )
     if options.llama:
         write_gguf(options.work / "model.gguf", options)

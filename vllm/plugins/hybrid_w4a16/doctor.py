@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``vllm-hybrid-w4a16 doctor``: does this installation work, and if not, what is next.
+"""``vllm-hybrid-w4a16 doctor``: checks this installation, says what to fix next.
 
 Exit status: 0 when int4 MoE layers go hybrid on this machine; 1 when something is in
 the way, which the last line says how to fix; 2 for a bad argument.
@@ -30,7 +30,7 @@ TESTED_VLLM = (0, 33)
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def diagnose() -> list[Check]:
-    """All checks, each cause before what follows from it."""
+    """All checks; a cause comes before its consequences."""
     return [check() for check in CHECKS]
 
 
@@ -234,7 +234,7 @@ def _switch() -> Check:
 
 
 def _memory() -> Check:
-    """On AMD: how much vLLM can take, which an APU does not say by itself."""
+    """On AMD also how much vLLM can take, which an APU does not report."""
     import torch
 
     from vllm.platforms import current_platform

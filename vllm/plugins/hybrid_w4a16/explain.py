@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``vllm-hybrid-w4a16 explain``: what to expect of a checkpoint, before serving it.
+"""``vllm-hybrid-w4a16 explain``: what to expect of a checkpoint before serving it.
 
-Reads config.json and the safetensors headers, no weights. Exit status: 0; 1 when the
-checkpoint cannot be read; 2 for a bad argument. Layers that serving refuses are marked
-"error", which does not change the status.
+Reads config.json and the safetensors headers, but no weights. Exit status: 0; 1 if the
+checkpoint cannot be read; 2 for a bad argument. A layer that serving would reject is
+marked "error"; the exit status stays 0.
 """
 
 import argparse
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from .explain_layers import ExpertsLayer
     from .explain_linears import LinearGroup
 
-# GB/s that large copies reach, with what is known of it. Other devices differ too much
-# among themselves: there --bandwidth has to say it.
+# GB/s that large copies reach, and where the number is from. Other devices vary too
+# much: there --bandwidth is needed.
 BANDWIDTH: dict[str, tuple[float | None, str | None]] = {
     "gfx1151": (212.0, "what copy tools reach on Strix Halo, 256 theoretical"),
 }
-# The mean over a request of 100 input and 128 output tokens.
+# The mean context of a request with 100 input and 128 output tokens.
 DEFAULT_CONTEXT = 164
 
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         choices=("gfx1151", "cuda", "cpu"),
-        help="as on such a machine (default: the machine at hand)",
+        help="the device to plan for (default: this machine's)",
     )
     parser.add_argument(
         "--context",
@@ -56,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
     """The command; returns its exit status."""
     try:
         checkpoint = read_checkpoint(args.checkpoint)
-        # after the files: vLLM takes seconds to import
+        # after reading the files, because importing vLLM takes seconds
         from vllm.logger import suppress_logging
 
-        with suppress_logging(logging.CRITICAL):  # the table says it all
+        with suppress_logging(logging.CRITICAL):  # the report has everything
             report = _report(
                 checkpoint, args.tp, args.bandwidth, args.device, args.context
             )
@@ -173,7 +173,7 @@ def _format(checkpoint: Checkpoint) -> str:
 
 
 def _groups(layers: list["ExpertsLayer"]) -> list[dict[str, Any]]:
-    """Layers that differ in nothing but their index, taken together."""
+    """Group the layers that differ only in their index."""
     groups: dict[tuple[Any, ...], list[ExpertsLayer]] = {}
     for layer in layers:
         same = dataclasses.replace(layer, index=-1, name="")
@@ -221,7 +221,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 def _expert_table(report: dict[str, Any]) -> list[str]:
     if not report["expert_layers"]:
-        return ["no routed experts: a dense model, nothing here is for it"]
+        return ["no routed experts: a dense model"]
     rows: list[tuple[str, ...]] = [
         ("expert layers", "experts", "size", "bits", "group", "bytes", "path")
     ]
@@ -266,12 +266,12 @@ def _launches_line(report: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{count} for {name}" for name, count in launches.items())
     return [
         f"{what:12}{sum(launches.values())} per token by this project ({parts});",
-        "            the lm_head and what stays with vLLM come on top",
+        "            not counted: the lm_head and vLLM's own kernels",
     ]
 
 
 def _path(group: dict[str, Any]) -> str:
-    """What serving does with the layers of a group."""
+    """The path that serving takes for the layers of a group."""
     if group["hybrid"]:
         if group["down_group_size"] == group["group_size"]:
             return "hybrid"
@@ -305,7 +305,7 @@ def _part_table(report: dict[str, Any]) -> list[str]:
 
 def _conclusion(report: dict[str, Any]) -> list[str]:
     if report["bandwidth_gbps"] is None:
-        return ["roofline    unknown: say the memory bandwidth with --bandwidth GB/s"]
+        return ["roofline    unknown: pass the memory bandwidth as --bandwidth GB/s"]
     most = max(report["parts"], key=lambda part: part["token_bytes"])
     rate = f"{report['roofline_tokens_per_s']:.1f} tokens/s, one stream"
     bandwidth = f"{report['bandwidth_gbps']:g} GB/s ({report['bandwidth_source']})"
@@ -313,13 +313,13 @@ def _conclusion(report: dict[str, Any]) -> list[str]:
     return [
         f"roofline    {rate}, at {bandwidth}",
         f"limited by  {most['name']}: {part} of {whole} per token",
-        "            An upper bound from bytes alone; launches, arithmetic and kernels",
-        "            below the bandwidth come on top.",
+        "            This is an upper bound from bytes alone. Launches, arithmetic and",
+        "            kernels below the bandwidth reduce it.",
     ]
 
 
 def _head_table(report: dict[str, Any]) -> list[str]:
-    """The model with its lm_head kept in other ways, a line each."""
+    """One line for each format that the lm_head can be kept in."""
     if not report["heads"]:
         return []
     bandwidth, first = report["bandwidth_gbps"], report["heads"][0]["token_bytes"]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What a decode step reads, part by part: the roofline of one stream.
+"""The bytes that a decode step reads, by part of the model: the roofline of one stream.
 
-Counted: every weight that one token needs, once, the keys and values of its context,
-and the linear-attention state (read and written). Not counted: activations, the token's
-own key and value, and whatever a kernel reads twice.
+Counted: every weight that a token needs, once; the keys and values of its context; and
+the linear-attention state, read and written. Not counted: activations, the token's own
+key and value, and data that a kernel reads twice.
 """
 
 import re
@@ -32,7 +32,7 @@ _KV = "KV cache"
 _STATE = "linear attention state"
 _NOT_DECODED = ("vision and audio", "draft layers (MTP)")
 
-# The first pattern that is found in a tensor's name says which part it belongs to.
+# A tensor belongs to the part of the first pattern that its name contains.
 _PARTS = (
     (_NOT_DECODED[0], r"(?:^|\.)(?:visual|vision\w*|audio\w*|mm_\w+|multi_modal\w*)\."),
     (_NOT_DECODED[1], r"(?:^|\.)mtp\."),
@@ -45,7 +45,7 @@ _PARTS = (
     ("dense MLP", r"\.(?:mlp|feed_forward)\."),
     ("norms and others", r""),
 )
-# Tensors that every tensor-parallel rank holds as a whole.
+# Tensors that tensor-parallel ranks do not shard.
 _REPLICATED = re.compile(r"norm|\.(?:gate|router|shared_expert_gate)\.")
 _KEY_VALUE = re.compile(r"\.[kv]_proj\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -61,7 +61,7 @@ class Part:
 
     name: str
     stored_bytes: int
-    """In the checkpoint's files; 0 for what a server allocates itself."""
+    """In the checkpoint's files; 0 for memory that the server allocates."""
     token_bytes: float
     """Per GPU."""
 
@@ -69,13 +69,13 @@ class Part:
 def parts(
     checkpoint: Checkpoint, layers: list[ExpertsLayer], tp_size: int, context: int
 ) -> list[Part]:
-    """All parts of the model in the order of the table; their ``stored_bytes`` add up
+    """All parts of the model, in the order of the table. Their ``stored_bytes`` add up
     to the checkpoint's tensors.
 
     Args:
         layers: of ``expert_layers``.
-        tp_size: GPUs that share the model, tensor-parallel.
-        context: tokens that a decode step looks back at.
+        tp_size: number of tensor-parallel GPUs.
+        context: tokens in the KV cache.
     """
     stored = {name: 0 for name, _ in _PARTS}
     moved = {name: 0.0 for name, _ in _PARTS}
@@ -107,21 +107,21 @@ def parts(
 
 @dataclass(frozen=True)
 class HeadOption:
-    """The lm_head kept in one way, per GPU."""
+    """A format that the lm_head can be kept in. Bytes are per GPU."""
 
     name: str
-    """``16-bit``, or what ``quantization_config`` calls it."""
+    """``16-bit``, or the name in ``quantization_config``."""
     token_bytes: float
-    """Of the head. What is rescored comes on top: tens of rows, of some kB each."""
+    """Of the head, without rescored rows (tens of rows of a few kB each)."""
     memory_bytes: float
-    """Of the head, beside a tied embedding."""
+    """Of the head, not counting a tied embedding."""
 
 
 def head_options(checkpoint: Checkpoint, found: list[Part]) -> list[HeadOption]:
-    """What the lm_head can be kept in; empty where the checkpoint quantizes it.
+    """The lm_head's possible formats; empty if the checkpoint quantizes it already.
 
     Args:
-        found: of ``parts``.
+        found: the result of ``parts``.
     """
     from vllm.model_executor.layers.quantization.hybrid_w4a16_head_schemes import (
         SCHEMES,
@@ -156,7 +156,7 @@ def _loaded_bytes(tensor: TensorInfo) -> int:
 
 
 def _share(checkpoint: Checkpoint, name: str, tp_size: int) -> float:
-    """The part of a tensor that one tensor-parallel rank holds."""
+    """The fraction of a tensor that a tensor-parallel rank holds."""
     if _REPLICATED.search(name):
         return 1.0
     if _KEY_VALUE.search(name):
@@ -165,7 +165,7 @@ def _share(checkpoint: Checkpoint, name: str, tp_size: int) -> float:
 
 
 def _kv_heads(checkpoint: Checkpoint, tp_size: int) -> int:
-    """Key/value heads of one rank: at least one, however many ranks there are."""
+    """Key/value heads per rank; at least one, whatever the number of ranks."""
     heads = checkpoint.value("num_key_value_heads", "num_attention_heads")
     return max(1, heads // tp_size)
 
@@ -185,7 +185,7 @@ def _layer_types(checkpoint: Checkpoint, depth: int) -> list[str]:
 def _cache_bytes(
     checkpoint: Checkpoint, depth: int, tp_size: int, context: int
 ) -> tuple[float, float]:
-    """Bytes per step of the KV cache (read) and of the recurrent state (both ways)."""
+    """Bytes per step: KV cache (read), recurrent state (read and written)."""
     types = _layer_types(checkpoint, depth)
     window = checkpoint.value("sliding_window", default=context)
     cache = state = 0.0
@@ -204,7 +204,7 @@ def _cache_bytes(
 
 
 def _kv_token_bytes(checkpoint: Checkpoint, tp_size: int) -> int:
-    """Of one layer and token, a 16-bit cache."""
+    """Bytes per layer and token of a 16-bit cache."""
     latent = checkpoint.value("kv_lora_rank", default=0)
     if latent:  # multi-head latent attention: one latent vector, on every rank
         return _HALF * (latent + checkpoint.value("qk_rope_head_dim"))
@@ -215,7 +215,7 @@ def _kv_token_bytes(checkpoint: Checkpoint, tp_size: int) -> int:
 
 
 def _state_bytes(checkpoint: Checkpoint, tp_size: int) -> float:
-    """Of one gated-delta-net layer: recurrent and convolution state."""
+    """Recurrent and convolution state of a gated-delta-net layer."""
     keys = checkpoint.value("linear_num_key_heads")
     values = checkpoint.value("linear_num_value_heads")
     key_dim = checkpoint.value("linear_key_head_dim")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""A checkpoint's config.json and the headers of its safetensors files, nothing more.
+"""A checkpoint's config.json and the headers of its safetensors files.
 
-The weights themselves are not read: of a folder each file's header, of a model on the
-Hugging Face hub the same bytes by range requests.
+Weights are not read. For a model on the Hugging Face hub, the headers are fetched with
+range requests.
 """
 
 import json
@@ -31,16 +31,16 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 class CheckpointError(ValueError):
-    """The checkpoint cannot be read, or is not laid out as its config says."""
+    """The checkpoint cannot be read, or its layout does not match its config."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor."""
+    """A tensor, as a safetensors header describes it."""
 
     name: str
     dtype: str
-    """As safetensors writes it: I32, BF16, F16, F32 ..."""
+    """In the spelling of safetensors: I32, BF16, F16, F32 ..."""
     shape: tuple[int, ...]
     nbytes: int
 
@@ -82,7 +82,7 @@ class Checkpoint:
         return self.header_bytes + sum(tensor.nbytes for tensor in self.tensors)
 
     def value(self, *names: str, default: Any = None) -> Any:
-        """The language model's config entry under the first of ``names`` there is.
+        """The language model's config entry under the first of ``names`` that exists.
 
         Raises ``CheckpointError`` if there is none and no ``default``.
         """
@@ -173,7 +173,7 @@ def _parse(data: bytes, origin: object) -> dict[str, Any]:
 
 
 def _merged_config(name: str, files: dict[str, bytes]) -> dict[str, Any]:
-    """config.json, with the quantization from a file of its own if it is there."""
+    """config.json, with the quantization config from its own file if there is one."""
     config = _parse(files[_CONFIG], f"{name}/{_CONFIG}")
     if not config.get("quantization_config"):
         for file in _QUANTIZATION_FILES:
@@ -184,7 +184,7 @@ def _merged_config(name: str, files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _cached_snapshot(name: str) -> Path | None:
-    """The folder of a hub model that was downloaded before, as a whole."""
+    """The folder of a hub model that has been downloaded completely."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The routed-experts layers of a checkpoint, and whether each would go hybrid.
 
-What a layer is (bits, group size, bytes) is derived from the stored tensors; whether it
-goes hybrid is asked of vLLM's own quantization config with our hooks applied, so that
-the answer is the one that ``vllm serve`` acts on.
+Bits, group size and bytes of a layer are derived from the stored tensors. The decision
+comes from vLLM's own quantization config with our hooks applied, so it is the one that
+``vllm serve`` takes.
 """
 
 import itertools
@@ -43,7 +43,7 @@ EXPERT_TENSOR = re.compile(
     r"^(?P<layer>(?:.*\.)?layers\.(?P<index>\d+)\..*?\bexperts)\.(?P<rest>.+)$"
 )
 _ONE_EXPERT = re.compile(r"(?P<expert>\d+)\.(?P<linear>\w+)\.\w+")
-# What the last part of a tensor's name says of it, for all int4 formats.
+# Tensors by the last part of their names, for all int4 formats.
 _WORDS = ("qweight", "weight_packed")
 _SCALES = ("scales", "weight_scale")
 _SCALE_DTYPES = ("F16", "BF16", "F32")
@@ -54,13 +54,13 @@ UNREAD = ("g_idx", "weight_shape", "weight_g_idx")
 _GATE_NAMES = ("gate_proj", "w1")
 _UP_NAMES = ("up_proj", "w3")
 _DOWN_NAMES = ("down_proj", "w2")
-# vLLM's name of the quantization where it is not the checkpoint's own.
+# vLLM's names of quantizations that checkpoints name differently.
 _VLLM_QUANTIZATION = {"auto-round": "inc"}
 
 
 @dataclass(frozen=True)
 class ExpertsLayer:
-    """One routed-experts layer as it is stored, and what becomes of it."""
+    """A stored routed-experts layer, and the path that serving takes for it."""
 
     index: int
     name: str
@@ -74,14 +74,14 @@ class ExpertsLayer:
     symmetric: bool
     stored_bytes: int
     loaded_bytes: int
-    """After loading: weights and scales, zero points only where they say something."""
+    """After loading: weights, scales, and zero points unless all are 8."""
     hybrid: bool
     reason: str | None
-    """Why not."""
+    """Why the layer is not hybrid."""
     down_group_size: int | None = None
     """Of down_proj on a rank of a hybrid layer; see ``shard_group_size``."""
     error: bool = False
-    """Serving stops with the reason, instead of falling back to vLLM's MoE path."""
+    """Whether serving stops with the reason instead of falling back to vLLM's path."""
 
 
 def expert_layers(
@@ -107,7 +107,7 @@ def expert_layers(
 
 
 def is_decoder(name: str, index: int, depth: int) -> bool:
-    """Whether a layer belongs to the decoder: not to the draft layers behind it."""
+    """Whether a layer belongs to the decoder rather than to the draft layers."""
     return index < depth and not re.match(r"(?:.*\.)?mtp\.", name)
 
 
@@ -139,7 +139,7 @@ def _stored_layer(
         bits, left = divmod(32 * words, weights)
     else:
         bits, left = divmod(8 * stored, weights)
-        left = 0 if bits else weights  # biases and scales may come on top
+        left = 0 if bits else weights  # the bytes may include biases and scales
     if left or (words and (not scales or weights % scales)):
         raise CheckpointError(
             f"{checkpoint.name}: {name} holds {words} packed words and {scales} "
@@ -172,15 +172,15 @@ def _stored_layer(
 
 
 def _is_symmetric(quantization: dict[str, Any]) -> bool:
-    """Whether stored zero points say nothing (GPTQ, AutoRound: ``sym``, AWQ:
-    ``zero_point``). compressed-tensors stores none where they do not."""
+    """Whether every zero point is 8, stored or not (GPTQ and AutoRound: ``sym``, AWQ:
+    ``zero_point``). compressed-tensors then stores none."""
     if "zero_point" in quantization:
         return not quantization["zero_point"]
     return quantization.get("sym", False)
 
 
 def is_symmetric(checkpoint: Checkpoint) -> bool:
-    """Whether the zero points that the checkpoint may store are not read."""
+    """Whether serving ignores the zero points that the checkpoint may store."""
     return _is_symmetric(checkpoint.quantization or {})
 
 
@@ -251,8 +251,8 @@ def _verdict(
     layer: ExpertsLayer,
     tensors: list[TensorInfo],
 ) -> tuple[str | None, bool]:
-    """Ask the hooked factory: why the layer does not go hybrid, and whether serving
-    stops there. ``(None, False)``: it goes hybrid, and its tensors fit."""
+    """Ask the hooked factory why the layer does not go hybrid, and whether serving
+    stops there. ``(None, False)``: the layer goes hybrid, and its tensors fit."""
     from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
         HybridW4A16MoEMethod,
     )
@@ -260,7 +260,7 @@ def _verdict(
     if switch.value() == "0":
         return f"{switch.NAME}=0", False
     method, failure = None, None
-    # What vLLM does with a layer that is not ours may need the machine it runs on.
+    # vLLM's own methods may need a device that this machine does not have.
     try:
         method = config.get_quant_method(experts, layer.name)
     except Exception as error:  # noqa: BLE001
@@ -288,7 +288,7 @@ def _misfit(
     layer: ExpertsLayer,
     tensors: list[TensorInfo],
 ) -> str | None:
-    """The first tensor that loading will refuse, and why."""
+    """The first tensor that loading would reject, and why."""
     packing = method.packing
     stored = {tensor.name: tensor for tensor in tensors}
     for tensor in tensors:
@@ -325,7 +325,7 @@ def _stand_in(
     tensors: list[TensorInfo],
     tp_size: int,
 ) -> "RoutedExperts":
-    """A ``RoutedExperts`` with what method factories look at, and no weights."""
+    """A ``RoutedExperts`` without weights, but with what method factories read."""
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
     experts = RoutedExperts.__new__(RoutedExperts)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What is to be known of the machine: memory of an APU, power, drivers, CPU threads.
+"""Reads facts about the machine: memory of an APU, power, drivers, CPU threads.
 
 Files are read below ``ROOT``.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 # Tests put a folder of made-up files here.
 ROOT = Path("/")
 GIB = 1 << 30
-# What the rest of the system keeps beside vLLM on shared memory: the larger of these.
+# Reserved for the rest of the system on shared memory: the larger of these.
 _RESERVE_BYTES, _RESERVE_SHARE = 6 * GIB, 0.08
-# Drivers and other programs' buffers in a carve-out.
+# Reserved in a carve-out for the driver's and other programs' buffers.
 _CARVE_OUT_RESERVE = GIB
 
 
@@ -28,7 +28,7 @@ class Memory:
     carve_out: int | None
     """Memory that the firmware sets aside for the GPU."""
     gtt: int | None
-    """Most of the system's memory that the GPU may use besides."""
+    """How much of the system's memory the GPU may use in addition."""
     hip_free: int
     hip_total: int
     available: int
@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def is_shared(self) -> bool:
-        """Whether HIP's memory is more than the carve-out: it is the system's then."""
+        """Whether HIP's memory exceeds the carve-out, and so is the system's."""
         return self.carve_out is not None and self.hip_total > 1.05 * self.carve_out
 
 
@@ -64,7 +64,7 @@ def read(path: str | Path) -> str | None:
 def read_memory(hip_free: int, hip_total: int) -> Memory:
     """Memory around an AMD GPU; ``hip_*``: what ``torch.cuda.mem_get_info`` says.
 
-    Of several cards that with the largest GTT or carve-out counts.
+    Of several cards, the one with the largest carve-out and GTT counts.
     """
     cards = sorted((ROOT / "sys/class/drm").glob("card*/device/mem_info_vram_total"))
     sizes = [
@@ -86,7 +86,7 @@ def read_memory(hip_free: int, hip_total: int) -> Memory:
 
 
 def meminfo(field: str) -> int:
-    """A line of /proc/meminfo in bytes, 0 if it is not there."""
+    """A field of /proc/meminfo in bytes, 0 if it is missing."""
     for line in (read("proc/meminfo") or "").splitlines():
         name, _, value = line.partition(":")
         if name == field:
@@ -95,10 +95,10 @@ def meminfo(field: str) -> int:
 
 
 def advise(memory: Memory) -> Advice:
-    """How much of it vLLM should take.
+    """How much of the memory vLLM should take.
 
     vLLM takes its share of HIP's total and refuses to start if less is free. On an APU
-    HIP's memory is the system's, which is used by others too.
+    HIP's memory is the system's, and other programs use it too.
     """
     if memory.is_shared:
         reserve = max(_RESERVE_BYTES, round(_RESERVE_SHARE * memory.system))
@@ -224,7 +224,7 @@ def _count(text: str) -> int | None:
 
 
 def as_facts(memory: Memory | None) -> dict[str, object]:
-    """For reports."""
+    """Everything that a report records about the machine."""
     return {
         "memory": None if memory is None else dataclasses.asdict(memory),
         "system_memory": meminfo("MemTotal"),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``vllm-hybrid-w4a16 report CHECKPOINT``: everything that a result needs, in one run.
+"""``vllm-hybrid-w4a16 report CHECKPOINT``: measures everything to send, in one run.
 
 Doctor, explain, selftest, the tuning table (measured with ``--tune``), then stock vLLM
 against the hybrid path. Writes one archive to send and a block of Markdown to paste. A
-step that fails is part of the report. Ctrl-C skips to the writing.
+step that fails becomes part of the report. Ctrl-C goes straight to writing it.
 
 Exit status: 0 when every step ran; 1 when one failed; 2 for a bad argument; 130 after
 Ctrl-C.
@@ -27,7 +27,7 @@ from typing import Any
 
 from . import doctor, machine, selftest
 
-# Version of the report's form; tools/merge_reports.py knows this one.
+# Version of the report's format, which tools/merge_reports.py checks.
 FORM = 1
 STEPS = ("doctor", "explain", "selftest", "tune", "compare")
 
@@ -99,7 +99,7 @@ def _step(
     args: argparse.Namespace,
     report: dict[str, Any],
 ) -> str:
-    # whatever goes wrong in a step is a finding, and the others go on
+    # a failing step is a finding; the other steps still run
     try:
         return step(args, report)
     except Exception as error:  # noqa: BLE001
@@ -174,7 +174,7 @@ STEP_FUNCTIONS = {
 
 
 def environment() -> dict[str, Any]:
-    """Device and software; nothing of it names a person or a network."""
+    """Device and software, without anything that identifies a person or a network."""
     import torch
 
     import vllm

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Which launch plans and tiles exist, and how the fastest is found.
+"""The launch plans and tiles that exist, and the search for the fastest.
 
-Launch plans of decode form a grid per kernel. ``search`` climbs down on it from several
-starts and visits all neighbours of what it ends at; ``sweep`` measures the whole grid.
+Launch plans of decode form a grid per kernel. ``search`` descends on it from several
+starts and measures all neighbours of its result; ``sweep`` measures the whole grid.
 ``finals`` decides between the best few and what is used now.
 """
 
@@ -21,8 +21,8 @@ SIFT_REPLAYS, FINAL_REPLAYS = 3, 12
 FINALISTS = 3
 # Least gain that counts, as a share; more where the samples spread more.
 LEAST_GAIN = 0.01
-# Of the search: the best starts overall that it climbs down from. The best start of
-# each kernel is one too, unless it is slower than the best of all by this factor.
+# The search descends from this many of the best starts, and from the best start of each
+# kernel unless that is slower than the best of all by this factor.
 STARTS, HOPELESS = 2, 2.0
 
 Sampler = Callable[[Any, int], list[float]]

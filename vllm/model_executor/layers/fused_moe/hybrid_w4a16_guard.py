@@ -2,12 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Checks the first layer of a model when it is ready to run.
 
-Silently wrong text is the worst that a kernel can do. So before a model serves, its
-converted weights are held against the checkpoint's (one expert), and the decode and
-prefill kernels run on them for a few tokens and are held against plain torch on the
-same device (two experts, row by row). Every layer that differs in shape or format from
-those before is checked. On the way the Triton kernels that the model will use are
-compiled, so that no request has to wait for it.
+Silently wrong text is the worst failure of a kernel. So before a model serves, its
+converted weights are compared with the checkpoint's (one expert). Then the decode and
+prefill kernels run on them for a few tokens, and the results are compared with plain
+torch on the same device (two experts, row by row). Later layers are checked if their
+shape or format differs. This also compiles the Triton kernels that the model will use,
+so that no request waits for them.
 """
 
 import time

@@ -3,7 +3,7 @@
 """The tuning tables: launch plans of decode, where prefill begins, tiles of prefill.
 
 One file per device in ``configs/hybrid_w4a16``, and the owner's of the same form in
-``VLLM_CONFIG_ROOT/hybrid_w4a16``, which come first::
+``VLLM_CONFIG_ROOT/hybrid_w4a16``, which take precedence::
 
     source        what the numbers were measured on
     prefill_from  least number of tokens that prefill takes
@@ -15,8 +15,8 @@ One file per device in ``configs/hybrid_w4a16``, and the owner's of the same for
                   kernel_version, prefill_from, rows as above, and decode: by tokens
                   the plans of gate_up and down, as the ops take them, or null
 
-The nearest shape counts. Where none is near, decode is left to the rule in the op
-library, and prefill begins where the device's numbers say (``prefill_from``).
+A lookup takes the nearest shape. Where none is near, the rule in the op library plans
+decode, and prefill begins at the device's ``prefill_from``.
 """
 
 import functools
@@ -173,7 +173,7 @@ def nearest_tiles(
 # Raise it when a kernel changes what a plan means or which one is fastest: entries of
 # another version are not used.
 KERNEL_VERSION = 1
-# Entries further from a shape than this say nothing of it. A factor of 1.5 in one
+# Entries further from a shape than this are not used for it. A factor of 1.5 in one
 # size is 0.4.
 _NEAR = 0.45
 
@@ -264,7 +264,7 @@ def lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
 
 
 def forget() -> None:
-    """Read the tables anew."""
+    """Forget all lookups, so that the tables are read again."""
     _used.clear()
     _cached_tiles.cache_clear()
     table.cache_clear()
@@ -302,7 +302,7 @@ def _rule(arch: str, shape: MoEShape) -> int:
 
 
 def distance(entry: dict[str, Any], shape: MoEShape) -> float:
-    """How far an entry is from a shape; 0: the same."""
+    """Distance of an entry from a shape; 0: the same shape."""
     spread = entry["top_k"] * shape.experts / (entry["experts"] * shape.top_k)
     sizes = (
         spread,
