@@ -121,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(tree: Path, branch: str | None, patches: Path | None, check: bool) -> int:
+    _check_tree(tree)
     if not check and patches is None:
         _check_repository(tree)
     plan = make_plan(tree)
@@ -157,12 +158,7 @@ def make_plan(tree: Path) -> Plan:
     Raises ``ForkError`` where ``tree`` is none or a tool is missing, ``ProjectError``
     where this project's sources are not at hand or not all in the table.
     """
-    needed = (fork_edits.CMAKE, fork_edits.CONFIG, *ROOT_FILES)
-    missing = [path for path in needed if not (tree / path).is_file()]
-    if missing:
-        raise ForkError(
-            f"{tree} is not a vLLM source tree: it has no {', '.join(missing)}"
-        )
+    _check_tree(tree)
     plan = Plan()
     files = fork_files.carried(fork_files.project_folder())
     ours = {name: fork_files.texts(files, name) for name in SERIES}
@@ -187,6 +183,15 @@ def make_plan(tree: Path) -> Plan:
                 plan.steps.append(Step(name, commit, changes))
             before.update(texts)
     return plan
+
+
+def _check_tree(tree: Path) -> None:
+    needed = (fork_edits.CMAKE, fork_edits.CONFIG, *ROOT_FILES)
+    missing = [path for path in needed if not (tree / path).is_file()]
+    if missing:
+        raise ForkError(
+            f"{tree} is not a vLLM source tree: it has no {', '.join(missing)}"
+        )
 
 
 def _edited_files() -> list[str]:
