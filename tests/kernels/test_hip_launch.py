@@ -337,8 +337,8 @@ def dense_cases():
 
 PLANTED_DENSE = {
     "strides in the wrong order": (
-        DENSE + r"w\.q, w\.q_stride_n",
-        r"\1w.q, w.z_stride_n8",
+        DENSE + r"w\.q, static_cast<int>\(w\.q_stride_n\)",
+        r"\1w.q, static_cast<int>(w.z_stride_n8)",
         r"relative error|AddressSanitizer|misaligned address",
     ),
     "too little LDS": (
@@ -359,6 +359,7 @@ PLANTED_DENSE = {
 }
 
 
+@pytest.mark.nightly  # each links a program
 @pytest.mark.parametrize("fault", PLANTED_DENSE)
 def test_finds_a_planted_fault_in_the_launcher_of_the_head(launcher, fault):
     pattern, replacement, expected = PLANTED_DENSE[fault]

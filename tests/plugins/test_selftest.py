@@ -59,10 +59,16 @@ def spoil_output(monkeypatch, module, name, spoil):
     monkeypatch.setattr(module, name, broken)
 
 
-def test_sound_kernels_pass(capsys):
+def test_sound_kernels_pass(monkeypatch, capsys):
+    loaded = []
+    load = devices.load_kernels
+    monkeypatch.setattr(
+        devices, "load_kernels", lambda family: (loaded.append(family), load(family))
+    )
     status, out = result(capsys, "--json")
     report = json.loads(out)
     assert status == 0 and report["ok"] and report["keep_serving"] is None
+    assert loaded == [devices.device_family()]
     groups = {group["name"]: group for group in report["groups"]}
     for op in ("gate_up", "down", "gemm"):
         for isa in ops.build_info()["cpu"]:
@@ -91,7 +97,7 @@ def test_every_kernel_runs_before_any_repeats(one_isa):
     test = selftest_run.Selftest(
         "cpu", family, isas, 0, time.monotonic() + 600, names.append
     )
-    repeated = []
+    repeated: list[int] = []
     same_bits = test._same_bits
     test._same_bits = lambda *a, **k: (repeated.append(len(names)), same_bits(*a, **k))
     test.run()

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     MoEShape,
     Tile,
 )
-from vllm.plugins.hybrid_w4a16 import cli, tune_search, tune_shape
+from vllm.plugins.hybrid_w4a16 import cli, tune_command, tune_search, tune_shape
 from vllm.plugins.hybrid_w4a16.tune_search import Measured, choose
 
 BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
@@ -351,6 +351,27 @@ def command(capsys, *arguments):
 def test_on_the_cpu_there_is_nothing_to_tune(capsys):
     status, out, _ = command(capsys, "--shape", "128,8,2048,768,128")
     assert status == 0 and "nothing to tune" in out
+
+
+def test_the_command_loads_the_kernels_measures_and_writes(monkeypatch, capsys):
+    calls = []
+
+    def bench(shape, cu_count, pool):
+        calls.append((shape.experts, cu_count, pool))
+        return MadeUpBench()
+
+    monkeypatch.setattr(devices, "device_family", lambda: GPU)
+    monkeypatch.setattr(devices, "load_kernels", lambda family: calls.append(family))
+    monkeypatch.setattr(tune_command.torch.cuda, "get_device_name", lambda: "made up")
+    monkeypatch.setattr(tune_command, "GpuBench", bench)
+    words = ["--only", "decode", "--full", "--tokens", "2,1"]
+    status, out, err = command(capsys, "--shape", "128,8,2048,768,128", *words)
+    assert status == 0 and calls == [GPU, (128, 132, None)]
+    assert "the search is at most 0." in out and "written: " in out
+    assert "1 tokens: gate_up" in err
+    (entry,) = tuning.owner_entries("sm_90")
+    assert [row["tokens"] for row in entry["decode"]] == [1, 2]
+    assert "tune on made up" in entry["source"]
 
 
 def test_show_prints_tables_and_choice(monkeypatch, capsys):

@@ -480,6 +480,7 @@ def selftest(
     family = devices.device_family()
     if isinstance(family, str):
         return {"ok": False, "device": None, "error": family, "groups": []}
+    devices.load_kernels(family)
     device = "cpu" if current_platform.is_cpu() else "cuda"
     isas = ops.build_info()["cpu"] if device == "cpu" else ()
     test = Selftest(device, family, isas, seed, start + time_limit_s)

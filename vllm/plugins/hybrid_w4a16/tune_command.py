@@ -122,6 +122,7 @@ def measure(
     decode_tokens: tuple[int, ...],
 ) -> int:
     """Tune the shapes on the GPU; returns the exit status."""
+    devices.load_kernels(family)
     entries: list[dict[str, Any]] = []
     device = torch.cuda.get_device_name()
     source = f"vllm-hybrid-w4a16 tune on {device}, {datetime.date.today()}"
