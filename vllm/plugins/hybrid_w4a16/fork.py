@@ -287,7 +287,9 @@ class _Formatter:
         cxx = [path for path in new if path.endswith(fork_files.CXX_SUFFIXES)]
         if python:
             fix = ("check", "--fix-only", f"--extend-ignore={NOT_FIXED}", "-q")
-            self._call("ruff", *fix, "--no-cache", *python)
+            # the rest of vLLM, by which ruff would know it, is not in this folder
+            own = "--config=lint.isort.known-first-party=['vllm']"
+            self._call("ruff", *fix, own, "--no-cache", *python)
             self._call("ruff", "format", "-q", "--no-cache", *python)
         if cxx:
             self._call("clang-format", "--style=file", "-i", *cxx)
