@@ -320,7 +320,7 @@ INSERTIONS: tuple[Insertion, ...] = (
         "token",
         LINEAR,
         "import",
-        r"(?=^from [\w.]*\.mixed_precision\.rdna3_w4a16 import \(\n)",
+        r"(?=^from [\w.]*\.mixed_precision\.machete import \(\n)",
         """\
 from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16 import (
     HybridW4A16LinearKernel,

@@ -205,6 +205,7 @@ _REWRITES = (
     ((".cmake", ".py", ".h", ".cuh", ".cu"), r"(?<=[\w*])\.hip\b", ".cu"),
     ((".py",), r"from \.\.support\.", "from ."),
     ((".py",), r"from \.\.support import", "from . import"),
+    ((".py",), r"from tests\.(kernels|support)\.", "from ."),
 )
 _BEGIN = re.compile(r"\s*(?:#|//)\s*fork: begin (\S+)\s*")
 _END = re.compile(r"\s*(?:#|//)\s*fork: end\s*")
