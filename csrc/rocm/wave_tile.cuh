@@ -182,6 +182,7 @@ struct DotProduct {
   static GPU_DEVICE int slot(int i) { return lane_k() == 0 ? i : S; }
 };
 
+// fork: begin overlay
 // Product of a block through the 16x8x16 matrix instruction: the wave's 16 rows are its rows, and
 // a column is a pair (slot, group within the block), so that the sums of different groups, which
 // have different scales, stay apart. A column is zero outside its group.
@@ -257,14 +258,17 @@ struct MmaProduct {
   }
 };
 
+// fork: end
 template <typename DT, int G, int S, bool Mma>
 struct ProductOf {
   using Type = DotProduct<DT, G, S>;
 };
+// fork: begin overlay
 template <typename DT, int G, int S>
 struct ProductOf<DT, G, S, true> {
   using Type = MmaProduct<DT, G, S>;
 };
+// fork: end
 
 // The product over blocks [first, last) of k; finish() makes results of what run() left in the
 // lanes. S slots at a time meet the weights of a turn, P times: weights are loaded once for S * P

@@ -3,14 +3,17 @@
 """Names under which vLLM's users ask for a quantized lm_head, or linear.
 
 ``--quantization-config '{"targets": {"lm_head": "int4_rescored"}}'``, which composes
-with any checkpoint whose head is in 16 bits. vLLM checks the names of ``targets`` when
-it reads the command line, for ``LLM(...)`` before it loads plugins. There the variable
-``VLLM_HYBRID_W4A16_LM_HEAD`` says the same.
-
-What drafters (MTP, EAGLE) that share the head compute their logits from is named apart:
-``--speculative-config '{..., "draft_lm_head_quantization": "int4"}'``, an option that
-vLLM has since 0.33 for other formats, or the target ``draft_lm_head``.
+with any checkpoint whose head is in 16 bits.
 """
+
+# fork: begin overlay
+# vLLM checks the names of ``targets`` when it reads the command line, for ``LLM(...)``
+# before it loads plugins. There the variable VLLM_HYBRID_W4A16_LM_HEAD says the same.
+#
+# What drafters (MTP, EAGLE) that share the head compute their logits from is named
+# apart: ``--speculative-config '{..., "draft_lm_head_quantization": "int4"}'``, which
+# vLLM has since 0.33 for other formats, or the target ``draft_lm_head``.
+# fork: end
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +26,6 @@ from vllm.config.quantization import (
     QuantizationConfigArgs,
     QuantSpec,
 )
-from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     GroupShape,
     QuantKey,
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
 
+# fork: begin overlay
 ENV_NAME = "VLLM_HYBRID_W4A16_LM_HEAD"
+# fork: end
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ SCHEMES = {
 }
 
 
+# fork: begin overlay
 def linear_key(scheme: HeadScheme) -> QuantKey:
     """What vLLM's table of linear methods knows a scheme by.
 
@@ -112,7 +117,6 @@ def register() -> None:
 _SHARING_METHODS = ("eagle", "eagle3", "mtp")
 
 
-@switch.unless_off
 def draft_head_config(
     self: "EngineArgs",
     target_model_config: "ModelConfig",
@@ -142,3 +146,6 @@ def draft_head_config(
         )
     object.__setattr__(config, DRAFT_ATTRIBUTE, name)
     return config
+
+
+# fork: end
