@@ -62,7 +62,7 @@ wheel: venv  ## build the wheel for every AMD GPU and the CPU into dist
 	@HYBRID_W4A16_GPU=hip HYBRID_W4A16_SKIP_VLLM_CHECK=1 \
 	    $(RUN) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
-fork: check-vllm-src venv  ## commit the patch to VLLM_SRC=DIR (ARGS="--patch F", ...)
+fork: check-vllm-src venv  ## commit the series to VLLM_SRC=DIR (ARGS="--patch-dir D", ...)
 	@$(VENV)/bin/vllm-hybrid-w4a16 fork --vllm-src "$(VLLM_SRC)" $(ARGS)
 
 check-vllm-src:

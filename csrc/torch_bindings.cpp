@@ -10,9 +10,11 @@
 #include <stdexcept>
 #include <string>
 
+// fork: begin cpu
 #if defined(HYBRID_W4A16_CPU)
 #include "cpu/isa.h"
 #endif
+// fork: end
 #if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
 #include "rocm/device.h"
 #endif
@@ -23,9 +25,11 @@ namespace {
 // sets (best first) or the GPU architectures.
 std::string build_info() {
   std::string info;
+// fork: begin cpu
 #if defined(HYBRID_W4A16_CPU)
   info += "cpu " + moe_int4::cpu::available_isas() + "\n";
 #endif
+// fork: end
 #if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
   info += moe_int4::gpu::build_info() + "\n";
 #endif
@@ -33,9 +37,11 @@ std::string build_info() {
 }
 
 std::string refusal(std::string arch) {
+// fork: begin cpu
 #if defined(HYBRID_W4A16_CPU)
   if (arch == "cpu") return "";
 #endif
+// fork: end
 #if defined(HYBRID_W4A16_HIP) || defined(HYBRID_W4A16_CUDA)
   return moe_int4::gpu::refusal(arch);
 #else
@@ -43,6 +49,7 @@ std::string refusal(std::string arch) {
 #endif
 }
 
+// fork: begin cpu
 #if defined(HYBRID_W4A16_CPU)
 std::string cpu_isa(std::string isa) { return moe_int4::cpu::select_isa(isa); }
 
@@ -63,6 +70,7 @@ std::string cpu_kernels(int64_t group_size, torch::headeronly::ScalarType dtype)
       dtype == ScalarType::Half ? moe_int4::DType::kHalf : moe_int4::DType::kBFloat16);
 }
 #endif
+// fork: end
 
 }  // namespace
 
@@ -81,16 +89,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "fused_moe_wvSplitK_int4_down(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
       "Tensor? zero_points=None, Tensor? expert_map=None, int[]? plan=None) -> ()");
+  // fork: begin lm_head
   m.def(
       "wvSplitK_int_g(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, int cu_count, "
       "int group_size, int bits, Tensor? zero_points=None) -> ()");
   m.def(
       "wvSplitK_int_g_rescore(Tensor a, Tensor w, Tensor errors, Tensor(c!) c, "
       "Tensor(p!) partials, float window, float bound) -> ()");
+  // fork: end
   m.def("hybrid_w4a16_build_info() -> str");
   // An empty string if the library has kernels for `arch` ("cpu", "gfx1151", "sm_90"); otherwise a
   // sentence that names what it was built for.
   m.def("hybrid_w4a16_refusal(str arch) -> str");
+// fork: begin cpu
 #if defined(HYBRID_W4A16_CPU)
   // For tests and benchmarks: selects the CPU's instruction set ("": the best one) and returns its
   // name.
@@ -99,13 +110,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
   // rows of an expert for which it runs.
   m.def("hybrid_w4a16_cpu_kernels(int group_size, ScalarType dtype) -> str");
 #endif
+  // fork: end
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
   m.impl("hybrid_w4a16_build_info", TORCH_BOX(&build_info));
   m.impl("hybrid_w4a16_refusal", TORCH_BOX(&refusal));
+// fork: begin cpu
 #if defined(HYBRID_W4A16_CPU)
   m.impl("hybrid_w4a16_cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("hybrid_w4a16_cpu_kernels", TORCH_BOX(&cpu_kernels));
 #endif
+  // fork: end
 }

@@ -20,7 +20,9 @@
 #include "kernels.h"
 #include "moe_int4_checks.h"
 #include "tuning.h"
+// fork: begin lm_head
 #include "wvSplitK_int_g_checks.h"
+// fork: end
 
 namespace moe_int4::cpu {
 namespace {
@@ -483,6 +485,7 @@ void gemm_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tenso
                   zero_points, sorted_token_ids, top_k));
 }
 
+// fork: begin lm_head
 void dense_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
               int64_t cu_count, int64_t group_size, int64_t bits,
               const std::optional<Tensor>& zero_points) {
@@ -504,6 +507,7 @@ void dense_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tens
   }
 }
 
+// fork: end
 void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
                 const Tensor& topk_ids, std::string activation, int64_t cu_count,
                 int64_t group_size, const std::optional<Tensor>& zero_points,
@@ -529,5 +533,7 @@ STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CPU, m) {
   m.impl("fused_moe_wvSplitK_int4_gemm", TORCH_BOX(&moe_int4::cpu::gemm_op));
   m.impl("fused_moe_wvSplitK_int4_gate_up", TORCH_BOX(&moe_int4::cpu::gate_up_op));
   m.impl("fused_moe_wvSplitK_int4_down", TORCH_BOX(&moe_int4::cpu::down_op));
+  // fork: begin lm_head
   m.impl("wvSplitK_int_g", TORCH_BOX(&moe_int4::cpu::dense_op));
+  // fork: end
 }

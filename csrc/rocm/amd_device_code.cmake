@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 #
 # Compiles the kernels for AMD GPUs and embeds them in a library. Needs no ROCm: any clang that has
-# the AMDGPU target and lld will do. Used by this project's build and by the fork's.
+# the AMDGPU target and lld will do.
 #
 # Variables, all optional:
 #   HYBRID_W4A16_CLANG       this clang++ and no other
@@ -118,7 +118,9 @@ function(hybrid_w4a16_add_device_code archs)
   message(STATUS "hybrid_w4a16: AMD kernels for ${text} by ${clang}")
 
   file(GLOB kernels CONFIGURE_DEPENDS "${hybrid_w4a16_rocm_dir}/*.hip")
+  # fork: begin overlay
   list(FILTER kernels EXCLUDE REGEX "_grouped_") # they need matrix instructions
+  # fork: end
   file(GLOB headers CONFIGURE_DEPENDS "${hybrid_w4a16_rocm_dir}/*.h" "${hybrid_w4a16_rocm_dir}/*.cuh"
        "${hybrid_w4a16_rocm_dir}/../*.h")
   set(folder "${CMAKE_CURRENT_BINARY_DIR}/device_code")

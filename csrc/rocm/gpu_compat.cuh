@@ -18,7 +18,9 @@
 //   GPU_HAS_MMA              kHasMma for the preprocessor: 0 or 1
 //   kHasAsyncCopy            constexpr bool: copies to LDS run in the background. On the host the
 //                            same macro sets it
+// fork: begin overlay
 // CUDA has neither with HYBRID_W4A16_AMD_PATH: a test build that runs AMD's code path.
+// fork: end
 //
 //   per lane, no cooperation:
 //   int lane()               0..31
@@ -88,7 +90,7 @@
 //   block-collective (all lanes of the block must call it; none has left the kernel):
 //   void block_barrier()             wave_barrier for the whole block
 //
-//   code that starts kernels (plain C++ compiled with HYBRID_W4A16_CUDA or HYBRID_W4A16_HIP):
+//   code that starts kernels (plain C++, not device code):
 //   Stream                           opaque stream handle
 //   void launch(kernel, const LaunchShape&, Stream, args...)  runs kernel(args...) on the stream;
 //                                    on the host returns when the kernel has ended. Throws
@@ -97,6 +99,7 @@
 //   int max_lds_bytes()              most LDS per block on the current device
 //   std::string current_arch()       the current device, such as "sm_90" or "host" (not on HIP)
 //
+// fork: begin overlay
 //   for the test runner in host/:
 //   void prepare_device(int, arch)   loads kernels on a device and makes it current; `arch` is its
 //                                    architecture, or empty if the kernels are loaded already
@@ -106,6 +109,7 @@
 //   kOrders, void set_order(int)     number of orders in which lanes can run; selects one
 //   std::string take_launched()      names of the kernels launched since the last call, one per
 //                                    line, where known
+// fork: end
 #pragma once
 
 #include <cstdint>
@@ -114,6 +118,7 @@ namespace gpu {
 
 constexpr int kWaveSize = 32;
 
+// fork: begin overlay
 #if defined(HYBRID_W4A16_AMD_PATH)
 constexpr bool kAmdPath = true;
 #define GPU_CUDA_HAS_MMA 0
@@ -122,6 +127,7 @@ constexpr bool kAmdPath = false;
 #define GPU_CUDA_HAS_MMA 1
 #endif
 
+// fork: end
 struct Half {};  // tags: values are plain bits, in uint16_t or (pairs) uint32_t
 struct BFloat16 {};
 
@@ -479,6 +485,7 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 
 }  // namespace gpu
 
+// fork: begin ops
 #elif defined(HYBRID_W4A16_CUDA) || defined(HYBRID_W4A16_HIP)
 // ---------------------------------------------------- plain C++ that starts CUDA or HIP kernels
 // CUDA declares an entry point as an ordinary function, whose address is the vendor's handle.
@@ -623,6 +630,8 @@ void launch(KernelRef<P...> kernel, const LaunchShape& shape, Stream stream, A..
 
 }  // namespace gpu
 
+// fork: end
+// fork: begin overlay
 #else
 // ---------------------------------------------------------------------------------------- host
 #include "host/gpu_host.h"
@@ -636,4 +645,5 @@ inline void order_requests() {}
 template <typename T>
 inline void arrived(T&) {}
 }  // namespace gpu
+// fork: end
 #endif

@@ -15,8 +15,10 @@ void launch_gate_up(const GateUpArgs& args, void* queue);
 // read router ids, expert map and weights before that grid ends. They are not its output.
 void launch_down(const DownArgs& args, void* queue);
 
+// fork: begin lm_head
 void launch_dense(const DenseArgs& args, void* stream);
 // Two grids: the first reads c, which the previous grid may still be writing; the second writes it.
 void launch_rescore(const RescoreArgs& args, void* stream);
 
+// fork: end
 }  // namespace moe_int4

@@ -8,11 +8,14 @@
 // order, so every run gives the same bits.
 #include "entry_points.h"
 #include "slots.cuh"
+// fork: begin overlay
 #include "stream_tile.cuh"
+// fork: end
 #include "wave_tile.cuh"
 
 namespace moe_int4 {
 
+// fork: begin overlay
 // The kernel for one token per block where weights stream through LDS. It reads router ids, expert
 // map and weights before the previous grid has ended. That is safe: the previous grid is gate_up,
 // or one that lets this grid start only after its own end, so everything earlier is complete.
@@ -75,6 +78,7 @@ GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
   }
 }
 
+// fork: end
 #define MOE_INT4_DOWN_VALUES                                                                       \
   a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e,     \
       z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m, expert_map, \
@@ -179,11 +183,13 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
 
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
+  // fork: begin overlay
   if constexpr (T == 1 && kStreams) {
     down_stream<DT, G, ZP>(MOE_INT4_DOWN_VALUES);
-  } else {
-    down_tiles<DT, G, ZP, T>(MOE_INT4_DOWN_VALUES);
+    return;
   }
+  // fork: end
+  if constexpr (T > 1 || !kStreams) down_tiles<DT, G, ZP, T>(MOE_INT4_DOWN_VALUES);
 }
 
 }  // namespace moe_int4

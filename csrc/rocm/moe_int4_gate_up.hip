@@ -9,7 +9,9 @@
 #include "activation.cuh"
 #include "entry_points.h"
 #include "slots.cuh"
+// fork: begin overlay
 #include "stream_tile.cuh"
+// fork: end
 #include "wave_tile.cuh"
 
 namespace moe_int4 {
@@ -45,6 +47,7 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
       mine.results[(first_slot + s) * kRowsPerWave + r * kRowGroups + lane_row()] = sum;
     });
   };
+  // fork: begin overlay
   if constexpr (T == 1 && kStreams) {
     char* const zeros = lds + waves * wave_lds_bytes;
     const auto row_of = [&](int) { return acts + token * a_stride_m; };
@@ -69,6 +72,7 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
     }
     if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
   } else {
+    // fork: end
     gpu::keep_arguments(MOE_INT4_GATE_UP_VALUES);
     gpu::wait_previous_grid();
     gpu::allow_next_grid();
@@ -101,7 +105,9 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
         multiply(tile, expert, rows, first_slot, row_of);
       });
     }
+    // fork: begin overlay
   }
+  // fork: end
   gpu::block_barrier();
 
   const int thread = gpu::wave() * gpu::kWaveSize + gpu::lane();

@@ -13,7 +13,9 @@
 #include "device.h"
 #include "launch.h"
 #include "moe_int4_checks.h"
+// fork: begin lm_head
 #include "wvSplitK_int_g_checks.h"
+// fork: end
 
 namespace moe_int4::gpu {
 namespace {
@@ -62,6 +64,7 @@ void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tenso
   launch_down(args, OnDeviceOf(a).stream());
 }
 
+// fork: begin lm_head
 void dense_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
               int64_t cu_count, int64_t group_size, int64_t bits,
               const std::optional<Tensor>& zero_points) {
@@ -77,6 +80,7 @@ void rescore_op(const Tensor& a, const Tensor& w, const Tensor& errors, const Te
   launch_rescore(args, OnDeviceOf(a).stream());
 }
 
+// fork: end
 void load_device_op(int64_t device, std::string arch) {
   load_device(static_cast<int>(device), arch);
 }
@@ -96,6 +100,8 @@ STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CUDA, m) {
   m.impl("fused_moe_wvSplitK_int4_gemm", TORCH_BOX(&moe_int4::gpu::gemm_op));
   m.impl("fused_moe_wvSplitK_int4_gate_up", TORCH_BOX(&moe_int4::gpu::gate_up_op));
   m.impl("fused_moe_wvSplitK_int4_down", TORCH_BOX(&moe_int4::gpu::down_op));
+  // fork: begin lm_head
   m.impl("wvSplitK_int_g", TORCH_BOX(&moe_int4::gpu::dense_op));
   m.impl("wvSplitK_int_g_rescore", TORCH_BOX(&moe_int4::gpu::rescore_op));
+  // fork: end
 }

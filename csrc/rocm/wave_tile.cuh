@@ -182,6 +182,7 @@ struct DotProduct {
   static GPU_DEVICE int slot(int i) { return lane_k() == 0 ? i : S; }
 };
 
+// fork: begin overlay
 // Product of a block with the 16x8x16 matrix instruction. The wave's 16 rows are the rows of the
 // instruction. A column is a pair (slot, group within the block): groups have different scales, so
 // their sums stay separate. A column is zero outside its group.
@@ -257,14 +258,17 @@ struct MmaProduct {
   }
 };
 
+// fork: end
 template <typename DT, int G, int S, bool Mma>
 struct ProductOf {
   using Type = DotProduct<DT, G, S>;
 };
+// fork: begin overlay
 template <typename DT, int G, int S>
 struct ProductOf<DT, G, S, true> {
   using Type = MmaProduct<DT, G, S>;
 };
+// fork: end
 
 // The product over blocks [first, last) of k; finish() turns what run() left in the lanes into
 // results. Each turn multiplies its weights with S slots at a time, P times: weights are loaded

@@ -202,6 +202,7 @@ def test_dense_against_float64(number):
     assert error < sweep.TOLERANCE[family.dtype], (family.text, rows, n, k)
 
 
+# fork: begin token
 @needs_triton
 def test_a_gpu_takes_many_rows_of_a_dense_linear_to_triton():
     """Few go to the skinny GEMM."""
@@ -217,6 +218,7 @@ def test_a_gpu_takes_many_rows_of_a_dense_linear_to_triton():
         assert error < sweep.TOLERANCE[torch.bfloat16], rows
 
 
+# fork: end
 @needs_triton
 def test_same_bits_again():
     step = PrefillStep(Family(0))
@@ -253,6 +255,7 @@ def test_a_short_workspace_is_refused():
         prefill.Workspace.split(torch.empty(99), 5, 2, 320, 100)
 
 
+# fork: begin overlay
 @pytest.mark.skipif(not INTERPRETED, reason="see test_in_the_interpreter")
 @pytest.mark.parametrize("ep", [(1, 0), (2, 1)])
 def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
@@ -298,6 +301,7 @@ def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
     assert calls == [5]
 
 
+# fork: end
 @pytest.mark.skipif(ON_GPU, reason="the sweep runs on the GPU")
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -308,4 +312,7 @@ def test_in_the_interpreter():
     print(run.stdout[-5000:], run.stderr[-2000:])
     assert run.returncode == 0
     passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed is not None and int(passed[1]) == 24
+    assert passed is not None and int(passed[1]) > 12
+    # fork: begin overlay
+    assert int(passed[1]) == 24
+    # fork: end

@@ -25,9 +25,13 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     device_family,
 )
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
+
+# fork: begin overlay
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
+
+# fork: end
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
 from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -221,7 +225,7 @@ def random_routing(
 
 
 def is_opt_in() -> bool:
-    """Whether the device is used only with ``VLLM_HYBRID_W4A16_MOE=1``."""
+    """Whether the device is used on request only."""
     family = device_family()
     return isinstance(family, DeviceFamily) and family.opt_in
 
@@ -255,9 +259,11 @@ def fresh_gate_records(monkeypatch) -> None:
     that caplog captures."""
     monkeypatch.setattr(oracle, "_model", oracle._Model())
     monkeypatch.setattr(oracle, "_reasons_logged", set())
+    # fork: begin overlay
     monkeypatch.delenv(switch.NAME, raising=False)
     if is_opt_in():
         monkeypatch.setenv(switch.NAME, "1")
+    # fork: end
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 

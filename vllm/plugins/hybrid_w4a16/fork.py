@@ -1,35 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""``vllm-hybrid-w4a16 fork``: the modules and hooks written into a vLLM source tree.
+"""``vllm-hybrid-w4a16 fork``: the hybrid path as a series of commits on vLLM.
 
-The same files and the same hook table as the overlay, as one commit or one patch.
-Everything is worked out in memory first: where one edit does not fit, nothing is
-written.
+Each commit builds, passes its tests and can be reviewed alone. Everything is worked out
+in memory first: where one edit does not fit, nothing is written.
 """
 
 import argparse
 import difflib
-import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import fork_files
-from .hooks import HOOKS
+from . import fork_edits, fork_files
+from .fork_series import SERIES, Commit
 
 APPLIES, THERE, CONFLICTS = "applies", "already there", "conflicts"
-ENVS, CMAKE = "vllm/envs.py", "CMakeLists.txt"
-CXX_SUFFIXES = (".h", ".cpp", ".cuh", ".hip")
-# Import order depends on which modules are there already; ours are in order. D403 would
-# have a docstring start with "VLLM".
-NOT_FIXED = "I,D403"
-TITLE = "[ROCm][MoE] Add a hybrid int4 (W4A16) MoE path for RDNA GPUs and the CPU"
+ROOT_FILES = ("pyproject.toml", ".clang-format")
+"""Settings of the formatters, beside vLLM's CMakeLists.txt."""
+# D403 would have a docstring start with "VLLM".
+NOT_FIXED = "D403"
 
 
 class ForkError(Exception):
@@ -40,6 +37,7 @@ class ForkError(Exception):
 class Report:
     """What became of one edit."""
 
+    commit: str
     path: str
     symbol: str
     status: str
@@ -47,26 +45,46 @@ class Report:
 
     def __str__(self) -> str:
         detail = f": {self.detail}" if self.detail else ""
-        return f"{self.status:14}{self.path}  {self.symbol}{detail}"
+        return f"{self.status:14}{self.commit:11}{self.path}  {self.symbol}{detail}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One commit of the series on one tree."""
+
+    name: str
+    commit: Commit
+    changes: dict[str, tuple[str | None, str]]
+    """Old and new text of the files it writes; old is ``None`` for a new file."""
+
+    def lines(self) -> tuple[int, int, int]:
+        """Lines added: without tests, of tests, in vLLM's own files."""
+        code = tests = own = 0
+        for path, (old, new) in self.changes.items():
+            added = added_lines(old or "", new)
+            if path.startswith("tests/"):
+                tests += added
+            else:
+                code += added
+            if path in _edited_files():
+                own += added
+        return code, tests, own
+
+    def pull_request(self) -> str:
+        return self.commit.pull_request(*self.lines())
 
 
 @dataclass
 class Plan:
-    """The edits of one tree: reports on all, old and new text of the files to write.
+    """The series on one tree: reports on all edits, and the commits to write."""
 
-    The old text is ``None`` for a new file.
-    """
-
-    reports: list[Report]
-    changes: dict[str, tuple[str | None, str]]
+    reports: list[Report] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    """Empty where the tree has everything already."""
 
     @property
     def conflicts(self) -> list[Report]:
         return [report for report in self.reports if report.status == CONFLICTS]
-
-    def patch(self) -> str:
-        """The changes as a unified diff that ``git apply`` and ``patch -p1`` take."""
-        return "".join(_diff(path, *texts) for path, texts in self.changes.items())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,10 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--branch", metavar="NAME", help="commit on a new branch, not the current one"
     )
     parser.add_argument(
-        "--patch",
+        "--patch-dir",
         type=Path,
-        metavar="FILE",
-        help="write a patch to FILE and leave the tree alone",
+        metavar="DIR",
+        help="write patches for `git am`, and a text for the pull request of each, to "
+        "DIR and leave the tree alone",
     )
     parser.add_argument(
         "--check", action="store_true", help="only report what each edit would do"
@@ -95,13 +114,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what ``args`` say; 0, or 1 where nothing was written because of a conflict."""
     try:
-        return _run(args.vllm_src.resolve(), args.branch, args.patch, args.check)
+        return _run(args.vllm_src.resolve(), args.branch, args.patch_dir, args.check)
     except (ForkError, fork_files.ProjectError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _run(tree: Path, branch: str | None, patch: Path | None, check: bool) -> int:
+def _run(tree: Path, branch: str | None, patches: Path | None, check: bool) -> int:
+    _check_tree(tree)
+    if not check and patches is None:
+        _check_repository(tree)
     plan = make_plan(tree)
     if check:
         print("\n".join(map(str, plan.reports)))
@@ -112,188 +134,260 @@ def _run(tree: Path, branch: str | None, patch: Path | None, check: bool) -> int
             print("\n".join(map(str, plan.conflicts)), file=sys.stderr)
             print("Nothing was written.", file=sys.stderr)
         return 1
-    if check:
-        return 0
-    if not plan.changes:
+    if not plan.steps:
         print(f"{tree} has everything already: nothing to do.")
-    elif patch is not None:
-        patch.write_text(plan.patch())
-        print(f"Wrote {patch}: apply it with `patch -p1` or `git apply`.")
-    else:
+        return 0
+    if not check and patches is not None:
+        write_patches(plan, patches)
+    elif not check:
         commit(tree, plan, branch)
+    _print_sizes(plan)
     return 0
 
 
+def _print_sizes(plan: Plan) -> None:
+    print(f"{'commit':11} {'lines':>6} {'tests':>6} {'in vLLM files':>14}")
+    for step in plan.steps:
+        code, tests, own = step.lines()
+        print(f"{step.name:11} {code:6} {tests:6} {own:14}")
+
+
 def make_plan(tree: Path) -> Plan:
-    """Work out every edit of the vLLM source tree ``tree``; writes nothing.
+    """Work out every commit on the vLLM source tree ``tree``; writes nothing.
 
     Raises ``ForkError`` where ``tree`` is none or a tool is missing, ``ProjectError``
-    where this project's sources are not at hand.
+    where this project's sources are not at hand or not all in the table.
     """
-    if not (tree / ENVS).is_file() or not (tree / CMAKE).is_file():
-        raise ForkError(
-            f"{tree} is not a vLLM source tree: it has no {ENVS} and {CMAKE}"
-        )
-    if importlib.util.find_spec("libcst") is None:
-        raise ForkError("libcst is not installed: pip install libcst ruff clang-format")
-    plan = Plan([], {})
-    added = fork_files.files_to_add(fork_files.project_folder())
-    for path, text in added.items():
-        _plan_new_file(plan, tree, path, _format(tree, path, text))
-    for path, problem in fork_files.missing_imports(tree, added):
-        plan.reports.append(Report(path, "imports", CONFLICTS, problem))
-    for path, edits in _edits(tree).items():
-        _plan_edits(plan, tree, path, edits)
+    _check_tree(tree)
+    plan = Plan()
+    files = fork_files.carried(fork_files.project_folder())
+    ours = {name: fork_files.texts(files, name) for name in SERIES}
+    originals = {path: _read(tree / path) for path in _edited_files()}
+    edited = {}
+    for name in SERIES:
+        edited[name] = _edited(plan, name, originals)
+        _check_references(plan, tree, name, ours[name])
+    with _Formatter(tree) as formatter:
+        _report_new_files(plan, tree, files, formatter, ours[list(SERIES)[-1]])
+        if plan.conflicts or all(r.status == THERE for r in plan.reports):
+            return plan
+        before: dict[str, str | None] = dict(originals)
+        for name, commit in SERIES.items():
+            texts = {**edited[name], **formatter.formatted(ours[name])}
+            changes = {
+                path: (before.get(path), text)
+                for path, text in texts.items()
+                if before.get(path) != text
+            }
+            if changes:
+                plan.steps.append(Step(name, commit, changes))
+            before.update(texts)
     return plan
 
 
-Edit = tuple[str, Callable[[str], str]]
+def _check_tree(tree: Path) -> None:
+    needed = (fork_edits.CMAKE, fork_edits.CONFIG, *ROOT_FILES)
+    missing = [path for path in needed if not (tree / path).is_file()]
+    if missing:
+        raise ForkError(
+            f"{tree} is not a vLLM source tree: it has no {', '.join(missing)}"
+        )
 
 
-def _edits(tree: Path) -> dict[str, list[Edit]]:
-    """The edits of vLLM's own files: (symbol, text to text) by path."""
-    from . import fork_edits  # needs LibCST, and vLLM for the switch
-
-    edits: dict[str, list[Edit]] = {}
-
-    def add(path: str, symbol: str, edit: Callable[[str], str]) -> None:
-        edits.setdefault(path, []).append((symbol, edit))
-
-    for hook in HOOKS:
-        path = fork_files.defining_file(tree, hook.module, hook.owner)
-        symbol = f"{hook.owner}.{hook.factory}"
-        add(path, symbol, partial(fork_edits.insert_prologue, hook=hook))
-    add(ENVS, f"{fork_edits.switch.NAME} (type)", fork_edits.declare_switch)
-    add(
-        ENVS,
-        f"{fork_edits.switch.NAME} (environment_variables)",
-        fork_edits.register_switch,
-    )
-    for extension in fork_edits.CMAKE_AFTER:
-        include = partial(fork_edits.include_ops, extension=extension)
-        add(CMAKE, f"ops in {extension}", include)
-    return edits
+def _edited_files() -> list[str]:
+    return list(dict.fromkeys(row.path for row in fork_edits.INSERTIONS))
 
 
-def _plan_new_file(plan: Plan, tree: Path, path: str, text: str) -> None:
-    file = tree / path
-    if not file.exists():
-        plan.changes[path] = (None, text)
-        plan.reports.append(Report(path, "new file", APPLIES))
-    elif file.is_file() and file.read_text() == text:
-        plan.reports.append(Report(path, "new file", THERE))
-    else:
-        detail = "it exists with other contents; start from a tree without the patch"
-        plan.reports.append(Report(path, "new file", CONFLICTS, detail))
+def _read(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
 
 
-def _plan_edits(plan: Plan, tree: Path, path: str, edits: list[Edit]) -> None:
-    from .fork_edits import Conflict
-
-    file = tree / path
-    if not file.is_file():
-        for symbol, _ in edits:
-            plan.reports.append(Report(path, symbol, CONFLICTS, "no such file"))
-        return
-    text = before = file.read_text()
-    for symbol, edit in edits:
-        try:
-            new = edit(text)
-        except Conflict as conflict:
-            plan.reports.append(Report(path, symbol, CONFLICTS, str(conflict)))
-        else:
-            plan.reports.append(Report(path, symbol, THERE if new == text else APPLIES))
-            text = new
-    if text != before:
-        # Only where vLLM's own text is as this formatter has it: no change but ours.
-        if _format(tree, path, before) == before:
-            text = _format(tree, path, text)
-        plan.changes[path] = (before, text)
+def _edited(plan: Plan, name: str, originals: dict[str, str | None]) -> dict[str, str]:
+    """vLLM's files as of commit ``name``, those that it or one before it edits."""
+    so_far = list(SERIES)[: list(SERIES).index(name) + 1]
+    texts: dict[str, str] = {}
+    for row in fork_edits.INSERTIONS:
+        if row.commit not in so_far:
+            continue
+        text = texts.get(row.path, originals[row.path])
+        status, detail = CONFLICTS, "no such file"
+        if text is not None:
+            try:
+                texts[row.path] = row.apply(text)
+                status, detail = (THERE if texts[row.path] == text else APPLIES), ""
+            except fork_edits.Conflict as conflict:
+                detail = str(conflict)
+        if row.commit == name:
+            plan.reports.append(Report(name, row.path, row.symbol, status, detail))
+    return texts
 
 
-def _format(tree: Path, path: str, text: str) -> str:
-    """``text`` as the formatters have it under vLLM's own configuration."""
-    if path.endswith(".py"):
-        name = f"--stdin-filename={tree / path}"
-        fix = ("check", "--fix-only", f"--extend-ignore={NOT_FIXED}", "-q")
-        text = _pipe(tree, text, "ruff", *fix, name, "-")
-        return _pipe(tree, text, "ruff", "format", "-q", name, "-")
-    if path.endswith(CXX_SUFFIXES):
-        # .hip is no suffix that clang-format takes for C++
-        name = f"--assume-filename={tree / path}".removesuffix(".hip") + ".cpp"
-        return _pipe(tree, text, "clang-format", "--style=file", name)
-    return text
+def _check_references(plan: Plan, tree: Path, name: str, ours: dict[str, str]) -> None:
+    """Report imports and includes that nothing offers as of commit ``name``."""
+    problems = [("imports", *p) for p in fork_files.missing_imports(tree, ours)]
+    for path, header in fork_files.missing_includes(ours):
+        problems.append(("includes", path, f"there is no {header}"))
+    known = {(report.path, report.detail) for report in plan.reports}
+    for symbol, path, problem in problems:
+        if (path, problem) not in known:
+            known.add((path, problem))
+            plan.reports.append(Report(name, path, symbol, CONFLICTS, problem))
 
 
-def _pipe(tree: Path, text: str, tool: str, *arguments: str) -> str:
-    beside_python = Path(sysconfig.get_path("scripts"), tool)
-    program = beside_python if beside_python.exists() else shutil.which(tool)
-    if program is None:
-        raise ForkError(f"{tool} is not installed: pip install ruff clang-format")
-    done = subprocess.run(
-        [program, *arguments], input=text, capture_output=True, text=True, cwd=tree
-    )
-    if done.returncode:
-        command = " ".join((tool, *arguments))
-        raise ForkError(f"`{command}` in {tree} failed: {done.stderr.strip()}")
-    return done.stdout
+def _report_new_files(
+    plan: Plan,
+    tree: Path,
+    files: Iterable[fork_files.Carried],
+    formatter: "_Formatter",
+    final: dict[str, str],
+) -> None:
+    found = {file.target: _read(tree / file.target) for file in files}
+    present = {path: final[path] for path, text in found.items() if text is not None}
+    expected = formatter.formatted(present)
+    for file in files:
+        text, status, detail = found[file.target], APPLIES, ""
+        if text is not None and text == expected[file.target]:
+            status = THERE
+        elif text is not None:
+            status = CONFLICTS
+            detail = "it exists with other contents; start from a tree without it"
+        plan.reports.append(
+            Report(file.commit, file.target, "new file", status, detail)
+        )
 
 
-def _diff(path: str, old: str | None, new: str) -> str:
-    header = f"diff --git a/{path} b/{path}\n"
-    if old is None:
-        header += "new file mode 100644\n"
-    lines = difflib.unified_diff(
-        (old or "").splitlines(keepends=True),
-        new.splitlines(keepends=True),
-        "/dev/null" if old is None else f"a/{path}",
-        f"b/{path}",
-    )
-    return header + "".join(lines)
+def added_lines(old: str, new: str) -> int:
+    """Lines of ``new`` that ``old`` has not."""
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=0)
+    return sum(line.startswith("+") for line in lines) - 1 if old != new else 0
 
 
-def commit_message() -> str:
-    """Title, what and why, and for each hook why it exists and when it can go."""
-    what = (
-        "int4 MoE layers on skinny-GEMM kernels that read each weight once, two\n"
-        "launches per layer and decode step. A layer that it cannot take falls back\n"
-        "to vLLM's MoE path; VLLM_HYBRID_W4A16_MOE=0 switches it off."
-    )
-    parts = [TITLE, what]
-    for hook in HOOKS:
-        parts.append(f"{hook.target}\n  Why: {hook.why}\n  Until: {hook.until}")
-    return "\n\n".join(parts) + "\n"
+class _Formatter:
+    """Formats texts under vLLM's own configuration, all of a commit at a time."""
+
+    def __init__(self, tree: Path) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="hybrid-w4a16-fork-")
+        self._done: dict[tuple[str, str], str] = {}
+        self.root = Path(self._folder.name)
+        for name in ROOT_FILES:
+            shutil.copy(tree / name, self.root)
+
+    def __enter__(self) -> "_Formatter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def formatted(self, texts: dict[str, str]) -> dict[str, str]:
+        new = {p: t for p, t in texts.items() if (p, t) not in self._done}
+        for path, text in new.items():
+            (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.root / path).write_text(text)
+        python = [path for path in new if path.endswith(".py")]
+        cxx = [path for path in new if path.endswith(fork_files.CXX_SUFFIXES)]
+        if python:
+            fix = ("check", "--fix-only", f"--extend-ignore={NOT_FIXED}", "-q")
+            # the rest of vLLM, by which ruff would know it, is not in this folder
+            own = "--config=lint.isort.known-first-party=['vllm']"
+            self._call("ruff", *fix, own, "--no-cache", *python)
+            self._call("ruff", "format", "-q", "--no-cache", *python)
+        if cxx:
+            self._call("clang-format", "--style=file", "-i", *cxx)
+        for path, text in new.items():
+            self._done[path, text] = (self.root / path).read_text()
+        return {path: self._done[path, text] for path, text in texts.items()}
+
+    def _call(self, tool: str, *arguments: str) -> None:
+        beside_python = Path(sysconfig.get_path("scripts"), tool)
+        program = beside_python if beside_python.exists() else shutil.which(tool)
+        if program is None:
+            raise ForkError(f"{tool} is not installed: pip install ruff clang-format")
+        command = [program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=self.root)
+        if done.returncode:
+            raise ForkError(f"`{tool} {arguments[0]}` failed: {done.stderr.strip()}")
 
 
 def commit(tree: Path, plan: Plan, branch: str | None) -> None:
-    """Write the plan's files and commit them, all in one commit.
+    """Write the plan's commits on ``branch``, by default on the current one.
 
     Raises ``ForkError``, with the tree as it was, where ``tree`` is no git repository,
-    a file to edit has uncommitted changes, or ``branch`` exists.
+    has uncommitted changes, or ``branch`` exists.
     """
+    _check_repository(tree)
+    if branch is not None:
+        _git(tree, "switch", "--quiet", "--create", branch)
+    _commit_steps(tree, plan.steps)
+    print(_git(tree, "log", f"-{len(plan.steps)}", "--format=%h %s").rstrip())
+
+
+def _check_repository(tree: Path) -> None:
     top = _git(tree, "rev-parse", "--show-toplevel", unless="not a git repository")
     if Path(top.strip()) != tree:
-        raise ForkError(f"{tree} is not a git repository of its own: use --patch FILE")
-    paths = list(plan.changes)
+        raise ForkError(f"{tree} is not a git repository of its own: use --patch-dir")
     dirty = _git(tree, "status", "--porcelain", "--untracked-files=no")
     if dirty:
         raise ForkError(f"{tree} has uncommitted changes, commit them first:\n{dirty}")
-    if branch is not None:
-        _git(tree, "switch", "--quiet", "--create", branch)
-    for path, (_, text) in plan.changes.items():
-        (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        (tree / path).write_text(text)
-    _git(tree, "add", "--force", "--", *paths)  # vLLM's .gitignore lists *.hip
-    _git(tree, "commit", "--quiet", "--signoff", f"--message={commit_message()}")
-    print(_git(tree, "log", "-1", "--stat=100", "--format=%h %s").rstrip())
+    _git(tree, "var", "GIT_COMMITTER_IDENT")  # says what to set where it is not
+
+
+def _commit_steps(repository: Path, steps: Iterable[Step]) -> None:
+    for step in steps:
+        for path, (_, text) in step.changes.items():
+            (repository / path).parent.mkdir(parents=True, exist_ok=True)
+            (repository / path).write_text(text)
+        _git(repository, "add", "--force", "--", *step.changes)
+        message = f"--message={step.commit.message()}"
+        _git(repository, "commit", "--quiet", "--no-verify", "--signoff", message)
+
+
+def write_patches(plan: Plan, folder: Path) -> None:
+    """Write the plan's commits to ``folder`` as patches that ``git am`` takes.
+
+    Each has a text for its pull request beside it, with the suffix ``.md``. The author
+    is git's; the date that of this project's last commit, so that a second call writes
+    the same. Raises ``ForkError`` where git has no identity.
+    """
+    with tempfile.TemporaryDirectory(prefix="hybrid-w4a16-fork-") as name:
+        repository = Path(name)
+        _git(repository, "init", "--quiet")
+        _git(repository, "var", "GIT_COMMITTER_IDENT")
+        for path in _edited_files():
+            old = next(
+                (s.changes[path][0] for s in plan.steps if path in s.changes), None
+            )
+            if old is not None:
+                (repository / path).parent.mkdir(parents=True, exist_ok=True)
+                (repository / path).write_text(old)
+        _git(repository, "add", "--all", "--force")
+        _git(repository, "commit", "--quiet", "--no-verify", "--message=vLLM")
+        _commit_steps(repository, plan.steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        style = ("--zero-commit", "--no-signature", "--quiet")
+        output = f"--output-directory={folder.resolve()}"
+        _git(repository, "format-patch", *style, output, f"-{len(plan.steps)}")
+    patches = sorted(folder.glob("[0-9][0-9][0-9][0-9]-*.patch"))
+    for patch, step in zip(patches, plan.steps, strict=True):
+        patch.with_suffix(".md").write_text(step.pull_request())
+    print(f"Wrote {len(patches)} patches to {folder}: apply them with `git am`.")
+
+
+def _project_date() -> dict[str, str]:
+    """Git's variables for the date of this project's last commit, if there is one."""
+    command = ["git", "log", "-1", "--format=%cI"]
+    where = Path(__file__).resolve().parent
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True)
+    date = done.stdout.strip()
+    return {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date} if date else {}
 
 
 def _git(tree: Path, *arguments: str, unless: str = "") -> str:
+    environment = {**os.environ, **_project_date()}
     done = subprocess.run(
-        ["git", *arguments], cwd=tree, capture_output=True, text=True, check=False
+        ["git", *arguments], cwd=tree, capture_output=True, text=True, env=environment
     )
     if done.returncode:
         if unless and unless in done.stderr:
-            raise ForkError(f"{tree} is {unless}: use --patch FILE")
+            raise ForkError(f"{tree} is {unless}: use --patch-dir DIR")
         raise ForkError(f"git {arguments[0]} in {tree}: {done.stderr.strip()}")
     return done.stdout

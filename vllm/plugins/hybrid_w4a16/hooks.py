@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""The hook table, and how it is applied at run time (``fork.py`` applies it to source).
+"""The hook table, and how it is applied at run time.
 
 A hook is a prologue on a vLLM method factory. The handler is called with the factory's
 arguments. If it returns a value other than ``None``, that is the result; otherwise the
-factory's own body runs. A new checkpoint format adds one row.
+factory's own body runs. With the switch off, handlers are not called. A new checkpoint
+format adds one row.
 
 A kernel row puts one of our classes at the head of a vLLM list of linear kernels. vLLM
 takes the first kernel of the list that can implement a layer.
@@ -16,6 +17,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from vllm.model_executor.layers.fused_moe.oracle import (
+    hybrid_w4a16_switch as switch,
+)
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,7 @@ class Hook:
     parameters: tuple[str, ...]
     """Names of the factory's parameters, in order."""
     handler: str
-    """``module:function`` with the same parameters in the same order, decorated with
-    ``switch.unless_off``."""
+    """``module:function`` with the same parameters in the same order."""
     why: str
     """Why the hook exists."""
     until: str = "vLLM selects HybridW4A16MoEExperts for such layers itself."
@@ -184,6 +188,7 @@ def apply_hooks(
     Applies all hooks or none: raises ``HookError`` that names every hook that does not
     fit, and leaves vLLM unchanged.
     """
+    switch.register()  # the hooks ask it
     resolved, failures = [], []
     for hook in hooks:
         try:
@@ -246,7 +251,9 @@ def _is_static(attribute: object) -> bool:
 def _install(hook: Hook, owner: type, original: Callable[..., Any]) -> None:
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
-        result = _load_handler(hook.handler)(*args, **kwargs)
+        result = None
+        if switch.value() != "0":
+            result = _load_handler(hook.handler)(*args, **kwargs)
         return original(*args, **kwargs) if result is None else result
 
     setattr(factory, _MARK, hook)

@@ -26,7 +26,7 @@ class DeviceFamily:
     prefill: str
     """Kernels for many tokens."""
     opt_in: bool
-    """Used only on request (``VLLM_HYBRID_W4A16_MOE=1``), not by default."""
+    """Used only on request, not by default."""
     cu_count: int
     """Number of compute units that a GPU grid is spread over; 1 on the CPU."""
     tuning: str | None = None
@@ -34,6 +34,7 @@ class DeviceFamily:
 
 
 _HIP_KERNELS = "HIP wvSplitK"
+# fork: begin overlay
 _CUDA_KERNELS = "CUDA wvSplitK"
 
 # For planning on a machine without the device. Source of gfx1151's compute units: AMD's
@@ -45,6 +46,7 @@ PLANNED = {
     "cuda": DeviceFamily("cuda", _CUDA_KERNELS, "Triton", True, 1, "sm_90"),
     "cpu": DeviceFamily("cpu", "C++", "C++", False, 1),
 }
+# fork: end
 
 
 def device_family() -> DeviceFamily | str:
@@ -64,10 +66,12 @@ def device_family() -> DeviceFamily | str:
     if current_platform.is_rocm():
         arch = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
         return _gpu_family(arch, _HIP_KERNELS, opt_in=False)
+    # fork: begin overlay
     if current_platform.is_cuda():
         major, minor = torch.cuda.get_device_capability()
         arch = f"sm_{major}{minor}"
         return _gpu_family(arch, _CUDA_KERNELS, opt_in=True)
+    # fork: end
     return f"platform {current_platform.device_name!r} has no int4 MoE kernels"
 
 

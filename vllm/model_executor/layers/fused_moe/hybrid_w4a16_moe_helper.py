@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from vllm.model_executor.layers.fused_moe import hybrid_w4a16_guard
 from vllm.model_executor.layers.fused_moe.all2all_utils import (
     maybe_make_prepare_finalize,
 )
@@ -31,6 +30,11 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     transposed_copy,
 )
 from vllm.model_executor.utils import replace_parameter
+
+# fork: begin overlay
+from . import hybrid_w4a16_guard
+
+# fork: end
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -53,18 +57,21 @@ def setup_hybrid_w4a16_moe(
     Raises ``ValueError`` with the checkpoint's tensor and the bad value if a checkpoint
     that is declared symmetric stores a zero point other than 8, if a scale is not
     finite in the activation dtype, or if all scales of a projection are zero. The layer
-    is then unchanged. Raises ``RuntimeError`` if the conversion or the kernels give a
-    wrong result (``hybrid_w4a16_guard``).
+    is then unchanged.
     """
     packing = method.packing
     names = ("w13", "w2")
+    # fork: begin overlay
     kept = None
+    # fork: end
     if not is_packed(getattr(layer, f"w13_{packing.qweight}")):
         for name in names:
             _verify_scales(layer, f"{name}_{packing.scales}", packing)
             if method.symmetric and packing.symmetric_zeros:
                 _verify_symmetric(layer, f"{name}_{packing.zeros}", packing)
+        # fork: begin overlay
         kept = hybrid_w4a16_guard.keep(method, layer)
+        # fork: end
         for name in names:
             zeros, shape = f"{name}_{packing.zeros}", f"{name}_{packing.weight_shape}"
             if packing.weight_shape is not None:
@@ -77,7 +84,10 @@ def setup_hybrid_w4a16_moe(
                 _convert(layer, f"{name}_{packing.scales}", transposed_copy)
             _convert(layer, f"{name}_{packing.qweight}", packing.to_exllama)
     kernel = make_kernel(method, layer)
+    # fork: begin overlay
+    # RuntimeError where what was converted or the kernels compute something else
     hybrid_w4a16_guard.check(method, layer, kernel, kept)
+    # fork: end
     return kernel
 
 

@@ -13,8 +13,12 @@ what was passed.
 """
 
 import functools
+
+# fork: begin overlay
 import os
 import struct
+
+# fork: end
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,7 +27,9 @@ import torch
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
+# fork: begin overlay
 _LIBRARY = "_hybrid_w4a16_C.so"
+# fork: end
 _KERNELS = (
     "fused_moe_wvSplitK_int4_gemm",
     "fused_moe_wvSplitK_int4_gate_up",
@@ -57,15 +63,14 @@ def _ops_registered() -> bool:
 
 @functools.cache
 def load_error() -> str | None:
-    """Load the op library once.
+    """Load the ops once; why they are not there, ``None`` when they are.
 
-    In a vLLM built from the fork the ops are in vLLM's own libraries (``_rocm_C``; on
-    the CPU ``_C``), which its platform imports. In an overlay install they are in a
-    separate file at the root of the ``vllm`` package tree that contains this module.
-
-    Returns ``None`` if the ops are registered, otherwise the reason why they are not.
+    vLLM's own libraries may hold them (``_rocm_C``, on the CPU ``_C``), which its
+    platform imports.
     """
     current_platform.import_kernels()
+    # fork: begin overlay
+    # else a file at the root of the ``vllm`` package tree that holds this module
     if not _ops_registered():
         package_root = os.path.abspath(__file__)
         for _ in range(4):  # vllm/model_executor/layers/fused_moe/<this file>
@@ -86,11 +91,15 @@ def load_error() -> str | None:
             return f"the op library {path} cannot be loaded: {error.__cause__ or error}"
         if not _ops_registered():
             return f"the op library {path} does not match this version: it lacks ops"
+    # fork: end
+    if not _ops_registered():
+        return "vLLM's own libraries hold no int4 MoE ops"
     for op in _KERNELS:
         torch.library.register_fake(f"_rocm_C::{op}", _no_output)
     return None
 
 
+# fork: begin overlay
 def _file_fault(path: str) -> str | None:
     """Return what is wrong with a library file, ``None`` if it is complete.
 
@@ -106,6 +115,9 @@ def _file_fault(path: str) -> str | None:
     entry_size, entries = struct.unpack_from("<HH", header, 58)
     expected = table + entry_size * entries
     return f"is truncated: {size} of {expected} bytes" if size < expected else None
+
+
+# fork: end
 
 
 def _no_output(*args: object, **kwargs: object) -> None:

@@ -15,9 +15,8 @@ same form, are in ``VLLM_CONFIG_ROOT/hybrid_w4a16`` and take precedence::
                   kernel_version, prefill_from, rows as above, and decode: by tokens
                   the plans of gate_up and down, as the ops take them, or null
 
-``vllm-hybrid-w4a16 tune`` writes the owner's table. A lookup uses the nearest shape. If
-none is near, the rule in the op library plans decode, and prefill begins at the
-device's ``prefill_from``.
+A lookup uses the nearest shape. If none is near, the rule in the op library plans
+decode, and prefill begins at the device's ``prefill_from``.
 """
 
 import functools
@@ -33,6 +32,14 @@ from vllm.logger import init_logger
 logger = init_logger(__name__)
 
 TABLES = Path(__file__).parent / "configs/hybrid_w4a16"
+
+# What the log adds where a measured table would help.
+_MEASURE = _MEASURE_NEW = _MEASURE_RULE = ""
+# fork: begin overlay
+_MEASURE = "; `vllm-hybrid-w4a16 tune` measures them"
+_MEASURE_RULE = ", `vllm-hybrid-w4a16 tune` measures"
+_MEASURE_NEW = "; `vllm-hybrid-w4a16 tune` writes a new one"
+# fork: end
 
 
 def table_name(arch: str) -> str:
@@ -93,9 +100,9 @@ def table(name: str) -> dict[str, Any]:
     if path.is_file():
         return json.loads(path.read_text())
     logger.warning(
-        "HybridW4A16 MoE: no prefill tiles were measured for %s; using small ones. "
-        "`vllm-hybrid-w4a16 tune` measures them.",
+        "HybridW4A16 MoE: no prefill tiles were measured for %s, using small ones%s",
         name,
+        _MEASURE,
     )
     return _DEFAULT
 
@@ -330,11 +337,11 @@ def owner_entries(arch: str) -> list[dict[str, Any]]:
                 nearest_tiles(entry["rows"], 1, 1, 1, 1)
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         logger.warning(
-            "HybridW4A16 MoE: %s is not a tuning table (%s: %s) and is not used; "
-            "`vllm-hybrid-w4a16 tune` writes a new one",
+            "HybridW4A16 MoE: %s is not a tuning table (%s: %s) and is not used%s",
             path,
             type(error).__name__,
             error,
+            _MEASURE_NEW,
         )
         return []
     return entries
@@ -343,6 +350,7 @@ def owner_entries(arch: str) -> list[dict[str, Any]]:
 SHAPE_FIELDS = ("experts", "top_k", "hidden", "intermediate", "group_size", "dtype")
 
 
+# fork: begin overlay
 def write_owner_entry(arch: str, entry: dict[str, Any]) -> Path:
     """Add an entry to the owner's table; it replaces an entry with the same key.
 
@@ -377,6 +385,7 @@ def _entry_text(entry: dict[str, Any]) -> str:
     return "  {\n" + ",\n".join(lines) + "\n  }"
 
 
+# fork: end
 def shape_fields(shape: MoEShape) -> dict[str, Any]:
     """A shape as the fields of an entry."""
     return asdict(shape)
@@ -402,5 +411,5 @@ def used_text() -> str | None:
             files.append(f"{hits} from {path}")
     ruled = sum(tuned.origin == "rule" for tuned in _used)
     if ruled:
-        files.append(f"{ruled} by rule, `vllm-hybrid-w4a16 tune` measures")
+        files.append(f"{ruled} by rule{_MEASURE_RULE}")
     return f"tuning of {len(_used)} shapes: {'; '.join(files)}"

@@ -10,12 +10,11 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
     FusedMoEMethodBase,
 )
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import AWQ
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16 as oracle,
 )
 from vllm.model_executor.layers.fused_moe.oracle import (
-    hybrid_w4a16_switch as switch,
+    hybrid_w4a16_formats as formats,
 )
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -37,7 +36,6 @@ class AWQHybridW4A16MoEMethod(HybridW4A16MoEMethod):
     """AWQ in its ``gemm`` version, symmetric or with zero points."""
 
 
-@switch.unless_off
 def awq_moe_method(
     config: "AutoAWQConfig", layer: torch.nn.Module, prefix: str
 ) -> FusedMoEMethodBase | None:
@@ -67,12 +65,11 @@ def awq_moe_method(
         return None
     if bits == 16:
         return UnquantizedFusedMoEMethod(layer.moe_config)
-    version = str(config.full_config.get("version", "gemm")).lower()
-    unsupported = None
-    if version != "gemm":
-        unsupported = f"AWQ version {version!r}, supported: 'gemm'"
+    packing = formats.awq(config.full_config.get("version"))
+    unsupported = packing if isinstance(packing, str) else None
     if not oracle.accept(layer, prefix, bits, config.group_size, unsupported):
         return None
+    assert not isinstance(packing, str)
     return AWQHybridW4A16MoEMethod(
-        layer.moe_config, config.group_size, not config.zero_point, AWQ
+        layer.moe_config, config.group_size, not config.zero_point, packing
     )

@@ -4,12 +4,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import PACK_QUANTIZED
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16 as oracle,
 )
 from vllm.model_executor.layers.fused_moe.oracle import (
-    hybrid_w4a16_switch as switch,
+    hybrid_w4a16_formats as formats,
 )
 from vllm.model_executor.layers.quantization.hybrid_w4a16_method import (
     HybridW4A16MoEMethod,
@@ -26,14 +25,11 @@ if TYPE_CHECKING:
         compressed_tensors,
     )
 
-PACK_FORMAT = "pack-quantized"
-
 
 class CompressedTensorsHybridW4A16MoEMethod(HybridW4A16MoEMethod):
     """compressed-tensors ``pack-quantized``, symmetric or with zero points."""
 
 
-@switch.unless_off
 def compressed_tensors_moe_method(
     quant_config: "compressed_tensors.CompressedTensorsConfig",
     layer: "RoutedExperts",
@@ -58,21 +54,19 @@ def compressed_tensors_moe_method(
         return None
     assert scheme is not None
     weights = scheme["weights"]
-    unsupported = None
-    if scheme.get("format") != PACK_FORMAT:
-        unsupported = f"format is {scheme.get('format')!r}, supported: {PACK_FORMAT!r}"
-    elif weights.strategy != "group":
-        unsupported = f"strategy is {str(weights.strategy)!r}, supported: 'group'"
-    elif weights.actorder == "group":
-        unsupported = "actorder 'group': groups follow the activation order"
-    elif quant_config.transform_config is not None:
+    packing = formats.compressed_tensors(
+        weights.strategy, weights.actorder, scheme.get("format")
+    )
+    unsupported = packing if isinstance(packing, str) else None
+    if unsupported is None and quant_config.transform_config is not None:
         unsupported = "transform_config: activations have to be transformed"
     if not oracle.accept(
         layer, layer_name, weights.num_bits, weights.group_size, unsupported
     ):
         return None
+    assert not isinstance(packing, str)
     return CompressedTensorsHybridW4A16MoEMethod(
-        layer.moe_config, weights.group_size, weights.symmetric, PACK_QUANTIZED
+        layer.moe_config, weights.group_size, weights.symmetric, packing
     )
 
 

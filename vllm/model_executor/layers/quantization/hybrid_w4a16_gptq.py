@@ -11,15 +11,11 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
     FusedMoEMethodBase,
 )
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
-    GPTQ_V1,
-    GPTQ_V2,
-)
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16 as oracle,
 )
 from vllm.model_executor.layers.fused_moe.oracle import (
-    hybrid_w4a16_switch as switch,
+    hybrid_w4a16_formats as formats,
 )
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -40,15 +36,11 @@ from vllm.model_executor.layers.quantization.utils.gptq_utils import (
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
 
-# The keys are values of ``checkpoint_format`` in the config; GPTQModel writes them.
-PACKINGS = {"gptq": GPTQ_V1, "gptq_v2": GPTQ_V2}
-
 
 class GPTQHybridW4A16MoEMethod(HybridW4A16MoEMethod):
     """GPTQ without ``desc_act``, with zero points in the v1 or v2 convention."""
 
 
-@switch.unless_off
 def gptq_moe_method(
     config: "AutoGPTQConfig", layer: torch.nn.Module, prefix: str
 ) -> FusedMoEMethodBase | None:
@@ -95,21 +87,15 @@ def gptq_moe_method(
         config = copy.copy(config)
         config.dynamic = {"+:.*": recipe}
         return config.get_quant_method(layer, prefix)
-    checkpoint_format = config.full_config.get("checkpoint_format") or "gptq"
-    packing = PACKINGS.get(checkpoint_format)
-    unsupported = None
-    if packing is None:
-        unsupported = (
-            f"checkpoint_format is {checkpoint_format!r}, "
-            f"supported: {', '.join(map(repr, PACKINGS))}"
-        )
-    elif recipe["desc_act"]:
-        unsupported = "desc_act: groups follow the activation order"
+    packing = formats.gptq(
+        config.full_config.get("checkpoint_format"), recipe["desc_act"]
+    )
+    unsupported = packing if isinstance(packing, str) else None
     if not oracle.accept(
         layer, prefix, recipe["bits"], recipe["group_size"], unsupported
     ):
         return None
-    assert packing is not None
+    assert not isinstance(packing, str)
     return GPTQHybridW4A16MoEMethod(
         layer.moe_config, recipe["group_size"], recipe["sym"], packing
     )

@@ -35,20 +35,22 @@ from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as device
-from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.hybrid_w4a16_head_schemes import (
+    # fork: begin overlay
     DRAFT_ATTRIBUTE,
     DRAFT_OPTION,
     DRAFT_TARGET,
     ENV_NAME,
+    # fork: end
     SCHEMES,
     HeadScheme,
+    # fork: begin overlay
     draft_scheme,
-    register,
+    # fork: end
 )
 from vllm.model_executor.layers.quantization.online.base import (
     OnlineQuantizationConfig,
@@ -66,9 +68,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-# In a patched vLLM tree no plugin has done this, and reading the variable would fail.
-register()
-
 BOUND = 7.0
 """Allowed error of an int4 logit, in standard deviations."""
 WINDOW = 8.0
@@ -78,7 +77,6 @@ _TIED_METHOD = "_hybrid_w4a16_tied_head_method"
 """Attribute of an embedding to which a quantized head is tied."""
 
 
-@switch.unless_off
 def lm_head_config_method(
     self: OnlineQuantizationConfig, layer: torch.nn.Module, prefix: str
 ) -> QuantizeMethodBase | None:
@@ -92,7 +90,6 @@ def lm_head_config_method(
     return None
 
 
-@switch.unless_off
 def lm_head_built(self: VocabParallelEmbedding) -> None:
     """Hook of ``VocabParallelEmbedding.update_param_tp_status``, the last step of the
     constructor and of a weight reload: sets the quantization method of a head that is
@@ -107,8 +104,10 @@ def lm_head_built(self: VocabParallelEmbedding) -> None:
         return
     if isinstance(self.quant_method, HybridW4A16HeadMethod):
         return  # its weights were reloaded
+    # fork: begin overlay
     if _is_loading_drafter:
         return  # usually replaced by the target's head and then never loaded
+    # fork: end
     vllm_config = get_current_vllm_config_or_none()
     online = _online_config(vllm_config)
     name = pattern = None
@@ -116,11 +115,16 @@ def lm_head_built(self: VocabParallelEmbedding) -> None:
     if target := None if online is None else _target(online, self.prefix):
         pattern, name = target
         sources[name] = f"quantization_config.targets[{pattern!r}]={name}"
+    # fork: begin overlay
     elif (name := getattr(envs, ENV_NAME)) is not None:
         pattern, sources[name] = ENV_NAME, f"{ENV_NAME}={name}"
+    # fork: end
+    draft: str | None = None
+    # fork: begin overlay
     draft, source = _draft_target(vllm_config, online)
     if draft is not None:
         sources.setdefault(draft, source)
+    # fork: end
     for scheme, source in sources.items():
         reason = _decline_reason(self, SCHEMES[scheme], vllm_config)
         if reason is not None:
@@ -132,6 +136,7 @@ def lm_head_built(self: VocabParallelEmbedding) -> None:
         online.quantized_layers[self.prefix] = ("targets", name, pattern)
 
 
+# fork: begin overlay
 def _draft_target(
     vllm_config: "VllmConfig | None", online: OnlineQuantizationConfig | None
 ) -> tuple[str | None, str]:
@@ -167,7 +172,6 @@ def _loading_drafter() -> Iterator[None]:
         _is_loading_drafter = False
 
 
-@switch.unless_off
 def draft_model_loaded(
     self: BaseModelLoader,
     vllm_config: "VllmConfig",
@@ -216,6 +220,7 @@ def _apply_draft_head(
     return stock(lm_head, hidden_states, embedding_bias)
 
 
+# fork: end
 def _online_config(
     vllm_config: "VllmConfig | None",
 ) -> OnlineQuantizationConfig | None:

@@ -3,14 +3,18 @@
 """Names that select a quantized lm_head or linear in vLLM's options.
 
 ``--quantization-config '{"targets": {"lm_head": "int4_rescored"}}'`` works with any
-checkpoint whose head is in 16 bits. vLLM checks the names in ``targets`` when it reads
-the command line; for ``LLM(...)`` that is before it loads plugins. There the variable
-``VLLM_HYBRID_W4A16_LM_HEAD`` sets the scheme instead.
-
-The scheme for drafters (MTP, EAGLE) that share the head is set separately, by
-``--speculative-config '{..., "draft_lm_head_quantization": "int4"}'`` (since 0.33 vLLM
-has this option for other formats), or by the target ``draft_lm_head``.
+checkpoint whose head is in 16 bits.
 """
+
+# fork: begin overlay
+# vLLM checks the names in ``targets`` when it reads the command line; for ``LLM(...)``
+# that is before it loads plugins. There the variable VLLM_HYBRID_W4A16_LM_HEAD sets the
+# scheme instead.
+#
+# The scheme for drafters (MTP, EAGLE) that share the head is set separately, by
+# ``--speculative-config '{..., "draft_lm_head_quantization": "int4"}'`` (since 0.33 vLLM
+# has this option for other formats), or by the target ``draft_lm_head``.
+# fork: end
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +27,6 @@ from vllm.config.quantization import (
     QuantizationConfigArgs,
     QuantSpec,
 )
-from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     GroupShape,
     QuantKey,
@@ -35,7 +38,9 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
     from vllm.engine.arg_utils import EngineArgs
 
+# fork: begin overlay
 ENV_NAME = "VLLM_HYBRID_W4A16_LM_HEAD"
+# fork: end
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ SCHEMES = {
 }
 
 
+# fork: begin overlay
 def linear_key(scheme: HeadScheme) -> QuantKey:
     """The key of a scheme in vLLM's table of linear methods.
 
@@ -113,7 +119,6 @@ def register() -> None:
 _SHARING_METHODS = ("eagle", "eagle3", "mtp")
 
 
-@switch.unless_off
 def draft_head_config(
     self: "EngineArgs",
     target_model_config: "ModelConfig",
@@ -143,3 +148,6 @@ def draft_head_config(
         )
     object.__setattr__(config, DRAFT_ATTRIBUTE, name)
     return config
+
+
+# fork: end

@@ -14,9 +14,6 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import AWQ, GPTQ_
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16 as oracle,
 )
-from vllm.model_executor.layers.fused_moe.oracle import (
-    hybrid_w4a16_switch as switch,
-)
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
@@ -46,7 +43,6 @@ class INCHybridW4A16MoEMethod(HybridW4A16MoEMethod):
     """AutoRound, with tensor names and packing of GPTQ v1 or AWQ."""
 
 
-@switch.unless_off
 def inc_moe_method(
     scheme: "INCScheme",
     config: "INCConfig",

@@ -8,8 +8,9 @@ reason; one line sums up each model.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -18,9 +19,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     GROUP_SIZES,
     shard_group_size,
-)
-from vllm.model_executor.layers.fused_moe.oracle import (
-    hybrid_w4a16_switch as switch,
 )
 
 if TYPE_CHECKING:
@@ -46,9 +44,47 @@ _CONFIG_FIELDS = (
 )
 
 
+BACKEND = "hybrid_w4a16"
+"""The value of ``--moe-backend`` that asks for the hybrid path."""
+
+
+class Mode(NamedTuple):
+    """How firmly the hybrid path was asked for, and what log and errors say of it."""
+
+    asked_for: bool
+    """By name, not as the default: also on opt-in devices and whatever
+    ``--moe-backend`` says; a ``Misfit`` is an error."""
+    required: bool
+    """A layer that is declined is an error."""
+    setting: str
+    """The setting in force."""
+    way_out: str
+    """The setting that leaves the layer to vLLM."""
+    opt_in: str
+    """The setting that asks for the path."""
+
+
+def mode_of_moe_backend() -> Mode:
+    """``--moe-backend hybrid_w4a16`` requires the path, ``auto`` allows it."""
+    vllm_config = get_current_vllm_config_or_none()
+    backend = "auto" if vllm_config is None else vllm_config.kernel_config.moe_backend
+    asked_for = backend == BACKEND
+    return Mode(
+        asked_for,
+        asked_for,
+        f"--moe-backend {backend}",
+        "another --moe-backend",
+        f"--moe-backend {BACKEND}",
+    )
+
+
+mode: Callable[[], Mode] = mode_of_moe_backend
+"""Asked for every layer; the plugin puts its environment variable in place of it."""
+
+
 class Misfit(str):
     """A reason that lies in the checkpoint or the deployment, not in what the path
-    supports: an error where the switch asks for the path (1, require)."""
+    supports: an error where the path was asked for."""
 
 
 @dataclass
@@ -74,8 +110,8 @@ _reasons_logged: set[str] = set()
 def consider(layer: "RoutedExperts", prefix: str) -> bool:
     """Whether the routed experts of ``prefix`` may go hybrid, whatever their recipe.
 
-    Records and logs a decline. Raises ``ValueError`` with the reason where declining is
-    not allowed (``VLLM_HYBRID_W4A16_MOE=require``).
+    Records and logs a decline. Raises ``ValueError`` with the reason where the path is
+    required (``Mode``).
     """
     reason = incompatibility_reason(layer)
     return reason is None or decline(prefix, reason)
@@ -110,20 +146,19 @@ def accept(
 def decline(prefix: str, reason: str) -> bool:
     """Leave layer ``prefix`` to vLLM; returns ``False``.
 
-    Raises ``ValueError`` with the reason under ``VLLM_HYBRID_W4A16_MOE=require``, and
-    for a ``Misfit`` under 1 too.
+    Raises ``ValueError`` with the reason where the path is required, for a ``Misfit``
+    also where it is asked for.
     """
+    asked_for, required, setting, way_out, _ = mode()
     model = _under_construction()
     model.accepted.discard(prefix)
     model.declined[prefix] = reason
-    if isinstance(reason, Misfit) and switch.value() in ("1", "require"):
+    if isinstance(reason, Misfit) and asked_for:
         raise ValueError(
-            f"MoE layer {prefix}: {reason}, or {switch.NAME}=0 for vLLM's own MoE path"
+            f"MoE layer {prefix}: {reason}, or {way_out} for vLLM's own MoE path"
         )
-    if switch.value() == "require":
-        raise ValueError(
-            f"{switch.NAME}=require, but MoE layer {prefix} is declined: {reason}"
-        )
+    if required:
+        raise ValueError(f"{setting}, but MoE layer {prefix} is declined: {reason}")
     if reason not in _reasons_logged:
         _reasons_logged.add(reason)
         logger.warning(
@@ -137,8 +172,15 @@ def decline(prefix: str, reason: str) -> bool:
     return False
 
 
+class HasMoEConfig(Protocol):
+    """A layer, as far as the decision reads it."""
+
+    @property
+    def moe_config(self) -> "FusedMoEConfig": ...
+
+
 def incompatibility_reason(
-    layer: "RoutedExperts",
+    layer: HasMoEConfig,
     bits: int | None = None,
     group_size: int | tuple[int, int] | None = None,
 ) -> str | None:
@@ -164,13 +206,14 @@ def incompatibility_reason(
     family = getattr(layer, _PLANNED, None) or device_family()
     if not isinstance(family, DeviceFamily):
         return family
-    if switch.value() == "auto" and family.opt_in:
-        return f"on {family.name} it is opt-in, set {switch.NAME}=1"
+    asked_for, opt_in = mode().asked_for, mode().opt_in
+    if family.opt_in and not asked_for:
+        return f"on {family.name} it is opt-in, set {opt_in}"
     config: Any = getattr(layer, "moe_config", None)
     missing = [name for name in _CONFIG_FIELDS if not hasattr(config, name)]
     if missing:
         return f"the layer's moe_config has no {', '.join(missing)}"
-    if switch.value() == "auto" and config.moe_backend != "auto":
+    if not asked_for and config.moe_backend not in ("auto", BACKEND):
         return f"--moe-backend {config.moe_backend} was asked for"
     if isinstance(group_size, int):
         misfit = tensor_parallel_misfit(config, group_size)

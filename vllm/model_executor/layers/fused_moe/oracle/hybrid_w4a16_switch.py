@@ -26,13 +26,9 @@ auto        default: on for the CPU, except for bf16 with AMX; on CUDA where
 
 import functools
 import os
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
 
 from vllm import envs
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 
 NAME = "VLLM_HYBRID_W4A16_MOE"
 CHOICES = ["auto", "1", "0", "require"]
@@ -41,7 +37,7 @@ LINEAR_CHOICES = ["auto", "1", "0"]
 
 
 def register() -> None:
-    """Make the switches known to ``vllm.envs``.
+    """Make the switches known to ``vllm.envs``, and let the decision read them.
 
     vLLM warns about unknown ``VLLM_*`` variables and rejects them under
     ``--fail-on-environ-validation``. Known ones are part of the key of its compile
@@ -51,23 +47,23 @@ def register() -> None:
         envs.environment_variables.setdefault(
             name, functools.partial(_from_environment, name)
         )
+    oracle.mode = mode
 
 
 def _from_environment(name: str) -> str:
     return os.getenv(name) or "auto"
 
 
-def unless_off(handler: Callable[P, T]) -> Callable[P, T | None]:
-    """Decorate a hook's handler: with the switch at 0 it returns ``None`` at once.
-
-    In the fork the hooks are part of vLLM's factories, whatever the switch is.
-    """
-
-    @functools.wraps(handler)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | None:
-        return None if value() == "0" else handler(*args, **kwargs)
-
-    return wrapper
+def mode() -> oracle.Mode:
+    """What the switch's value means for the decision."""
+    found = value()
+    return oracle.Mode(
+        found in ("1", "require"),
+        found == "require",
+        f"{NAME}={found}",
+        f"{NAME}=0",
+        f"{NAME}=1",
+    )
 
 
 def value() -> str:
