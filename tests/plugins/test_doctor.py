@@ -81,7 +81,7 @@ def test_gpu_that_torch_does_not_reach(monkeypatch, capsys):
     status, checks, following = diagnosis(capsys)
     assert status == 1
     found = checks["architecture"]["found"]
-    assert found == "torch reaches no GPU: No HIP GPUs are available"
+    assert found == "torch cannot use a GPU: No HIP GPUs are available"
     assert "torch.cuda.get_device_properties" in following
 
 

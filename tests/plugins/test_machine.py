@@ -193,7 +193,7 @@ def test_doctor_names_the_table_in_use(tuned, tmp_path, monkeypatch):
             tuning.shape_fields(shape) | entry | {"kernel_version": 1},
         )
     found = doctor._tuning().found
-    expected = f"{own} (1 shapes)" if tuned else f"no table of yours ({own})"
+    expected = f"{own} (1 shapes)" if tuned else f"no owner's table ({own})"
     assert found.startswith(expected) and "; shipped: " in found
 
 

@@ -91,9 +91,8 @@ def _platform() -> Check:
             "platform",
             False,
             "vLLM found no device that it was built for",
-            "install vLLM for ROCm beside a ROCm build of torch; a GPU that is there "
-            "but not found is a matter of its driver and of access to /dev/kfd and "
-            "/dev/dri",
+            "install vLLM for ROCm beside a ROCm build of torch; if a GPU is there "
+            "but not found, check its driver and the access to /dev/kfd and /dev/dri",
         )
     return Check("platform", True, f"{name} ({current_platform.device_name})")
 
@@ -112,7 +111,7 @@ def _architecture() -> Check:
         return Check(
             "architecture",
             False,
-            f"torch reaches no GPU: {str(error).splitlines()[0]}",
+            f"torch cannot use a GPU: {str(error).splitlines()[0]}",
             "make `python -c 'import torch; torch.cuda.get_device_properties(0)'` work",
         )
     arch = getattr(properties, "gcnArchName", None)
@@ -295,10 +294,10 @@ def _threads() -> Check:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return Check("threads", True, "a GPU computes")
+        return Check("threads", True, "not relevant, vLLM runs on a GPU")
     threads, why = machine.cpu_threads()
     count = "as many as OpenMP takes" if threads is None else str(threads)
-    return Check("threads", True, f"vLLM computes with {count}: {why}")
+    return Check("threads", True, f"vLLM uses {count}: {why}")
 
 
 def _compiler() -> Check:
@@ -341,7 +340,7 @@ def _tuning() -> Check:
     own = tuning.owner_table(family.name)
     shapes = len(tuning.owner_entries(family.name))
     shipped = tuning.table(family.tuning).get("source", "none")
-    text = f"{own} ({shapes} shapes)" if shapes else f"no table of yours ({own})"
+    text = f"{own} ({shapes} shapes)" if shapes else f"no owner's table ({own})"
     return Check("tuning", True, f"{text}; shipped: {shipped}")
 
 

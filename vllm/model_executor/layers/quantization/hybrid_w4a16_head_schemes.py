@@ -11,9 +11,10 @@ checkpoint whose head is in 16 bits.
 # that is before it loads plugins. There the variable VLLM_HYBRID_W4A16_LM_HEAD sets the
 # scheme instead.
 #
-# The scheme for drafters (MTP, EAGLE) that share the head is set separately, by
-# ``--speculative-config '{..., "draft_lm_head_quantization": "int4"}'`` (since 0.33 vLLM
-# has this option for other formats), or by the target ``draft_lm_head``.
+# The scheme for drafters (MTP, EAGLE) that share the head is set separately, by the
+# target ``draft_lm_head`` or by ``--speculative-config
+# '{..., "draft_lm_head_quantization": "int4"}'``, an option that vLLM has since 0.33
+# for other formats.
 # fork: end
 
 from dataclasses import dataclass
