@@ -70,6 +70,10 @@ class DenseTile {
 
   // Requests the first window; it may run before the previous grid ends, as no grid writes weights.
   GPU_DEVICE void start() { request(windows_[0]); }
+  // Between two calls of `run`: requests what the second begins with, where the first did not.
+  GPU_DEVICE void resume() {
+    if constexpr (kWindows == 1) request(windows_[0]);
+  }
 
   // All threads of the block copy the `rows` activation rows to LDS. A block barrier has to follow.
   GPU_DEVICE void stage(const uint16_t* a, int64_t stride, int rows, int threads) {

@@ -48,6 +48,7 @@ GPU_DEVICE void dense(DENSE_ARGS) {
     float* const mine = results + gpu::wave() * (S * kRowsPerWave);
     product.run(1,
                 [&](int, int slot, int row, float sum) { mine[slot * kRowsPerWave + row] = sum; });
+    if (i + 1 < tiles) product.resume();
     gpu::block_barrier();
     const int at = tile + i * step;
     for (int j = gpu::wave() * gpu::kWaveSize + gpu::lane(); j < S * kRowsPerWave;

@@ -339,12 +339,12 @@ PLANTED_DENSE = {
     "strides in the wrong order": (
         DENSE + r"w\.q, static_cast<int>\(w\.q_stride_n\)",
         r"\1w.q, static_cast<int>(w.z_stride_n8)",
-        r"relative error|AddressSanitizer|misaligned address",
+        r"relative error|AddressSanitizer|misaligned (address|16-byte load)",
     ),
     "too little LDS": (
         DENSE + r"kernel\.lds_bytes",
         r"\1kernel.lds_bytes - 512",
-        "AddressSanitizer: heap-buffer-overflow",
+        r"AddressSanitizer: heap-buffer-overflow|LDS race",
     ),
     "no room for a mask": (
         r"2 \* columns \+ columns / gpu::kWaveSize",
