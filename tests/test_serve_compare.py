@@ -254,6 +254,7 @@ SHORT = ["--lengths=16:8", "--prompts=2", "--warmups=1", "--repeats=1"]
 
 
 @pytest.mark.e2e
+@pytest.mark.nightly
 def test_real_comparison(tmp_path):
     variants = ["--variant=hybrid", "--variant=bad=--no-such-option"]
     with running_script(tmp_path, *SHORT, *variants, "--bandwidth=30") as process:

@@ -350,10 +350,10 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 }  // namespace gpu
 
 #elif defined(__HIP__)
-// ----------------------------------------------------------------------------------------- HIP
+#define GPU_HAS_MMA 0
+
 // No HIP header: plain clang compiles kernels with -nogpuinc -nogpulib --offload-device-only.
 #define GPU_DEVICE __attribute__((device)) inline __attribute__((always_inline))
-#define GPU_HAS_MMA 0
 #define GPU_KERNEL(max_threads) \
   __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(32, max_threads)))
 #define GPU_8_WAVES_PER_SIMD __attribute__((amdgpu_num_vgpr(128)))

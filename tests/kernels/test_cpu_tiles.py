@@ -50,7 +50,7 @@ def flags_of_kernels():
     flags = {"portable": []}
     if platform.machine() == "x86_64":
         text = (CSRC / "cpu" / "CMakeLists.txt").read_text()
-        for name, words in re.findall(r"^  set\((\w+) (.+)\)$", text, re.MULTILINE):
+        for name, words in re.findall(r"^  set\((\w+) ([-$].+)\)$", text, re.MULTILINE):
             flags[name] = []
             for word in words.split():
                 flags[name] += flags.get(word.strip("${}"), [word])

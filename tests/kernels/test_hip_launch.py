@@ -222,8 +222,20 @@ def test_results_of_the_dense_op_are_right(program, launched, dtype):
     check_results(program, launched, cases)
 
 
-@pytest.mark.parametrize("dtype", [HALF, BF16])
-@pytest.mark.parametrize("rows, window", [(1, 0.5), (5, 1.0), (2, 1e6)])
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.mark.parametrize(
+    "dtype, rows, window",
+    [
+        (HALF, 1, 0.5),
+        (BF16, 5, 1.0),
+        pytest.param(BF16, 1, 0.5, marks=NIGHTLY),
+        pytest.param(HALF, 5, 1.0, marks=NIGHTLY),
+        pytest.param(HALF, 2, 1e6, marks=NIGHTLY),
+        pytest.param(BF16, 2, 1e6, marks=NIGHTLY),
+    ],
+)
 def test_rescoring_is_right(program, launched, dtype, rows, window):
     case = rescore_case(dtype, rows, 700, 264, window, np.random.default_rng(rows))
     records = [prepare(0, "gfx1151"), record(case[0])]

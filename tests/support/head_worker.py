@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+if __name__ == "__main__":  # tests import this module for its constants
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 
 MARK = "=== answers: "
 ENV_NAME = "VLLM_HYBRID_W4A16_LM_HEAD"

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shutil
@@ -46,13 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
-    from vllm.logger import suppress_logging
     from vllm.model_executor.layers.fused_moe.oracle import (
         hybrid_w4a16_switch as switch,
     )
+    from vllm.plugins.hybrid_w4a16.progress import quiet
 
     switch.register()
-    with suppress_logging(logging.CRITICAL):  # the table has everything
+    with quiet():  # the table has everything
         checks = diagnose()
     todo = next((check.fix for check in checks if not check.ok), None)
     if args.json:

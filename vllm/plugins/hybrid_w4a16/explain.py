@@ -10,7 +10,6 @@ marked "error"; the exit status stays 0.
 import argparse
 import dataclasses
 import json
-import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         checkpoint = read_checkpoint(args.checkpoint)
         # after reading the files, because importing vLLM takes seconds
-        from vllm.logger import suppress_logging
+        from vllm.plugins.hybrid_w4a16.progress import quiet
 
-        with suppress_logging(logging.CRITICAL):  # the report has everything
+        with quiet():  # the report has everything
             report = _report(
                 checkpoint, args.tp, args.bandwidth, args.device, args.context
             )
