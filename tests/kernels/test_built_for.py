@@ -127,4 +127,4 @@ def test_runs_only_what_it_was_built_for(ask, built_for, device, runs):
     assert answer.returncode == (0 if runs else 1)
     if not runs:
         expected = f"no kernels for sm_{device}; it was built for {built_for}"
-        assert answer.stdout == f"device 0: hybrid_w4a16 holds {expected}"
+        assert answer.stdout == f"device 0: hybrid_w4a16 has {expected}"

@@ -392,7 +392,7 @@ def test_show_prints_tables_and_choice(monkeypatch, capsys):
         ("1,2,3", "five numbers"),
         ("8,9,256,128,64", "top-9 of 8"),
         ("8,2,256,128,48", "group size 48"),
-        ("8,2,250,128,64", "no multiples of 64"),
+        ("8,2,250,128,64", "not multiples of 64"),
     ],
 )
 def test_bad_shapes_are_explained(shape, why, capsys):
