@@ -3,6 +3,7 @@
 """The cells of the support matrix: checkpoints, and ways to deploy them."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -238,23 +239,28 @@ def covering(cells: Sequence[Cell]) -> list[Cell]:
     return chosen
 
 
+def int4_attention() -> list[Cell]:
+    """Cells whose attention is int4 too, beside that of Qwen3.5 in ``subset``."""
+    asymmetric = functools.partial(Recipe, "qwen3_moe", symmetric=False)
+    return [
+        Cell(
+            asymmetric(format="awq", group_size=64, int4_attention=True),
+            "bfloat16",
+            "compiled",
+        ),
+        Cell(
+            asymmetric(format="compressed-tensors", group_size=32, int4_attention=True),
+            "float16",
+        ),
+    ]
+
+
 def subset() -> list[Cell]:
     """The cells that test_matrix runs; test_serving covers compiled mode."""
     models = [
         Cell(Recipe("mixtral", "awq", False, 128), "float16"),
         Cell(Recipe("glm4_moe", "compressed-tensors", True, 128), "float16"),
         Cell(QWEN35_ATTENTION, "bfloat16"),
-    ]
-    attention = [
-        Cell(
-            Recipe("qwen3_moe", "awq", False, 64, int4_attention=True),
-            "bfloat16",
-            "compiled",
-        ),
-        Cell(
-            Recipe("qwen3_moe", "compressed-tensors", False, 32, int4_attention=True),
-            "float16",
-        ),
     ]
     shards = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
     others = [cell for cell in other_deployments() if cell.deployment != "compiled"]
@@ -263,7 +269,7 @@ def subset() -> list[Cell]:
             [
                 *covering(grid()),
                 *models,
-                *attention,
+                *int4_attention(),
                 *shared_experts()[:1],
                 *shards,
                 *others,
