@@ -270,7 +270,8 @@ class Maker:
         sizes = (1, 2), (3, 5), (8, 24), (9, 17, 70)
         for size in sum(sizes, ()) if every else (self.pick(*few) for few in sizes):
             n = step * int(self.rng.integers(1, 48 // step + 1))
-            k = self.pick(1, 2, 3, 5) * self.group if size > 2 else 1024 + self.group
+            long = size <= 2 and (every or self.group == 128)
+            k = 1024 + self.group if long else self.pick(1, 2, 3, 5) * self.group
             yield getattr(self, self.op)(size, n, k, GROUPED)
             if self.op == "down":
                 yield self.down(size, n, k, WIDE)
