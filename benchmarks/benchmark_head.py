@@ -26,6 +26,9 @@ import torch
 from moe_bench.ceilings import ReadNow
 from moe_bench.machine import describe
 
+from vllm.model_executor.layers.fused_moe import (
+    hybrid_w4a16_graph_timing as graph_timing,
+)
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 
 WINDOW, BOUND = 8.0, 7.0  # as in hybrid_w4a16_head
@@ -90,24 +93,8 @@ class Head:
 
 def microseconds(call: Callable[[], Any], calls: int = 10, replays: int = 9) -> float:
     """Median time of a call, in a graph of ``calls`` calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    graph.replay()
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    events[-1].synchronize()
-    pairs = zip(events, events[1:], strict=False)
-    return 1e3 * statistics.median(a.elapsed_time(b) for a, b in pairs) / calls
+    graph = graph_timing.capture(lambda _: call(), calls)
+    return statistics.median(graph_timing.replay(graph, replays, calls))
 
 
 def buffers(head: Head, count: int) -> tuple[torch.Tensor, torch.Tensor]:

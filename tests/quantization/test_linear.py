@@ -12,11 +12,6 @@ import pytest
 import torch
 
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    init_distributed_environment,
-    initialize_model_parallel,
-    model_parallel_is_initialized,
-)
 from vllm.model_executor.kernels.linear import MPLinearLayerConfig
 from vllm.model_executor.kernels.linear.mixed_precision import hybrid_w4a16
 from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16 import (
@@ -36,7 +31,12 @@ from vllm.model_executor.model_loader.reload import (
 from vllm.scalar_type import scalar_types
 
 from ..support.int4_formats import FORMATS
-from ..support.moe_layers import DEVICE, quant_config, relative_error
+from ..support.moe_layers import (
+    DEVICE,
+    become_the_only_rank,
+    quant_config,
+    relative_error,
+)
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 SIZES = (72, 56)  # rows of two projections in one layer; neither a multiple of 32
@@ -61,12 +61,7 @@ every_format = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_process(tmp_path_factory):
-    if model_parallel_is_initialized():
-        return
-    with set_current_vllm_config(VllmConfig()):
-        file = tmp_path_factory.mktemp("distributed") / "store"
-        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    become_the_only_rank(tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,6 @@ import torch
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.quantization import QuantizationConfigArgs
-from vllm.distributed import (
-    init_distributed_environment,
-    initialize_model_parallel,
-    model_parallel_is_initialized,
-)
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 from vllm.model_executor.layers.quantization import hybrid_w4a16_head
@@ -43,7 +38,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from ..support.moe_layers import DEVICE, inc_config
+from ..support.moe_layers import (
+    DEVICE,
+    become_the_only_rank,
+    inc_config,
+)
 
 VOCABULARY, HIDDEN = 1000, 256  # padded to 1024
 PREFIX = "lm_head"
@@ -51,12 +50,7 @@ PREFIX = "lm_head"
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_process(tmp_path_factory):
-    if model_parallel_is_initialized():
-        return
-    with set_current_vllm_config(VllmConfig()):
-        file = tmp_path_factory.mktemp("distributed") / "store"
-        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    become_the_only_rank(tmp_path_factory.mktemp("distributed"))
 
 
 def make_head(name, base=None, dtype=torch.bfloat16, tied=False, **options):

@@ -13,11 +13,6 @@ import torch
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.quantization import QuantizationConfigArgs
-from vllm.distributed import (
-    init_distributed_environment,
-    initialize_model_parallel,
-    model_parallel_is_initialized,
-)
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     UnquantizedLinearMethod,
@@ -28,7 +23,12 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_online_linear import (
 )
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
-from ..support.moe_layers import DEVICE, inc_config, relative_error
+from ..support.moe_layers import (
+    DEVICE,
+    become_the_only_rank,
+    inc_config,
+    relative_error,
+)
 
 PREFIX = "model.layers.0.mlp.shared_expert.gate_up_proj"
 SIZES = (48, 40)
@@ -39,12 +39,7 @@ LOSS = {8: 0.01, 4: 0.15}
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_process(tmp_path_factory):
-    if model_parallel_is_initialized():
-        return
-    with set_current_vllm_config(VllmConfig()):
-        file = tmp_path_factory.mktemp("distributed") / "store"
-        init_distributed_environment(1, 0, f"file://{file}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    become_the_only_rank(tmp_path_factory.mktemp("distributed"))
 
 
 def make_linear(

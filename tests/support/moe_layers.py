@@ -5,12 +5,18 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    init_distributed_environment,
+    initialize_model_parallel,
+    model_parallel_is_initialized,
+)
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -144,6 +150,18 @@ def make_layer(
         return RoutedExperts(
             name, dtype, moe_config, quant_config, expert_map_manager=experts
         )
+
+
+def become_the_only_rank(folder: Path) -> None:
+    """Set up vLLM's process groups for one rank, unless they exist.
+
+    ``folder`` gets the file through which the ranks of a group meet.
+    """
+    if model_parallel_is_initialized():
+        return
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{folder / 'store'}", 0, "gloo")
+        initialize_model_parallel(1, 1)
 
 
 def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

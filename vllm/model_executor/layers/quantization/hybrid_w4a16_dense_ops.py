@@ -17,7 +17,6 @@ import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 
-GROUP_SIZES = (32, 64, 128)
 MAX_ROWS = 16
 """Maximum number of activation rows per call. On the CPU ``wvSplitK_int_g`` takes any
 number.

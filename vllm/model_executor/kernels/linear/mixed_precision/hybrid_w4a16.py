@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
 
 _QUANT_TYPES = (scalar_types.uint4, scalar_types.uint4b8)
-_GROUP_SIZES = (32, 64, 128)
 # The skinny GEMM keeps a row of activations in a block's shared memory. At this size it
 # takes 39 KiB; every device has at least 48.
 _MAX_GPU_INPUT_SIZE = 16384
@@ -127,6 +126,8 @@ def incompatibility_reason(
 
 def _layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
     """Why the ops do not support such a layer; ``None`` if they do."""
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import GROUP_SIZES
+
     if c.weight_type not in _QUANT_TYPES:
         return f"weights of type {c.weight_type}, supported: {_QUANT_TYPES}"
     if c.zero_points and c.weight_type != scalar_types.uint4:
@@ -135,8 +136,8 @@ def _layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
         return f"activations in {c.act_type}, supported: fp16 and bf16"
     if c.out_type not in (None, c.act_type):
         return f"outputs in {c.out_type}, supported: the activations' {c.act_type}"
-    if c.group_size not in _GROUP_SIZES:
-        return f"group size {c.group_size}, supported: {_GROUP_SIZES}"
+    if c.group_size not in GROUP_SIZES:
+        return f"group size {c.group_size}, supported: {GROUP_SIZES}"
     inputs, outputs = c.partition_weight_shape
     if inputs % c.group_size:
         return f"input size {inputs} is not a multiple of the group size {c.group_size}"
