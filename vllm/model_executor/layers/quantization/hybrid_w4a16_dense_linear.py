@@ -29,14 +29,13 @@ def multiply(
     """``x @ w^.T`` in ``x``'s dtype, [..., N] for fp16/bf16 ``x`` [..., K].
 
     weights, scales and zero_points are as in ``hybrid_w4a16_dense_ops``, on a device of
-    ``family``. Repeatable bits, no host sync.
+    ``family``. Repeatable bits, no host sync. On a GPU ``register_gpu_op`` comes first.
     """
     rows = x.reshape(-1, x.shape[-1])
     sizes = family.cu_count, group_size, bits
     if family.tuning is None:
         out = _multiply_few(rows, weights, scales, zero_points, *sizes)
     else:
-        register_gpu_op()
         out = torch.ops.vllm.hybrid_w4a16_linear(
             rows, weights, scales, zero_points, *sizes, family.tuning
         )
