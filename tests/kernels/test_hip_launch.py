@@ -44,6 +44,7 @@ STAND_IN = Path(__file__).with_name("hip_stand_in")
 WORK = ROOT / "build" / "hip_stand_in"
 ARCHS = ("gfx1100", "gfx1151")
 SONAME = "libamdhip64.so.7"
+TIMEOUT_S = 300  # for one program; a planted fault must not run for hours
 # The program must not export its kernel names, because the stand-in has the same ones.
 FOR_HIP = ("-DHYBRID_W4A16_HIP", "-fvisibility=hidden")
 LINK = ("clang++-22", "-fsanitize=address,undefined")
@@ -168,7 +169,11 @@ def prepare(device, arch=""):
 def answer(program, *records, devices="gfx1151", **env):
     env = {"HIP_STAND_IN_DEVICES": devices, **env}
     return subprocess.run(
-        [program], input=b"".join(records), capture_output=True, env=os.environ | env
+        [program],
+        input=b"".join(records),
+        capture_output=True,
+        env=os.environ | env,
+        timeout=TIMEOUT_S,
     )
 
 
@@ -331,7 +336,7 @@ PLANTED = {
     "a grid that is too large": (
         "launch.cpp",
         SHAPE + r"\{tiles,",
-        r"\1{tiles << 25,",
+        r"\1{1 << 27,",  # times 32 threads: one more than HIP can count
         "a grid of ",
     ),
     "an error left behind": (
