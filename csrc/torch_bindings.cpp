@@ -75,7 +75,7 @@ std::string cpu_kernels(int64_t group_size, torch::headeronly::ScalarType dtype)
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
-  // The MoE layer runs gate_up and down instead. Users of the first release still call this op.
+  // For callers that sort the rows themselves; the MoE layer runs gate_up and down instead.
   m.def(
       "fused_moe_wvSplitK_int4_gemm(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor expert_ids, int block_size_m, int cu_count, int group_size, "

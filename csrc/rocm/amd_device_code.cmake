@@ -99,14 +99,17 @@ extern "C" __attribute__((global)) void probe(float* out, Pair a, Pair b) {
     "No clang here compiles GPU kernels for ${archs}. Tried:${tried}\n"
     "Install one of: ROCm's compiler (rocm-llvm, or pip's rocm-sdk-core from AMD's index); Debian's "
     "or Ubuntu's clang and lld of one version, such as clang-22 lld-22. Another place: "
-    "-DHYBRID_W4A16_CLANG=/path/to/clang++ or ROCM_PATH=/path/to/rocm. Without GPU kernels: "
-    "HYBRID_W4A16_GPU=none.")
+    "-DHYBRID_W4A16_CLANG=/path/to/clang++ or ROCM_PATH=/path/to/rocm."
+    # fork: begin overlay
+    " Without GPU kernels: HYBRID_W4A16_GPU=none."
+    # fork: end
+  )
 endfunction()
 
 # Adds hybrid_w4a16_device_code, an object library that embeds every *.hip here, a code object per
 # file and architecture.
 function(hybrid_w4a16_add_device_code archs)
-  # Found anew where the architectures or the wish have changed.
+  # Searched again when the architectures or the settings have changed.
   set(wanted "${archs};${HYBRID_W4A16_CLANG};${HYBRID_W4A16_ROCM_HOMES}")
   if(NOT "${HYBRID_W4A16_FOUND_FOR}" STREQUAL "${wanted}" OR NOT EXISTS "${HYBRID_W4A16_FOUND_CLANG}")
     hybrid_w4a16_find_clang(clang "${archs}")

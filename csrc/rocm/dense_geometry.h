@@ -17,8 +17,13 @@ struct DenseShape {
   static constexpr int kDepth = 2;                             // blocks in a window
   // A row of activations in a block; the pad keeps neighbouring slots on different banks.
   static constexpr int kRowBytes = kBlock * 2 + 64;
-  // Sums of activations, per slot: of a group, or of the lane's run.
-  static constexpr int kSums = gpu::kHasMma ? kGroups : kLanesPerRow;
+  // Sums of activations, per slot.
+#if GPU_HAS_MMA
+  static constexpr int kSums = kGroups;
+#else
+  // Of the lane's run.
+  static constexpr int kSums = kLanesPerRow;
+#endif
 };
 
 // LDS of a block: activations and sums of `blocks` blocks, results of waves that share k.

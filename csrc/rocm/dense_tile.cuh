@@ -4,13 +4,15 @@
 // The product of one weight matrix with few activation rows. Unlike with experts, every wave needs
 // the same activations. They stay in LDS for the lifetime of a block, in the order in which
 // products read them, with zeros past the end. Weights go from memory to registers as a stream of
-// windows over all of a wave's tiles. With matrix instructions, a window is requested while the
-// previous one is multiplied. Otherwise a wave has one window, so that more waves fit and every
-// load of a turn is requested before the first wait.
+// windows over all of a wave's tiles. A wave has one window, so that more waves fit and every load
+// of a turn is requested before the first wait.
+// fork: begin overlay
+// With matrix instructions, a window is requested while the previous one is multiplied; a column of
+// the instruction is a pair (slot, group within the block).
+// fork: end
 //
-// Lanes, row sets and columns of the matrix instruction are those of wave_tile.cuh: in each block a
-// lane has a run of kRun weights, 16 bytes, of row lane_row of both row sets; a column is a pair
-// (slot, group within the block).
+// Lanes and row sets are those of wave_tile.cuh: in each block a lane has a run of kRun weights, 16
+// bytes, of row lane_row of both row sets.
 #pragma once
 
 #include "dense_geometry.h"
@@ -31,11 +33,16 @@ class DenseTile {
   static constexpr int kGroups = Shape::kGroups, kDepth = Shape::kDepth;
   static constexpr int kRowBytes = Shape::kRowBytes, kSums = Shape::kSums;
   static constexpr int kBlockBytes = S * kRowBytes;
-  // With matrix instructions.
+#if GPU_HAS_MMA
   static constexpr int kPasses = (S * kGroups + 7) / 8;
-  static constexpr int kScales = gpu::kHasMma && kGroups > 1 ? 2 : 1;  // per lane and row
-  static constexpr int kWindows = gpu::kHasMma ? 2 : 1;                // in flight
-  static constexpr int kResults = !gpu::kHasMma ? S : kGroups == 1 ? 2 * kPasses : kPasses;
+  static constexpr int kScales = kGroups > 1 ? 2 : 1;  // per lane and row
+  static constexpr int kWindows = 2;                   // in flight
+  static constexpr int kResults = kGroups == 1 ? 2 * kPasses : kPasses;
+#else
+  static constexpr int kScales = 1;   // per lane and row
+  static constexpr int kWindows = 1;  // in flight
+  static constexpr int kResults = S;
+#endif
 
   struct Window {
     gpu::U32x4 w[kDepth][2];
@@ -44,7 +51,11 @@ class DenseTile {
   };
 
   static GPU_DEVICE int lane_group() {
-    return gpu::kHasMma ? 2 * lane_k() % kGroups : kRun * lane_k() / G % kGroups;
+#if GPU_HAS_MMA
+    return 2 * lane_k() % kGroups;
+#else
+    return kRun * lane_k() / G % kGroups;
+#endif
   }
 
  public:
@@ -141,13 +152,13 @@ class DenseTile {
     const int last = (matrix_.n - 1) / kRowsPerWave;
     const int row = (next_tile_ < last ? next_tile_ : last) * kRowsPerWave;
     rows_ = matrix_.stack.template rows<ZP>(row, matrix_.n, row + kRowGroups, matrix_.n);
-    if constexpr (gpu::kHasMma) {  // pointers per lane take fewer registers there
-      GPU_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        WeightRows::Set& set = rows_.sets[r];
-        set = {behind(set.q, set.q_at), behind(set.scales, set.s_at), behind(set.zeros, set.z_at)};
-      }
+#if GPU_HAS_MMA
+    GPU_UNROLL
+    for (int r = 0; r < 2; ++r) {  // pointers per lane take fewer registers here
+      WeightRows::Set& set = rows_.sets[r];
+      set = {behind(set.q, set.q_at), behind(set.scales, set.s_at), behind(set.zeros, set.z_at)};
     }
+#endif
   }
 
   // Requests the next window. Past the end of a row a lane loads its last weights again, where
@@ -221,13 +232,14 @@ class DenseTile {
     }
     const char* act = staged_ + block * kBlockBytes + 16 * lane_k();
     const float* sums = sums_ + block * (S * kSums);
-    if constexpr (gpu::kHasMma) {
-      add_mma(window.w[d], scale, offset, act, sums);
-    } else {
-      add_dot(window.w[d], scale, offset, act, sums);
-    }
+#if GPU_HAS_MMA
+    add_mma(window.w[d], scale, offset, act, sums);
+#else
+    add_dot(window.w[d], scale, offset, act, sums);
+#endif
   }
 
+#if GPU_HAS_MMA
   GPU_DEVICE void add_mma(const gpu::U32x4 (&w)[2], const float (&scale)[2][kScales],
                           const float (&offset)[2][kScales], const char* act, const float* sums) {
     float dot[kPasses][2][4] = {};  // two sums each, for a shorter chain of dependent instructions
@@ -266,7 +278,7 @@ class DenseTile {
       }
     }
   }
-
+#else
   GPU_DEVICE void add_dot(const gpu::U32x4 (&w)[2], const float (&scale)[2][kScales],
                           const float (&offset)[2][kScales], const char* act, const float* sums) {
     float dot[2][S] = {};
@@ -294,6 +306,7 @@ class DenseTile {
       for (int r = 0; r < 2; ++r) acc_[r][s] += scale[r][0] * (dot[r][s] - offset[r][0] * sum);
     }
   }
+#endif
 
   // Passes on the tile's results and resets the sums.
   template <typename Visit>
@@ -301,10 +314,10 @@ class DenseTile {
     GPU_UNROLL
     for (int i = 0; i < kResults; ++i) {
       int slot = i;
-      bool holds = true;
-      if constexpr (!gpu::kHasMma) {
-        holds = lane_k() == 0;
-      } else if constexpr (kGroups == 1) {
+      bool holds = lane_k() == 0;
+#if GPU_HAS_MMA
+      holds = true;
+      if constexpr (kGroups == 1) {
         slot = 8 * (i / 2) + 2 * lane_k() + i % 2;
       } else if constexpr (kGroups == 2) {
         slot = 4 * i + lane_k();
@@ -312,17 +325,18 @@ class DenseTile {
         slot = 2 * i + lane_k() / 2;
         holds = lane_k() % 2 == 0;
       }
+#endif
       GPU_UNROLL
       for (int r = 0; r < 2; ++r) {
         float sum = acc_[r][i];
         acc_[r][i] = 0.0f;
-        if constexpr (!gpu::kHasMma) {
-          sum += gpu::shuffle_xor<1>(sum);
-          sum += gpu::shuffle_xor<2>(sum);
-          sum += gpu::shuffle_xor<4>(sum);
-        } else if constexpr (kGroups == 4) {
-          sum += gpu::shuffle_xor<1>(sum);
-        }
+#if GPU_HAS_MMA
+        if constexpr (kGroups == 4) sum += gpu::shuffle_xor<1>(sum);
+#else
+        sum += gpu::shuffle_xor<1>(sum);
+        sum += gpu::shuffle_xor<2>(sum);
+        sum += gpu::shuffle_xor<4>(sum);
+#endif
         if (holds && slot < S) visit(tile_, slot, r * kRowGroups + lane_row(), sum);
       }
     }

@@ -10,17 +10,22 @@
 //   blocks           blocks of kBlockK weights along k
 //   blocks_per_wave  blocks that each wave multiplies; the last waves may have fewer
 //   log2_k_slices    2^this waves share one expert's k in the down kernels; divides waves
+// fork: begin overlay
 //   slots            most pairs of one expert that share a pass over its weights, up to T
 //   row_tiles        tiles that each wave of grouped_gate_up multiplies; a tile is kGateUpRows *
 //                    kRowGroups indices of the intermediate size
-// Grids: gate_up ceil(inter / kRowGroups), top_k, num_tokens
+// fork: end
+// Grids:
+//        gate_up ceil(inter / kRowGroups), top_k, num_tokens
 //        down    ceil(n / kRowsPerWave), ceil(num_tokens / T), 1
 //        gemm    ceil(n / kRowsPerWave), num_blocks, 1
+// fork: begin overlay
 //        grouped_gate_up ceil(inter / (waves * row_tiles tiles)), most lists of pairs,
 //                        ceil(num_tokens / kGroupTokens)
 //        grouped_down, wide_down  ceil(n / kRowsPerWave), ceil(n / (2 * kRowsPerWave));
 //                        ceil(num_tokens / kGroupTokens), 1
 // The last three exist only with matrix instructions; geometry.h has their LDS.
+// fork: end
 #pragma once
 
 #include "geometry.h"
@@ -47,6 +52,7 @@
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,               \
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, const float *topk_weights, int64_t tw_stride_m, \
       int waves, int wave_lds_bytes, int blocks, int blocks_per_wave, int log2_k_slices
+// fork: begin overlay
 #define MOE_INT4_GROUPED_GATE_UP_ARGS                                                    \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int inter, int k, void *c,    \
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, int activation, float alpha, float beta, \
@@ -55,6 +61,7 @@
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,               \
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, const float *topk_weights, int64_t tw_stride_m, \
       int waves, int slots, int wave_lds_bytes, int blocks, int blocks_per_wave, int log2_k_slices
+// fork: end
 #define MOE_INT4_GEMM_ARGS                                                                  \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,           \
       int64_t c_stride_m, const int32_t *expert_ids, const int32_t *sorted_token_ids,       \
@@ -66,9 +73,11 @@
 #define MOE_INT4_FOR_T_gate_up(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_T_down(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_T_gemm(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
+// fork: begin overlay
 #define MOE_INT4_FOR_T_grouped_gate_up(X, ...) X(__VA_ARGS__, 8) X(__VA_ARGS__, 16)
 #define MOE_INT4_FOR_T_grouped_down(X, ...) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_T_wide_down(X, ...) X(__VA_ARGS__, 8)
+// fork: end
 #define MOE_INT4_FOR_ZP(X, OP, NAME, DT, G)      \
   MOE_INT4_FOR_T(X, OP, NAME, DT, G, sym, false) \
   MOE_INT4_FOR_T(X, OP, NAME, DT, G, zp, true)

@@ -12,22 +12,27 @@
 
 namespace moe_int4 {
 
-// The matrix instruction fixes 4 lanes along k. Without it 8 lanes make each request a whole
-// 128-byte cache line of gfx11 and gfx12.
-constexpr int kLanesPerRow = gpu::kHasMma ? 4 : 8;
+#if GPU_HAS_MMA
+constexpr int kLanesPerRow = 4;  // the matrix instruction fixes it
+constexpr int kLog2BlockK = 7;
+constexpr int kSlotsPerPass = 8;  // the room that the instruction has
+constexpr int kLoadDepth = 4;     // blocks of weights in flight per wave
+#else
+// 8 lanes make each request a whole 128-byte cache line of gfx11 and gfx12.
+constexpr int kLanesPerRow = 8;
+constexpr int kLog2BlockK = 8;
+// Activation rows per pass over the weights in registers; with more, registers run out.
+constexpr int kSlotsPerPass = 4;
+constexpr int kLoadDepth = 2;  // blocks of weights in flight per wave
+#endif
 constexpr int kRowGroups = gpu::kWaveSize / kLanesPerRow;
 constexpr int kRowsPerWave = 2 * kRowGroups;
 constexpr int kBlockK = 32 * kLanesPerRow;
-constexpr int kLog2BlockK = gpu::kHasMma ? 7 : 8;
 static_assert(1 << kLog2BlockK == kBlockK);
 
-constexpr int kMaxSlots = 8;  // activation rows that a wave multiplies with an expert's weights
-// Activation rows per pass over the weights in registers: the matrix instruction has room for 8.
-// Without it registers run out.
-constexpr int kSlotsPerPass = gpu::kHasMma ? 8 : 4;
-constexpr int kLoadDepth = gpu::kHasMma ? 4 : 2;  // blocks of weights in flight per wave
-constexpr int kMaxWaves = 16;                     // per block
-constexpr int kMaxWavesSharingK = 8;              // per gate_up or gemm block
+constexpr int kMaxSlots = 8;   // activation rows that a wave multiplies with an expert's weights
+constexpr int kMaxWaves = 16;  // per block
+constexpr int kMaxWavesSharingK = 8;  // per gate_up or gemm block
 
 // Blocks of activations that a wave keeps in LDS at a time, for `slots` rows.
 GPU_ANYWHERE constexpr int staged_blocks(int slots) { return slots == 1 ? kLoadDepth : 1; }
@@ -55,6 +60,7 @@ GPU_ANYWHERE constexpr int staged_bytes(int slots) {
 // The number of slots per pass of the code that serves `count` slots.
 GPU_ANYWHERE constexpr int slots_for(int count) { return count <= 1 ? 1 : kSlotsPerPass; }
 
+// fork: begin overlay
 // For one activation row per expert: whether weights pass through LDS (stream_tile.cuh).
 constexpr bool kStreams = gpu::kHasMma && gpu::kHasAsyncCopy;
 
@@ -112,6 +118,7 @@ GPU_ANYWHERE constexpr int group_list_bytes(int pairs, int experts, int slots) {
   return (4 * (pairs + 1) + 2 * halves + 15) / 16 * 16;
 }
 
+// fork: end
 // For an entry point _tT when at most `rows` activation rows share an expert.
 GPU_ANYWHERE constexpr int lds_bytes_per_wave(int t, int rows) {
   const int slots = slots_for(rows < t ? rows : t);

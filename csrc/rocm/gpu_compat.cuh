@@ -1,114 +1,168 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The only file that distinguishes HIP, CUDA and host builds. Kernels see one-dimensional blocks of
-// 32-lane waves and the primitives of namespace gpu; they include no vendor header.
-//
-// Every platform provides these with the same meaning (the host branch implements exactly this
-// list):
-//
-//   GPU_DEVICE               attribute of a function that kernels call (inline)
-//   GPU_KERNEL(max_threads)  attribute of an entry point:
-//                            `extern "C" GPU_KERNEL(256) void name(...)`
-//   GPU_DECLARE(max_threads, name, args...)   declares such an entry point, for launch(name, ...)
-//   GPU_8_WAVES_PER_SIMD     attribute of an entry point: limits registers on AMD so that 8 waves
-//                            fit a SIMD; registers beyond that spill
-//   kHasMma                  constexpr bool: mma_16x8x16 is the fast way to multiply. On the host
-//                            the macro GPU_HOST_MMA (0 or 1) sets it, so that tests run both paths
-//   GPU_HAS_MMA              kHasMma for the preprocessor: 0 or 1
-//   kHasAsyncCopy            constexpr bool: copies to LDS run in the background. On the host the
-//                            same macro sets it
+// What kernels see of a GPU: one-dimensional blocks of 32-lane waves, and the
+// primitives of namespace gpu. Kernels include no vendor header.
 // fork: begin overlay
-// CUDA has neither with HYBRID_W4A16_AMD_PATH: a test build that runs AMD's code path.
+// The only file that distinguishes HIP, CUDA and host builds: every platform
+// provides these with the same meaning (the host branch implements exactly this
+// list).
 // fork: end
 //
-//   per lane, no cooperation:
-//   int lane()               0..31
-//   int wave()               wave of the block, 0..; wave-uniform
-//   int block_x/_y/_z()      index of the block in the grid
-//   char* dynamic_lds()      the block's LDS, 16-byte aligned, LaunchShape::lds_bytes long,
-//                            uninitialised (the host poisons it)
-//   int uniform(int v)       v, which must be equal in all lanes; may move it to a scalar register
-//   void settle(T*& p)       hint: compute p here rather than where it is used
-//   void keep_arguments(args...)  hint: read all of the kernel's arguments here, at once, and keep
-//                            them, rather than reading each where it is used
-//   void order_requests()    hint: request loads written before it before those written after it
-//   void arrived(T& v)       hint: do not use v, which was loaded, before this point
-//   int load_uniform(p)      the int at p in global memory; p is equal in all lanes, and nothing in
-//                            the grid writes *p
-//   U32x4 load_weights(p)    16 bytes from global memory, 16-byte aligned, read once (non-temporal)
-//   U32x4 load_16(p)         16 bytes from global memory or LDS, 16-byte aligned, cached
-//   U32x4 load_16_any(p)     the same, 2-byte aligned
-//   float half_to_float(uint16_t), uint16_t float_to_half(float)   fp16 bits, round to nearest even
-//   float exp2_fast(float), rcp_fast(float)                        2^x and 1/x, error below 2^-20
-//   float sqrt_of(float)                                           square root, error below 2^-20
-//   float dot2(Half, uint32_t a, uint32_t b, float c)      c + a.lo*b.lo + a.hi*b.hi, fp32 sum
-//   float dot2(BFloat16, uint32_t a, uint32_t b, float c)  the same for bf16 pairs
-//   uint32_t and_or(x, mask, bits)                         (x & mask) | bits
-//   uint32_t pick_bytes<B0, B1, B2, B3>(low, high)         four of eight bytes; low has 0..3
-//   int first_bit(uint32_t)  index of the lowest set bit; the argument is not 0
-//   int count_bits(uint32_t) number of set bits. Only where kHasMma.
-//   uint32_t add2(DT, uint32_t a, uint32_t b)              a.lo+b.lo, a.hi+b.hi, round to nearest.
-//                                                          Only where kHasMma.
-//   void prefetch_l2(p)      hint: the 128 bytes around global address p will be read. No effect on
-//                            results; p must be readable
-//   void allow_next_grid()   lets the next grid of the stream start; only does something on CUDA
-//                            with LaunchShape::overlap
-//   void wait_previous_grid()  returns when everything that the previous grid wrote is visible
-//
-//   per lane, from memory to LDS:
-//   LdsAddress lds_address(p)                    the address of p, in LDS, for the loads below
-//   U32x4 lds_load_16(LdsAddress)                16 bytes, 16-byte aligned
-//   uint32_t lds_load_4(LdsAddress)              4 bytes, 4-byte aligned. Only where kHasMma.
-//   void copy_weights_async(LdsAddress, p, bool real)   starts copying 16 bytes from global memory
-//   void copy_16_async(LdsAddress, p, bool real)        to LDS, both 16-byte aligned. If !real they
-//                                                store zeros and do not read p. The first is for
-//                                                data that is read once.
-//   void commit_copies()                         makes a group of the copies that the lane started
-//                                                since the previous call
-//   void wait_copies<N>()                        waits for all but the lane's last N groups; other
-//                                                lanes see the data after a barrier
-//   void wait_all_copies()                       waits for all copies, whether in a group or not
-//
-//   wave-collective (all 32 lanes of the wave must call it; none has left the kernel):
-//   uint32_t wave_ballot(bool)       bit i: lane i's argument
-//   T shuffle_xor<Mask>(T v)         value of lane() ^ Mask, Mask 1, 2, 4, 8, 16; T int or float
-//   T shuffle(T v, int from)         value of lane `from`
-//   T from_lane(T v, int from)       the same for a `from` that is equal in all lanes; the result
-//                                    may be in a scalar register
-//   T shuffle_in_quad(T v, int from) value of lane lane() / 4 * 4 + from % 4
-//   void wave_barrier()              LDS writes of the wave's lanes before it are visible to all of
-//                                    them after it; reads before it complete first
-//   uint32_t lanes_equal(int v)      mask of the lanes with the caller's v. Only where kHasMma.
-//   void mma_16x8x16(DT, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
-//       d += A B for A [16, 16], B [16, 8] in DT, d in fp32. With g = lane / 4, t = lane % 4:
-//       a[0] = A[g][2t, 2t+1]    a[1] = A[g+8][2t, 2t+1]    b[0] = B[2t, 2t+1][g]
-//       a[2] = A[g][2t+8, 2t+9]  a[3] = A[g+8][2t+8, 2t+9]  b[1] = B[2t+8, 2t+9][g]
-//       d[0], d[1] = D[g][2t, 2t+1]    d[2], d[3] = D[g+8][2t, 2t+1]     (low half first)
-//       Only where kHasMma.
-//
-//   block-collective (all lanes of the block must call it; none has left the kernel):
-//   void block_barrier()             wave_barrier for the whole block
-//
-//   code that starts kernels (plain C++, not device code):
-//   Stream                           opaque stream handle
-//   void launch(kernel, const LaunchShape&, Stream, args...)  runs kernel(args...) on the stream;
-//                                    on the host returns when the kernel has ended. Throws
-//                                    std::runtime_error with the vendor's message.
-//   int current_device()             index of the current device (CUDA, HIP)
-//   int max_lds_bytes()              most LDS per block on the current device
-//   std::string current_arch()       the current device, such as "sm_90" or "host" (not on HIP)
-//
+//  GPU_DEVICE               attribute of a function that kernels call (inline)
+//  GPU_KERNEL(max_threads)  attribute of an entry point:
+//                           `extern "C" GPU_KERNEL(256) void name(...)`
+//  GPU_DECLARE(max_threads, name, args...)
+//                           declares such an entry point, for launch(name, ...)
+//  GPU_8_WAVES_PER_SIMD     attribute of an entry point: limits registers on
+//                           AMD so that 8 waves fit a SIMD; registers beyond
+//                           that spill
 // fork: begin overlay
-//   for the test runner in host/:
-//   void prepare_device(int, arch)   loads kernels on a device and makes it current; `arch` is its
-//                                    architecture, or empty if the kernels are loaded already
-//   void* allocate(size_t), void release(void*)    memory for kernels, of exactly that size
-//   void copy_in(void* to, const void* from, size_t), copy_out(...)   copy into and out of it; they
-//                                    wait for launched kernels
-//   kOrders, void set_order(int)     number of orders in which lanes can run; selects one
-//   std::string take_launched()      names of the kernels launched since the last call, one per
-//                                    line, where known
+//  kHasMma                  constexpr bool: mma_16x8x16 is the fast way to
+//                           multiply. On the host the macro GPU_HOST_MMA (0 or
+//                           1) sets it, so that tests run both paths
+//  GPU_HAS_MMA              kHasMma for the preprocessor: 0 or 1
+//  kHasAsyncCopy            constexpr bool, equal to kHasMma: copies to LDS run
+//                           in the background
+// CUDA has neither with HYBRID_W4A16_AMD_PATH: a test build that runs AMD's
+// code path.
+// fork: end
+//
+//  per lane, no cooperation:
+//  int lane()               0..31
+//  int wave()               wave of the block, 0..; wave-uniform
+//  int block_x/_y/_z()      index of the block in the grid
+//  char* dynamic_lds()      the block's LDS, LaunchShape::lds_bytes long,
+//                           16-byte aligned, uninitialised
+//  int uniform(int v)       v, which must be equal in all lanes; may move it to
+//                           a scalar register
+//  void settle(T*& p)       hint: compute p here rather than where it is used
+//  void keep_arguments(args...)
+//                           hint: read all of the kernel's arguments here, at
+//                           once, and keep them, rather than reading each where
+//                           it is used
+//  void order_requests()    hint: request loads written before it before those
+//                           written after it
+//  void arrived(T& v)       hint: do not use v, which was loaded, before this
+//  int load_uniform(p)      the int at p in global memory; p is equal in all
+//                           lanes, and nothing in the grid writes *p
+//  U32x4 load_weights(p)    16 bytes from global memory, 16-byte aligned, read
+//                           once (non-temporal)
+//  U32x4 load_16(p)         16 bytes from global memory or LDS, 16-byte
+//                           aligned, cached
+//  U32x4 load_16_any(p)     the same, 2-byte aligned
+//  float half_to_float(uint16_t), uint16_t float_to_half(float)
+//                           fp16 bits, round to nearest even
+//  float exp2_fast(float), rcp_fast(float), sqrt_of(float)
+//                           2^x, 1/x and the square root, error below 2^-20
+//  float dot2(Half, uint32_t a, uint32_t b, float c)
+//                           c + a.lo*b.lo + a.hi*b.hi, fp32 sum
+//  float dot2(BFloat16, uint32_t a, uint32_t b, float c)
+//                           the same for bf16 pairs
+//  uint32_t and_or(x, mask, bits)
+//                           (x & mask) | bits
+//  uint32_t pick_bytes<B0, B1, B2, B3>(low, high)
+//                           four of eight bytes; low has 0..3
+//  int first_bit(uint32_t)  index of the lowest set bit; the argument is not 0
+// fork: begin overlay
+//  int count_bits(uint32_t) number of set bits. Only where kHasMma.
+//  uint32_t add2(DT, uint32_t a, uint32_t b)
+//                           a.lo+b.lo, a.hi+b.hi, round to nearest. Only where
+//                           kHasMma.
+//  void prefetch_l2(p)      hint: the 128 bytes around global address p will be
+//                           read. No effect on results; p must be readable
+// fork: end
+//  void allow_next_grid()   lets the next grid of the stream start
+//  void wait_previous_grid()
+//                           returns when everything that the previous grid
+//                           wrote is visible
+//  AMD has no such overlap of grids: these two do nothing there.
+// fork: begin overlay
+//  On CUDA they work for launches with LaunchShape::overlap.
+//
+//  per lane, from memory to LDS:
+//  LdsAddress lds_address(p)
+//                           the address of p, in LDS, for the loads below
+//  U32x4 lds_load_16(LdsAddress)
+//                           16 bytes, 16-byte aligned
+//  uint32_t lds_load_4(LdsAddress)
+//                           4 bytes, 4-byte aligned. Only where kHasMma.
+//  void copy_weights_async(LdsAddress, p, bool real)
+//  void copy_16_async(LdsAddress, p, bool real)
+//                           starts copying 16 bytes from global memory to LDS,
+//                           both 16-byte aligned. If !real they store zeros and
+//                           do not read p. The first is for data that is read
+//                           once.
+//  void commit_copies()     makes a group of the copies that the lane started
+//                           since the previous call
+//  void wait_copies<N>()    waits for all but the lane's last N groups; other
+//                           lanes see the data after a barrier
+//  void wait_all_copies()   waits for all copies, whether in a group or not
+// fork: end
+//
+//  wave-collective (all 32 lanes of the wave must call it; none has left the
+//  kernel):
+//  uint32_t wave_ballot(bool)
+//                           bit i: lane i's argument
+//  T shuffle_xor<Mask>(T v) value of lane() ^ Mask, Mask 1, 2, 4, 8, 16; T int
+//                           or float
+//  T shuffle(T v, int from) value of lane `from`
+//  T from_lane(T v, int from)
+//                           the same for a `from` that is equal in all lanes;
+//                           the result may be in a scalar register
+//  T shuffle_in_quad(T v, int from)
+//                           value of lane lane() / 4 * 4 + from % 4
+//  void wave_barrier()      LDS writes of the wave's lanes before it are
+//                           visible to all of them after it; reads before it
+//                           complete first
+// fork: begin overlay
+//  uint32_t lanes_equal(int v)
+//                           mask of the lanes with the caller's v. Only where
+//                           kHasMma.
+//  void mma_16x8x16(DT, float (&d)[4], const uint32_t (&a)[4],
+//                   const uint32_t (&b)[2])
+//      d += A B for A [16, 16], B [16, 8] in DT, d in fp32. With g = lane / 4,
+//      t = lane % 4, the low half first:
+//      a[0] = A[g][2t, 2t+1]      a[1] = A[g+8][2t, 2t+1]
+//      a[2] = A[g][2t+8, 2t+9]    a[3] = A[g+8][2t+8, 2t+9]
+//      b[0] = B[2t, 2t+1][g]      b[1] = B[2t+8, 2t+9][g]
+//      d[0], d[1] = D[g][2t, 2t+1]    d[2], d[3] = D[g+8][2t, 2t+1]
+//      Only where kHasMma.
+// fork: end
+//
+//  block-collective (all lanes of the block must call it; none has left the
+//  kernel):
+//  void block_barrier()     wave_barrier for the whole block
+//
+//  code that starts kernels (plain C++, not device code):
+//  Stream                   opaque stream handle
+//  void launch(kernel, const LaunchShape&, Stream, args...)
+//                           runs kernel(args...) on the stream. Throws
+//                           std::runtime_error with the vendor's message
+//  int current_device()     index of the current device
+//  int max_lds_bytes()      most LDS per block on the current device
+// fork: begin overlay
+//  std::string current_arch()
+//                           the current device, such as "sm_90" or "host" (not
+//                           on HIP)
+//  On the host launch() returns when the kernel has ended, and LDS is poisoned.
+//
+//  for the test runner in host/:
+//  void prepare_device(int, arch)
+//                           loads kernels on a device and makes it current;
+//                           `arch` is its architecture, or empty if the kernels
+//                           are loaded already
+//  void* allocate(size_t), void release(void*)
+//                           memory for kernels, of exactly that size
+//  void copy_in(void* to, const void* from, size_t), copy_out(...)
+//                           copy into and out of it; they wait for launched
+//                           kernels
+//  kOrders, void set_order(int)
+//                           number of orders in which lanes can run; selects
+//                           one
+//  std::string take_launched()
+//                           names of the kernels launched since the last call,
+//                           one per line, where known
 // fork: end
 #pragma once
 
@@ -350,7 +404,9 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 }  // namespace gpu
 
 #elif defined(__HIP__)
+// fork: begin overlay
 #define GPU_HAS_MMA 0
+// fork: end
 
 // No HIP header: plain clang compiles kernels with -nogpuinc -nogpulib --offload-device-only.
 #define GPU_DEVICE __attribute__((device)) inline __attribute__((always_inline))
@@ -360,9 +416,11 @@ GPU_DEVICE void mma_16x8x16(BFloat16, float (&d)[4], const uint32_t (&a)[4],
 
 namespace gpu {
 
+// fork: begin overlay
 constexpr bool kHasMma = false;
 constexpr bool kHasAsyncCopy = false;
 
+// fork: end
 GPU_DEVICE int lane() { return __builtin_amdgcn_workitem_id_x() & (kWaveSize - 1); }
 GPU_DEVICE int uniform(int v) { return __builtin_amdgcn_readfirstlane(v); }
 GPU_DEVICE int wave() { return uniform(__builtin_amdgcn_workitem_id_x() / kWaveSize); }
@@ -487,8 +545,12 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 
 // fork: begin ops
 #elif defined(HYBRID_W4A16_CUDA) || defined(HYBRID_W4A16_HIP)
-// ---------------------------------------------------- plain C++ that starts CUDA or HIP kernels
+// ------------------------------------------------------------- plain C++ that starts kernels
+// fork: end
+// fork: begin overlay
 // CUDA declares an entry point as an ordinary function, whose address is the vendor's handle.
+// fork: end
+// fork: begin ops
 #include <stdexcept>
 #include <string>
 
@@ -497,7 +559,11 @@ GPU_DEVICE void block_barrier() {  // LDS only: a full fence would invalidate th
 #include <cuda_runtime_api.h>
 #define GPU_HAS_MMA GPU_CUDA_HAS_MMA
 #else
+// fork: end
+// fork: begin overlay
 #define GPU_HAS_MMA 0
+// fork: end
+// fork: begin ops
 // An entry point is an object that holds its name and, per device, the runtime's handle.
 #undef GPU_DECLARE_ENTRY
 #define GPU_DECLARE_ENTRY(max_threads, name, ...) inline gpu::Kernel<void(__VA_ARGS__)> name{#name};
@@ -583,9 +649,13 @@ inline std::string current_arch() {
   return "sm_" + std::to_string(major * 10 + minor);
 }
 #else
+// fork: end
+// fork: begin overlay
 constexpr bool kHasMma = false;
 constexpr bool kHasAsyncCopy = false;
 
+// fork: end
+// fork: begin ops
 // One object per entry point; its type holds the signature.
 template <typename Signature>
 struct Kernel : Entry {
@@ -593,17 +663,25 @@ struct Kernel : Entry {
 };
 
 inline int max_lds_bytes() { return kLdsBytesPerBlock; }
+// fork: end
+// fork: begin overlay
 
 inline void prepare_device(int device, const std::string& arch) {
   if (!arch.empty()) load_kernels(device, arch, nullptr);
   set_device(device);
 }
+// fork: end
+// fork: begin ops
 #endif
 
+// fork: end
+// fork: begin overlay
 constexpr int kOrders = 2;  // repeats the hardware's own order, which may vary
 inline void set_order(int) {}
 inline std::string take_launched() { return {}; }
 
+// fork: end
+// fork: begin ops
 #if defined(HYBRID_W4A16_CUDA)
 template <typename... P>
 using KernelRef = void (*)(P...);

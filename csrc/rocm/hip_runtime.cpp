@@ -25,7 +25,7 @@ Entry* first_entry = nullptr;
 
 std::runtime_error error(const std::string& message) { return std::runtime_error(message); }
 
-// The functions of HIP that we use; hipError_t is an int, handles are pointers.
+// The functions of HIP that are used here; hipError_t is an int, handles are pointers.
 struct Runtime {
   int (*get_device)(int*);
   int (*set_device)(int);
@@ -152,8 +152,8 @@ Entry::Entry(const char* entry_name) : name(entry_name), next(std::exchange(firs
 
 void* find_symbol(const char* name) {
   if (void* const found = dlsym(RTLD_DEFAULT, name)) return found;
-  // The library may have been loaded with RTLD_LOCAL, outside of our dependencies. Collect names
-  // first: dl_iterate_phdr holds a lock that dlopen takes too.
+  // The library may have been loaded with RTLD_LOCAL, by none of those that depend on it. Collect
+  // names first: dl_iterate_phdr holds a lock that dlopen takes too.
   std::vector<std::string> loaded;
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* names) {
@@ -165,7 +165,7 @@ void* find_symbol(const char* name) {
     void* const handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     if (handle == nullptr) continue;
     void* const found = dlsym(handle, name);
-    dlclose(handle);  // only our reference; the library stays loaded
+    dlclose(handle);  // this reference alone; the library stays loaded
     if (found != nullptr) return found;
   }
   return nullptr;
@@ -260,6 +260,7 @@ int current_device() {
 }
 
 void set_device(int device) { check(runtime().set_device(device), "hipSetDevice"); }
+// fork: begin overlay
 
 namespace {
 
@@ -287,5 +288,6 @@ void copy_in(void* to, const void* from, size_t size) {
 void copy_out(void* to, const void* from, size_t size) {
   call("hipMemcpy", to, from, size, kDeviceToHost);
 }
+// fork: end
 
 }  // namespace gpu

@@ -49,11 +49,13 @@ void start_kernel(const Entry& kernel, const int (&grid)[3], int threads, int ld
 
 int current_device();
 void set_device(int device);
+// fork: begin overlay
 
 // For the runner of host/: device memory, and copies that wait for what was started.
 void* allocate(size_t size);
 void release(void* p);
 void copy_in(void* to, const void* from, size_t size);
 void copy_out(void* to, const void* from, size_t size);
+// fork: end
 
 }  // namespace gpu

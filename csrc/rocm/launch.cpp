@@ -114,8 +114,11 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
     return;
   }
 #endif
-  const bool stream = plan.kernel == Kernel::kPairs && kStreams;
-  const int wave_lds = (lds - (stream ? kStreamZeroBytes : 0)) / plan.waves;
+#if GPU_HAS_MMA
+  const int wave_lds = (lds - (plan.kernel == Kernel::kPairs ? kStreamZeroBytes : 0)) / plan.waves;
+#else
+  const int wave_lds = lds / plan.waves;
+#endif
   gpu::launch(gate_up_kernel(args.dtype, w, plan.kernel == Kernel::kPairs ? 1 : kMaxSlots),
               {ceil_div(inter, kRowGroups), grid_size(r.top_k, "top_k"),
                grid_size(r.num_tokens, "tokens"), threads, lds, true},

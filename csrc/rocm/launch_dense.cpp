@@ -16,7 +16,11 @@ namespace {
 // amortise a block's copy of the activations.
 #if defined(HYBRID_W4A16_CUDA) || defined(HYBRID_W4A16_HIP)
 constexpr int kWaves = 8;
-constexpr int kBlocksPerUnit = gpu::kHasMma ? 2 : 3;
+#if GPU_HAS_MMA
+constexpr int kBlocksPerUnit = 2;
+#else
+constexpr int kBlocksPerUnit = 3;
+#endif
 #else
 constexpr int kWaves = 2;
 constexpr int kBlocksPerUnit = 1;
@@ -24,6 +28,14 @@ constexpr int kBlocksPerUnit = 1;
 constexpr int kRescoreWaves = kRescoreThreads / gpu::kWaveSize;
 
 constexpr int kDenseRows = 16;  // of activations
+#if GPU_HAS_MMA
+constexpr int kMostDenseSlots = 16;
+// Results of 8 columns per wave of rows(), in fp32.
+constexpr int kRescoreResults = 2 * kRescoreWaves * kDenseRows * 8;
+#else
+constexpr int kMostDenseSlots = 8;
+constexpr int kRescoreResults = 0;
+#endif
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -88,7 +100,7 @@ void launch_dense(const DenseArgs& args, void* stream) {
   for (int begin = 0; begin < args.m;) {
     const int left = args.m - begin;
     // The most rows whose activations fit: what is left reads the weights again.
-    int slots = left == 1 ? 1 : left <= 4 ? 4 : left <= 8 || !gpu::kHasMma ? 8 : 16;
+    int slots = left == 1 ? 1 : left <= 4 ? 4 : left <= 8 ? 8 : kMostDenseSlots;
     while (slots > 1 && kernel_for(args, slots, kWaves).lds_bytes > gpu::max_lds_bytes()) {
       slots = slots == 4 ? 1 : slots / 2;
     }
@@ -112,10 +124,9 @@ void launch_rescore(const RescoreArgs& args, void* stream) {
               {kRescoreParts, 1, 1, threads, largest_lds, true}, stream, args.a, args.a_stride_m,
               args.m, args.k, args.errors, args.n, args.c, args.c_stride_m, args.partials,
               args.p_stride_m, args.bound, kRescoreWaves);
-  // rows(): norms and bounds, results of 8 columns, bits and list of columns, a mask for every 32.
+  // rows(): norms and bounds, results, bits and list of columns, a mask for every 32.
   const int columns = ceil_div(ceil_div(args.n, kRescoreParts), gpu::kWaveSize) * gpu::kWaveSize;
-  const int results = gpu::kHasMma ? 2 * kRescoreWaves * kDenseRows * 8 : 0;
-  const int lds = 4 * (3 * kDenseRows + results + 2 * columns + columns / gpu::kWaveSize);
+  const int lds = 4 * (3 * kDenseRows + kRescoreResults + 2 * columns + columns / gpu::kWaveSize);
   if (lds > gpu::max_lds_bytes()) {
     throw std::runtime_error("wvSplitK_int_g_rescore: w: expected fewer rows, got " +
                              std::to_string(args.n));

@@ -85,7 +85,9 @@ GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
       map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves, wave_lds_bytes, blocks,       \
       blocks_per_wave, log2_k_slices
 
+// fork: begin overlay
 // The other kernels.
+// fork: end
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
   gpu::keep_arguments(MOE_INT4_DOWN_VALUES);
@@ -189,7 +191,11 @@ GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
     return;
   }
   // fork: end
-  if constexpr (T > 1 || !kStreams) down_tiles<DT, G, ZP, T>(MOE_INT4_DOWN_VALUES);
+#if GPU_HAS_MMA
+  if constexpr (T > 1) down_tiles<DT, G, ZP, T>(MOE_INT4_DOWN_VALUES);
+#else
+  down_tiles<DT, G, ZP, T>(MOE_INT4_DOWN_VALUES);
+#endif
 }
 
 }  // namespace moe_int4

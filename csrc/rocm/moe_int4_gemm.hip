@@ -2,10 +2,9 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // Grouped skinny GEMM on blocks of up to T rows; the caller sorts the rows so that all rows of a
-// block belong to one expert. vLLM's decode step does not use it (it runs gate_up and down). The op
-// stays because users of the first release call it.
-// A block computes kRowsPerWave output columns. Its waves share k, and their sums are added in LDS
-// in wave order.
+// block belong to one expert. The op is for callers with rows of their own: a decode step of the
+// MoE layer runs gate_up and down instead. A block computes kRowsPerWave output columns. Its waves
+// share k, and their sums are added in LDS in wave order.
 #include "entry_points.h"
 #include "slots.cuh"
 #include "wave_tile.cuh"

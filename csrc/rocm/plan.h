@@ -16,25 +16,44 @@
 namespace moe_int4 {
 
 enum class Kernel {
-  kPairs = 0,    // _t1: every pair (token, expert) reads the expert's weights
-  kEights = 1,   // _t8: eight tokens share them
+  kPairs = 0,   // _t1: every pair (token, expert) reads the expert's weights
+  kEights = 1,  // _t8: eight tokens share them
+  // fork: begin overlay
   kGrouped = 2,  // grouped: kGroupTokens tokens share them; needs matrix instructions
   kWide = 3,     // as kGrouped with twice the rows per wave; down only
+  // fork: end
 };
+#if GPU_HAS_MMA
+constexpr Kernel kLastGateUp = Kernel::kGrouped, kLastDown = Kernel::kWide;
+#else
+constexpr Kernel kLastGateUp = Kernel::kEights, kLastDown = Kernel::kEights;
+#endif
 
 struct GateUpPlan {
   Kernel kernel;
-  int waves;      // per block: kPairs and kEights share k, kGrouped has row tiles of its own
-  int slots;      // kGrouped: pairs of an expert per pass over its weights
-  int row_tiles;  // kGrouped: row tiles that each wave processes one after another
+  int waves;      // per block; they share k
+  int slots;      // 0
+  int row_tiles;  // 0
+  // fork: begin overlay
+  // kGrouped: waves have row tiles of their own, `row_tiles` one after another; `slots` pairs of an
+  // expert share a pass over its weights.
+  // fork: end
 };
 struct DownPlan {
   Kernel kernel;
   int waves;     // per block
   int k_slices;  // waves that share k, a power of two that divides waves
-  int slots;     // kGrouped, kWide: as in GateUpPlan
-  int rows() const { return kernel == Kernel::kWide ? 2 * kRowsPerWave : kRowsPerWave; }
+  int slots;     // 0
+  // fork: begin overlay
+  // kGrouped, kWide: `slots` as in GateUpPlan.
   bool grouped() const { return kernel == Kernel::kGrouped || kernel == Kernel::kWide; }
+  // fork: end
+  int rows() const {
+#if GPU_HAS_MMA
+    if (kernel == Kernel::kWide) return 2 * kRowsPerWave;
+#endif
+    return kRowsPerWave;
+  }
 };
 
 // The input of a rule.
@@ -48,48 +67,56 @@ struct Problem {
   double expert_bytes;  // of one expert's int4 weights in this op
 
   int pairs() const { return tokens * top_k; }
+  // fork: begin overlay
   bool can_group() const {
     return kStreams && aligned && top_k <= kMaxGroupTopK && experts < (1 << 16) - 1;
   }
+  double pairs_per_expert() const { return pairs() / distinct(); }
+  int block_pairs() const { return (tokens < kGroupTokens ? tokens : kGroupTokens) * top_k; }
+  // fork: end
   // Expected number of distinct experts under uniform routing; no token picks one twice.
   double distinct() const {
     const double picked = top_k < experts ? static_cast<double>(top_k) / experts : 1.0;
     return experts * (1 - std::pow(1 - picked, static_cast<double>(tokens)));
   }
-  double pairs_per_expert() const { return pairs() / distinct(); }
-  int block_pairs() const { return (tokens < kGroupTokens ? tokens : kGroupTokens) * top_k; }
 };
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Bytes of LDS per block.
 inline int gate_up_lds(const Problem& p, const GateUpPlan& plan) {
+#if GPU_HAS_MMA
   if (plan.kernel == Kernel::kGrouped) {
     return plan.waves * kGroupWeightBytes + group_row_ring_bytes(kGateUpRows, plan.slots) +
            group_list_bytes(p.block_pairs(), p.experts, plan.slots);
   }
-  if (plan.kernel == Kernel::kPairs && kStreams) {
+  if (plan.kernel == Kernel::kPairs) {
     return plan.waves * stream_lds_bytes_per_wave(ceil_div(p.blocks, plan.waves), 1) +
            kStreamZeroBytes;
   }
+#endif
   return plan.waves * lds_bytes_per_wave(plan.kernel == Kernel::kPairs ? 1 : kMaxSlots, p.tokens);
 }
 inline int down_wave_lds(const Problem& p, const DownPlan& plan) {
+#if GPU_HAS_MMA
   if (plan.grouped()) {
     const int tokens = p.tokens < kGroupTokens ? p.tokens : kGroupTokens;
     const int r = plan.rows() / kRowsPerWave;
     return kGroupWeightBytes + group_row_ring_bytes(r, plan.slots) + group_result_bytes(r, tokens);
   }
-  if (plan.kernel == Kernel::kPairs && kStreams) {
+  if (plan.kernel == Kernel::kPairs) {
     return stream_lds_bytes_per_wave(ceil_div(p.blocks, plan.k_slices),
                                      ceil_div(p.top_k, plan.waves / plan.k_slices));
   }
+#endif
   return lds_bytes_per_wave(plan.kernel == Kernel::kPairs ? 1 : kMaxSlots, p.tokens);
 }
 inline int down_lds(const Problem& p, const DownPlan& plan) {
   int bytes = plan.waves * down_wave_lds(p, plan);
+#if GPU_HAS_MMA
   if (plan.grouped()) bytes += group_list_bytes(p.block_pairs(), p.experts, plan.slots);
-  if (plan.kernel == Kernel::kPairs && kStreams) bytes += kStreamZeroBytes;
+  if (plan.kernel == Kernel::kPairs) bytes += kStreamZeroBytes;
+#endif
   return bytes;
 }
 
@@ -111,24 +138,23 @@ inline int value(const char* op, const Plan& plan, int i, const char* name, int 
   return static_cast<int>(got);
 }
 
-inline Kernel kernel(const char* op, const Plan& plan, const Problem& p, Kernel last) {
+inline Kernel kernel(const char* op, const Plan& plan, [[maybe_unused]] const Problem& p,
+                     Kernel last) {
   constexpr int kSize = 4;
   if (plan.size != kSize) fail(op, "length", std::to_string(kSize) + " integers", plan.size);
   const auto kernel = static_cast<Kernel>(value(op, plan, 0, "kernel", 0, static_cast<int>(last)));
+#if GPU_HAS_MMA
   const bool grouped = kernel != Kernel::kPairs && kernel != Kernel::kEights;
-  const bool copies = kStreams && kernel != Kernel::kEights;
-  if (grouped && !kStreams) {
-    fail(op, "kernel (value 0)", "0 or 1 on a device without matrix instructions", plan.values[0]);
-  }
   if (grouped && !p.can_group()) {
     fail(op, "kernel (value 0)",
          "0 or 1 for more than " + std::to_string(kMaxGroupTopK) + " experts per token or more " +
              "than 65535 experts",
          plan.values[0]);
   }
-  if (copies && !p.aligned) {
+  if (kernel != Kernel::kEights && !p.aligned) {
     fail(op, "kernel (value 0)", "1 where activation rows are not 16-byte aligned", plan.values[0]);
   }
+#endif
   return kernel;
 }
 
@@ -146,11 +172,17 @@ inline GateUpPlan parse_gate_up_plan(const Plan& plan, const Problem& p) {
   using namespace plan_detail;
   constexpr const char* kOp = "gate_up";
   GateUpPlan out{};
-  out.kernel = kernel(kOp, plan, p, Kernel::kGrouped);
+  out.kernel = kernel(kOp, plan, p, kLastGateUp);
+#if GPU_HAS_MMA
   const bool grouped = out.kernel == Kernel::kGrouped;
   out.waves = value(kOp, plan, 1, "waves", 1, grouped ? kMaxGroupWaves : kMaxWavesSharingK);
   out.slots = value(kOp, plan, 2, "slots", grouped ? 1 : 0, grouped ? kGateUpSlots : 0);
   out.row_tiles = value(kOp, plan, 3, "row_tiles", grouped ? 1 : 0, grouped ? 1024 : 0);
+#else
+  out.waves = value(kOp, plan, 1, "waves", 1, kMaxWavesSharingK);
+  out.slots = value(kOp, plan, 2, "slots", 0, 0);
+  out.row_tiles = value(kOp, plan, 3, "row_tiles", 0, 0);
+#endif
   check_lds(kOp, gate_up_lds(p, out), p);
   return out;
 }
@@ -160,23 +192,30 @@ inline DownPlan parse_down_plan(const Plan& plan, const Problem& p) {
   using namespace plan_detail;
   constexpr const char* kOp = "down";
   DownPlan out{};
-  out.kernel = kernel(kOp, plan, p, Kernel::kWide);
-  const bool grouped = out.grouped();
+  out.kernel = kernel(kOp, plan, p, kLastDown);
   out.waves = value(kOp, plan, 1, "waves", 1, kMaxWaves);
   out.k_slices = value(kOp, plan, 2, "k_slices", 1, out.waves);
   if ((out.k_slices & (out.k_slices - 1)) != 0 || out.waves % out.k_slices != 0) {
     fail(kOp, "k_slices (value 2)",
          "a power of two that divides waves " + std::to_string(out.waves), out.k_slices);
   }
+#if GPU_HAS_MMA
+  const bool grouped = out.grouped();
   out.slots = value(kOp, plan, 3, "slots", grouped ? 1 : 0, grouped ? kDownSlots : 0);
+#else
+  out.slots = value(kOp, plan, 3, "slots", 0, 0);
+#endif
   check_lds(kOp, down_lds(p, out), p);
   return out;
 }
 
 // ---------------------------------------------------------------------------------------- the rule
-// The constants for streams and matrix instructions were measured on an H100 (six model shapes, 1
-// to 64 tokens, 2026-11; README.md). Those for RDNA were not measured: they come from the resource
-// report and the counts of isa_report.py. The host uses those of the code that it runs.
+// The constants for RDNA were not measured: they come from the registers, loads and instructions
+// that the compiled code has.
+// fork: begin overlay
+// Those for streams and matrix instructions were measured on an H100 (six model shapes, 1 to 64
+// tokens, 2026-11; README.md). The host uses those of the code that it runs.
+// fork: end
 
 // The fewest parts of `total` whose largest is no larger than with `parts` equal parts.
 constexpr int even_parts(int total, int parts) {
@@ -188,7 +227,11 @@ constexpr int clamp(double x, int least, int most) {
 
 // Number of waves that share k of a tile if `tiles` tiles are to occupy the device.
 inline int waves_sharing_k(int blocks, int64_t tiles, int cu_count) {
-  constexpr int kWavesPerCu = kStreams ? 16 : 24;
+#if GPU_HAS_MMA
+  constexpr int kWavesPerCu = 16;
+#else
+  constexpr int kWavesPerCu = 24;
+#endif
   const double wanted = std::ceil(static_cast<double>(kWavesPerCu) * cu_count / tiles);
   return even_parts(blocks, clamp(wanted, 1, kMaxWavesSharingK));
 }
@@ -196,28 +239,37 @@ inline int gemm_waves(int blocks, int64_t tiles, int cu_count) {
   return waves_sharing_k(blocks, tiles, cu_count);
 }
 
-// Distinct experts per pair from which pairs on their own are faster than pairs that share.
-// Finding the pairs that share costs about as much as reading 23% of a small expert again, mostly
-// from the cache, or 13% of a large one. An RDNA GPU takes far longer for the bytes and no longer
-// for the rest, and its weight loads leave nothing in the last-level cache: 5%.
-inline double few_share_limit(const Problem& p) {
-  if (!kStreams) return 0.95;
+// Distinct experts per pair from which pairs on their own are faster than pairs that share: where
+// reading the shared experts again costs less than finding the pairs that share. On RDNA that is 5%
+// of the bytes, since its weight loads leave nothing in the last-level cache.
+// fork: begin overlay
+// On an H100 it is 23% of a small expert, mostly from the cache, or 13% of a large one.
+// fork: end
+inline double few_share_limit([[maybe_unused]] const Problem& p) {
+#if GPU_HAS_MMA
   const double limit = 0.79 + 0.02 * std::log2(p.expert_bytes / 1e6);
   return limit < 0.77 ? 0.77 : limit > 0.87 ? 0.87 : limit;
+#else
+  return 0.95;
+#endif
 }
 inline bool few_share(const Problem& p) { return p.distinct() > few_share_limit(p) * p.pairs(); }
 
-inline GateUpPlan gate_up_plan(const Problem& p) {
-  const int tiles = ceil_div(p.rows, kRowGroups);
-  if (!p.can_group()) {
-    const bool alone = (p.aligned || !kStreams) && (p.tokens == 1 || few_share(p));
-    const int waves = waves_sharing_k(p.blocks, int64_t{tiles} * p.pairs(), p.cu_count);
-    return {alone ? Kernel::kPairs : Kernel::kEights, waves, 0, 0};
-  }
-  if (p.tokens == 1 || few_share(p)) {  // one window per wave, all of it requested at once
+// Whether each pair reads its expert's weights.
+inline bool pairs_alone(const Problem& p) {
+#if GPU_HAS_MMA
+  if (!p.aligned) return false;
+#endif
+  return p.tokens == 1 || few_share(p);
+}
+
+#if GPU_HAS_MMA
+inline GateUpPlan grouped_gate_up_plan(const Problem& p) {
+  if (pairs_alone(p)) {  // one window per wave, all of it requested at once
     const int waves = even_parts(p.blocks, clamp(ceil_div(p.blocks, kWindowBlocks), 1, 8));
     return {Kernel::kPairs, waves, 0, 0};
   }
+  const int tiles = ceil_div(p.rows, kRowGroups);
   GateUpPlan out{Kernel::kGrouped, 1, 0, 1};
   out.slots = p.tokens <= 4 ? p.tokens : p.pairs_per_expert() < 6 ? 8 : kGateUpSlots;
   out.waves = out.slots <= 4 ? 1 : out.slots / 4;
@@ -228,6 +280,16 @@ inline GateUpPlan gate_up_plan(const Problem& p) {
     out.row_tiles = clamp(std::round(rounds), 1, most);
   }
   return out;
+}
+#endif
+
+inline GateUpPlan gate_up_plan(const Problem& p) {
+#if GPU_HAS_MMA
+  if (p.can_group()) return grouped_gate_up_plan(p);
+#endif
+  const int tiles = ceil_div(p.rows, kRowGroups);
+  const int waves = waves_sharing_k(p.blocks, int64_t{tiles} * p.pairs(), p.cu_count);
+  return {pairs_alone(p) ? Kernel::kPairs : Kernel::kEights, waves, 0, 0};
 }
 
 // Reduces the waves until the block fits the device's LDS.
@@ -244,6 +306,7 @@ inline DownPlan fitted(const Problem& p, DownPlan plan) {
   return plan;
 }
 
+#if GPU_HAS_MMA
 inline DownPlan grouped_down_plan(const Problem& p) {
   const bool wide = p.tokens > 2 && ceil_div(p.rows, 2 * kRowsPerWave) >= 0.7 * p.cu_count;
   DownPlan out{wide ? Kernel::kWide : Kernel::kGrouped, 1, 1, 0};
@@ -255,16 +318,21 @@ inline DownPlan grouped_down_plan(const Problem& p) {
   out.waves = (shares < most ? shares : most) * out.k_slices;
   return fitted(p, out);
 }
+#endif
 
 inline DownPlan down_plan(const Problem& p) {
   const int tiles = ceil_div(p.rows, kRowsPerWave);
+#if GPU_HAS_MMA
   // With at least one tile per compute unit, the grouped blocks are one round for any tokens.
   if (p.can_group() && (tiles >= p.cu_count || !(p.tokens == 1 || few_share(p)))) {
     return grouped_down_plan(p);
   }
-  const bool alone = (p.aligned || !kStreams) && (p.tokens == 1 || few_share(p));
+  constexpr int kWavesPerCu = 16;  // one round of blocks
+#else
+  constexpr int kWavesPerCu = 32;  // one round of blocks
+#endif
+  const bool alone = pairs_alone(p);
   const int block_tokens = alone ? 1 : p.tokens < kMaxSlots ? p.tokens : kMaxSlots;
-  constexpr int kWavesPerCu = kStreams ? 16 : 32;  // one round of blocks
   const double wanted = static_cast<double>(kWavesPerCu) * p.cu_count /
                         (static_cast<double>(tiles) * ceil_div(p.tokens, block_tokens));
   const int most = clamp(wanted, 1, kMaxWaves), pairs = block_tokens * p.top_k;

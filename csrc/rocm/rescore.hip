@@ -4,8 +4,11 @@
 // wvSplitK_int_g_rescore, see hybrid_w4a16_dense_ops.py. First, each block finds the largest
 // product and the largest lower bound in a part of the vocabulary. Then every block recomputes the
 // products of its own part that could matter given the maximum over all parts: one row of weights
-// per wave or, with matrix instructions, 8 rows per block, whose waves share k. Which products are
-// recomputed depends only on the values, and the order of sums only on k.
+// per wave. Which products are recomputed depends only on the values, and the order of sums only on
+// k.
+// fork: begin overlay
+// With matrix instructions: 8 rows of weights per block, whose waves share k.
+// fork: end
 #include "dequant.cuh"
 #include "entry_points_dense.h"
 
@@ -118,12 +121,6 @@ GPU_DEVICE void largest(RESCORE_LARGEST_ARGS) {
   partials[thread() / 2 * p_stride_m + 2 * gpu::block_x() + thread() % 2] = most;
 }
 
-[[maybe_unused]] GPU_DEVICE int bits_set(uint32_t x) {
-  x -= x >> 1 & 0x55555555u;
-  x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
-  return static_cast<int>((x + (x >> 4) & 0x0f0f0f0fu) * 0x01010101u >> 24);
-}
-
 // The columns of a part that have to be recomputed, in order.
 struct Asked {
   uint32_t* bits;  // [column] one bit per activation row
@@ -166,6 +163,13 @@ GPU_DEVICE void rescore_row(const uint16_t* a, int64_t a_stride, const uint16_t*
     const float total = sum_of_wave(sum[i]);
     if (gpu::lane() == 0) c[i * c_stride] = Format<DT>::from_float(total);
   }
+}
+
+#if GPU_HAS_MMA
+GPU_DEVICE int bits_set(uint32_t x) {
+  x -= x >> 1 & 0x55555555u;
+  x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
+  return static_cast<int>((x + (x >> 4) & 0x0f0f0f0fu) * 0x01010101u >> 24);
 }
 
 constexpr int kColumns = 8;  // rows of weights at a time, the columns of the matrix instruction
@@ -227,6 +231,7 @@ GPU_DEVICE void rescore_columns(const uint16_t* a, int64_t a_stride, int m, cons
     c[i * c_stride + asked.list[j]] = Format<DT>::from_float(total);
   }
 }
+#endif
 
 template <typename DT>
 GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
@@ -239,7 +244,11 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
   float* const reached = lowest + kMaxRows;
   float* const results = reached + kMaxRows;
   Asked asked = {};
-  asked.bits = reinterpret_cast<uint32_t*>(results + (gpu::kHasMma ? 2 * waves * kResults : 0));
+#if GPU_HAS_MMA
+  asked.bits = reinterpret_cast<uint32_t*>(results + 2 * waves * kResults);
+#else
+  asked.bits = reinterpret_cast<uint32_t*>(results);
+#endif
   asked.list = asked.bits + padded;
   uint32_t* const counts = asked.list + padded;  // per kWaveSize columns
   const auto* activations = static_cast<const uint16_t*>(a);
@@ -282,28 +291,28 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
 
   products += begin;
   const uint16_t* const weights = static_cast<const uint16_t*>(w) + begin * w_stride_n;
-  if constexpr (gpu::kHasMma) {
-    // Every wave counts the entries before its columns.
-    for (int base = 0; base < padded; base += gpu::kWaveSize) {
-      const uint32_t found = counts[base / gpu::kWaveSize];
-      const uint32_t before = found & ((1u << gpu::lane()) - 1);
-      if (base / gpu::kWaveSize % waves == gpu::wave() && (found >> gpu::lane() & 1) != 0) {
-        asked.list[asked.total + bits_set(before)] = base + gpu::lane();
-      }
-      asked.total += bits_set(found);
+#if GPU_HAS_MMA
+  // Every wave counts the entries before its columns.
+  for (int base = 0; base < padded; base += gpu::kWaveSize) {
+    const uint32_t found = counts[base / gpu::kWaveSize];
+    const uint32_t before = found & ((1u << gpu::lane()) - 1);
+    if (base / gpu::kWaveSize % waves == gpu::wave() && (found >> gpu::lane() & 1) != 0) {
+      asked.list[asked.total + bits_set(before)] = base + gpu::lane();
     }
-    gpu::block_barrier();
-    rescore_columns<DT>(activations, a_stride_m, m, weights, w_stride_n, k, asked, waves, results,
-                        products, c_stride_m);
-  } else {
-    for (int base = gpu::wave() * gpu::kWaveSize; base < padded; base += waves * gpu::kWaveSize) {
-      for (uint32_t left = counts[base / gpu::kWaveSize]; left != 0; left &= left - 1) {
-        const int column = base + gpu::first_bit(left);
-        rescore_row<DT>(activations, a_stride_m, weights + column * w_stride_n, k,
-                        asked.bits[column], products + column, c_stride_m);
-      }
+    asked.total += bits_set(found);
+  }
+  gpu::block_barrier();
+  rescore_columns<DT>(activations, a_stride_m, m, weights, w_stride_n, k, asked, waves, results,
+                      products, c_stride_m);
+#else
+  for (int base = gpu::wave() * gpu::kWaveSize; base < padded; base += waves * gpu::kWaveSize) {
+    for (uint32_t left = counts[base / gpu::kWaveSize]; left != 0; left &= left - 1) {
+      const int column = base + gpu::first_bit(left);
+      rescore_row<DT>(activations, a_stride_m, weights + column * w_stride_n, k, asked.bits[column],
+                      products + column, c_stride_m);
     }
   }
+#endif
 }
 
 }  // namespace

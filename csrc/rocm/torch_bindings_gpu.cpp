@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The int4 MoE ops for CUDA and HIP devices, which torch both calls CUDA. csrc/torch_bindings.cpp
+// The int4 MoE ops for GPUs; torch calls HIP devices CUDA too. torch_bindings.cpp, a folder above,
 // has the schemas.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

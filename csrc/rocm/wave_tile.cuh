@@ -9,11 +9,16 @@
 //
 //     k          0..31      32..63            kBlockK - 32..
 //              +----------+----------+-------+------------+
-//     row 0    | lane 0   | lane 1   |  ...  | lane L-1   |      L = 8, 4 rows, kBlockK = 256:
-//     row 1    | lane L   | lane L+1 |  ...  | lane 2L-1  |      dot products
-//       ...                                                      L = 4, 8 rows, kBlockK = 128:
-//     last row | lane 32-L|          |  ...  | lane 31    |      matrix instructions
+//     row 0    | lane 0   | lane 1   |  ...  | lane L-1   |
+//     row 1    | lane L   | lane L+1 |  ...  | lane 2L-1  |
+//       ...
+//     last row | lane 32-L|          |  ...  | lane 31    |
 //              +----------+----------+-------+------------+
+//
+// Dot products: L = 8, 4 rows, kBlockK = 256.
+// fork: begin overlay
+// Matrix instructions: L = 4, 8 rows, kBlockK = 128.
+// fork: end
 //
 // The second row set is the rows that follow, or in gate_up the up rows of the same indices.
 //
@@ -259,30 +264,27 @@ struct MmaProduct {
 };
 
 // fork: end
-template <typename DT, int G, int S, bool Mma>
-struct ProductOf {
-  using Type = DotProduct<DT, G, S>;
-};
-// fork: begin overlay
-template <typename DT, int G, int S>
-struct ProductOf<DT, G, S, true> {
-  using Type = MmaProduct<DT, G, S>;
-};
-// fork: end
-
 // The product over blocks [first, last) of k; finish() turns what run() left in the lanes into
 // results. Each turn multiplies its weights with S slots at a time, P times: weights are loaded
 // once for S * P slots, and only S slots at a time take registers and LDS for activations.
 template <typename DT, int G, bool ZP, int S, int P = 1>
 class WaveTile {
-  using Product = typename ProductOf<DT, G, S, gpu::kHasMma>::Type;
+#if GPU_HAS_MMA
+  using Product = MmaProduct<DT, G, S>;
+#else
+  using Product = DotProduct<DT, G, S>;
+#endif
   static constexpr int kScales = Product::kScales;
   static constexpr int kGroups = kBlockK / G;
   static constexpr int kSumsPerBlock = kBlockK / Product::kSummed;
   static constexpr int kStagedBlocks = staged_blocks(S);
   static constexpr int kStagings = kLoadDepth / kStagedBlocks;  // per turn
   // Stagings requested before the weights; with several passes as few as possible: registers.
-  static constexpr int kAhead = gpu::kHasMma || P > 1 ? 1 : kStagings;
+#if GPU_HAS_MMA
+  static constexpr int kAhead = 1;
+#else
+  static constexpr int kAhead = P > 1 ? 1 : kStagings;
+#endif
   static constexpr int kUnitsPerRow = kStagedBlocks * kBlockK / 8;  // of 16 bytes
   static constexpr int kUnitsPerLane = S * kUnitsPerRow / gpu::kWaveSize;
   static_assert(S * kUnitsPerRow % gpu::kWaveSize == 0 && kLoadDepth % kStagedBlocks == 0);

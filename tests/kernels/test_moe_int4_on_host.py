@@ -344,11 +344,11 @@ def test_down_takes_fewer_waves_where_there_is_less_lds(programs):
         ("gate_up", True, (2, 17, 8, 1), "waves (value 1): expected 1 to 16, got 17"),
         ("gate_up", True, (2, 4, 17, 1), "slots (value 2): expected 1 to 16, got 17"),
         ("gate_up", True, (0, 4, 8, 0), "slots (value 2): expected 0 to 0, got 8"),
-        ("gate_up", False, (2, 4, 8, 1), "expected 0 or 1 on a device without matrix"),
+        ("gate_up", False, (2, 4, 8, 1), "kernel (value 0): expected 0 to 1, got 2"),
         ("down", True, (3, 6, 4, 8), "a power of two that divides waves 6, got 4"),
         ("down", True, (2, 4, 1, 9), "slots (value 3): expected 1 to 8, got 9"),
         ("down", True, (3, 16, 1, 8), "bytes of shared memory that it takes"),
-        ("down", False, (3, 6, 1, 8), "expected 0 or 1 on a device without matrix"),
+        ("down", False, (3, 6, 1, 8), "kernel (value 0): expected 0 to 1, got 3"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(programs, op, mma, plan, message):

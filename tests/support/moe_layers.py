@@ -242,12 +242,14 @@ def random_routing(
     return weights / weights.sum(-1, keepdim=True), ids.int()
 
 
+# fork: begin overlay
 def is_opt_in() -> bool:
     """Whether the device is used on request only."""
     family = device_family()
     return isinstance(family, DeviceFamily) and family.opt_in
 
 
+# fork: end
 def peak_of_processing(layer: RoutedExperts) -> int:
     """Return the peak memory of converting a loaded layer, in bytes above the start.
 

@@ -8,14 +8,16 @@ in memory first: where one edit does not fit, nothing is written.
 
 import argparse
 import difflib
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,11 @@ from .fork_series import SERIES, Commit
 APPLIES, THERE, CONFLICTS = "applies", "already there", "conflicts"
 ROOT_FILES = ("pyproject.toml", ".clang-format")
 """Settings of the formatters, beside vLLM's CMakeLists.txt."""
+VLLM_COLUMNS = 80
+"""Of its C++."""
+# A line of a comment that is not empty, and one with columns.
+_COMMENT = re.compile(r"\s*//.*[^\s/]")
+_COLUMNS = re.compile(r"//.*\S {3,}\S")
 # D403 would have a docstring start with "VLLM".
 NOT_FIXED = "D403"
 
@@ -262,6 +269,26 @@ def added_lines(old: str, new: str) -> int:
     return sum(line.startswith("+") for line in lines) - 1 if old != new else 0
 
 
+def keep_tables(text: str) -> str:
+    """C++ with comments that align columns kept from being filled by clang-format.
+
+    Only those with a line that is too long for vLLM: the others it leaves alone.
+    """
+    lines: list[str] = []
+    paragraphs: Iterator[tuple[bool, Iterator[str]]] = itertools.groupby(
+        text.splitlines(keepends=True), lambda line: bool(_COMMENT.match(line))
+    )
+    for is_comment, group in paragraphs:
+        paragraph = list(group)
+        table = is_comment and any(_COLUMNS.search(line) for line in paragraph)
+        if table and max(map(len, paragraph)) > VLLM_COLUMNS + 1:
+            indent = paragraph[0][: paragraph[0].index("/")]
+            paragraph.insert(0, f"{indent}// clang-format off\n")
+            paragraph.append(f"{indent}// clang-format on\n")
+        lines += paragraph
+    return "".join(lines)
+
+
 class _Formatter:
     """Formats texts under vLLM's own configuration, all of a commit at a time."""
 
@@ -282,6 +309,8 @@ class _Formatter:
         new = {p: t for p, t in texts.items() if (p, t) not in self._done}
         for path, text in new.items():
             (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+            if path.endswith(fork_files.CXX_SUFFIXES):
+                text = keep_tables(text)
             (self.root / path).write_text(text)
         python = [path for path in new if path.endswith(".py")]
         cxx = [path for path in new if path.endswith(fork_files.CXX_SUFFIXES)]

@@ -206,6 +206,8 @@ _REWRITES = (
     ((".py",), r"from \.\.support\.", "from ."),
     ((".py",), r"from \.\.support import", "from . import"),
     ((".py",), r"from tests\.(kernels|support)\.", "from ."),
+    # scripts that the series does not bring
+    ((".json",), r" \(benchmarks/\w+\.py\)", ""),
 )
 _BEGIN = re.compile(r"\s*(?:#|//)\s*fork: begin (\S+)\s*")
 _END = re.compile(r"\s*(?:#|//)\s*fork: end\s*")

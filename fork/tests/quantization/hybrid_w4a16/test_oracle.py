@@ -36,7 +36,7 @@ from vllm.model_executor.layers.quantization.moe_wna16 import MoeWNA16Config
 from vllm.model_executor.layers.quantization.utils.quant_utils import kInt4Static
 from vllm.platforms import current_platform
 
-GFX1151 = DeviceFamily("gfx1151", "HIP wvSplitK", "Triton", False, 40, "rdna")
+GFX1151 = DeviceFamily("gfx1151", "HIP wvSplitK", "Triton", 40, "rdna")
 EXPERTS, HIDDEN, INTERMEDIATE, GROUP = 4, 256, 128, 64
 
 

@@ -6,7 +6,7 @@ Only this module queries the platform. Whether the op library supports a GPU is 
 by the library itself (``hybrid_w4a16_ops.refusal``).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,12 +25,14 @@ class DeviceFamily:
     """Kernels for few tokens."""
     prefill: str
     """Kernels for many tokens."""
-    opt_in: bool
-    """Used only on request, not by default."""
     cu_count: int
     """Number of compute units that a GPU grid is spread over; 1 on the CPU."""
     tuning: str | None = None
     """Name of the tuning table; ``None``: decode kernels run any number of tokens."""
+    # fork: begin overlay
+    opt_in: bool = False
+    """Used only on request, not by default."""
+    # fork: end
 
 
 _HIP_KERNELS = "HIP wvSplitK"
@@ -41,10 +43,10 @@ _CUDA_KERNELS = "CUDA wvSplitK"
 # product page of Strix Halo.
 PLANNED = {
     "gfx1151": DeviceFamily(
-        "gfx1151", _HIP_KERNELS, "Triton", False, 40, table_name("gfx1151")
+        "gfx1151", _HIP_KERNELS, "Triton", 40, table_name("gfx1151")
     ),
-    "cuda": DeviceFamily("cuda", _CUDA_KERNELS, "Triton", True, 1, "sm_90"),
-    "cpu": DeviceFamily("cpu", "C++", "C++", False, 1),
+    "cuda": DeviceFamily("cuda", _CUDA_KERNELS, "Triton", 1, "sm_90", opt_in=True),
+    "cpu": DeviceFamily("cpu", "C++", "C++", 1),
 }
 # fork: end
 
@@ -62,20 +64,21 @@ def device_family() -> DeviceFamily | str:
         # dtype change the thresholds between kernels but add no others.
         *few, many = (name for name, _ in ops.cpu_kernels(128, torch.bfloat16))
         decode, prefill = f"C++ {', '.join(few) or many}", f"C++ {many}"
-        return DeviceFamily("cpu", decode, prefill, opt_in=False, cu_count=1)
+        return DeviceFamily("cpu", decode, prefill, cu_count=1)
     if current_platform.is_rocm():
         arch = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
-        return _gpu_family(arch, _HIP_KERNELS, opt_in=False)
+        return _gpu_family(arch, _HIP_KERNELS)
     # fork: begin overlay
     if current_platform.is_cuda():
         major, minor = torch.cuda.get_device_capability()
         arch = f"sm_{major}{minor}"
-        return _gpu_family(arch, _CUDA_KERNELS, opt_in=True)
+        family = _gpu_family(arch, _CUDA_KERNELS)
+        return family if isinstance(family, str) else replace(family, opt_in=True)
     # fork: end
     return f"platform {current_platform.device_name!r} has no int4 MoE kernels"
 
 
-def _gpu_family(arch: str, kernels: str, opt_in: bool) -> DeviceFamily | str:
+def _gpu_family(arch: str, kernels: str) -> DeviceFamily | str:
     reason = ops.refusal(arch)
     if reason is not None:
         return reason
@@ -83,7 +86,7 @@ def _gpu_family(arch: str, kernels: str, opt_in: bool) -> DeviceFamily | str:
     if current_platform.is_rocm():
         # torch counts workgroup processors on RDNA; each has two compute units.
         cu_count *= 2
-    return DeviceFamily(arch, kernels, "Triton", opt_in, cu_count, table_name(arch))
+    return DeviceFamily(arch, kernels, "Triton", cu_count, table_name(arch))
 
 
 def load_kernels(family: DeviceFamily) -> None:

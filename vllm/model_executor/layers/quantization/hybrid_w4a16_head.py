@@ -80,10 +80,10 @@ _TIED_METHOD = "_hybrid_w4a16_tied_head_method"
 def lm_head_config_method(
     self: OnlineQuantizationConfig, layer: torch.nn.Module, prefix: str
 ) -> QuantizeMethodBase | None:
-    """Hook of ``OnlineQuantizationConfig.get_quant_method``, which rejects heads.
+    """The method of a head, for ``OnlineQuantizationConfig.get_quant_method``.
 
-    A head with one of our schemes is built and loaded in 16 bits; ``lm_head_built``
-    replaces its method afterwards.
+    A head with one of ``SCHEMES`` is built and loaded in 16 bits; ``lm_head_built``
+    replaces its method afterwards. ``None`` for all other layers.
     """
     if isinstance(layer, ParallelLMHead) and _target(self, prefix) is not None:
         return UnquantizedEmbeddingMethod()
@@ -91,9 +91,10 @@ def lm_head_config_method(
 
 
 def lm_head_built(self: VocabParallelEmbedding) -> None:
-    """Hook of ``VocabParallelEmbedding.update_param_tp_status``, the last step of the
-    constructor and of a weight reload: sets the quantization method of a head that is
-    to be quantized.
+    """Sets the quantization method of a head that is to be quantized.
+
+    ``VocabParallelEmbedding.update_param_tp_status`` calls it: the last step of the
+    constructor and of a weight reload.
 
     Raises ``ValueError`` naming the head if the scheme does not support it.
     """

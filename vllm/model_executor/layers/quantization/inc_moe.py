@@ -50,11 +50,11 @@ def inc_moe_method(
     prefix: str,
     layer_config: "INCLayerConfig",
 ) -> FusedMoEMethodBase | None:
-    """Hook of ``INCWna16Scheme.get_moe_method``, called with its arguments.
+    """The method of a MoE layer; the arguments of ``INCWna16Scheme.get_moe_method``.
 
-    Returns the hybrid method, or ``None`` to leave the layer to vLLM. vLLM ignores
-    entries of ``extra_config`` that name the layer's experts; for these the hook
-    returns vLLM's method for the settings that they give. Raises ``ValueError`` under
+    Returns the hybrid method, or ``None`` for that function to choose one itself. For
+    entries of ``extra_config`` that name the layer's experts, which it ignores, returns
+    the method for the settings that they give. Raises ``ValueError`` under
     the conditions of ``oracle.decline``, also if the entries give the layer's experts
     different settings.
     """

@@ -38,7 +38,7 @@ class HybridW4A16LinearKernel(MPLinearKernel):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """The lowest CUDA capability: any, as ``can_implement`` decides."""
+        """The lowest compute capability: any, as ``can_implement`` decides."""
         return 0 if current_platform.is_cuda_alike() else -1
 
     @classmethod

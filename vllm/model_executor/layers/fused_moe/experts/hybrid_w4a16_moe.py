@@ -103,7 +103,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         # Other back ends pass tokens in another form (per expert, or not yet
         # dispatched).
         config = moe_parallel_config
+        # fork: begin overlay
         # vLLM 0.30 and 0.31 have neither such a back end nor the property.
+        # fork: end
         passthrough = getattr(config, "use_passthrough_all2all", False)
         return not passthrough and (
             config.use_ag_rs_all2all_kernels or not config.use_all2all_kernels

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Decides which MoE layers take the hybrid path, and logs the decision.
 
-Every hook asks ``consider`` before it looks at a layer's recipe and ``accept`` after. A
+A method asks ``consider`` before it looks at a layer's recipe and ``accept`` after. A
 layer that is declined falls back to vLLM's MoE path, with one log line per distinct
 reason; one line sums up each model.
 """
@@ -52,16 +52,17 @@ class Mode(NamedTuple):
     """How firmly the hybrid path was asked for, and what log and errors say of it."""
 
     asked_for: bool
-    """By name, not as the default: also on opt-in devices and whatever
-    ``--moe-backend`` says; a ``Misfit`` is an error."""
+    """By name, not as the default; a ``Misfit`` is an error."""
     required: bool
     """A layer that is declined is an error."""
     setting: str
     """The setting in force."""
     way_out: str
     """The setting that leaves the layer to vLLM."""
+    # fork: begin overlay
     opt_in: str
-    """The setting that asks for the path."""
+    """The setting that asks for the path on devices where it is not the default."""
+    # fork: end
 
 
 def mode_of_moe_backend() -> Mode:
@@ -74,12 +75,17 @@ def mode_of_moe_backend() -> Mode:
         asked_for,
         f"--moe-backend {backend}",
         "another --moe-backend",
+        # fork: begin overlay
         f"--moe-backend {BACKEND}",
+        # fork: end
     )
 
 
 mode: Callable[[], Mode] = mode_of_moe_backend
-"""Asked for every layer; the plugin puts its environment variable in place of it."""
+"""Asked for every layer."""
+# fork: begin overlay
+# The plugin puts its environment variable in place of it.
+# fork: end
 
 
 class Misfit(str):
@@ -99,7 +105,7 @@ class _Model:
     declined: dict[str, str] = field(default_factory=dict)
     """Reason by layer."""
     linears: int = 0
-    """Dense int4 linears on our kernel."""
+    """Dense int4 linears on ``HybridW4A16LinearKernel``."""
 
 
 # The model under construction; a process may load several, one after the other.
@@ -130,7 +136,7 @@ def accept(
         layer: the layer under construction.
         prefix: the layer's name.
         bits, group_size: of the layer's weights.
-        unsupported: what the format's own hook found to be in the way, if anything.
+        unsupported: what the format's own check found to be in the way, if anything.
 
     Raises ``ValueError`` as ``decline`` does.
     """
@@ -149,7 +155,7 @@ def decline(prefix: str, reason: str) -> bool:
     Raises ``ValueError`` with the reason where the path is required, for a ``Misfit``
     also where it is asked for.
     """
-    asked_for, required, setting, way_out, _ = mode()
+    asked_for, required, setting, way_out = mode()[:4]
     model = _under_construction()
     model.accepted.discard(prefix)
     model.declined[prefix] = reason
@@ -186,8 +192,8 @@ def incompatibility_reason(
 ) -> str | None:
     """Why the layer cannot go hybrid, or ``None``.
 
-    Cheap checks come first: the layer is not read before the recipe, the device and the
-    switch have passed. ``bits`` and ``group_size`` are ``None`` where the recipe is not
+    Cheap checks come first: the layer is not read before the recipe and the device have
+    passed. ``bits`` and ``group_size`` are ``None`` where the recipe is not
     known yet; then only the rest is checked.
     """
     if bits is not None and bits != 4:
@@ -206,9 +212,11 @@ def incompatibility_reason(
     family = getattr(layer, _PLANNED, None) or device_family()
     if not isinstance(family, DeviceFamily):
         return family
-    asked_for, opt_in = mode().asked_for, mode().opt_in
+    asked_for = mode().asked_for
+    # fork: begin overlay
     if family.opt_in and not asked_for:
-        return f"on {family.name} it is opt-in, set {opt_in}"
+        return f"on {family.name} it is opt-in, set {mode().opt_in}"
+    # fork: end
     config: Any = getattr(layer, "moe_config", None)
     missing = [name for name in _CONFIG_FIELDS if not hasattr(config, name)]
     if missing:
@@ -328,7 +336,7 @@ def report_ready(prefix: str, padding_bytes: int) -> None:
 
 
 def count_linear() -> None:
-    """Count a dense int4 linear that was built with our kernel, for the summary."""
+    """Count a dense int4 linear that was built with ``HybridW4A16LinearKernel``."""
     _under_construction().linears += 1
 
 
