@@ -278,6 +278,7 @@ def outcomes(tree: Path, report: Path) -> dict[str, str]:
         env=fork_tree.fork_environment(tree),
         capture_output=True,
         text=True,
+        timeout=fork_tree.TIMEOUT_SECONDS,
     )
     # 1: some fail, here and there
     assert done.returncode in (0, 1), done.stdout[-4000:] + done.stderr[-4000:]

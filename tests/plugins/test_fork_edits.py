@@ -138,17 +138,28 @@ def test_every_include_is_there_at_each_commit(commit):
 
 
 def test_nothing_of_the_overlay_is_carried():
-    """No switch, no plugin, no command line, no CUDA."""
+    """No switch, no plugin, no command line, no CUDA, in code or in comments."""
     words = re.compile(
         r"VLLM_HYBRID|vllm-hybrid-w4a16|plugins\.hybrid_w4a16|hybrid_w4a16_switch"
         r"|__CUDACC__|cuda_runtime|HYBRID_W4A16_CUDA|fork: (begin|end)"
-        r"|SPDX.*hybrid-w4a16"
+        r"|SPDX.*hybrid-w4a16|[Oo]verlay|[Pp]lugin|[Hh]ook|[Oo]pt-in|first release"
+        r"|HAS_MMA|kHasMma|kStreams|matrix instructions|\bH100|HYBRID_W4A16_GPU"
     )
     files = texts(fork_files.COMMITS[-1])
     matches = {path: words.search(text) for path, text in files.items()}
     found = {path: match[0] for path, match in matches.items() if match}
     assert found == {}
     assert len(files) > 60
+
+
+def test_no_file_of_the_overlay_is_mentioned():
+    files = texts(fork_files.COMMITS[-1])
+    folders = ("benchmarks", "csrc", "docs", "tests", "tools", "vllm")
+    names = {p.name for f in folders for p in (PROJECT / f).rglob("*.*")}
+    stay = names - {path.rpartition("/")[2] for path in files}
+    for path, text in files.items():
+        mentioned = set(re.findall(r"\b\w+\.(?:py|md|h|hip|cuh|cpp|cmake)\b", text))
+        assert not stay & mentioned, path
 
 
 def test_a_missing_import_is_found(tmp_path):

@@ -131,7 +131,7 @@ def test_no_tokens():
     assert output.shape == (0, shape.hidden)
 
 
-def test_method_has_the_seeds_names():
+def test_method_and_parameters_have_their_documented_names():
     layer = make_layer(Shape(), inc_config())
     assert type(layer.quant_method) is INCHybridW4A16MoEMethod
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}

@@ -72,9 +72,9 @@ amd_archs.json, and its registers and loads were read from the compiled code. Th
 launch plans of RDNA follow from those counts."""
 
 _SAME_SOURCE = """\
-The same kernel source, compiled for the host, agrees with float64. Compiled as CUDA,
-with the AMD code path, it ran on an H100 under compute-sanitizer without errors or
-hazards."""
+Outside of vLLM, the kernels' source was compiled for the host, where its results agree
+with float64. An earlier version of it was compiled as CUDA and ran on an H100 under
+compute-sanitizer without errors or hazards."""
 
 SERIES: dict[str, Commit] = {
     "kernels": Commit(
@@ -88,13 +88,15 @@ Adds the device code of two kernels: gate and up with the activation, and down w
 the weighted sum over top-k. A decode step of a layer is these two launches. They read
 int4 weights in one layout (ExLlama order, [E, N, K/8]) with non-temporal 16-byte
 loads, sum in fp32 in a fixed order, and use no atomics, no scratch memory and no host
-sync, so that graphs capture them and bits repeat.
+sync, so that graphs capture them and bits repeat. A third kernel, a grouped GEMM, is
+for callers that sort rows by expert themselves.
 
 The kernels need no vendor header and no device library: any clang with the AMDGPU
 target compiles them. Nothing calls them yet.""",
         tested=f"""\
 The test compiles every kernel with the clang at hand and looks up each entry point in
-the code object. It is skipped without a clang that has the AMDGPU target.
+the code object: run with clang 22. It is skipped without a clang that has the AMDGPU
+target.
 {_SAME_SOURCE}""",
         not_measured=_NO_RDNA,
         tests=(f"{_KERNEL_TESTS}/test_device_code.py",),
@@ -113,7 +115,9 @@ wrapper says so.""",
         tested=f"""\
 The bindings test reads the sources: each op has a schema, an implementation and a
 Python wrapper. The numeric tests hold each op against float64 with poisoned outputs
-and sentinels; they are skipped where the build has no kernels for the machine.
+and sentinels. They are skipped where the build has no kernels for the machine, and so
+they were here; with the CPU ops of a later commit they pass. The HIP library was built
+for gfx1151.
 {_SAME_SOURCE}""",
         not_measured=_NO_RDNA,
         tests=(
@@ -138,9 +142,9 @@ prefill begins, and its tiles, are read from a JSON table per device.""",
         tested="""\
 The oracle's choice and its reasons, with a device of the family put in place; the
 weight conversion of each method against its dequantized weights; the Triton kernels
-against float64, in Triton's interpreter where there is no GPU. Which class or reason
-comes out was compared, layer by layer, with a separate package that makes the same
-choice without the oracle.""",
+against float64, in Triton's interpreter where there is no GPU. For 110 layer
+configurations, the class or the reason was compared with that of a separate package
+that makes the same choice without the oracle: they are the same.""",
         not_measured=f"""\
 {_NO_RDNA} The prefill tiles of RDNA were chosen by the same reading.""",
         tests=(
@@ -164,7 +168,8 @@ took before.""",
 Layers from the checkpoint to their output against the dequantized weights, symmetric
 and with zero points, expert parallel shards; converting a second time; memory while
 converting; missing tensors and wrong zero points. These tests need the ops: they are
-skipped on a machine that the build has no kernels for.""",
+skipped on a machine that the build has no kernels for. They were run with the CPU ops
+of a later commit.""",
         not_measured="No checkpoint was served on an RDNA GPU.",
         tests=(f"{_QUANTIZATION_TESTS}/test_inc_moe.py",),
     ),
@@ -179,7 +184,7 @@ compiler has them; the processor's instruction set decides at run time. The orac
 offers HYBRID_W4A16 first on the CPU too.""",
         tested="""\
 All tests of the backend run on the CPU from this commit on, with each instruction set
-that the processor has.""",
+that the processor has: on a Zen 4, portable, AVX2 and AVX-512.""",
         not_measured="""\
 AArch64: the portable kernels were compiled and run on x86-64 alone.""",
         tests=(
@@ -197,11 +202,14 @@ prefill by arithmetic.""",
 Adds kernels for AVX-512 VNNI and bf16, and for AMX int8 and bf16. By rows of an
 expert and by what the processor has, tuning.h says which one runs.""",
         tested="""\
-The numeric tests run with every instruction set that the processor has. On a Xeon
-with AMX, 2 cores, the ops took 1.20 to 1.52 times less time than CPUExpertsInt4 at 1
-to 8 tokens and 1.18 to 1.72 times less at 64 and 512, over the layers of
-Qwen3-30B-A3B and Qwen3.5-35B-A3B.""",
-        not_measured="Fp16 activations and zero points were not timed with AMX.",
+The numeric tests run with every instruction set that the processor has: in this tree
+VNNI and bf16 on a Zen 4. The AMX kernels were run outside of vLLM, with the same tests,
+on a Xeon. There, with 2 cores, an earlier version of the ops was 1.20 to 1.52 times as
+fast as CPUExpertsInt4 at 1 to 8 tokens and 1.18 to 1.72 times at 64 and 512, over the
+layers of Qwen3-30B-A3B and Qwen3.5-35B-A3B.""",
+        not_measured="""\
+The AMX kernels in this tree. Fp16 activations and zero points were not timed with AMX
+at all.""",
         tests=(f"{_KERNEL_TESTS}/test_moe_int4_ops.py",),
     ),
     "lm_head": Commit(
@@ -215,11 +223,12 @@ Adds dense ops for weights quantized by group, and four names for a head in
 int4_g128 and int4_rescored. The last scans in int4, then computes every logit again,
 from the 16-bit weights, that could be the first or close to it.""",
         tested="""\
-The ops against float64; first tokens of a trained model with each of the names; tied
-embeddings, padding of the vocabulary, reloading.""",
+The ops against float64; the most likely token against a 16-bit head; logits and memory
+with each of the names; tied embeddings, padding of the vocabulary, weights that are
+loaded again.""",
         not_measured=f"""\
-{_NO_RDNA} Speculative decoding, structured output and sleep mode were not run with a
-quantized head.""",
+{_NO_RDNA} No model was served with a quantized head in this tree; speculative decoding,
+structured output and sleep mode were not run.""",
         tests=(
             f"{_KERNEL_TESTS}/test_wvSplitK_int_g.py",
             f"{_QUANTIZATION_TESTS}/test_lm_head.py",
@@ -236,7 +245,7 @@ mixed-precision kernels. It leaves bf16 to vLLM's AMX kernel where there is one.
 GPU it runs few rows on the skinny GEMM and many on Triton, but it is in no GPU's
 list.""",
         tested="""\
-Layers that fit and that do not; the product against float64.""",
+Layers that fit and that do not; the product against float64, on the CPU.""",
         not_measured=f"""\
 {_NO_RDNA} It was not compared with RDNAHybridW4A16LinearKernel.""",
         tests=(f"{_QUANTIZATION_TESTS}/test_linear_kernel.py",),

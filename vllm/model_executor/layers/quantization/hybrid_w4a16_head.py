@@ -232,7 +232,7 @@ def _online_config(
 
 
 def _target(online: OnlineQuantizationConfig, prefix: str) -> tuple[str, str] | None:
-    """The pattern and scheme of a head in ``targets``, if the scheme is one of ours."""
+    """The pattern and scheme of a head in ``targets``, if it is one of ``SCHEMES``."""
     targets = online.args.targets
     if targets is None:
         return None

@@ -150,7 +150,6 @@ def _layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
 
 def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
     """Why the kernel is not enabled on a device; ``None`` if it is."""
-    otherwise = ""
     # fork: begin overlay
     from vllm.model_executor.layers.fused_moe.oracle import (
         hybrid_w4a16_switch as switch,
@@ -177,7 +176,11 @@ def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
         and torch.cpu._is_amx_tile_supported()
         and envs.VLLM_CPU_INT4_W4A8
     ):
-        return f"vLLM's AMX kernel is faster on prompts{otherwise}"
+        reason = "vLLM's AMX kernel is faster on prompts"
+        # fork: begin overlay
+        reason += otherwise
+        # fork: end
+        return reason
     return None
 
 
