@@ -125,6 +125,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "hybrid_w4a16_tuning.py",
             "hybrid_w4a16_device.py",
             "configs/hybrid_w4a16/rdna.json",
+            "configs/hybrid_w4a16/rdna4.json",
             "experts/hybrid_w4a16_moe.py",
             "experts/hybrid_w4a16_triton.py",
             "oracle/hybrid_w4a16.py",

@@ -10,7 +10,8 @@ same form, are in ``VLLM_CONFIG_ROOT/hybrid_w4a16`` and take precedence::
     prefill_rows_per_expert  ... or fewer, if experts get more rows each; optional
     row_padding   bytes added to packed weight rows of a multiple of 1024 bytes
     rows          prefill tiles by shape: hidden, intermediate, rows_per_expert;
-                  block_m, and [block_n, num_warps, num_stages] of gate_up and down
+                  block_m, and [block_n, num_warps, num_stages, order] of gate_up and
+                  down; see ``Tile``
     shapes        measurements for one shape, see ``MoEShape``: compute_units and
                   kernel_version, prefill_from, rows as above, and decode: by tokens
                   the plans of gate_up and down, as the ops take them, or null
@@ -45,11 +46,15 @@ _MEASURE_NEW = "; `vllm-hybrid-w4a16 tune` writes a new one"
 def table_name(arch: str) -> str:
     """Name of the table for an architecture such as "gfx1151" or "sm_90".
 
-    RDNA architectures without a table of their own share ``rdna``.
+    Without a table of their own RDNA 3 architectures share ``rdna``, and RDNA 4
+    ``rdna4``, whose kernels need more registers.
     """
-    if not (TABLES / f"{arch}.json").is_file() and arch.startswith(("gfx11", "gfx12")):
-        return "rdna"
-    return arch
+    if (TABLES / f"{arch}.json").is_file():
+        return arch
+    return {"gfx11": "rdna", "gfx12": "rdna4"}.get(arch[:5], arch)
+
+
+ORDERS = ("planes", "natural")
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,27 @@ class Tile:
 
     A block is ``block_m`` rows of activations (a power of two, at least 16) times
     ``block_n`` weight rows (of gate and of up each). ``num_warps`` warps compute it,
-    and loads run ``num_stages`` steps ahead.
+    and loads run ``num_stages`` steps ahead. ``order`` is "planes" or "natural", see
+    ``hybrid_w4a16_triton``. Raises ``ValueError`` for another order.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    order: str = "planes"
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(
+                f"prefill tile: expected an order of {', '.join(ORDERS)}, "
+                f"got {self.order!r}"
+            )
+
+    @property
+    def natural(self) -> bool:
+        """Whether the activations are in their natural order."""
+        return self.order == "natural"
 
 
 @dataclass(frozen=True)
