@@ -235,6 +235,9 @@ class Tuned:
     exact: bool = False
     decode: dict[int, tuple[Plan | None, Plan | None]] = field(default_factory=dict)
     """Plans of gate_up and down by number of tokens."""
+    _tiles: dict[int, PrefillTiles] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def decode_plans(self, tokens: int) -> tuple[Plan | None, Plan | None]:
         """The plans for the smallest measured number of tokens >= ``tokens``."""
@@ -244,20 +247,17 @@ class Tuned:
         return None, None
 
     def prefill_tiles(self, pairs: int) -> PrefillTiles:
-        """As the module's ``prefill_tiles``."""
-        shape = self.shape
-        sizes = (pairs, shape.experts, shape.hidden, shape.intermediate)
-        if self.entry is not None and self.entry.get("rows"):
-            return _cached_tiles(self.arch, shape, pairs)
-        return prefill_tiles(table_name(self.arch), *sizes)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_tiles(arch: str, shape: MoEShape, pairs: int) -> PrefillTiles:
-    entry = next(tuned.entry for tuned in _used if _is(tuned, arch, shape))
-    assert entry is not None
-    sizes = (shape.experts, shape.hidden, shape.intermediate)
-    return nearest_tiles(entry["rows"], pairs, *sizes)
+        """As the module's ``prefill_tiles``; computed once for each ``pairs``."""
+        tiles = self._tiles.get(pairs)
+        if tiles is None:
+            shape = self.shape
+            sizes = (pairs, shape.experts, shape.hidden, shape.intermediate)
+            if self.entry is not None and self.entry.get("rows"):
+                tiles = nearest_tiles(self.entry["rows"], *sizes)
+            else:
+                tiles = prefill_tiles(table_name(self.arch), *sizes)
+            self._tiles[pairs] = tiles
+        return tiles
 
 
 def _is(tuned: Tuned, arch: str, shape: MoEShape) -> bool:
@@ -285,7 +285,6 @@ def lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
 def forget() -> None:
     """Forget all lookups, so that the tables are read again."""
     _used.clear()
-    _cached_tiles.cache_clear()
     table.cache_clear()
     prefill_tiles.cache_clear()
 

@@ -561,19 +561,35 @@ class Activation(NamedTuple):
     limit: float | None
 
 
-class Int4Matrix(NamedTuple):
-    """A projection of all experts, in the layout of ``hybrid_w4a16_packing``."""
+class Int4Matrix:
+    """A projection of all experts, in the layout of ``hybrid_w4a16_packing``.
 
-    words: torch.Tensor
-    scales: torch.Tensor
-    zero_points: torch.Tensor | None
-    group_size: int
+    Make it once per layer: it holds what its launches need in every call.
+    """
 
-    def kernel_arguments(self) -> tuple[list[torch.Tensor], list[int]]:
-        """Return the kernels' tensors, and their strides per expert and row."""
-        zeros = self.words if self.zero_points is None else self.zero_points
-        tensors = [self.words, self.scales, zeros]
-        return tensors, [t.stride(i) for t in tensors for i in (0, 1)]
+    def __init__(
+        self,
+        words: torch.Tensor,
+        scales: torch.Tensor,
+        zero_points: torch.Tensor | None,
+        group_size: int,
+    ) -> None:
+        self.words, self.scales, self.zero_points = words, scales, zero_points
+        self.group_size = group_size
+        self.experts, self.rows = words.shape[:2]
+        self.columns = scales.shape[2] * group_size
+        zeros = words if zero_points is None else zero_points
+        self.tensors = words, scales, zeros
+        self.strides = tuple(t.stride(i) for t in self.tensors for i in (0, 1))
+        self.constants = {
+            "GROUP": group_size,
+            "HAS_ZEROS": zero_points is not None,
+            "EVEN_K": self.columns % _STEP == 0,
+        }
+
+    def is_of(self, words: torch.Tensor, scales: torch.Tensor | None) -> bool:
+        """Whether the matrix holds these tensors."""
+        return self.words is words and self.scales is scales
 
 
 def to_planes(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -604,29 +620,25 @@ def gate_up(
     0..I-1 gate. Rows of pairs whose expert is on another rank are not written.
     """
     tile = tiles.gate_up
-    intermediate = w13.words.shape[1] // 2
-    hidden = w13.scales.shape[2] * w13.group_size
-    tensors, strides = w13.kernel_arguments()
+    intermediate = w13.rows // 2
     columns = _cdiv(_padded(intermediate), tile.block_n)
     limit = float("inf") if activation.limit is None else activation.limit
     moe_int4_prefill_gate_up[(blocks.expert_ids.shape[0] * columns,)](
         x,
-        *tensors,
+        *w13.tensors,
         out,
         *blocks,
         out.shape[0],
         top_k,
         intermediate,
-        hidden,
+        w13.columns,
         x.stride(0),
-        *strides,
+        *w13.strides,
         out.stride(0),
         activation.alpha,
         activation.beta,
         limit,
-        GROUP=w13.group_size,
-        HAS_ZEROS=w13.zero_points is not None,
-        EVEN_K=hidden % _STEP == 0,
+        **w13.constants,
         ACTIVATION=_FORMULAS[activation.name],
         NATURAL=tile.natural,
         OUT_NATURAL=tiles.down.natural,
@@ -652,31 +664,26 @@ def down(
     ``None`` for weights of 1. Without ``blocks`` every row of x goes to expert 0.
     Rows of pairs whose expert is on another rank are not written.
     """
-    hidden = w2.words.shape[1]
-    intermediate = w2.scales.shape[2] * w2.group_size
-    tensors, strides = w2.kernel_arguments()
-    columns = _cdiv(hidden, tile.block_n)
+    columns = _cdiv(w2.rows, tile.block_n)
     if blocks is None:
         count, sorting = _cdiv(out.shape[0], tile.block_m), (w2.words,) * 3
     else:
         count, sorting = blocks.expert_ids.shape[0], blocks
     moe_int4_prefill_down[(count * columns,)](
         x,
-        *tensors,
+        *w2.tensors,
         out,
         out if topk_weights is None else topk_weights,
         *sorting,
         out.shape[0],
-        hidden,
-        intermediate,
+        w2.rows,
+        w2.columns,
         x.stride(0),
-        *strides,
+        *w2.strides,
         out.stride(0),
-        GROUP=w2.group_size,
-        HAS_ZEROS=w2.zero_points is not None,
+        **w2.constants,
         HAS_WEIGHTS=topk_weights is not None,
         SORTED=blocks is not None,
-        EVEN_K=intermediate % _STEP == 0,
         NATURAL=tile.natural,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
@@ -792,7 +799,7 @@ def prefill_experts(
     middle = workspace.middle
     gate_up(x, w13, middle, blocks, top_k, activation, tiles)
     down(middle, w2, workspace.down_out, blocks, topk_weights, tiles.down)
-    sum_pairs(workspace.down_out, out, topk_ids, expert_map, w13.words.shape[0])
+    sum_pairs(workspace.down_out, out, topk_ids, expert_map, w13.experts)
 
 
 def dense(x: torch.Tensor, w: Int4Matrix, tile: Tile) -> torch.Tensor:
@@ -807,6 +814,6 @@ def dense(x: torch.Tensor, w: Int4Matrix, tile: Tile) -> torch.Tensor:
         planes = x.new_empty(rows, _padded(k))
         to_planes(x, planes)
         x = planes
-    out = x.new_empty(rows, w.words.shape[1])
+    out = x.new_empty(rows, w.rows)
     down(x, w, out, None, None, tile)
     return out
