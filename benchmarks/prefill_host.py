@@ -12,6 +12,7 @@ A compiled op counts as one launch, and none of its own C++ is in the time.
 
 import argparse
 import contextlib
+import itertools
 import os
 import statistics
 import sys
@@ -26,6 +27,7 @@ import torch
 
 SAMPLES = 15
 CALLS = 200
+_INDICES = itertools.count()
 
 
 class NoLaunches:
@@ -34,6 +36,8 @@ class NoLaunches:
     def __init__(self, arch: str) -> None:
         from triton.backends.compiler import GPUTarget
 
+        # Triton caches kernels by device, and with them this object's launches.
+        self.index = next(_INDICES)
         nvidia = arch.startswith("sm_")
         self.target = (
             GPUTarget("cuda", int(arch[3:]), 32)
@@ -58,7 +62,7 @@ class NoLaunches:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.index
 
     def get_current_stream(self, device: int) -> int:
         return 0
