@@ -66,15 +66,19 @@ def outputs(case, reply, count, first=0):
 
 
 def check_rows(program, op, case, tokens):
-    """Every token of ``case`` has the same bits in the whole call and alone."""
+    """Tokens of ``case`` have the same bits in the whole call and alone.
+
+    Three of them, because each call runs in several orders of lanes and waves.
+    """
+    some = (0, tokens // 2, tokens - 1)
     case.fields["row_invariant"] = 1
-    calls = [case.fields] + [alone(op, case, t) for t in range(tokens)]
+    calls = [case.fields] + [alone(op, case, t) for t in some]
     outcome = run(program, [Case(f, *vars_of(case)) for f in calls])
     assert outcome.returncode == 0, f"{case.label}\n{outcome.stderr[:2000]}"
     whole, *single = outcome.replies
     case.check(whole["c"])
     rows = len(case.expected) // tokens
-    for token, reply in enumerate(single):
+    for token, reply in zip(some, single, strict=True):
         got = outputs(case, reply, rows)
         expected = outputs(case, whole, rows, token * rows)
         for row, (a, b) in enumerate(zip(got, expected, strict=True)):
@@ -97,22 +101,22 @@ def moe_case(mma, op, dtype, group, zero_points, tokens):
     """Few experts, so that tokens share them; several waves share k."""
     maker = moe.Maker(mma, op, dtype, group, zero_points)
     maker.aligned = True
-    case = getattr(maker, op)(tokens, 40, 1024 + group, moe.PAIRS, (3, 4))
+    case = getattr(maker, op)(tokens, 24, 512 + group, moe.PAIRS, (3, 4))
     del case.fields["plan"]
     case.fields["cu_count"] = 40
     return case
 
 
 def dense_case(dtype, group, bits, zero_points, rows):
-    case = dense.Maker(dtype, bits, group, zero_points).dense(rows, 40, 1024 + group)
+    case = dense.Maker(dtype, bits, group, zero_points).dense(rows, 24, 512 + group)
     case.fields["cu_count"] = 40
     return case
 
 
 FORMATS = list(itertools.product((HALF, BF16), (32, 64, 128), (False, True)))
-SHORT = [(HALF, 128, True), (BF16, 32, False)]
+SHORT = (BF16, 64, True)
 MOE = [
-    pytest.param(mma, op, *format, marks=() if format in SHORT else pytest.mark.nightly)
+    pytest.param(mma, op, *format, marks=() if format == SHORT else pytest.mark.nightly)
     for mma in (False, True)
     for op in ("gate_up", "down")
     for format in FORMATS
@@ -125,17 +129,14 @@ def test_moe_rows_are_the_same_alone(programs, mma, op, dtype, group, zero_point
     check_rows(programs[mma], op, case, 9)
 
 
-@pytest.mark.parametrize("mma", [False, True])
-def test_moe_rows_differ_without_the_mode(programs, mma):
+def test_moe_rows_differ_without_the_mode(programs):
     """The test above would notice: the rule's plans depend on the number of tokens."""
-    op = "down"
-    case = moe_case(mma, op, BF16, 128, False, tokens=9)
-    calls = [case.fields] + [alone(op, case, t) for t in range(9)]
-    outcome = run(programs[mma], [Case(f, *vars_of(case)) for f in calls])
+    case = moe_case(False, "down", BF16, 128, False, tokens=9)
+    calls = [case.fields] + [alone("down", case, t) for t in range(3)]
+    outcome = run(programs[False], [Case(f, *vars_of(case)) for f in calls])
     whole, *single = outcome.replies
-    rows = len(case.expected) // 9
     same = [
-        np.array_equal(outputs(case, reply, rows), outputs(case, whole, rows, t * rows))
+        np.array_equal(outputs(case, reply, 1), outputs(case, whole, 1, t))
         for t, reply in enumerate(single)
     ]
     assert not all(same)
@@ -146,7 +147,7 @@ def test_moe_rows_differ_without_the_mode(programs, mma):
     ("dtype", "group", "bits", "zero_points"),
     [
         pytest.param(
-            *format, marks=() if format[1:3] == (128, 4) else pytest.mark.nightly
+            *format, marks=() if format == (BF16, 64, 4, True) else pytest.mark.nightly
         )
         for format in (
             (dtype, group, bits, zeros)
