@@ -3,14 +3,15 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Makes requests with lengths like those of conversations, for serve_compare.py.
 
-    python benchmarks/make_requests.py CHECKPOINT requests.jsonl --count 512
+    python benchmarks/make_requests.py CHECKPOINT requests.json --count 512
 
 Lengths of prompts and completions are log-normal, as in logs of chats: most are short,
 a few are long. The defaults have a median prompt of 110 tokens and a median completion
 of 130, both with a deviation of 1 in the logarithm, cut at 4 and 1024. They are chosen,
 not fitted to a data set. Prompts are pieces of the Python standard library, which is on
-every machine and repeats itself as code does (for n-gram drafts). Each line of the file
-is {"prompt", "input_tokens", "output_tokens"}; the same arguments give the same file.
+every machine and repeats itself as code does (for n-gram drafts). The file has the form
+of ShareGPT's, which vllm bench serve reads; only the length of the replies in it
+matters. The same arguments give the same file.
 """
 
 import argparse
@@ -58,19 +59,28 @@ def length(generator: random.Random, median: float, options: Any) -> int:
 
 
 def requests(tokenizer: Any, text: str, options: Any) -> list[dict[str, Any]]:
-    """The requests. ``text`` is cut by tokens; a piece may count a few more or less."""
+    """The requests: pieces of ``text``, each with what follows as its reply.
+
+    Pieces are cut by tokens; encoded again they may count a few more or less.
+    """
     generator = random.Random(options.seed)
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     found = []
     for _ in range(options.count):
         size = length(generator, options.input_median, options)
-        start = generator.randrange(len(tokens) - size)
-        prompt = tokenizer.decode(tokens[start : start + size])
+        more = length(generator, options.output_median, options)
+        start = generator.randrange(len(tokens) - size - more)
+        middle = start + size
+        prompt = tokenizer.decode(tokens[start:middle])
+        reply = tokenizer.decode(tokens[middle : middle + more])
         found.append(
             {
-                "prompt": prompt,
+                "conversations": [
+                    {"from": "human", "value": prompt},
+                    {"from": "gpt", "value": reply},
+                ],
                 "input_tokens": len(tokenizer(prompt).input_ids),
-                "output_tokens": length(generator, options.output_median, options),
+                "output_tokens": len(tokenizer(reply).input_ids),
             }
         )
     return found
@@ -85,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     library = Path(sysconfig.get_paths()["stdlib"])
     text = "\n".join((library / name).read_text() for name in SOURCES)
     rows = requests(tokenizer, text, options)
-    options.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options.file.write_text(json.dumps(rows, indent=1) + "\n")
     for key in ("input_tokens", "output_tokens"):
         values = sorted(row[key] for row in rows)
         print(

@@ -122,13 +122,9 @@ def test_bench_command_is_one_that_vllm_takes(tool, image, tmp_path):
 
 def write_requests(folder):
     rows = [(10, 20), (31, 40)]
-    path = folder / "requests.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"prompt": "x", "input_tokens": i, "output_tokens": o}) + "\n"
-            for i, o in rows
-        )
-    )
+    path = folder / "requests.json"
+    requests = [{"input_tokens": i, "output_tokens": o} for i, o in rows]
+    path.write_text(json.dumps(requests))
     return path
 
 
@@ -147,18 +143,18 @@ def test_requests_from_a_file(tool, tmp_path):
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
     args = parser.parse_args(words[3:])
-    assert (args.dataset_name, args.dataset_path) == ("custom", str(path))
-    assert args.custom_output_len == -1 and args.skip_chat_template
+    assert (args.dataset_name, args.dataset_path) == ("sharegpt", str(path))
+    assert args.disable_shuffle
     assert (args.num_prompts, args.max_concurrency) == (12, 4)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "no json"])
+@pytest.mark.parametrize("text", ["", "[]", "[{}]", "no json"])
 def test_a_file_without_requests_is_named(tool, tmp_path, text, capsys):
-    path = tmp_path / "requests.jsonl"
+    path = tmp_path / "requests.json"
     path.write_text(text)
     with pytest.raises(SystemExit):
         tool.parse_arguments(["o/m", "--requests", str(path)])
-    assert f"--requests {path}: expected lines of JSON" in capsys.readouterr().err
+    assert f"--requests {path}: expected a JSON list" in capsys.readouterr().err
 
 
 def sample(variant, number, rate, **changes):

@@ -109,7 +109,7 @@ def mean_lengths(requests: Path) -> str:
     takes them. Raises ``ValueError`` if it is no such file.
     """
     try:
-        rows = [json.loads(line) for line in requests.read_text().splitlines()]
+        rows = json.loads(requests.read_text())
         sizes = [(row["input_tokens"], row["output_tokens"]) for row in rows]
         means = [round(statistics.mean(column)) for column in zip(*sizes, strict=True)]
         return f"{means[0]}:{means[1]}"
@@ -117,8 +117,8 @@ def mean_lengths(requests: Path) -> str:
         raise ValueError(f"--requests {requests}: {error.strerror}") from None
     except (LookupError, TypeError, ValueError):
         raise ValueError(
-            f"--requests {requests}: expected lines of JSON with prompt, input_tokens "
-            "and output_tokens (make_requests.py writes them)"
+            f"--requests {requests}: expected a JSON list of requests with "
+            "input_tokens and output_tokens (make_requests.py writes it)"
         ) from None
 
 

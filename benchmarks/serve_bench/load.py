@@ -63,11 +63,10 @@ def command(
     if requests is not None:
         options |= {
             "backend": "openai",
-            "dataset-name": "custom",
+            "dataset-name": "sharegpt",
             "dataset-path": requests,
-            "custom-output-len": -1,
         }
-        flags += ["--skip-chat-template", "--disable-shuffle"]
+        flags += ["--disable-shuffle"]
     else:
         options |= {
             "random-input-len": point.input_len,
