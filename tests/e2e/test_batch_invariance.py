@@ -13,7 +13,7 @@ import pytest
 
 from ..support.invariance_worker import MARK
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 CHECKOUT = Path(__file__).resolve().parents[2]
 DEMO = CHECKOUT / "demo/int4-autoround-g128"
 
@@ -39,7 +39,6 @@ def test_requests_are_the_same_alone_and_in_a_batch():
     assert found["same"] == found["prompts"]
 
 
-@pytest.mark.nightly
 def test_without_the_mode_they_differ():
     found = run_engine("0")
     assert not found["row_invariant"]

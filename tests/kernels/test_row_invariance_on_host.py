@@ -122,8 +122,11 @@ def dense_case(dtype, group, bits, zero_points, rows):
 
 FORMATS = list(itertools.product((HALF, BF16), (32, 64, 128), (False, True)))
 SHORT = (BF16, 64, True)
-MOE = [
-    pytest.param(mma, op, *format, marks=() if format == SHORT else pytest.mark.nightly)
+MOE = [  # the build for NVIDIA takes longest
+    pytest.param(
+        *(mma, op, *format),
+        marks=() if format == SHORT and not mma else pytest.mark.nightly,
+    )
     for mma in (False, True)
     for op in ("gate_up", "down")
     for format in FORMATS
