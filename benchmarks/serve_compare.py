@@ -29,6 +29,7 @@ from serve_bench.cases import (
     Point,
     Variant,
     check_checkpoint,
+    mean_lengths,
     parse_image,
     parse_points,
     parse_variant,
@@ -62,6 +63,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--lengths", default="100:128", help="INPUT:OUTPUT tokens,... (default 100:128)"
     )
     add("--concurrency", default="1", help="requests at a time, e.g. 1,4 (default 1)")
+    add(
+        "--requests",
+        type=Path,
+        metavar="FILE",
+        help="prompts and lengths from a file of make_requests.py instead of --lengths",
+    )
     add("--image", help="WIDTHxHEIGHT: one synthetic image per request, e.g. 640x480")
     add(
         "--prompts", type=int, default=8, help="requests per slot and point (default 8)"
@@ -96,8 +103,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         for mode in options.modes:
             if mode not in MODES:
                 raise ValueError(f"--mode: {mode!r} is none of {', '.join(MODES)}")
+        if options.requests is not None:
+            options.lengths = mean_lengths(options.requests)
         options.points = parse_points(options.lengths, options.concurrency)
         options.size = parse_image(options.image) if options.image else None
+        if options.requests is not None and options.size is not None:
+            raise ValueError("--requests and --image exclude each other")
         for name in ("prompts", "repeats"):
             if getattr(options, name) < 1:
                 raise ValueError(f"--{name} is at least 1")
@@ -232,6 +243,7 @@ class Comparison:
             options.warmups,
             options.size,
             result,
+            options.requests,
         )
         return load.drive(words, result, options.out / "bench.log")
 
@@ -247,6 +259,7 @@ class Comparison:
                 "prompts": options.prompts,
                 "warmups": options.warmups,
                 "image": options.image,
+                "requests": options.requests and options.requests.name,
                 "serve_args": options.serve_args,
                 "together": options.together,
                 "note": options.note,

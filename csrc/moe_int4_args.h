@@ -95,7 +95,8 @@ struct GemmArgs {
   int32_t block_size_m;  // 1..5
   int32_t num_rows;      // M * top_k
   int32_t top_k;
-  int32_t cu_count;  // compute units to spread over (GPU grid); ignored on the CPU
+  int32_t cu_count;    // compute units to spread over (GPU grid); ignored on the CPU
+  bool row_invariant;  // see row_invariance.h; likewise below
 };
 
 // fused_moe_wvSplitK_int4_gate_up: c[m*top_k + t, i] = act(gate row i, up row i) of expert (m, t).
@@ -111,6 +112,7 @@ struct GateUpArgs {
   float alpha, beta, limit;  // limit = +inf: no clamp
   int32_t cu_count;
   Plan plan;
+  bool row_invariant;
 };
 
 // fused_moe_wvSplitK_int4_down: c[m] is the sum over t of
@@ -128,6 +130,7 @@ struct DownArgs {
   int64_t tw_stride_m;
   int32_t cu_count;
   Plan plan;
+  bool row_invariant;
 };
 
 // wvSplitK_int_g: c = a w^T for one weight matrix (num_experts is 1).
@@ -140,6 +143,7 @@ struct DenseArgs {
   void* c;  // [M, N]
   int64_t c_stride_m;
   int32_t cu_count;
+  bool row_invariant;
 };
 
 // wvSplitK_int_g_rescore: recomputes c[m, n] from the unquantized w where the error bounds do not

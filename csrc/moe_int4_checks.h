@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "moe_int4_args.h"
+#include "row_invariance.h"
 
 namespace moe_int4 {
 
@@ -266,6 +267,7 @@ inline GemmArgs check_gemm(DeviceType device, const Tensor& a, const Tensor& w,
   out.w = check.weights(w, scales, zero_points, a.size(1), group_size);
   out.block_size_m = check.integer("block_size_m", block_size_m, 1, 5);
   out.cu_count = check.positive("cu_count", cu_count);
+  out.row_invariant = row_invariance();
   out.top_k = check.positive("top_k", top_k);
   check.positive("a", a.size(0) * top_k + 1);  // rows are counted in int32
   out.num_rows = static_cast<int32_t>(a.size(0) * top_k);
@@ -321,6 +323,7 @@ inline GateUpArgs check_gate_up(DeviceType device, const Tensor& a, const Tensor
   out.limit = static_cast<float>(limit.value_or(std::numeric_limits<double>::infinity()));
   if (!(out.limit > 0)) check.fail("limit", "a number above 0", std::to_string(out.limit));
   out.plan = check.plan(plan);
+  out.row_invariant = row_invariance();
   return out;
 }
 
@@ -350,6 +353,7 @@ inline DownArgs check_down(DeviceType device, const Tensor& a, const Tensor& w,
   }
   out.cu_count = check.positive("cu_count", cu_count);
   out.plan = check.plan(plan);
+  out.row_invariant = row_invariance();
   return out;
 }
 

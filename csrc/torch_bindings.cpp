@@ -7,8 +7,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+
+#include "row_invariance.h"
 
 // fork: begin cpu
 #if defined(HYBRID_W4A16_CPU)
@@ -47,6 +50,12 @@ std::string refusal(std::string arch) {
 #else
   return "hybrid_w4a16 has no kernels for " + arch + "; it was built for the CPU";
 #endif
+}
+
+// Sets row invariance unless `on` is missing; returns whether it is on.
+bool row_invariance(std::optional<bool> on) {
+  if (on.has_value()) moe_int4::row_invariance() = *on;
+  return moe_int4::row_invariance();
 }
 
 // fork: begin cpu
@@ -101,6 +110,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
   // An empty string if the library has kernels for `arch` ("cpu", "gfx1151", "sm_90"); otherwise a
   // sentence that names what it was built for.
   m.def("hybrid_w4a16_refusal(str arch) -> str");
+  // Sets, unless `on` is missing, and returns whether a row of a call gets the same bits whatever
+  // other rows the call has. For the whole process.
+  m.def("hybrid_w4a16_row_invariance(bool? on=None) -> bool");
 // fork: begin cpu
 #if defined(HYBRID_W4A16_CPU)
   // For tests and benchmarks: selects the CPU's instruction set ("": the best one) and returns its
@@ -116,6 +128,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
   m.impl("hybrid_w4a16_build_info", TORCH_BOX(&build_info));
   m.impl("hybrid_w4a16_refusal", TORCH_BOX(&refusal));
+  m.impl("hybrid_w4a16_row_invariance", TORCH_BOX(&row_invariance));
 // fork: begin cpu
 #if defined(HYBRID_W4A16_CPU)
   m.impl("hybrid_w4a16_cpu_isa", TORCH_BOX(&cpu_isa));

@@ -78,6 +78,7 @@ inline DenseArgs check_dense(DeviceType device, const Tensor& a, const Tensor& w
   args.c = c.mutable_data_ptr();
   args.c_stride_m = c.stride(0);
   args.cu_count = checks.positive("cu_count", cu_count);
+  args.row_invariant = row_invariance();
   return args;
 }
 

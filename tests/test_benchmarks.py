@@ -273,7 +273,7 @@ def test_broken_backend_does_not_stop_the_others(
             "--shapes 8:2:256:96 --group-size 64",
             "--group-size: 64 does not divide hidden 256 and intermediate 96",
         ),
-        ("--backends fast", "--backends: 'fast' is not one of hybrid, cpu-int4, "),
+        ("--backends fast", "--backends: 'fast' is not one of hybrid, row-invariant, "),
         ("--backends marlin", "--backends: 'marlin' is not one of hybrid, "),
         ("--routing even", "--routing: 'even' is not one of balanced, uniform, "),
         ("--repeats 0", "--repeats: 0 is not a positive number"),

@@ -120,6 +120,43 @@ def test_bench_command_is_one_that_vllm_takes(tool, image, tmp_path):
         assert args.random_mm_limit_mm_per_prompt == {"image": 1, "video": 0}
 
 
+def write_requests(folder):
+    rows = [(10, 20), (31, 40)]
+    path = folder / "requests.json"
+    requests = [{"input_tokens": i, "output_tokens": o} for i, o in rows]
+    path.write_text(json.dumps(requests))
+    return path
+
+
+def test_requests_from_a_file(tool, tmp_path):
+    path = write_requests(tmp_path)
+    options = tool.parse_arguments(
+        ["o/m", "--requests", str(path), "--concurrency", "4"]
+    )
+    (point,) = options.points
+    assert str(point) == "20/30 x4"
+    words = tool.load.command(
+        Path("vllm"), "http://x:9", "tok", point, 3, 1, None, tmp_path / "r", path
+    )
+    from vllm.benchmarks.serve import add_cli_args
+
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    args = parser.parse_args(words[3:])
+    assert (args.dataset_name, args.dataset_path) == ("sharegpt", str(path))
+    assert args.disable_shuffle
+    assert (args.num_prompts, args.max_concurrency) == (12, 4)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[{}]", "no json"])
+def test_a_file_without_requests_is_named(tool, tmp_path, text, capsys):
+    path = tmp_path / "requests.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        tool.parse_arguments(["o/m", "--requests", str(path)])
+    assert f"--requests {path}: expected a JSON list" in capsys.readouterr().err
+
+
 def sample(variant, number, rate, **changes):
     return {
         "variant": variant,
@@ -148,6 +185,15 @@ SAMPLES = [
     sample("hybrid", 2, 36.0),
     sample("hybrid", 2, 90.0, concurrency=4),  # the baseline has no such sample
 ]
+
+
+def test_columns_of_drafts_and_percentiles(tool):
+    """They are there where a variant has them, and empty for the others."""
+    drafting = {"accepted_drafts_pct": 41.5, "tpot_p99_ms": 70.25}
+    samples = [sample("plain", 0, 20.0), sample("ngram", 0, 30.0, **drafting)]
+    header, _, *rows = tool.report._table(tool.summarize(samples, "plain"))
+    assert "TPOT p99 ms | drafts accepted %" in header and "TTFT p99" not in header
+    assert "| - | - | 1.00 |" in rows[0] and "| 70.25 | 41.5 | 1.50 |" in rows[1]
 
 
 def test_ratios_are_formed_within_rounds(tool):

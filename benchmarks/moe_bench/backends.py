@@ -29,6 +29,8 @@ class Backend:
     """Largest relative error (Frobenius) that still counts as correct."""
     build: Callable[[Case, Int4Layer, int], Call]
     """Prepares copies of a layer's weights; may raise ``vllm_experts.Unavailable``."""
+    by_default: bool = True
+    """Whether it runs where no backends are named."""
 
     def expert_bytes(self, shape: MoEShape, group_size: int) -> int:
         """Bytes of one expert as this backend stores it."""
@@ -77,6 +79,14 @@ BACKENDS = {
     ),
     "prefill": Backend(
         ("cuda", "rocm"), 4, 0.02, partial(vllm_experts.build_hybrid, only="prefill")
+    ),
+    # vLLM's batch-invariant mode, whatever VLLM_BATCH_INVARIANT says
+    "row-invariant": Backend(
+        ("cpu", "cuda", "rocm"),
+        4,
+        0.02,
+        partial(vllm_experts.build_hybrid, only="row-invariant"),
+        by_default=False,
     ),
     "cpu-int4": Backend(
         ("cpu",), 4, 0.05, vllm_experts.build_peer("CPU", "needs x86 with AMX")

@@ -48,8 +48,9 @@ def check_names(args: argparse.Namespace) -> None:
     """
     args.routing = split_names("--routing", args.routing, ROUTINGS)
     offered = [name for name, b in BACKENDS.items() if args.device in b.devices]
+    default = [name for name in offered if BACKENDS[name].by_default]
     args.backends = split_names(
-        "--backends", args.backends or ",".join(offered), offered
+        "--backends", args.backends or ",".join(default), offered
     )
     if args.device == "cpu":
         args.cpu_isa = machine.select_cpu_isa(args.cpu_isa)

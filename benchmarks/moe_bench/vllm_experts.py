@@ -40,7 +40,8 @@ def build_hybrid(
 ) -> Callable[[int, Batch], torch.Tensor]:
     """``HybridW4A16MoEExperts`` on weights in its packed layout.
 
-    ``only``: use "decode" or "prefill" for any number of tokens.
+    ``only``: use "decode" or "prefill" for any number of tokens; "row-invariant": the
+    kernels of vLLM's batch-invariant mode.
     """
     moe_config = _moe_config(case)
     try:
@@ -71,12 +72,32 @@ def build_hybrid(
         quant_config = int4_w4a16_moe_quant_config(
             w13_scale, w2_scale, block_shape=[0, case.group_size]
         )
-        experts = HybridW4A16MoEExperts(moe_config, quant_config)
-        if only is not None:
+        with row_invariance(only == "row-invariant"):
+            experts = HybridW4A16MoEExperts(moe_config, quant_config)
+        if only in ("decode", "prefill"):
             experts.prefill_from = 1 if only == "prefill" else None
         return experts
 
-    return _ExpertsCall(case, experts, [*packed, *scales], copies, in_our_memory)
+    call = _ExpertsCall(case, experts, [*packed, *scales], copies, in_our_memory)
+    if only != "row-invariant":
+        return call
+
+    def row_invariant_call(index: int, batch: Batch) -> torch.Tensor:
+        with row_invariance(True):
+            return call(index, batch)
+
+    return row_invariant_call
+
+
+@contextlib.contextmanager
+def row_invariance(on: bool) -> Iterator[None]:
+    """Row invariance inside, as it was afterwards; ``on=False`` changes nothing."""
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+
+    before = ops.row_invariant()
+    ops.set_row_invariant(on or before)
+    yield
+    ops.set_row_invariant(before)
 
 
 def build_peer(

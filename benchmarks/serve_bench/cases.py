@@ -2,8 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The cases to compare: server variants, modes and load points, from the arguments."""
 
+import json
 import re
 import shlex
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +102,24 @@ def parse_points(lengths: str, concurrency: str) -> list[Point]:
     if not all(count.isdecimal() and int(count) for count in counts):
         raise ValueError(f"--concurrency: {concurrency!r} is not a list of counts")
     return [Point(*pair, int(count)) for pair in pairs for count in counts]
+
+
+def mean_lengths(requests: Path) -> str:
+    """The mean prompt and completion of a file of make_requests.py, as ``parse_points``
+    takes them. Raises ``ValueError`` if it is no such file.
+    """
+    try:
+        rows = json.loads(requests.read_text())
+        sizes = [(row["input_tokens"], row["output_tokens"]) for row in rows]
+        means = [round(statistics.mean(column)) for column in zip(*sizes, strict=True)]
+        return f"{means[0]}:{means[1]}"
+    except OSError as error:
+        raise ValueError(f"--requests {requests}: {error.strerror}") from None
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(
+            f"--requests {requests}: expected a JSON list of requests with "
+            "input_tokens and output_tokens (make_requests.py writes it)"
+        ) from None
 
 
 def parse_image(text: str) -> tuple[int, int]:

@@ -20,6 +20,12 @@ METRICS = {
     "ttft_mean_ms": "mean_ttft_ms",
     "tpot_mean_ms": "mean_tpot_ms",
 }
+# Those that older results or variants without speculative decoding lack.
+OPTIONAL_METRICS = {
+    "ttft_p99_ms": "p99_ttft_ms",
+    "tpot_p99_ms": "p99_tpot_ms",
+    "accepted_drafts_pct": "spec_decode_acceptance_rate",
+}
 
 
 def command(
@@ -31,18 +37,18 @@ def command(
     warmups: int,
     image: tuple[int, int] | None,
     result: Path,
+    requests: Path | None = None,
 ) -> list[str]:
     """The ``vllm bench serve`` command line of a load point.
 
     Random prompts of exactly the point's length, greedy, ignoring end of text; with
-    ``image`` each request has one synthetic image (width, height).
+    ``image`` each request has one synthetic image (width, height). With ``requests``,
+    a file of make_requests.py, its prompts and lengths in order.
     """
     options: dict[str, object] = {
         "base-url": url,
         "model": MODEL_NAME,
         "tokenizer": tokenizer,
-        "random-input-len": point.input_len,
-        "random-output-len": point.output_len,
         "num-prompts": prompts * point.concurrency,
         "num-warmups": warmups,
         "max-concurrency": point.concurrency,
@@ -53,9 +59,22 @@ def command(
         "result-dir": result.parent,
         "result-filename": result.name,
     }
-    if image is None:
-        options |= {"backend": "openai", "dataset-name": "random"}
+    flags = ["--ignore-eos", "--save-result"]
+    if requests is not None:
+        options |= {
+            "backend": "openai",
+            "dataset-name": "sharegpt",
+            "dataset-path": requests,
+        }
+        flags += ["--disable-shuffle"]
     else:
+        options |= {
+            "random-input-len": point.input_len,
+            "random-output-len": point.output_len,
+        }
+    if requests is None and image is None:
+        options |= {"backend": "openai", "dataset-name": "random"}
+    elif image is not None:
         width, height = image
         options |= {
             "backend": "openai-chat",
@@ -67,13 +86,14 @@ def command(
             "random-mm-bucket-config": f"{{({height}, {width}, 1): 1.0}}",
         }
     words = [word for name, v in options.items() for word in (f"--{name}", str(v))]
-    return [str(program), "bench", "serve", *words, "--ignore-eos", "--save-result"]
+    return [str(program), "bench", "serve", *words, *flags]
 
 
 def drive(words: list[str], result: Path, log: Path) -> dict[str, float]:
     """Run ``words``, a result of ``command`` that writes ``result``; log to ``log``.
 
-    Returns the values of ``METRICS``. Raises ``ServerError`` if the command or any
+    Returns the values of ``METRICS``, and of ``OPTIONAL_METRICS`` where there are any.
+    Raises ``ServerError`` if the command or any
     request fails. The process never outlives the call.
     """
     result.unlink(missing_ok=True)
@@ -93,4 +113,5 @@ def drive(words: list[str], result: Path, log: Path) -> dict[str, float]:
         raise ServerError(
             f"{answer['failed']} requests failed, {answer['completed']} did not: {log}"
         )
-    return {ours: answer[theirs] for ours, theirs in METRICS.items()}
+    optional = {k: v for k, v in OPTIONAL_METRICS.items() if v in answer}
+    return {k: answer[v] for k, v in (METRICS | optional).items()}

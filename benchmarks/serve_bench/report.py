@@ -14,6 +14,12 @@ _COLUMNS = (
     ("ITL p99 ms", "itl_p99_ms", ".2f"),
     ("output tok/s", "output_tokens_per_s", ".1f"),
 )
+# Only where a row has them.
+_OPTIONAL_COLUMNS = (
+    ("TTFT p99 ms", "ttft_p99_ms", ".1f"),
+    ("TPOT p99 ms", "tpot_p99_ms", ".2f"),
+    ("drafts accepted %", "accepted_drafts_pct", ".1f"),
+)
 _PANELS = (
     ("ttft_ms", "time to first token (ms)"),
     ("tpot_ms", "time per output token (ms)"),
@@ -67,7 +73,9 @@ def _rounds(result: dict[str, Any]) -> str:
 
 def _table(rows: list[Row]) -> list[str]:
     titles = ["variant", "mode", "in/out", "at a time"]
-    titles += [title for title, _, _ in _COLUMNS] + ["ratio"]
+    columns = [*_COLUMNS]
+    columns += [c for c in _OPTIONAL_COLUMNS if any(c[1] in row for row in rows)]
+    titles += [title for title, _, _ in columns] + ["ratio"]
     lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for row in rows:
         cells = [
@@ -75,14 +83,16 @@ def _table(rows: list[Row]) -> list[str]:
             row["mode"],
             f"{row['input_len']}/{row['output_len']}",
             str(row["concurrency"]),
-            *(_cell(row[key], form) for _, key, form in _COLUMNS),
-            _cell(row["ratio"], ".2f") if row["ratio"] else "-",
+            *(_cell(row.get(key), form) for _, key, form in columns),
+            _cell(row["ratio"], ".2f"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _cell(value: dict[str, float], form: str) -> str:
+def _cell(value: dict[str, float] | None, form: str) -> str:
+    if value is None:
+        return "-"
     median = f"{value['median']:{form}}"
     if value["min"] == value["max"]:
         return median

@@ -5,7 +5,7 @@
 import statistics
 from typing import Any
 
-from .load import METRICS
+from .load import METRICS, OPTIONAL_METRICS
 
 Sample = dict[str, Any]
 Row = dict[str, Any]
@@ -32,12 +32,16 @@ def summarize(samples: list[Sample], baseline: str) -> list[Row]:
             for s in mine
             if s["round"] in theirs
         ]
+        optional = [n for n in OPTIONAL_METRICS if all(n in s for s in mine)]
         rows.append(
             {
                 "variant": variant,
                 **dict(zip(CASE, case, strict=True)),
                 "rounds": len(mine),
-                **{name: spread([s[name] for s in mine]) for name in METRICS},
+                **{
+                    name: spread([s[name] for s in mine])
+                    for name in (*METRICS, *optional)
+                },
                 "ratio": spread(ratios) if ratios else None,
             }
         )

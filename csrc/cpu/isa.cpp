@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "row_invariance.h"
 #include "tuning.h"
 
 #if defined(__x86_64__)
@@ -100,6 +101,7 @@ std::string select_isa(const std::string& name) {
 
 std::string kernels_by_rows(int32_t group_size, DType dtype) {
   const InstructionSet& set = instruction_set();
+  if (row_invariance()) return std::string(set.row_invariant->name) + " 1";
   std::string lines;
   const Kernel* previous = nullptr;
   int64_t rows = 1;

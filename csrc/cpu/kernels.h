@@ -77,10 +77,12 @@ struct Epilogue {
               float* out);
 };
 
-extern const Kernel kPortable;
+// kernels_fma.h. "Few": the path for few rows, whatever their number.
+extern const Kernel kPortable, kPortableFew;
 extern const Epilogue kPortableEpilogue;
 #if defined(__x86_64__)
-extern const Kernel kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmxInt8, kAmxBf16;
+extern const Kernel kAvx2, kAvx2Few, kAvx512, kAvx512Few;
+extern const Kernel kAvx512Vnni, kAvx512Bf16, kAmxInt8, kAmxBf16;
 extern const Epilogue kAvx2Epilogue, kAvx512Epilogue;
 #endif
 

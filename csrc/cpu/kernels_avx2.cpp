@@ -9,6 +9,8 @@
 namespace moe_int4::cpu {
 
 const Kernel kAvx2 = {"avx2", row_bytes, as_many_rows, scratch_bytes, prepare, multiply};
+const Kernel kAvx2Few = {"avx2_few",    row_bytes, as_many_rows,
+                         scratch_bytes, prepare,   multiply_as_few};
 
 const Epilogue kAvx2Epilogue = {activate, store, load, dot};
 

@@ -9,6 +9,8 @@
 namespace moe_int4::cpu {
 
 const Kernel kAvx512 = {"avx512", row_bytes, as_many_rows, scratch_bytes, prepare, multiply};
+const Kernel kAvx512Few = {"avx512_few",  row_bytes, as_many_rows,
+                           scratch_bytes, prepare,   multiply_as_few};
 
 const Epilogue kAvx512Epilogue = {activate, store, load, dot};
 

@@ -299,5 +299,10 @@ void dot(DType dtype, const uint16_t* w, const float* const* a, int32_t rows, in
 
 void multiply(const Tile& t) { t.bits == 8 ? multiply_tile<8>(t) : multiply_tile<4>(t); }
 
+void multiply_as_few(const Tile& t) {
+  const Scratch scratch(t);
+  t.bits == 8 ? multiply_few<8>(t, scratch) : multiply_few<4>(t, scratch);
+}
+
 }  // namespace
 }  // namespace moe_int4::cpu

@@ -9,6 +9,8 @@
 namespace moe_int4::cpu {
 
 const Kernel kPortable = {"portable", row_bytes, as_many_rows, scratch_bytes, prepare, multiply};
+const Kernel kPortableFew = {"portable_few", row_bytes, as_many_rows,
+                             scratch_bytes,  prepare,   multiply_as_few};
 
 const Epilogue kPortableEpilogue = {activate, store, load, dot};
 

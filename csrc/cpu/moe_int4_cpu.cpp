@@ -172,11 +172,13 @@ struct Part {
 class Call {
  public:
   Call(DType dtype, const void* a, int64_t a_stride_m, const Weights& w, const Grouping& grouping,
-       int64_t floats_per_thread)
+       bool row_invariant, int64_t floats_per_thread)
       : isa_(instruction_set()), dtype_(dtype), w_(w), grouping_(grouping) {
     int64_t row_bytes = 0, scratch_bytes = 0;
     for (const Grouping::Expert& expert : grouping.experts) {
-      const Kernel& kernel = kernel_for(isa_, expert.count, w.group_size, dtype, w.bits);
+      const Kernel& kernel = row_invariant
+                                 ? *isa_.row_invariant
+                                 : kernel_for(isa_, expert.count, w.group_size, dtype, w.bits);
       kernels_.push_back(&kernel);
       row_bytes = std::max(row_bytes, kernel.row_bytes(dtype, w.k));
       scratch_bytes =
@@ -345,7 +347,7 @@ void gemm(const GemmArgs& args) {
   const Grouping grouping = group_blocks(args);
   if (grouping.experts.empty()) return;
   const int32_t wide = widest_part(grouping);
-  const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping,
+  const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping, args.row_invariant,
                   int64_t{grouping.max_count} * wide);
   for_each_part(grouping, args.w.n, wide, [&](const Part& part, const Part& next, int64_t thread) {
     float* y = call.floats(thread);
@@ -381,7 +383,8 @@ void gate_up_together(const GateUpArgs& args) {
   const int32_t columns = args.w.n / 2;
   const int32_t wide = widest_part(grouping);
   const int64_t half = int64_t{grouping.max_count} * wide;
-  const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping, 2 * half);
+  const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping, args.row_invariant,
+                  2 * half);
   for_each_part(grouping, columns, wide, [&](const Part& part, const Part& next, int64_t thread) {
     float* gate = call.floats(thread);
     float* up = gate + half;
@@ -416,7 +419,7 @@ void down_together(const DownArgs& args) {
   const int32_t turn_columns = tokens <= 64 ? 512 : 128;
   const int32_t wide = std::min(widest_part(grouping), turn_columns);
   const int64_t sums = int64_t{tokens} * turn_columns;
-  const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping,
+  const Call call(args.dtype, args.a, args.a_stride_m, args.w, grouping, args.row_invariant,
                   sums + int64_t{grouping.max_count} * wide);
   const auto weight_of = [&](int32_t pair) {
     return args.topk_weights == nullptr
@@ -503,6 +506,7 @@ void dense_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tens
     args.expert_ids = &expert_id;
     args.num_blocks = args.top_k = 1;
     args.num_rows = args.block_size_m = std::min(step, dense.m - begin);
+    args.row_invariant = dense.row_invariant;
     gemm(args);
   }
 }

@@ -33,6 +33,8 @@ struct InstructionSet {
   const Epilogue* epilogue;
   Rule rules[kMaxRules];  // the last rule is {kAllRows, kAny, kAny, ...}
   Rule bytes[2];          // the rules for 8-bit weights
+  // Computes every row on its own, whatever their number; for row-invariant calls.
+  const Kernel* row_invariant;
 };
 
 constexpr InstructionSet kInstructionSets[] = {
@@ -51,7 +53,8 @@ constexpr InstructionSet kInstructionSets[] = {
       {16, 128, kAny, &kAmxInt8},
       {8, kAny, kAny, &kAmxInt8},
       {kAllRows, kAny, kAny, &kAmxBf16}},
-     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}}},
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}},
+     &kAvx512Vnni},
 #endif
 #if defined(HYBRID_W4A16_CPU_AVX512_BF16) && defined(HYBRID_W4A16_CPU_AVX512_VNNI)
     // Zen 4, one thread: CPU time in ms for two experts of 2816 x 4096 (gate_up), by rows:
@@ -65,34 +68,39 @@ constexpr InstructionSet kInstructionSets[] = {
      {{12, kAny, kAny, &kAvx512Vnni},
       {64, kAny, static_cast<int32_t>(DType::kHalf), &kAvx512Vnni},
       {kAllRows, kAny, kAny, &kAvx512Bf16}},
-     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}}},
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}},
+     &kAvx512Vnni},
 #endif
 #if defined(HYBRID_W4A16_CPU_AVX512_VNNI)
     {"avx512_vnni",
      has_avx512_vnni,
      &kAvx512Epilogue,
      {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}},
-     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}}},
+     {{7, kAny, kAny, &kAvx512Vnni}, {kAllRows, kAny, kAny, &kAvx512}},
+     &kAvx512Vnni},
 #endif
 #if defined(HYBRID_W4A16_CPU_AVX512)
     {"avx512",
      has_avx512,
      &kAvx512Epilogue,
      {{kAllRows, kAny, kAny, &kAvx512}},
-     {{kAllRows, kAny, kAny, &kAvx512}}},
+     {{kAllRows, kAny, kAny, &kAvx512}},
+     &kAvx512Few},
 #endif
 #if defined(HYBRID_W4A16_CPU_AVX2)
     {"avx2",
      has_avx2,
      &kAvx2Epilogue,
      {{kAllRows, kAny, kAny, &kAvx2}},
-     {{kAllRows, kAny, kAny, &kAvx2}}},
+     {{kAllRows, kAny, kAny, &kAvx2}},
+     &kAvx2Few},
 #endif
     {"portable",
      always,
      &kPortableEpilogue,
      {{kAllRows, kAny, kAny, &kPortable}},
-     {{kAllRows, kAny, kAny, &kPortable}}},
+     {{kAllRows, kAny, kAny, &kPortable}},
+     &kPortableFew},
 };
 
 inline bool fits(const Rule& rule, int32_t group_size, DType dtype) {

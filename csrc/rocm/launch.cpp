@@ -55,10 +55,11 @@ int small(int64_t stride, int rows) {
 
 // The inputs of the launch rule in plan.h.
 Problem problem(const Routing& r, const Weights& w, int rows, const void* a, int64_t a_stride,
-                int cu_count) {
+                int cu_count, bool row_invariant) {
   const bool aligned = reinterpret_cast<uintptr_t>(a) % 16 == 0 && a_stride % 8 == 0;
-  return {r.num_tokens, r.top_k,  w.num_experts,        rows,           ceil_div(w.k, kBlockK),
-          aligned,      cu_count, gpu::max_lds_bytes(), 0.5 * w.n * w.k};
+  return {r.num_tokens,           r.top_k,      w.num_experts, rows,
+          ceil_div(w.k, kBlockK), aligned,      cu_count,      gpu::max_lds_bytes(),
+          0.5 * w.n * w.k,        row_invariant};
 }
 
 // Checks the second or third dimension of a grid.
@@ -76,8 +77,9 @@ void launch_gemm(const GemmArgs& args, void* stream) {
   const Weights& w = args.w;
   if (args.num_blocks == 0) return;
   const int blocks = ceil_div(w.k, kBlockK), tiles = ceil_div(w.n, kRowsPerWave);
-  const int waves = gemm_waves(blocks, int64_t{tiles} * args.num_blocks, args.cu_count);
-  const int rows = args.block_size_m == 1 ? 1 : kMaxSlots;
+  const int deciding_blocks = args.row_invariant ? 1 : args.num_blocks;
+  const int waves = gemm_waves(blocks, int64_t{tiles} * deciding_blocks, args.cu_count);
+  const int rows = args.block_size_m == 1 && !args.row_invariant ? 1 : kMaxSlots;
   const int wave_lds = lds_bytes_per_wave(rows, args.block_size_m);
   gpu::launch(gemm_kernel(args.dtype, w, rows),
               {tiles, grid_size(args.num_blocks, "blocks of rows"), 1, waves * gpu::kWaveSize,
@@ -94,7 +96,8 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
   const int inter = w.n / 2;
-  const Problem p = problem(r, w, inter, args.a, args.a_stride_m, args.cu_count);
+  const Problem p =
+      problem(r, w, inter, args.a, args.a_stride_m, args.cu_count, args.row_invariant);
   const GateUpPlan plan = args.plan.size == 0 ? gate_up_plan(p) : parse_gate_up_plan(args.plan, p);
   const int lds = gate_up_lds(p, plan), threads = plan.waves * gpu::kWaveSize;
 #if GPU_HAS_MMA
@@ -135,7 +138,7 @@ void launch_down(const DownArgs& args, void* queue) {
   const Weights& w = args.w;
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
-  const Problem p = problem(r, w, w.n, args.a, args.a_stride_m, args.cu_count);
+  const Problem p = problem(r, w, w.n, args.a, args.a_stride_m, args.cu_count, args.row_invariant);
   const DownPlan plan = args.plan.size == 0 ? down_plan(p) : parse_down_plan(args.plan, p);
   const int lds = down_lds(p, plan), wave_lds = down_wave_lds(p, plan);
   const int threads = plan.waves * gpu::kWaveSize;

@@ -65,6 +65,7 @@ struct Problem {
   int cu_count;
   int max_lds;          // bytes per block
   double expert_bytes;  // of one expert's int4 weights in this op
+  bool row_invariant;   // see row_invariance.h
 
   int pairs() const { return tokens * top_k; }
   // fork: begin overlay
@@ -255,6 +256,21 @@ inline double few_share_limit([[maybe_unused]] const Problem& p) {
 }
 inline bool few_share(const Problem& p) { return p.distinct() > few_share_limit(p) * p.pairs(); }
 
+// The problem that decides the plan. Row invariant: that of one token, whose pairs are on their own
+// (kPairs). A block then computes one token (down) or one pair (gate_up), and the waves that share
+// its k do not depend on the other tokens.
+inline Problem deciding(Problem p) {
+  if (!p.row_invariant) return p;
+#if GPU_HAS_MMA
+  if (!p.aligned) {
+    throw std::runtime_error(
+        "a: expected rows aligned to 16 bytes in a row-invariant call, got other ones");
+  }
+#endif
+  p.tokens = 1;
+  return p;
+}
+
 // Whether each pair reads its expert's weights.
 inline bool pairs_alone(const Problem& p) {
 #if GPU_HAS_MMA
@@ -283,7 +299,8 @@ inline GateUpPlan grouped_gate_up_plan(const Problem& p) {
 }
 #endif
 
-inline GateUpPlan gate_up_plan(const Problem& p) {
+inline GateUpPlan gate_up_plan(const Problem& call) {
+  const Problem p = deciding(call);
 #if GPU_HAS_MMA
   if (p.can_group()) return grouped_gate_up_plan(p);
 #endif
@@ -320,11 +337,13 @@ inline DownPlan grouped_down_plan(const Problem& p) {
 }
 #endif
 
-inline DownPlan down_plan(const Problem& p) {
+inline DownPlan down_plan(const Problem& call) {
+  const Problem p = deciding(call);
   const int tiles = ceil_div(p.rows, kRowsPerWave);
 #if GPU_HAS_MMA
   // With at least one tile per compute unit, the grouped blocks are one round for any tokens.
-  if (p.can_group() && (tiles >= p.cu_count || !(p.tokens == 1 || few_share(p)))) {
+  if (p.can_group() && !p.row_invariant &&
+      (tiles >= p.cu_count || !(p.tokens == 1 || few_share(p)))) {
     return grouped_down_plan(p);
   }
   constexpr int kWavesPerCu = 16;  // one round of blocks

@@ -27,6 +27,7 @@ from vllm.plugins.hybrid_w4a16.hooks import apply_hooks
 from ..support import tiny_models
 from ..support.int4_formats import FORMATS
 from ..support.moe_layers import LAYER_NAME, Checkpoint, Shape, make_layer, quant_config
+from ..support.mtp_checkpoints import make_mtp_checkpoint
 from ..support.qwen35_checkpoints import (
     TINY_TEXT,
     TINY_VISION,
@@ -574,3 +575,22 @@ def test_dense_model(tmp_path, capsys):
     assert cli.main(["explain", str(tmp_path)]) == 0
     assert "no routed experts" in capsys.readouterr().out
     assert parts(explain(str(tmp_path)))["dense MLP"] == 128 * 64 * 2  # loaded as bf16
+
+
+@pytest.mark.parametrize("int4", [True, False])
+def test_mtp_layer_is_counted(tmp_path, int4):
+    """It is listed, and neither its bytes nor its launches are part of a token."""
+    folder = make_mtp_checkpoint(tmp_path, int4)
+    report = explain(str(folder), device="cpu")
+    assert report["hybrid_layers"] == 2
+    (draft,) = report["draft_layers"]
+    assert (draft["name"], draft["index"]) == ("mtp.layers.0.mlp.experts", [0])
+    assert (draft["bits"], draft["hybrid"]) == (4 if int4 else 16, int4)
+    assert report["hybrid_draft_layers"] == int(int4)
+    assert report["launches"]["routed experts"] == 4
+    assert parts(report)["draft layers (MTP)"] == 0
+    stored = parts(report, "stored_bytes")["draft layers (MTP)"]
+    extra = folder / "model_extra_tensors.safetensors"
+    assert stored == pytest.approx(extra.stat().st_size, rel=0.02)
+    (line,) = (x for x in as_text(report).splitlines() if x.startswith("draft 0"))
+    assert line.endswith("hybrid" if int4 else "16-bit weights, not quantized")

@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+import re
 import time
 
 import pytest
@@ -79,6 +80,8 @@ def test_sound_kernels_pass(monkeypatch, capsys):
             if op != "gemm":
                 same, rows = group["alone"]
                 assert 0 < same <= rows == 32
+                assert (group["alone_difference"] > 0) == (same < rows)
+                assert group["alone_difference"] < 0.02
     for isa in ops.build_info()["cpu"]:
         dense, rescore = groups[f"dense {isa}"], groups[f"rescore {isa}"]
         assert dense["rounds"] == 2 * 6 and dense["cases"] == 18
@@ -87,6 +90,37 @@ def test_sound_kernels_pass(monkeypatch, capsys):
     assert {f"repacking {format.name}" for format in selftest_run.PACKINGS} <= set(
         groups
     )
+
+
+def test_rows_in_a_batch_that_are_not_those_alone(one_isa, monkeypatch, capsys):
+    """An observation, but an error in vLLM's batch-invariant mode."""
+
+    def spoil(c):
+        if len(c) == 24:  # three pairs for each of 8 tokens
+            c[3:6] *= 1 + 2**-6
+
+    break_op(monkeypatch, "gate_up", spoil)
+    status, out = result(capsys)
+    (line,) = (x for x in out.splitlines() if x.startswith("ok  gate_up"))
+    assert status == 0 and re.search(
+        r"\d\d/32 rows .*\(largest difference 1\.[4-9]e-02 of the row\)", line
+    )
+    monkeypatch.setattr(ops, "row_invariant", lambda: True)
+    status, out = result(capsys)
+    assert status == 1 and "rows have other bits in a batch than alone" in out
+
+
+def test_all_rows_are_the_same_alone_where_vllm_asks_for_it(capsys):
+    ops.set_row_invariant(True)
+    try:
+        status, out = result(capsys, "--json")
+    finally:
+        ops.set_row_invariant(False)
+    assert status == 0
+    for group in json.loads(out)["groups"]:
+        same, rows = group["alone"]
+        assert same == rows
+        assert rows > 0 or not group["name"].startswith(("gate_up", "down", "dense"))
 
 
 def test_every_kernel_runs_before_any_repeats(one_isa):

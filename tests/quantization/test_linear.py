@@ -41,6 +41,7 @@ from ..support.moe_layers import (
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 SIZES = (72, 56)  # rows of two projections in one layer; neither a multiple of 32
 INPUTS = 256
+PREFIX = "model.layers.0.self_attn.qkv_proj"
 # Of a dense linear vLLM takes GPTQ in symmetric form only, and on the CPU no AutoRound
 # in AWQ's packing.
 CASES = [
@@ -78,6 +79,9 @@ class Linear:
         self.group_size, self.dtype = group_size, dtype
         config = quant_config(format, group_size, symmetric)
         config.packed_modules_mapping = {}
+        if hasattr(config, "modules_in_block_to_quantize"):
+            # as vLLM reads it from a checkpoint; 0.31 takes an empty list for "none"
+            config.modules_in_block_to_quantize = [PREFIX]
         with set_current_vllm_config(VllmConfig()), torch.device(DEVICE):
             self.layer = MergedColumnParallelLinear(
                 INPUTS,
@@ -85,7 +89,7 @@ class Linear:
                 bias=True,
                 params_dtype=dtype,
                 quant_config=config,
-                prefix="model.layers.0.self_attn.qkv_proj",
+                prefix=PREFIX,
             )
         self.model = torch.nn.ModuleDict({"linear": self.layer})
         with torch.device(DEVICE):

@@ -17,8 +17,8 @@ int main() {
   while (std::scanf("%d %d %d %d %d %d %d", &tokens, &top_k, &experts, &hidden, &inter, &cus,
                     &lds) == 7) {
     const auto problem = [&](int rows, int k, double weights) {
-      return Problem{tokens, top_k, experts, rows,         ceil_div(k, kBlockK),
-                     true,   cus,   lds,     0.5 * weights};
+      return Problem{tokens, top_k, experts, rows,          ceil_div(k, kBlockK),
+                     true,   cus,   lds,     0.5 * weights, false};
     };
     const auto eights = [&](Kernel kernel) {
       return kernel == Kernel::kPairs ? tokens : ceil_div(tokens, kMaxSlots);

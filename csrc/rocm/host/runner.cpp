@@ -156,6 +156,7 @@ class Call {
     args.c = tensor<void>("c");
     args.c_stride_m = i64("c_stride_m");
     args.cu_count = i32("cu_count");
+    args.row_invariant = fields_.count("row_invariant") != 0;
   }
 
   // "plan" holds int64 values; without it there is no plan.

@@ -57,11 +57,16 @@ bool has_avx512() {
 
 // Returns null if this processor cannot run the kernel.
 const Kernel* find(const std::string& name) {
-  if (name == kPortable.name) return &kPortable;
+  for (const Kernel* kernel : {&kPortable, &kPortableFew}) {
+    if (name == kernel->name) return kernel;
+  }
 #if defined(__x86_64__)
-  if (name == kAvx2.name && has_avx2()) return &kAvx2;
+  for (const Kernel* kernel : {&kAvx2, &kAvx2Few}) {
+    if (name == kernel->name && has_avx2()) return kernel;
+  }
   if (!has_avx512()) return nullptr;
-  for (const Kernel* kernel : {&kAvx512, &kAvx512Vnni, &kAvx512Bf16, &kAmxInt8, &kAmxBf16}) {
+  for (const Kernel* kernel :
+       {&kAvx512, &kAvx512Few, &kAvx512Vnni, &kAvx512Bf16, &kAmxInt8, &kAmxBf16}) {
     if (name == kernel->name) return kernel;
   }
 #endif

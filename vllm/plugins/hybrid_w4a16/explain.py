@@ -109,6 +109,7 @@ def _report(
     value = switch.value()
     family = devices.PLANNED[device] if device else devices.device_family()
     layers = explain_layers.expert_layers(checkpoint, tp_size, family)
+    drafts = explain_layers.draft_layers(checkpoint, tp_size, family)
     linears = explain_linears.linears(checkpoint, tp_size, family)
     parts = explain_bytes.parts(checkpoint, layers, tp_size, context)
     total = sum(part.token_bytes for part in parts)
@@ -132,9 +133,11 @@ def _report(
         "context": context,
         "format": _format(checkpoint),
         "expert_layers": _groups(layers),
+        "draft_layers": _groups(drafts),
         "hybrid_layers": sum(layer.hybrid for layer in layers),
         "declined_layers": sum(not (layer.hybrid or layer.error) for layer in layers),
         "refused_layers": sum(layer.error for layer in layers),
+        "hybrid_draft_layers": sum(layer.hybrid for layer in drafts),
         "linears": [dataclasses.asdict(group) for group in linears],
         "launches": _launches(layers, linears),
         "parts": [dataclasses.asdict(part) for part in parts],
@@ -225,11 +228,14 @@ def _expert_table(report: dict[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = [
         ("expert layers", "experts", "size", "bits", "group", "bytes", "path")
     ]
-    for group in report["expert_layers"]:
+    groups = [(_ranges(group["index"]), group) for group in report["expert_layers"]]
+    for group in report["draft_layers"]:
+        groups.append((f"draft {_ranges(group['index'])}", group))
+    for label, group in groups:
         zeros = "" if group["group_size"] is None or group["symmetric"] else " +zp"
         rows.append(
             (
-                _ranges(group["index"]),
+                label,
                 f"{group['num_experts']}, top-{group['top_k']}",
                 f"{group['hidden']} x {group['intermediate']}",
                 str(group["bits"]),

@@ -7,6 +7,7 @@ comes from vLLM's own quantization config with our hooks applied, so it is the o
 ``vllm serve`` takes.
 """
 
+import contextlib
 import itertools
 import re
 from collections import defaultdict
@@ -93,17 +94,44 @@ def expert_layers(
 
     Raises ``CheckpointError`` when the tensors do not fit the config.
     """
-    depth = checkpoint.value("num_hidden_layers", "n_layer", "num_layers")
-    by_layer: dict[tuple[int, str], list[TensorInfo]] = defaultdict(list)
-    for tensor in checkpoint.tensors:
-        found = EXPERT_TENSOR.match(tensor.name)
-        if found and is_decoder(tensor.name, int(found["index"]), depth):
-            by_layer[int(found["index"]), found["layer"]].append(tensor)
+    by_layer = _tensors_by_layer(checkpoint, drafts=False)
     stored = [
         _stored_layer(checkpoint, index, name, tensors)
         for (index, name), tensors in sorted(by_layer.items())
     ]
     return _decide(checkpoint, stored, by_layer, tp_size, family)
+
+
+def draft_layers(
+    checkpoint: Checkpoint, tp_size: int, family: DeviceFamily | str
+) -> list[ExpertsLayer]:
+    """The routed-experts layers of multi-token prediction, as ``expert_layers``.
+
+    vLLM loads them only to speculate, so layers that do not fit the config are no
+    error: they are left out.
+    """
+    by_layer = _tensors_by_layer(checkpoint, drafts=True)
+    stored = []
+    for (index, name), tensors in sorted(by_layer.items()):
+        with contextlib.suppress(CheckpointError):
+            stored.append(_stored_layer(checkpoint, index, name, tensors))
+    return _decide(checkpoint, stored, by_layer, tp_size, family)
+
+
+def _tensors_by_layer(
+    checkpoint: Checkpoint, drafts: bool
+) -> dict[tuple[int, str], list[TensorInfo]]:
+    """The tensors of the routed experts by index and name of the layer."""
+    depth = checkpoint.value("num_hidden_layers", "n_layer", "num_layers")
+    by_layer: dict[tuple[int, str], list[TensorInfo]] = defaultdict(list)
+    for tensor in checkpoint.tensors:
+        found = EXPERT_TENSOR.match(tensor.name)
+        if found is None:
+            continue
+        index = int(found["index"])
+        if is_decoder(tensor.name, index, depth) != drafts:
+            by_layer[index, found["layer"]].append(tensor)
+    return by_layer
 
 
 def is_decoder(name: str, index: int, depth: int) -> bool:

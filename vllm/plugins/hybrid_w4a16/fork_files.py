@@ -99,6 +99,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "moe_int4_checks.h",
             "csrc/torch_bindings.cpp",
+            "row_invariance.h",
             "torch_bindings_gpu.cpp",
             "csrc/rocm/device.h",
             "device_hip.cpp",

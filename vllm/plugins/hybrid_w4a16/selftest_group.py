@@ -3,6 +3,10 @@
 """A line of ``selftest``'s output. Importing this module imports nothing else."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 RUNS = 20
 """Runs that must all write the same bits."""
@@ -27,6 +31,9 @@ class Group:
     """Cases in which ``RUNS`` runs wrote the same bits."""
     alone: tuple[int, int] = (0, 0)
     """Rows whose bits do not depend on the rest of the batch, and rows compared."""
+    alone_difference: float = 0.0
+    """Largest difference of an element in a batch from the same row alone, as a
+    fraction of the row's largest element."""
     failure: str | None = None
 
     def note(self, error: float, tolerance: float, where: str) -> None:
@@ -51,4 +58,20 @@ class Group:
         same, rows = self.alone
         if rows:
             text += f"; {same}/{rows} rows identical alone and in a batch"
+            if same < rows:
+                text += f" (largest difference {self.alone_difference:.1e} of the row)"
         return text
+
+    def note_alone(self, in_batch: "torch.Tensor", alone: "torch.Tensor") -> None:
+        """Compare a row, or a token's rows, from a batch with the same one alone.
+
+        Both: fp16/bf16 [rows, columns]; rows that no kernel wrote are NaN in both.
+        """
+        same, rows = self.alone
+        equal = in_batch.nan_to_num().equal(alone.nan_to_num())
+        self.alone = same + equal, rows + 1
+        if not equal:
+            difference = (in_batch.double() - alone.double()).abs().nan_to_num()
+            size = alone.double().abs().nan_to_num().amax(1, keepdim=True)
+            worst = float((difference / size.clamp(min=1e-30)).max())
+            self.alone_difference = max(self.alone_difference, worst)

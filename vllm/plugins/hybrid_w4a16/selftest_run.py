@@ -290,9 +290,8 @@ class Selftest:
             self._repeat(launch, here, op, 3)
             group.repeated += 1
         if op != "gemm":  # the caller makes its blocks: a row alone is another call
-            same, rows = group.alone
-            same += self._same_alone(launch, here, op, 8)
-            group.alone = same, rows + 8
+            with at(f"{kernel}, {shape}"):
+                self._compare_alone(group, launch, here, op, 8)
 
     def _run_dense(self, group: Group, case: DenseCase) -> None:
         here, tolerance = case.to(self.device), reference.TOLERANCE[case.dtype]
@@ -311,6 +310,12 @@ class Selftest:
         with at(f"{case}, {rows} rows"):
             call = functools.partial(here.launch, output.view, self.family.cu_count)
             self._same_bits(call, output)
+            for row in range(rows):
+                one = Poisoned(1, case.expected.shape[1], case.dtype, self.device)
+                single = dataclasses.replace(here, x=here.x[row : row + 1])
+                self._launch(single.launch, one.view, self.family.cu_count)
+                group.note_alone(output.view[row : row + 1], one.view)
+            _check_alone(group)
         group.repeated += 1
 
     def _run_rescore(self, group: Group, case: RescoreCase, repeats: bool) -> None:
@@ -393,19 +398,22 @@ class Selftest:
                     "call"
                 )
 
-    def _same_alone(self, launch: Launch, here: Case, op: str, tokens: int) -> int:
-        """How many of the first tokens get the same bits in a batch and alone."""
+    def _compare_alone(
+        self, group: Group, launch: Launch, here: Case, op: str, tokens: int
+    ) -> None:
+        """Compare the first tokens' results in a batch with those of a token alone.
+
+        They must be equal if ``set_row_invariant`` is on.
+        """
         batch = Poisoned.of(here, op, tokens, self.device)
         self._launch(launch, here, batch.view, 0, tokens)
         per_token = here.rows(op, 1)
-        same = 0
         for token in range(tokens):
             one = Poisoned.of(here, op, 1, self.device)
             self._launch(launch, here, one.view, token, 1)
-            mine = batch.view[token * per_token : (token + 1) * per_token].contiguous()
-            alone = one.view.contiguous().view(torch.int16)
-            same += torch.equal(mine.view(torch.int16), alone)
-        return same
+            mine = batch.view[token * per_token : (token + 1) * per_token]
+            group.note_alone(mine, one.view)
+        _check_alone(group)
 
     def _prefill(
         self, group: Group, number: int, shape: LayerShape, tiles: Any, pool: Any
@@ -435,6 +443,16 @@ class Selftest:
                 )
         group.repeated += 1
         group.note(error, 2 * tolerance, f"{tiles.gate_up}, {shape}")
+
+
+def _check_alone(group: Group) -> None:
+    same, rows = group.alone
+    if same < rows and ops.row_invariant():
+        raise WrongResultError(
+            f"{rows - same} of {rows} rows have other bits in a batch than alone "
+            f"(largest difference {group.alone_difference:.1e} of the row), in vLLM's "
+            "batch-invariant mode"
+        )
 
 
 def table_tiles(name: str) -> list[Any]:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm import envs
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.platforms import current_platform
 
@@ -35,7 +36,12 @@ _KERNELS = (
     "fused_moe_wvSplitK_int4_gate_up",
     "fused_moe_wvSplitK_int4_down",
 )
-_OPS = (*_KERNELS, "hybrid_w4a16_build_info", "hybrid_w4a16_refusal")
+_OPS = (
+    *_KERNELS,
+    "hybrid_w4a16_build_info",
+    "hybrid_w4a16_refusal",
+    "hybrid_w4a16_row_invariance",
+)
 
 
 class OpActivation(NamedTuple):
@@ -96,6 +102,7 @@ def load_error() -> str | None:
         return "vLLM's own libraries hold no int4 MoE ops"
     for op in _KERNELS:
         torch.library.register_fake(f"_rocm_C::{op}", _no_output)
+    set_row_invariant(envs.VLLM_BATCH_INVARIANT)
     return None
 
 
@@ -151,6 +158,22 @@ def refusal(arch: str) -> str | None:
     if error is not None:
         raise RuntimeError(error)
     return torch.ops._rocm_C.hybrid_w4a16_refusal(arch) or None
+
+
+def set_row_invariant(on: bool) -> None:
+    """Whether rows get the same bits alone and in any batch; for the whole process.
+
+    Applies to all ops of the library, also those of ``hybrid_w4a16_dense_ops``. Loading
+    the library sets it from ``VLLM_BATCH_INVARIANT``. Then one kernel runs for any
+    number of rows: on the CPU that of few rows, on a GPU the one that reads an expert's
+    weights for each pair of token and expert. Layers look at it when they are built.
+    """
+    torch.ops._rocm_C.hybrid_w4a16_row_invariance(on)
+
+
+def row_invariant() -> bool:
+    """Return what ``set_row_invariant`` set."""
+    return torch.ops._rocm_C.hybrid_w4a16_row_invariance()
 
 
 def cpu_kernels(group_size: int, dtype: torch.dtype) -> list[tuple[str, int]]:

@@ -4,13 +4,15 @@
 
 On the CPU one C++ op handles any number. On a GPU the skinny GEMM handles up to
 ``hybrid_w4a16_dense_ops.MAX_ROWS`` rows. More rows use the Triton GEMM of the MoE
-prefill (4 bits) or a 16-bit GEMM on dequantized weights (8 bits).
+prefill (4 bits) or a 16-bit GEMM on dequantized weights (8 bits); in vLLM's
+batch-invariant mode, the skinny GEMM on that many rows at a time.
 """
 
 import functools
 
 import torch
 
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import prefill_tiles
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
@@ -67,6 +69,24 @@ def _multiply_few(
     return out
 
 
+def _multiply_in_parts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    cu_count: int,
+    group_size: int,
+    bits: int,
+) -> torch.Tensor:
+    out = x.new_empty(x.shape[0], weights.shape[0])
+    parts = zip(x.split(ops.MAX_ROWS), out.split(ops.MAX_ROWS), strict=True)
+    for rows, results in parts:
+        ops.wvSplitK_int_g(
+            rows, weights, scales, results, cu_count, group_size, bits, zero_points
+        )
+    return out
+
+
 def _multiply_on_gpu(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -81,6 +101,10 @@ def _multiply_on_gpu(
     rows, inputs = x.shape
     if rows <= ops.MAX_ROWS:
         return _multiply_few(
+            x, weights, scales, zero_points, cu_count, group_size, bits
+        )
+    if hybrid_w4a16_ops.row_invariant():
+        return _multiply_in_parts(
             x, weights, scales, zero_points, cu_count, group_size, bits
         )
     if bits == 8:

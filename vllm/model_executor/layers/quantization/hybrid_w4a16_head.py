@@ -16,7 +16,8 @@ from the 16-bit weights (``wvSplitK_int_g_rescore``):
 
 With tensor parallelism each rank uses the largest logit of its own rows, so it
 recomputes more logits, never fewer. More than 16 rows at once (``prompt_logprobs``) use
-the 16-bit weights. Other schemes free those, unless an embedding is tied to them.
+the 16-bit weights, except in vLLM's batch-invariant mode. Other schemes free those,
+unless an embedding is tied to them.
 
 Drafters (MTP, EAGLE) that share the head can read it in int4 or int8 without rescoring,
 whatever format the head itself has. That changes which drafts are accepted, not the
@@ -35,6 +36,7 @@ from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as device
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
@@ -402,7 +404,8 @@ class HybridW4A16HeadMethod(QuantizeMethodBase):
         if self.scheme is None:
             return self._unquantized.apply(layer, x)
         self._follow_tied(layer)
-        if self.scheme.rescored and x.numel() > ops.MAX_ROWS * x.shape[-1]:
+        many = x.numel() > ops.MAX_ROWS * x.shape[-1]
+        if self.scheme.rescored and many and not hybrid_w4a16_ops.row_invariant():
             return self._unquantized.apply(layer, x)
         return self._apply(
             layer,

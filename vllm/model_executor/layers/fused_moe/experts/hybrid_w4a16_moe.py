@@ -76,7 +76,8 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             self.group_size, moe_config.intermediate_size_per_partition
         )
         self.tuned: tuning.Tuned | None = None
-        if family.tuning is not None:
+        # The tables depend on the number of tokens, and Triton sums in another order.
+        if family.tuning is not None and not ops.row_invariant():
             shape = tuning.MoEShape(
                 moe_config.num_experts,
                 moe_config.experts_per_token,
@@ -96,6 +97,10 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
     @staticmethod
     def _supports_current_device() -> bool:
         return isinstance(device_family(), DeviceFamily)
+
+    @staticmethod
+    def _supports_batch_invariance() -> bool:
+        return True  # hybrid_w4a16_ops.set_row_invariant
 
     @staticmethod
     def _supports_no_act_and_mul() -> bool:
