@@ -150,7 +150,8 @@ class ArgumentChecks {
          t.has_value() ? "a tensor" : "None");
   }
 
-  // Checks a matrix of 16-bit weights whose rows are read 16 bytes at a time; returns the row stride.
+  // Checks a matrix of 16-bit weights whose rows are read 16 bytes at a time; returns the row
+  // stride.
   int64_t wide_rows(const char* argument, const Tensor& w, const char* rows, int64_t k,
                     int64_t n = Dim::kAny) const {
     activation(argument, w, {{rows, n}, {"K", k}});
@@ -223,7 +224,8 @@ class ArgumentChecks {
     if (k % 8 != 0) fail(argument, "K a multiple of 8", std::to_string(k));
     const uintptr_t past = reinterpret_cast<uintptr_t>(w.const_data_ptr()) % 16;
     if (past != 0) {
-      fail(argument, "data aligned to 16 bytes", "an address " + std::to_string(past) + " past one");
+      fail(argument, "data aligned to 16 bytes",
+           "an address " + std::to_string(past) + " past one");
     }
   }
 
@@ -323,17 +325,13 @@ inline GemmArgs check_gemm(DeviceType device, const Tensor& a, const Tensor& w,
   return out;
 }
 
-inline GateUpArgs check_gate_up(DeviceType device, const Tensor& a, const Tensor& w,
-                                const Tensor& scales, const Tensor& c, const Tensor& topk_ids,
-                                const std::string& activation, int64_t cu_count, int64_t group_size,
-                                const std::optional<Tensor>& zero_points,
-                                const std::optional<Tensor>& expert_map, double alpha, double beta,
-                                std::optional<double> limit,
-                                const std::optional<std::vector<int64_t>>& plan,
-                                const std::optional<Tensor>& shared_w,
-                                const std::optional<Tensor>& shared_gate,
-                                const std::optional<Tensor>& shared_c,
-                                const std::optional<Tensor>& shared_factors) {
+inline GateUpArgs check_gate_up(
+    DeviceType device, const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+    const Tensor& topk_ids, const std::string& activation, int64_t cu_count, int64_t group_size,
+    const std::optional<Tensor>& zero_points, const std::optional<Tensor>& expert_map, double alpha,
+    double beta, std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan,
+    const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_gate,
+    const std::optional<Tensor>& shared_c, const std::optional<Tensor>& shared_factors) {
   const ArgumentChecks check("fused_moe_wvSplitK_int4_gate_up", device, a);
   GateUpArgs out{};
   out.dtype = check.dtype();
@@ -362,7 +360,8 @@ inline GateUpArgs check_gate_up(DeviceType device, const Tensor& a, const Tensor
   check.together("shared_factors", shared_factors, "shared_gate", shared_gate);
   if (shared_gate.has_value()) check.together("shared_w", shared_w, "shared_gate", shared_gate);
   if (!shared_w.has_value()) return out;
-  out.shared.w_stride_n = check.wide_rows("shared_w", *shared_w, "2*I of the shared expert", out.w.k);
+  out.shared.w_stride_n =
+      check.wide_rows("shared_w", *shared_w, "2*I of the shared expert", out.w.k);
   out.shared.w = shared_w->const_data_ptr();
   if (shared_w->size(0) % 2 != 0) {
     check.fail("shared_w", "an even number of rows (gate and up)",
@@ -383,16 +382,13 @@ inline GateUpArgs check_gate_up(DeviceType device, const Tensor& a, const Tensor
   return out;
 }
 
-inline DownArgs check_down(DeviceType device, const Tensor& a, const Tensor& w,
-                           const Tensor& scales, const Tensor& c, const Tensor& topk_ids,
-                           const std::optional<Tensor>& topk_weights, int64_t cu_count,
-                           int64_t group_size, const std::optional<Tensor>& zero_points,
-                           const std::optional<Tensor>& expert_map,
-                           const std::optional<std::vector<int64_t>>& plan,
-                           const std::optional<Tensor>& shared_a,
-                           const std::optional<Tensor>& shared_w,
-                           const std::optional<Tensor>& shared_factors,
-                           const std::optional<Tensor>& shared_c) {
+inline DownArgs check_down(
+    DeviceType device, const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+    const Tensor& topk_ids, const std::optional<Tensor>& topk_weights, int64_t cu_count,
+    int64_t group_size, const std::optional<Tensor>& zero_points,
+    const std::optional<Tensor>& expert_map, const std::optional<std::vector<int64_t>>& plan,
+    const std::optional<Tensor>& shared_a, const std::optional<Tensor>& shared_w,
+    const std::optional<Tensor>& shared_factors, const std::optional<Tensor>& shared_c) {
   const ArgumentChecks check("fused_moe_wvSplitK_int4_down", device, a);
   DownArgs out{};
   out.dtype = check.dtype();
@@ -415,7 +411,8 @@ inline DownArgs check_down(DeviceType device, const Tensor& a, const Tensor& w,
   out.plan = check.plan(plan);
   check.together("shared_a", shared_a, "shared_w", shared_w);
   check.together("shared_c", shared_c, "shared_w", shared_w);
-  if (shared_factors.has_value()) check.together("shared_w", shared_w, "shared_factors", shared_factors);
+  if (shared_factors.has_value())
+    check.together("shared_w", shared_w, "shared_factors", shared_factors);
   if (!shared_w.has_value()) return out;
   check.activation("shared_a", *shared_a, {{"M", tokens}, {"K"}});
   out.shared.a = shared_a->const_data_ptr();

@@ -618,8 +618,8 @@ void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Te
                 int64_t group_size, const std::optional<Tensor>& zero_points,
                 const std::optional<Tensor>& expert_map, double alpha, double beta,
                 std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan,
-                const std::optional<Tensor>& shared_w,
-                const std::optional<Tensor>& shared_gate, const std::optional<Tensor>& shared_c,
+                const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_gate,
+                const std::optional<Tensor>& shared_c,
                 const std::optional<Tensor>& shared_factors) {
   gate_up(check_gate_up(DeviceType::CPU, a, w, scales, c, topk_ids, activation, cu_count,
                         group_size, zero_points, expert_map, alpha, beta, limit, plan, shared_w,
@@ -630,8 +630,7 @@ void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tenso
              const Tensor& topk_ids, const std::optional<Tensor>& topk_weights, int64_t cu_count,
              int64_t group_size, const std::optional<Tensor>& zero_points,
              const std::optional<Tensor>& expert_map,
-             const std::optional<std::vector<int64_t>>& plan,
-             const std::optional<Tensor>& shared_a,
+             const std::optional<std::vector<int64_t>>& plan, const std::optional<Tensor>& shared_a,
              const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_factors,
              const std::optional<Tensor>& shared_c) {
   down(check_down(DeviceType::CPU, a, w, scales, c, topk_ids, topk_weights, cu_count, group_size,

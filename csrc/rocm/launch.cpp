@@ -82,12 +82,12 @@ int with_shared(int lds, int waves, bool shared) {
   return lds < bytes ? bytes : lds;
 }
 
-#define MOE_INT4_SHARED_GATE_UP_VALUES(S, Y, X)                                                 \
-  static_cast<const uint16_t*>(S.w), small(S.w_stride_n, 2 * S.inter), S.inter,                 \
+#define MOE_INT4_SHARED_GATE_UP_VALUES(S, Y, X)                                                   \
+  static_cast<const uint16_t*>(S.w), small(S.w_stride_n, 2 * S.inter), S.inter,                   \
       static_cast<const uint16_t*>(S.gate), static_cast<uint16_t*>(S.c), S.c_stride_m, S.factors, \
       Y, X
-#define MOE_INT4_SHARED_DOWN_VALUES(S, N, Y, X)                                                \
-  static_cast<const uint16_t*>(S.a), S.a_stride_m, static_cast<const uint16_t*>(S.w),          \
+#define MOE_INT4_SHARED_DOWN_VALUES(S, N, Y, X)                                       \
+  static_cast<const uint16_t*>(S.a), S.a_stride_m, static_cast<const uint16_t*>(S.w), \
       small(S.w_stride_n, N), S.k, S.factors, static_cast<uint16_t*>(S.c), S.c_stride_m, Y, X
 
 // Checks the second or third dimension of a grid.
@@ -157,8 +157,7 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
               w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
               args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
               r.map_size, r.num_tokens, r.top_k, static_cast<int>(args.activation), args.alpha,
-              args.beta, args.limit, plan.waves, wave_lds, p.blocks,
-              ceil_div(p.blocks, plan.waves),
+              args.beta, args.limit, plan.waves, wave_lds, p.blocks, ceil_div(p.blocks, plan.waves),
               MOE_INT4_SHARED_GATE_UP_VALUES(args.shared, shared_y, grid_x));
 }
 
@@ -178,33 +177,32 @@ void launch_down(const DownArgs& args, void* queue) {
   while (1 << log2_k_slices < plan.k_slices) ++log2_k_slices;
 #if GPU_HAS_MMA
   if (plan.grouped()) {
-    gpu::launch(plan.kernel == Kernel::kWide ? wide_down_kernel(args.dtype, w, 8)
-                                             : grouped_down_kernel(args.dtype, w, 8),
-                {grid_x,
-                 grid_size(ceil_div(r.num_tokens, kGroupTokens) + shared_y, "blocks of tokens"), 1,
-                 threads, block_lds, true},
-                queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
-                static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
-                w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k,
-                args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m,
-                r.expert_map, r.map_size, r.num_tokens, r.top_k, args.topk_weights,
-                args.tw_stride_m, plan.waves, plan.slots, wave_lds, p.blocks, blocks_per_wave,
-                log2_k_slices,
-                MOE_INT4_SHARED_DOWN_VALUES(args.shared, w.n, shared_y, grid_x));
+    gpu::launch(
+        plan.kernel == Kernel::kWide ? wide_down_kernel(args.dtype, w, 8)
+                                     : grouped_down_kernel(args.dtype, w, 8),
+        {grid_x, grid_size(ceil_div(r.num_tokens, kGroupTokens) + shared_y, "blocks of tokens"), 1,
+         threads, block_lds, true},
+        queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+        static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
+        w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
+        args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size,
+        r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, plan.waves, plan.slots,
+        wave_lds, p.blocks, blocks_per_wave, log2_k_slices,
+        MOE_INT4_SHARED_DOWN_VALUES(args.shared, w.n, shared_y, grid_x));
     return;
   }
 #endif
   const int tokens = plan.kernel == Kernel::kPairs ? 1 : kMaxSlots;
-  gpu::launch(
-      down_kernel(args.dtype, w, tokens),
-      {grid_x, grid_size(ceil_div(r.num_tokens, tokens) + shared_y, "blocks of tokens"), 1, threads,
-       block_lds, true},
-      queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
-      static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
-      w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c, args.c_stride_m,
-      r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size, r.num_tokens,
-      r.top_k, args.topk_weights, args.tw_stride_m, plan.waves, wave_lds, p.blocks, blocks_per_wave,
-      log2_k_slices, MOE_INT4_SHARED_DOWN_VALUES(args.shared, w.n, shared_y, grid_x));
+  gpu::launch(down_kernel(args.dtype, w, tokens),
+              {grid_x, grid_size(ceil_div(r.num_tokens, tokens) + shared_y, "blocks of tokens"), 1,
+               threads, block_lds, true},
+              queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+              static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
+              w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
+              args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
+              r.map_size, r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, plan.waves,
+              wave_lds, p.blocks, blocks_per_wave, log2_k_slices,
+              MOE_INT4_SHARED_DOWN_VALUES(args.shared, w.n, shared_y, grid_x));
 }
 
 }  // namespace moe_int4

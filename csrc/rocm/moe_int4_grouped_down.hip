@@ -135,7 +135,8 @@ GPU_DEVICE void grouped_down(MOE_INT4_GROUPED_DOWN_ARGS) {
         a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,         \
         z_stride_e, z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64,           \
         ids_stride_m, expert_map, map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves, \
-        slots, wave_lds_bytes, blocks, blocks_per_wave, log2_k_slices, MOE_INT4_SHARED_DOWN_VALUES);                          \
+        slots, wave_lds_bytes, blocks, blocks_per_wave, log2_k_slices,                           \
+        MOE_INT4_SHARED_DOWN_VALUES);                                                            \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, grouped_down)
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, wide_down)

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The shared expert of a decode step: 16-bit weights, all tokens. Its blocks are extra blocks of the
-// gate_up and down grids, which run nothing else. A block multiplies one tile of weight rows with up
-// to kSharedSlots tokens. The waves of the block share k, and their sums are added in wave order.
+// The shared expert of a decode step: 16-bit weights, all tokens. Its blocks are extra blocks of
+// the gate_up and down grids, which run nothing else. A block multiplies one tile of weight rows
+// with up to kSharedSlots tokens. The waves of the block share k, and their sums are added in wave
+// order.
 //
 // A lane reads 8 weights of a row at a time. As for packed weights, kLanesPerRow lanes are adjacent
 // along k and a wave covers two sets of kRowGroups rows.
@@ -112,15 +113,15 @@ struct SharedTile {
   }
 };
 
-#define MOE_INT4_SHARED_GATE_UP_VALUES                                                       \
-  shared_w, shared_w_stride, shared_inter, shared_gate, shared_c, shared_c_stride,           \
-      shared_factors, shared_y, grid_x
-#define MOE_INT4_SHARED_DOWN_VALUES                                                          \
-  shared_a, shared_a_stride, shared_w, shared_w_stride, shared_k, shared_factors, shared_c,  \
+#define MOE_INT4_SHARED_GATE_UP_VALUES                                                             \
+  shared_w, shared_w_stride, shared_inter, shared_gate, shared_c, shared_c_stride, shared_factors, \
+      shared_y, grid_x
+#define MOE_INT4_SHARED_DOWN_VALUES                                                         \
+  shared_a, shared_a_stride, shared_w, shared_w_stride, shared_k, shared_factors, shared_c, \
       shared_c_stride, shared_y, grid_x
 
-// Tile `tile` of gate_up for tokens first_token.. : rows i (gate) and i + inter (up). The tile after
-// the last one is the gate of the shared expert.
+// Tile `tile` of gate_up for tokens first_token.. : rows i (gate) and i + inter (up). The tile
+// after the last one is the gate of the shared expert.
 template <typename DT, int S>
 GPU_DEVICE void shared_gate_up_tile(const uint16_t* a, int64_t a_stride_m, int k, int num_tokens,
                                     int waves, int tile, int tiles, int first_token,
@@ -132,9 +133,7 @@ GPU_DEVICE void shared_gate_up_tile(const uint16_t* a, int64_t a_stride_m, int k
   const uint16_t* row0 = is_gate ? shared_gate : shared_w + row * int64_t{shared_w_stride};
   const uint16_t* row1 =
       is_gate ? shared_gate : shared_w + (row + shared_inter) * int64_t{shared_w_stride};
-  const auto row_of = [&](int s) {
-    return a + (first_token + (s < count ? s : 0)) * a_stride_m;
-  };
+  const auto row_of = [&](int s) { return a + (first_token + (s < count ? s : 0)) * a_stride_m; };
   SharedTile<DT, S> product;
   product.run(row0, row1, k, waves, row_of);
   product.reduce(count, waves, [&](int s, int r, float gate, float up) {

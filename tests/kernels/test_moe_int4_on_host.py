@@ -179,7 +179,9 @@ class Maker:
         else:
             inter, k = size - self.pick(0, 3), a.shape[1]
             w = to_bits(rng.standard_normal((2 * inter, k)) * 4, self.dtype)
-            gate, up = (a @ from_bits(w, self.dtype).T).reshape(tokens, 2, -1).swapaxes(0, 1)
+            gate, up = (
+                (a @ from_bits(w, self.dtype).T).reshape(tokens, 2, -1).swapaxes(0, 1)
+            )
             expected = activate(SILU, 1.0, gate) * up
             fields["shared_inter"] = inter
             if gated:

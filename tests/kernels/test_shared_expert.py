@@ -19,6 +19,10 @@ from tests.kernels.test_moe_int4_ops import (
     products,
 )
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
+    SharedDown,
+    SharedGateUp,
+)
 
 SILU = activation("silu", 1.0, 0.0, None)
 
@@ -80,13 +84,13 @@ class Layer:
         ops.fused_moe_wvSplitK_int4_gate_up(
             *(self.x, *w13[:2], pairs, ids, "silu", 40, self.GROUP),
             expert_map=expert_map,
-            shared=ops.SharedGateUp(self.gate_up, self.gate, middle.view, factors),
+            shared=SharedGateUp(self.gate_up, self.gate, middle.view, factors),
         )
         ops.fused_moe_wvSplitK_int4_down(
             *(pairs, *w2[:2], routed.view, ids, self.weights.to(self.device)),
             *(40, self.GROUP),
             expert_map=expert_map,
-            shared=ops.SharedDown(middle.view, self.down, factors, shared.view),
+            shared=SharedDown(middle.view, self.down, factors, shared.view),
         )
         return routed, middle, factors, shared
 
@@ -137,7 +141,7 @@ def test_no_tokens(device):
     Layer(0, 64, 32, 16, torch.bfloat16, True, 0, device).run()
 
 
-GATE_UP, DOWN = ops.SharedGateUp, ops.SharedDown
+GATE_UP, DOWN = SharedGateUp, SharedDown
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,15 @@ def test_what_does_not_fit_is_rejected(part, changes, message, device):
             )
         else:
             ops.fused_moe_wvSplitK_int4_down(
-                *(pairs, *layer.w2.args(device)[:2], layer.x.clone(), ids, None, 40, 32),
+                *(
+                    pairs,
+                    *layer.w2.args(device)[:2],
+                    layer.x.clone(),
+                    ids,
+                    None,
+                    40,
+                    32,
+                ),
                 shared=DOWN(**tensors),
             )
 

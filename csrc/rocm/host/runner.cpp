@@ -7,9 +7,9 @@
 // Strides and shapes have the names of moe_int4_args.h; "op" is gemm, gate_up, down, dense or
 // rescore. A missing tensor is a null pointer; "NAME.offset" moves a tensor that many bytes off a
 // 16-byte boundary. The call runs once per order of lanes and waves (gpu::kOrders), and the outputs
-// must be bitwise equal. The reply has "c", with a shared expert its outputs, and "kernels" (names of the launched kernels, one per
-// line, where known). The op "prepare" loads the kernels for "arch" on "device" and makes it
-// current; its reply is empty.
+// must be bitwise equal. The reply has "c", with a shared expert its outputs, and "kernels" (names
+// of the launched kernels, one per line, where known). The op "prepare" loads the kernels for
+// "arch" on "device" and makes it current; its reply is empty.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

@@ -36,6 +36,8 @@ _QUANTIZATION = "vllm/model_executor/layers/quantization"
 
 # (commit, names of files in this project). A name without a folder matches in any.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # Blocks of the kernels' grids.
+    ("kernels", ("shared_expert.cuh",)),
     # Rules for what the later commits bring, by name.
     (
         "token",
@@ -173,6 +175,7 @@ TESTS = (
     "tests/kernels/test_moe_int4_ops.py",
     "tests/kernels/test_moe_int4_gpu.py",
     "tests/kernels/test_moe_int4_prefill.py",
+    "tests/kernels/test_shared_expert.py",
     "tests/kernels/test_wvSplitK_int_g.py",
     "tests/quantization/test_packing.py",
     "tests/quantization/test_inc_moe.py",

@@ -111,7 +111,10 @@ HOOKS: tuple[Hook, ...] = (
         owner="MoERunner",
         factory="_select_forward",
         parameters=("self",),
-        handler=f"{_QUANTIZATION}.hybrid_w4a16_method:runner_built",
+        handler=(
+            "vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert"
+            ":runner_built"
+        ),
         why=(
             "Lets the decode kernels compute the shared expert. It is a step of the "
             "runner's constructor, when routed and shared experts are known."

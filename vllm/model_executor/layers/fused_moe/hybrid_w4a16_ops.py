@@ -47,41 +47,10 @@ class OpActivation(NamedTuple):
     """``moe_int4::Activation`` in C++ and the constant of the Triton kernels."""
 
 
-class SharedGateUp(NamedTuple):
-    """The shared expert's part of gate_up: one more expert, which every token uses.
-
-    Its weights are fp16/bf16 in ``a``'s dtype, and H is a multiple of 8. The op writes
-    ``c[m] = silu(w[:I] @ a[m]) * (w[I:] @ a[m])`` and, if there is a gate,
-    ``factors[m] = sigmoid(gate @ a[m])``, both with fp32 sums.
-    """
-
-    w: torch.Tensor
-    """[2*I, H], rows 0..I-1 gate, I..2I-1 up; rows start at multiples of 16 bytes."""
-    gate: torch.Tensor | None
-    """[H] at a multiple of 16 bytes, or ``None``."""
-    c: torch.Tensor
-    """Output, [M, I]."""
-    factors: torch.Tensor | None
-    """Output, fp32 [M]; ``None`` without a gate."""
-
-
-class SharedDown(NamedTuple):
-    """The shared expert's part of down: ``c[m] = factors[m] * (w @ a[m])``.
-
-    A result of its own, because tensor and expert parallelism sum it differently.
-    """
-
-    a: torch.Tensor
-    """``SharedGateUp.c``, [M, I]; I is a multiple of 8."""
-    w: torch.Tensor
-    """fp16/bf16 [H, I]; rows start at multiples of 16 bytes."""
-    factors: torch.Tensor | None
-    """``SharedGateUp.factors``; with ``None`` all factors are 1."""
-    c: torch.Tensor
-    """Output, [M, H]."""
-
-
-_NO_SHARED_EXPERT = (None, None, None, None)
+# Optional tensors of a shared expert: hybrid_w4a16_shared_expert.py has their types.
+SharedTensors = tuple[torch.Tensor | None, ...]
+_NO_TENSORS: SharedTensors = (None, None, None, None)
+NO_SHARED_EXPERT = (_NO_TENSORS, _NO_TENSORS)  # of gate_up and of down
 
 # SWIGLUOAI is missing: it expects the gate and up rows of w13 interleaved. Only gpt-oss
 # stores them so, and its experts have a bias, which the ops do not support.
@@ -274,7 +243,7 @@ def fused_moe_wvSplitK_int4_gate_up(
     beta: float = 0.0,
     limit: float | None = None,
     plan: Sequence[int] | None = None,
-    shared: SharedGateUp | None = None,
+    shared: SharedTensors = _NO_TENSORS,
 ) -> None:
     """First half of a decode step: gate and up projections and the activation.
 
@@ -299,7 +268,7 @@ def fused_moe_wvSplitK_int4_gate_up(
             clamp. gpt-oss uses 1.702, 1.0, 7.0 (vLLM's ``SWIGLUOAI``).
         plan: GPU launch plan, 1 to 8 integers that the kernels' launcher checks;
             with ``None`` the launcher chooses. Must be ``None`` on the CPU.
-        shared: the layer's shared expert, computed in the same launch.
+        shared: ``SharedGateUp`` of a shared expert, for the same launch.
     """
     torch.ops._rocm_C.fused_moe_wvSplitK_int4_gate_up(
         a,
@@ -316,7 +285,7 @@ def fused_moe_wvSplitK_int4_gate_up(
         beta,
         limit,
         plan,
-        *(shared or _NO_SHARED_EXPERT),
+        *shared,
     )
 
 
@@ -332,7 +301,7 @@ def fused_moe_wvSplitK_int4_down(
     zero_points: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     plan: Sequence[int] | None = None,
-    shared: SharedDown | None = None,
+    shared: SharedTensors = _NO_TENSORS,
 ) -> None:
     """Second half of a decode step: down projection, weighted and summed over top-k.
 
@@ -352,7 +321,7 @@ def fused_moe_wvSplitK_int4_down(
         group_size: G, 32, 64 or 128; I is a multiple of it.
         zero_points: [E, H//8, I//G] or ``None``.
         expert_map, plan: as in ``fused_moe_wvSplitK_int4_gate_up``.
-        shared: the layer's shared expert, computed in the same launch.
+        shared: ``SharedDown`` of a shared expert, for the same launch.
     """
     torch.ops._rocm_C.fused_moe_wvSplitK_int4_down(
         a,
@@ -366,5 +335,5 @@ def fused_moe_wvSplitK_int4_down(
         zero_points,
         expert_map,
         plan,
-        *(shared or _NO_SHARED_EXPERT),
+        *shared,
     )

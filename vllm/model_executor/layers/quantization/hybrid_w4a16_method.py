@@ -2,17 +2,12 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The part of the int4 MoE methods that all checkpoint formats share."""
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm.config import get_current_vllm_config_or_none
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import (
-    hybrid_w4a16_shared_expert as shared_expert,
-)
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
     FusedMoEQuantConfig,
@@ -20,9 +15,6 @@ from vllm.model_executor.layers.fused_moe.config import (
 )
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import (
     FusedMoEMethodBase,
-)
-from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
-    HybridW4A16MoEExperts,
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     DeviceFamily,
@@ -39,9 +31,13 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     empty_experts,
     shard_group_size,
 )
+
+# fork: begin token
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
     FusingSharedExperts,
 )
+
+# fork: end
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import row_padding
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.layers.fused_moe.moe_output import UnfinalizedMoEOutput
@@ -55,12 +51,9 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_loading import (
     ExpertTensorLoader,
 )
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
-from vllm.utils.torch_utils import direct_register_custom_op
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.fused_moe.runner.shared_experts import (
         SharedExperts,
     )
@@ -89,8 +82,10 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         self.group_size = group_size
         self.symmetric = symmetric
         self.packing = packing
+        # fork: begin token
         self.shared_experts: FusingSharedExperts | None = None
-        """The layer's shared expert if the kernels compute it."""
+        """The layer's shared expert where the kernels may compute it."""
+        # fork: end
 
     def create_weights(
         self,
@@ -187,20 +182,11 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         # which the kernel, compiled code and captured graphs read.
         for weight in ("w13", "w2"):
             setattr(layer, f"{weight}_{BIAS}", None)
-        self._prepare_shared_expert()
+        # fork: begin token
+        if self.shared_experts is not None:
+            self.shared_experts.prepare(self.moe_kernel.fused_experts)
+        # fork: end
         oracle.report_ready(layer.layer_name, self.padding_bytes)
-
-    def _prepare_shared_expert(self) -> None:
-        if self.shared_experts is None:
-            return
-        assert self.moe_kernel is not None
-        experts = self.moe_kernel.fused_experts
-        assert isinstance(experts, HybridW4A16MoEExperts)
-        reason = self.shared_experts.prepare(experts.decode_up_to)
-        if reason is None:
-            oracle.count_shared_expert(self.moe.in_dtype)
-        else:
-            _leave_shared_expert(reason)
 
     def _install(self, kernel: FusedMoEKernel) -> None:
         self.moe_kernel = kernel
@@ -226,11 +212,7 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         shared_experts: "SharedExperts | None",
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor | UnfinalizedMoEOutput:
-        """Run the routed experts on ``x`` [M, H]; returns [M, H] in ``x``'s dtype.
-
-        For a few tokens the kernels compute the shared expert as well, whose result
-        goes to ``shared_experts``.
-        """
+        """Run the routed experts on ``x`` [M, H]; returns [M, H] in ``x``'s dtype."""
         config = self.moe_quant_config
         assert config is not None
         if not torch.compiler.is_compiling() and config.w1_scale is not getattr(
@@ -238,60 +220,12 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         ):
             # the converted tensors were replaced after loading
             self._install(make_kernel(self, layer))
+        # fork: begin token
         if isinstance(shared_experts, FusingSharedExperts) and (
             shared_experts.takes_over(x)
         ):
-            # On the CPU torch.compile traces this, for any number of tokens.
-            if torch.compiler.is_compiling():
-                name = layer.layer_name
-                both = torch.ops.vllm.hybrid_w4a16_moe_with_shared_expert(
-                    x, topk_weights, topk_ids, name
-                )
-            else:
-                both = self.apply_both(layer, x, topk_weights, topk_ids, shared_experts)
-            shared_experts.set_output(both[0])
-            return both[1]
-        return self._apply_routed(
-            layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input
-        )
-
-    def apply_both(
-        self,
-        layer: "RoutedExperts",
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: FusingSharedExperts,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The outputs of the shared expert and of the routed experts, each [M, H]."""
-        if x.shape[0] > shared_experts.fused_up_to:
-            routed = self._apply_routed(layer, x, topk_weights, topk_ids, None, None)
-            return shared_experts.module(x), routed
-        assert self.moe_kernel is not None
-        experts = self.moe_kernel.fused_experts
-        assert isinstance(experts, HybridW4A16MoEExperts)
-        shared = shared_experts.arguments(x)
-        routed = experts.apply_with_shared_expert(
-            x,
-            getattr(layer, f"w13_{self.packing.qweight}"),
-            getattr(layer, f"w2_{self.packing.qweight}"),
-            topk_weights,
-            topk_ids,
-            layer.activation,
-            layer.expert_map,
-            shared,
-        )
-        return shared[1].c, routed
-
-    def _apply_routed(
-        self,
-        layer: "RoutedExperts",
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: "SharedExperts | None",
-        shared_experts_input: torch.Tensor | None,
-    ) -> Any:
+            return shared_experts.run(self, layer, x, topk_weights, topk_ids)
+        # fork: end
         assert self.moe_kernel is not None
         return self.moe_kernel.apply(
             hidden_states=x,
@@ -306,60 +240,6 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
             shared_experts=shared_experts,
             shared_experts_input=shared_experts_input,
         )
-
-
-def runner_built(runner: "MoERunner") -> None:
-    """Handler of a hook: the kernels take over the runner's shared expert if they can.
-
-    The runner's routed experts and its shared expert exist, but have no weights yet.
-    """
-    method = runner.routed_experts.quant_method
-    if not isinstance(method, HybridW4A16MoEMethod) or runner.shared_experts is None:
-        return
-    reason = shared_expert.attach(runner)
-    if reason is not None:
-        _leave_shared_expert(reason)
-        return
-    if current_platform.is_cpu():
-        _register_op()
-    method.shared_experts = runner.shared_experts
-
-
-def _leave_shared_expert(reason: str) -> None:
-    logger.info_once(
-        "HybridW4A16 MoE: shared experts run as in vLLM, outside of our kernels: %s",
-        reason,
-    )
-
-
-@functools.cache
-def _register_op() -> None:
-    """Register the op that branches on the number of tokens, for torch.compile."""
-    direct_register_custom_op(
-        "hybrid_w4a16_moe_with_shared_expert", _both_of_layer, fake_impl=_both_fake
-    )
-
-
-def _both_of_layer(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    layer_name: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    runner = get_forward_context().no_compile_layers[layer_name]
-    layer = runner.routed_experts
-    return layer.quant_method.apply_both(
-        layer, x, topk_weights, topk_ids, runner.shared_experts
-    )
-
-
-def _both_fake(
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    layer_name: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
 
 
 def _register(

@@ -9,8 +9,10 @@ activation, then down with the weighted sum over top-k. On a GPU many tokens (pr
 run through Triton instead, on the same weights.
 """
 
+# fork: begin token
 import sys
 
+# fork: end
 import torch
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
@@ -141,11 +143,13 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             return (0,), (elements,), (M, K)
         return (0,), (M * topk, N // 2), (M, K)
 
+    # fork: begin token
     @property
     def decode_up_to(self) -> int:
         """Most tokens that run through the decode kernels."""
         return sys.maxsize if self.prefill_from is None else self.prefill_from - 1
 
+    # fork: end
     def _is_prefill(self, tokens: int) -> bool:
         return self.prefill_from is not None and tokens >= self.prefill_from
 
@@ -221,9 +225,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             (name, *arguments),
             expert_map,
             workspace2,
-            None,
         )
 
+    # fork: begin token
     def apply_with_shared_expert(
         self,
         hidden_states: torch.Tensor,
@@ -233,13 +237,13 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         topk_ids: torch.Tensor,
         activation: MoEActivation,
         expert_map: torch.Tensor | None,
-        shared: tuple[ops.SharedGateUp, ops.SharedDown],
+        shared: tuple[ops.SharedTensors, ops.SharedTensors],
     ) -> torch.Tensor:
         """Run the decode kernels for the routed experts and the shared expert.
 
         For up to ``decode_up_to`` tokens. Arguments are as in ``apply``; returns
-        the routed experts' output, fp16/bf16 [M, H]. The shared expert's is in
-        ``shared[1].c``.
+        the routed experts' output, fp16/bf16 [M, H]. ``shared``: ``SharedGateUp`` and
+        ``SharedDown``.
         """
         output = torch.empty_like(hidden_states)
         self._decode(
@@ -256,6 +260,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         )
         return output
 
+    # fork: end
     def _decode(
         self,
         output: torch.Tensor,
@@ -267,13 +272,12 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         activation: tuple[str, float, float, float | None],
         expert_map: torch.Tensor | None,
         workspace: torch.Tensor,
-        shared: tuple[ops.SharedGateUp, ops.SharedDown] | None,
+        shared: tuple[ops.SharedTensors, ops.SharedTensors] = ops.NO_SHARED_EXPERT,
     ) -> None:
         plans: tuple[tuning.Plan | None, tuning.Plan | None] = (None, None)
         if self.tuned is not None:
             plans = self.tuned.decode_plans(x.shape[0])
-        name, *arguments = activation
-        shared_gate_up, shared_down = shared or (None, None)
+        name, alpha, beta, limit = activation
         ops.fused_moe_wvSplitK_int4_gate_up(
             x,
             w1,
@@ -285,9 +289,11 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             self.group_size,
             self.w1_zp,
             expert_map,
-            *arguments,
+            alpha,
+            beta,
+            limit,
             plan=plans[0],
-            shared=shared_gate_up,
+            shared=shared[0],
         )
         ops.fused_moe_wvSplitK_int4_down(
             workspace,
@@ -301,7 +307,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             self.w2_zp,
             expert_map,
             plan=plans[1],
-            shared=shared_down,
+            shared=shared[1],
         )
 
     def _prefill(

@@ -334,11 +334,13 @@ def count_linear() -> None:
     _under_construction().linears += 1
 
 
+# fork: begin token
 def count_shared_expert(dtype: torch.dtype) -> None:
-    """Count a shared expert that the kernels compute, for the summary."""
+    """Say in the summary that the kernels compute the shared expert, in `dtype`."""
     _model.shared_experts = str(dtype).removeprefix("torch.")
 
 
+# fork: end
 def _under_construction() -> _Model:
     """The record of the model that vLLM is building now."""
     global _model
