@@ -26,6 +26,7 @@ import torch
 from moe_bench.ceilings import ReadNow
 from moe_bench.machine import describe
 
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
 from vllm.model_executor.layers.fused_moe import (
     hybrid_w4a16_graph_timing as graph_timing,
 )
@@ -38,8 +39,8 @@ NAMES = {"int4_g128": (4, 128), "int4_g32": (4, 32), "int8_g32": (8, 32)}
 class Head:
     """A random head [N, K]: rows of different sizes, near ties and heavy tails."""
 
-    def __init__(self, n: int, k: int, device: str):
-        self.device = device
+    def __init__(self, n: int, k: int, device: str, cu_count: int = 1):
+        self.device, self.cu_count = device, cu_count
         weight = torch.randn(n, k, device=device) * 0.02
         weight *= torch.exp(0.3 * torch.randn(n, 1, device=device))
         self.tails = torch.arange(0, n, 97, device=device)
@@ -54,10 +55,6 @@ class Head:
         self.quantized = {
             name: ops.quantize(self.weight, *width) for name, width in NAMES.items()
         }
-        self.cu_count = 1
-        if device != "cpu":
-            properties = torch.cuda.get_device_properties(0)
-            self.cu_count = properties.multi_processor_count
 
     def rows(self, count: int, kind: str = "peaked") -> torch.Tensor:
         """bf16 [count, K]: hidden states whose logits have a deviation of about 2 and a
@@ -203,8 +200,15 @@ def main(arguments: list[str] | None = None) -> int:
     error = ops.load_error()
     if error is not None:
         parser.error(error)
+    cu_count = 1
+    if options.device == "cuda":
+        family = devices.device_family()
+        if isinstance(family, str):
+            parser.error(family)
+        devices.load_kernels(family)
+        cu_count = family.cu_count
     torch.manual_seed(1)
-    head = Head(options.vocabulary, options.hidden, options.device)
+    head = Head(options.vocabulary, options.hidden, options.device, cu_count)
     if options.device == "cpu":
         table = list(times_on_cpu(head, options.rows, options.rounds))
     else:
