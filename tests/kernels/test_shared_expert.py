@@ -6,6 +6,8 @@ On every available device and instruction set. test_moe_int4_on_host.py runs the
 kernels on the host.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
     SharedGateUp,
 )
 
+DTYPES = (torch.float16, torch.bfloat16)
 SILU = activation("silu", 1.0, 0.0, None)
 
 
@@ -112,14 +115,26 @@ def w_on(w, device):
     return flat.to(device).as_strided(w.shape, w.stride())
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 9])
+SIZES = [(8, 0), (136, 1), (520, 0)]  # of the shared expert, and gaps
+GRID = list(itertools.product(SIZES, (1, 2, 5, 9), DTYPES, (True, False)))
+SAMPLE = [
+    ((8, 0), 5, torch.float16, True),
+    ((136, 1), 1, torch.bfloat16, True),
+    ((136, 1), 9, torch.float16, False),
+    ((520, 0), 2, torch.bfloat16, False),
+]
+
+
 @pytest.mark.parametrize(
-    ("shared", "gap"), [(8, 0), (136, 1), (520, 0)], ids=["8", "136-gaps", "520"]
+    ("size", "tokens", "dtype", "gated"),
+    [
+        pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.nightly)
+        for case in GRID
+    ],
 )
-def test_shared_expert(shared, gap, tokens, dtype, gated, device, every_isa, threads):
+def test_shared_expert(size, tokens, dtype, gated, device, every_isa, threads):
     threads(2)
+    shared, gap = size
     layer = Layer(tokens, 288, 64, shared, dtype, gated, gap, device)
     for isa in every_isa():
         layer.check(isa or device)

@@ -226,7 +226,7 @@ quantized head.""",
         ),
     ),
     "token": Commit(
-        title="[CPU][Kernel] Run dense int4 layers and shared experts on the MoE kernels",
+        title="[CPU][Kernel] Run dense int4 linears and shared experts on MoE kernels",
         why="""\
 In int4 MoE models the dense int4 projections are, after experts and head, the next
 largest part of a decoded token. A 16-bit shared expert takes four to seven launches of
