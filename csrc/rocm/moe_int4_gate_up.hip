@@ -17,15 +17,15 @@
 
 namespace moe_int4 {
 
-#define MOE_INT4_ROUTED_VALUES                                                                 \
+#define MOE_INT4_GATE_UP_VALUES                                                                \
   a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e, \
       z_stride_n8, num_experts, inter, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m,     \
       expert_map, map_size, num_tokens, top_k, activation, alpha, beta, limit, waves,          \
-      wave_lds_bytes, blocks, blocks_per_wave
-#define MOE_INT4_GATE_UP_VALUES MOE_INT4_ROUTED_VALUES, MOE_INT4_SHARED_GATE_UP_VALUES
+      wave_lds_bytes, blocks, blocks_per_wave, MOE_INT4_SHARED_GATE_UP_VALUES
 
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
+  gpu::keep_arguments(MOE_INT4_GATE_UP_VALUES);
   if (gpu::block_y() < shared_y) {
     return shared_gate_up<DT>(a, a_stride_m, k, num_tokens, waves, MOE_INT4_SHARED_GATE_UP_VALUES);
   }
@@ -78,7 +78,6 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
     if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
   } else {
     // fork: end
-    gpu::keep_arguments(MOE_INT4_ROUTED_VALUES, shared_y);
     gpu::wait_previous_grid();
     gpu::allow_next_grid();
     const WeightRows rows = weights.rows<ZP>(first_row, inter, first_row + inter, 2 * inter);
