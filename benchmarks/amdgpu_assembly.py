@@ -135,13 +135,21 @@ class Kernel:
 
     def main_loops(self) -> list["Region"]:
         """Return the innermost loops with weight loads; without any, the whole body."""
+        loops = self.loops_with(lambda ins: ins.is_weight_load)
+        return loops or [self._region(self._flow, 0)]
+
+    def loops_with(self, wanted: Callable[[Instruction], bool]) -> list["Region"]:
+        """Return the innermost loops with an instruction that is `wanted`."""
         flow = self._flow
-        loops = [
+
+        def found(block: int) -> bool:
+            return any(map(wanted, self.code[self._blocks[block]]))
+
+        return [
             self._region(flow.subgraph(loop), min(_entries(flow, loop)))
-            for loop, weights in _loops(flow, set(flow), self._has_weights)
-            if weights
+            for loop, hit in _loops(flow, set(flow), found)
+            if hit
         ]
-        return loops or [self._region(flow, 0)]
 
     def round_trips(self) -> tuple[int, int] | None:
         """Fewest and most dependent memory round trips before the first weight load.

@@ -1,15 +1,28 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""Compiles the Triton prefill kernels without a GPU and reports their resources.
+"""Compiles the Triton prefill kernels without a GPU and reports what they execute.
 
 For every architecture it compiles the tiles of the tuning table in a few variants
 (dtype, group size, zero points). Exit status 1: a kernel spills registers, uses scratch
-memory, or uses more than 64 KiB of shared memory on AMD.
+memory, or uses more than 64 KiB of shared memory on AMD; or a main loop is over LIMITS.
+
+Columns:
+  regs       registers per lane
+  spills     bytes per lane of spills and scratch memory
+  shared     bytes of shared memory (LDS) per block
+On AMD, of the main loop (the innermost loop with matrix instructions):
+  wmma       matrix instructions (16 x 16 x 16) per iteration and wave
+  valu, lds  VALU operations (both halves of a dual instruction count) and LDS
+             instructions per wmma
+  barriers   per 128 weights of K
+  peak       highest share of the wmma rate: while a wave's wmma runs, the wave issues
+             no VALU instruction
 """
 
 import argparse
 import concurrent.futures
+import dataclasses
 import itertools
 import json
 import os
@@ -18,15 +31,30 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from importlib.metadata import version
 from typing import Any
+
+import amdgpu_assembly
 
 # By default it checks one AMD architecture of each generation.
 ARCHS = "gfx1151,gfx1100,gfx1201"
-# dtype, group size, zero points: the common case, and the one that needs most registers
-VARIANTS = [("bf16", 128, False), ("bf16", 32, True)]
+# dtype, group size, zero points
+VARIANTS = [
+    (*variant, zeros)
+    for variant in (("bf16", 128), ("fp16", 128))
+    for zeros in (False, True)
+]
 ALL_VARIANTS = list(itertools.product(("bf16", "fp16"), (32, 64, 128), (False, True)))
 # LDS bytes per workgroup on RDNA.
 LDS_LIMIT = 65536
+# Most VALU and LDS per wmma and barriers per 128 weights, for blocks of at least 32
+# rows in natural order and groups of 128. Smaller blocks wait for memory, and smaller
+# groups scale their sums more often.
+LIMITS = {"valu": 16.0, "lds": 2.0, "barriers": 16.0}
+# Clocks of a wmma on its SIMD: 8192 operations at 256 per clock and SIMD (RDNA 3), or
+# 512 (RDNA 4); AMD's RDNA 3 and RDNA 4 instruction set guides.
+WMMA_CLOCKS = {"gfx11": 32, "gfx12": 16}
 
 
 def gpu_target(arch: str) -> Any:
@@ -39,7 +67,7 @@ def gpu_target(arch: str) -> Any:
 
 
 def compile_kernel(
-    arch: str, name: str, tile: tuple[int, ...], dtype: str, group: int, zeros: bool
+    arch: str, name: str, tile: tuple[Any, ...], dtype: str, group: int, zeros: bool
 ) -> dict[str, Any]:
     """Compile one kernel; return its row of the report."""
     import triton
@@ -49,7 +77,8 @@ def compile_kernel(
 
     of_experts = "down" if name == "dense" else name  # a dense linear is one expert
     kernel = getattr(hybrid_w4a16_triton, f"moe_int4_prefill_{of_experts}")
-    block_m, block_n, warps, stages = tile
+    block_m, block_n, warps, stages, order = tile
+    natural = order == "natural"
     constants = {
         "GROUP": group,
         "HAS_ZEROS": bool(zeros),
@@ -57,6 +86,8 @@ def compile_kernel(
         "SORTED": name != "dense",
         "EVEN_K": True,
         "ACTIVATION": 0,
+        "NATURAL": natural,
+        "OUT_NATURAL": natural,
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
@@ -103,7 +134,56 @@ def compile_kernel(
         "registers": registers,
         "spilled_bytes": spilled,
         "shared_bytes": compiled.metadata.shared,
+        **main_loop(arch, compiled, group if natural else 128),
     }
+
+
+def main_loop(arch: str, compiled: Any, weights: int) -> dict[str, float]:
+    """Count what the main loop executes; ``weights`` of K per iteration.
+
+    Empty on CUDA. Raises ``ValueError`` if there is not one such loop.
+    """
+    if arch.startswith("sm_"):
+        return {}
+    (kernel,) = amdgpu_assembly.parse_assembly(compiled.asm["amdgcn"])
+    loops = kernel.loops_with(lambda ins: ins.text.startswith("v_wmma"))
+    if len(loops) != 1:
+        raise ValueError(f"{kernel.name}: expected 1 loop with wmma, got {len(loops)}")
+    names = Counter(name for ins in loops[0].code for name in ins.operations)
+
+    def count(prefix: str) -> int:
+        return sum(n for name, n in names.items() if name.startswith(prefix))
+
+    wmma = count("v_wmma")
+    valu = (count("v_") - wmma) / wmma
+    clocks = WMMA_CLOCKS[arch[:5]]
+    # gfx12 splits a barrier into a signal and a wait
+    barriers = count("s_barrier") - count("s_barrier_wait")
+    return {
+        "wmma": wmma,
+        "valu": round(valu, 1),
+        "lds": round(count("ds_") / wmma, 2),
+        "barriers": barriers * 128 / weights,
+        "peak": round(clocks / (clocks + valu), 2),
+    }
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """Return why a kernel of the report must not ship; empty if it may."""
+    found = []
+    if row["spilled_bytes"] > 0:
+        found.append(f"spills {row['spilled_bytes']} bytes")
+    if row["arch"].startswith("gfx"):
+        if row["shared_bytes"] > LDS_LIMIT:
+            found.append(f"{row['shared_bytes']} bytes of shared memory")
+        block_m, *_, order = row["tile"]
+        if order == "natural" and block_m >= 32 and row["group_size"] == 128:
+            found += [
+                f"{row[name]} {name}, at most {most:g} expected"
+                for name, most in LIMITS.items()
+                if row[name] > most
+            ]
+    return found
 
 
 def resources(arch: str, compiled: Any) -> tuple[int, int]:
@@ -130,6 +210,13 @@ def resources(arch: str, compiled: Any) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def tile_of(row: dict[str, Any], name: str) -> tuple[Any, ...]:
+    """Return block_m, block_n, warps, stages and order of a row of the tuning table."""
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import Tile
+
+    return dataclasses.astuple(Tile(row["block_m"], *row[name]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default=ARCHS, help=f"default: {ARCHS}")
@@ -148,7 +235,7 @@ def main() -> int:
     for arch in args.arch.split(","):
         rows = table(table_name(arch))["rows"]
         tiles = {
-            (name, (row["block_m"], *row["down" if name == "dense" else name]))
+            (name, tile_of(row, "down" if name == "dense" else name))
             for row in rows
             for name in ("gate_up", "down", *(["dense"] if args.all else []))
         }
@@ -156,7 +243,8 @@ def main() -> int:
             for variant in ALL_VARIANTS if args.all else VARIANTS:
                 jobs.append((arch, name, tile, *variant))
 
-    columns = "{:8} {:8} {:>20} {:>6} {:>5} {!s:>5} {:>5} {:>6} {:>6}"
+    columns = "{:8} {:8} {:>27} {:>6} {:>5} {!s:>5} {:>5} {:>6} {:>6}"
+    counts = " {:>4} {:>5} {:>5} {:>8} {:>5}"
     names = (
         "block_m n warps stages",
         "dtype",
@@ -166,7 +254,9 @@ def main() -> int:
         "spills",
         "shared",
     )
-    print(columns.format("arch", "kernel", *names))
+    print(f"Triton {version('triton')}")
+    title = columns.format("arch", "kernel", *names)
+    print(title + counts.format("wmma", "valu", "lds", "barriers", "peak"))
     results = []
     workers = len(os.sched_getaffinity(0))
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
@@ -174,16 +264,15 @@ def main() -> int:
             results.append(row)
             arch, kernel, tile, *rest = row.values()
             sizes = " ".join(f"{size:>4}" for size in tile)
-            print(columns.format(arch, kernel, sizes, *rest), flush=True)
+            line = columns.format(arch, kernel, sizes, *rest[:6])
+            print(line + (counts.format(*rest[6:]) if rest[6:] else ""), flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
-    bad = [
-        row
-        for row in results
-        if row["spilled_bytes"] > 0
-        or (row["shared_bytes"] > LDS_LIMIT and row["arch"].startswith("gfx"))
-    ]
-    print(f"{len(results)} kernels, {len(bad)} of them spill or exceed shared memory")
+    bad = [row for row in results if faults(row)]
+    for row in bad:
+        where = " ".join(str(value) for value in list(row.values())[:6])
+        print(f"FAULT {where}: {'; '.join(faults(row))}")
+    print(f"{len(results)} kernels, {len(bad)} of them with faults")
     return 1 if bad else 0
 
 

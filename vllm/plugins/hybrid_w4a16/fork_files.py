@@ -78,6 +78,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "kernels",
         (
+            "hybrid_w4a16_packing.py",
             "moe_int4_args.h",
             "gpu_compat.cuh",
             "geometry.h",
@@ -123,10 +124,10 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "backend",
         (
-            "hybrid_w4a16_packing.py",
             "hybrid_w4a16_tuning.py",
             "hybrid_w4a16_device.py",
             "configs/hybrid_w4a16/rdna.json",
+            "configs/hybrid_w4a16/rdna4.json",
             "experts/hybrid_w4a16_moe.py",
             "experts/hybrid_w4a16_triton.py",
             "oracle/hybrid_w4a16.py",

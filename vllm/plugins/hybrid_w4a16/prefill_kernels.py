@@ -64,14 +64,15 @@ class PrefillCall:
         """Run one of the two GEMMs, "gate_up" or "down", on the workspace's content."""
         prefill, space = self.prefill, self.workspace
         if op == "gate_up":
+            natural = self.tiles.gate_up.natural
             prefill.gate_up(
-                space.planes,
+                self.x if natural else space.planes,
                 self.w13,
                 space.middle,
                 blocks,
                 self.shape.top_k,
                 prefill.Activation(*SILU),
-                self.tiles.gate_up,
+                self.tiles,
             )
         else:
             prefill.down(

@@ -142,11 +142,17 @@ def plan_families(op: str, matrix_units: bool) -> list[Family]:
 
 def tile_sizes(block_m: int) -> Iterator[Tile]:
     """Tiles worth trying; a thread holds at most 64 sums of one projection."""
-    for block_n, warps, stages in itertools.product(
-        (32, 64, 128), (2, 4, 8), stages_here()
+    for order, block_n, warps, stages in itertools.product(
+        orders_here(), (32, 64, 128, 256), (2, 4, 8), stages_here()
     ):
-        if 8 <= block_m * block_n // (32 * warps) <= 64:
-            yield Tile(block_m, block_n, warps, stages)
+        wide = block_n == 256 and order == "planes"
+        if not wide and 8 <= block_m * block_n // (32 * warps) <= 64:
+            yield Tile(block_m, block_n, warps, stages, order)
+
+
+def orders_here() -> tuple[str, ...]:
+    """Orders of k to try: the natural one is for AMD's matrix instruction."""
+    return ("natural", "planes") if torch.version.hip else ("planes",)
 
 
 def stages_here() -> tuple[int, ...]:

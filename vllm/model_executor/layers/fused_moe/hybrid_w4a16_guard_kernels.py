@@ -219,9 +219,10 @@ class KernelCheck:
             prefill.Activation(*self.activation),
             tiles,
         )
-        # from plane order back to the order of the intermediate's columns
-        k = torch.arange(self.inter, device=self.device)
-        place = 128 * (k // 128) + 16 * (k % 8) + (k % 128) // 8
+        place = torch.arange(self.inter, device=self.device)
+        if not tiles.down.natural:
+            # from plane order back to the order of the intermediate's columns
+            place = 128 * (place // 128) + 16 * (place % 8) + (place % 128) // 8
         middle = workspace.middle.index_select(1, place)
         self.compiled += 2
         self.compile_s += time.monotonic() - start

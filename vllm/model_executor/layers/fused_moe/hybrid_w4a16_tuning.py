@@ -10,7 +10,8 @@ same form, are in ``VLLM_CONFIG_ROOT/hybrid_w4a16`` and take precedence::
     prefill_rows_per_expert  ... or fewer, if experts get more rows each; optional
     row_padding   bytes added to packed weight rows of a multiple of 1024 bytes
     rows          prefill tiles by shape: hidden, intermediate, rows_per_expert;
-                  block_m, and [block_n, num_warps, num_stages] of gate_up and down
+                  block_m, and [block_n, num_warps, num_stages, order] of gate_up and
+                  down; see ``Tile``
     shapes        measurements for one shape, see ``MoEShape``: compute_units and
                   kernel_version, prefill_from, rows as above, and decode: by tokens
                   the plans of gate_up and down, as the ops take them, or null
@@ -45,11 +46,15 @@ _MEASURE_NEW = "; `vllm-hybrid-w4a16 tune` writes a new one"
 def table_name(arch: str) -> str:
     """Name of the table for an architecture such as "gfx1151" or "sm_90".
 
-    RDNA architectures without a table of their own share ``rdna``.
+    Without a table of their own RDNA 3 architectures share ``rdna``, and RDNA 4
+    ``rdna4``, whose kernels need more registers.
     """
-    if not (TABLES / f"{arch}.json").is_file() and arch.startswith(("gfx11", "gfx12")):
-        return "rdna"
-    return arch
+    if (TABLES / f"{arch}.json").is_file():
+        return arch
+    return {"gfx11": "rdna", "gfx12": "rdna4"}.get(arch[:5], arch)
+
+
+ORDERS = ("planes", "natural")
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,27 @@ class Tile:
 
     A block is ``block_m`` rows of activations (a power of two, at least 16) times
     ``block_n`` weight rows (of gate and of up each). ``num_warps`` warps compute it,
-    and loads run ``num_stages`` steps ahead.
+    and loads run ``num_stages`` steps ahead. ``order`` is "planes" or "natural", see
+    ``hybrid_w4a16_triton``. Raises ``ValueError`` for another order.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    order: str = "planes"
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(
+                f"prefill tile: expected an order of {', '.join(ORDERS)}, "
+                f"got {self.order!r}"
+            )
+
+    @property
+    def natural(self) -> bool:
+        """Whether the activations are in their natural order."""
+        return self.order == "natural"
 
 
 @dataclass(frozen=True)
@@ -216,6 +235,9 @@ class Tuned:
     exact: bool = False
     decode: dict[int, tuple[Plan | None, Plan | None]] = field(default_factory=dict)
     """Plans of gate_up and down by number of tokens."""
+    _tiles: dict[int, PrefillTiles] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def decode_plans(self, tokens: int) -> tuple[Plan | None, Plan | None]:
         """The plans for the smallest measured number of tokens >= ``tokens``."""
@@ -225,20 +247,17 @@ class Tuned:
         return None, None
 
     def prefill_tiles(self, pairs: int) -> PrefillTiles:
-        """As the module's ``prefill_tiles``."""
-        shape = self.shape
-        sizes = (pairs, shape.experts, shape.hidden, shape.intermediate)
-        if self.entry is not None and self.entry.get("rows"):
-            return _cached_tiles(self.arch, shape, pairs)
-        return prefill_tiles(table_name(self.arch), *sizes)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_tiles(arch: str, shape: MoEShape, pairs: int) -> PrefillTiles:
-    entry = next(tuned.entry for tuned in _used if _is(tuned, arch, shape))
-    assert entry is not None
-    sizes = (shape.experts, shape.hidden, shape.intermediate)
-    return nearest_tiles(entry["rows"], pairs, *sizes)
+        """As the module's ``prefill_tiles``; computed once for each ``pairs``."""
+        tiles = self._tiles.get(pairs)
+        if tiles is None:
+            shape = self.shape
+            sizes = (pairs, shape.experts, shape.hidden, shape.intermediate)
+            if self.entry is not None and self.entry.get("rows"):
+                tiles = nearest_tiles(self.entry["rows"], *sizes)
+            else:
+                tiles = prefill_tiles(table_name(self.arch), *sizes)
+            self._tiles[pairs] = tiles
+        return tiles
 
 
 def _is(tuned: Tuned, arch: str, shape: MoEShape) -> bool:
@@ -266,7 +285,6 @@ def lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
 def forget() -> None:
     """Forget all lookups, so that the tables are read again."""
     _used.clear()
-    _cached_tiles.cache_clear()
     table.cache_clear()
     prefill_tiles.cache_clear()
 

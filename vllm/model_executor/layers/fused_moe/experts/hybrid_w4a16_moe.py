@@ -9,15 +9,23 @@ activation, then down with the weighted sum over top-k. On a GPU many tokens (pr
 run through Triton instead, on the same weights.
 """
 
+<<<<<<< HEAD
 # fork: begin token
 import sys
 
 # fork: end
+=======
+import functools
+from types import ModuleType
+from typing import Any
+
+>>>>>>> main
 import torch
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+from vllm.model_executor.layers.fused_moe import moe_align_block_size as sorting
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
@@ -42,6 +50,14 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
     kInt4Static32Asym,
     kInt4StaticAsym,
 )
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    """The prefill kernels, imported on first use: a CPU machine may have no Triton."""
+    from vllm.model_executor.layers.fused_moe.experts import hybrid_w4a16_triton
+
+    return hybrid_w4a16_triton
 
 
 class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
@@ -78,6 +94,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             )
             self.tuned = tuning.lookup(family.name, family.cu_count, shape)
         self.prefill_from = None if self.tuned is None else self.tuned.prefill_from
+        self._matrices: tuple[Any, Any] | None = None
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -134,12 +151,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         elements of ``hybrid_w4a16_triton.Workspace`` for prefill.
         """
         if self._is_prefill(M):
-            # imported lazily, here and below: a CPU machine may have no Triton
-            from vllm.model_executor.layers.fused_moe.experts import (
-                hybrid_w4a16_triton as prefill,
-            )
-
-            elements = prefill.Workspace.elements(M, topk, K, N // 2)
+            elements = _triton().Workspace.elements(M, topk, K, N // 2)
             return (0,), (elements,), (M, K)
         return (0,), (M * topk, N // 2), (M, K)
 
@@ -310,6 +322,21 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             shared=shared[1],
         )
 
+    def _prefill_matrices(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Any, Any]:
+        """The layer's two ``Int4Matrix``, made again if vLLM replaced a tensor."""
+        kept = self._matrices
+        if (
+            kept is None
+            or not kept[0].is_of(w1, self.w1_scale)
+            or not kept[1].is_of(w2, self.w2_scale)
+        ):
+            matrix = _triton().Int4Matrix
+            kept = self._matrices = (
+                matrix(w1, self.w1_scale, self.w1_zp, self.group_size),
+                matrix(w2, self.w2_scale, self.w2_zp, self.down_group_size),
+            )
+        return kept
+
     def _prefill(
         self,
         output: torch.Tensor,
@@ -323,30 +350,27 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         expert_map: torch.Tensor | None,
         workspace: torch.Tensor,
     ) -> None:
-        from vllm.model_executor.layers.fused_moe.experts import (
-            hybrid_w4a16_triton as prefill,
-        )
-        from vllm.model_executor.layers.fused_moe.moe_align_block_size import (
-            moe_align_block_size,
-        )
-
+        # Outside of CUDA graphs the host's time limits short prompts: what depends on
+        # the layer alone is computed once.
+        prefill = _triton()
+        w13, down = self._prefill_matrices(w1, w2)
         assert self.tuned is not None
-        sizes = *topk_ids.shape, w2.shape[1], w1.shape[1] // 2
-        tiles = self.tuned.prefill_tiles(topk_ids.numel())
+        tokens, top_k = topk_ids.shape
+        tiles = self.tuned.prefill_tiles(tokens * top_k)
         # Without a map vLLM's op drops ids outside of the given number of experts.
-        blocks = moe_align_block_size(
+        blocks = sorting.moe_align_block_size(
             topk_ids,
             tiles.gate_up.block_m,
-            w1.shape[0] if expert_map is None else global_num_experts,
+            w13.experts if expert_map is None else global_num_experts,
             expert_map,
             ignore_invalid_experts=expert_map is not None,
         )
         prefill.prefill_experts(
             x,
-            prefill.Int4Matrix(w1, self.w1_scale, self.w1_zp, self.group_size),
-            prefill.Int4Matrix(w2, self.w2_scale, self.w2_zp, self.down_group_size),
+            w13,
+            down,
             output,
-            prefill.Workspace.split(workspace, *sizes),
+            prefill.Workspace.split(workspace, tokens, top_k, down.rows, w13.rows // 2),
             topk_ids,
             topk_weights,
             expert_map,

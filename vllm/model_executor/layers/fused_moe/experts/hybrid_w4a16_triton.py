@@ -3,7 +3,10 @@
 """Prefill: a grouped W4A16 GEMM in Triton on the decode ops' weight buffer.
 
 The weights stay in the layout that ``setup_hybrid_w4a16_moe`` produces
-(``hybrid_w4a16_packing``). The kernels do not unpack a word into eight adjacent values.
+(``hybrid_w4a16_packing``). There are two forms of the product, in two orders of k. A
+tile names its order, and the tiles come from the tuning table.
+
+``planes``, for CUDA. The kernel does not unpack a word into eight adjacent values.
 Nibble ``p`` of all words of a tile forms a matrix of its own (a plane), which is
 multiplied with the activations of the same plane. A plane of 16 words is a K of 16, one
 step of the matrix units. Extracting it takes one shift and one mask, and the words are
@@ -16,7 +19,18 @@ plane order::
                   and rows are padded with zeros to a multiple of 128
 
 The first kernel converts the layer's input to plane order; gate_up writes its output in
-it. Import this module only where Triton runs (a GPU, or Triton's interpreter).
+it.
+
+``natural``, for RDNA, whose matrix instruction wants 8 or 16 adjacent k in a lane: one
+or two whole words. A shift, a mask and an or turn two nibbles into two 16-bit values
+``16 + q``. The offset and the zero point leave after the product, once per group::
+
+    sum_k (q[k] - z) * x[k]  =  sum_k (16 + q[k]) * x[k]  -  (16 + z) * sum_k x[k]
+
+The weights are the second operand of the dot: Triton then lays the warps over weight
+rows, so that no two warps dequantize the same weight.
+
+Import this module only where Triton runs (a GPU, or Triton's interpreter).
 """
 
 from typing import NamedTuple
@@ -120,6 +134,93 @@ def _load_words(w_ptrs, step, K, EVEN_K: tl.constexpr):
 
 
 @triton.jit
+def _halves(words):
+    """Split words [n, w] into the first and the last w / 2 columns."""
+    n: tl.constexpr = words.shape[0]
+    w: tl.constexpr = words.shape[1]
+    return tl.split(tl.reshape(words, (n, 2, w // 2)).permute(0, 2, 1))
+
+
+@triton.jit
+def _offset_weights(words, dtype: tl.constexpr):
+    """Return 16 + q of all nibbles of words [n, w], exactly, as [n, 8 * w] in k order.
+
+    A nibble goes to the bits of the mantissa that are worth 1, 2, 4 and 8 where the
+    value is 16: bit 6 and up in fp16 (16 is 0x4C00), bit 3 and up in bf16 (0x4180).
+    Nibbles i and i + 4 of a word, 16 bits apart, are elements 2 * i and 2 * i + 1.
+    """
+    n: tl.constexpr = words.shape[0]
+    w: tl.constexpr = words.shape[1]
+    if dtype == tl.float16:
+        v01 = ((words << 6) & 0x03C003C0) | 0x4C004C00
+        v23 = ((words << 2) & 0x03C003C0) | 0x4C004C00
+        v45 = ((words >> 2) & 0x03C003C0) | 0x4C004C00
+        v67 = ((words >> 6) & 0x03C003C0) | 0x4C004C00
+    else:
+        v01 = ((words << 3) & 0x00780078) | 0x41804180
+        v23 = ((words >> 1) & 0x00780078) | 0x41804180
+        v45 = ((words >> 5) & 0x00780078) | 0x41804180
+        v67 = ((words >> 9) & 0x00780078) | 0x41804180
+    pairs = tl.join(tl.join(v01, v45), tl.join(v23, v67))
+    values = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    return tl.reshape(values, (n, 8 * w)).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _natural_product(
+    x_ptr,
+    x_rows,
+    w_ptr,
+    scales_ptr,
+    zeros_ptr,
+    n,
+    K,
+    stride_wn,
+    stride_sn,
+    stride_zn,
+    GROUP: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+):
+    """Return ``x @ dequantized(w)^T``, fp32 [block_m, block_n].
+
+    ``x_rows`` [block_m]: offsets of the rows of x; ``n`` [block_n]: rows of w.
+    """
+    dtype: tl.constexpr = scales_ptr.dtype.element_ty
+    # x of a dot is in registers as a whole: at most 64 weights of a row per dot. Words
+    # of two dots are loaded at once if the sums leave registers for them.
+    chunk: tl.constexpr = min(GROUP, 64)
+    at_once: tl.constexpr = GROUP if x_rows.shape[0] < 64 else chunk
+    x_ptrs = x_ptr + x_rows[:, None] + tl.arange(0, chunk)[None, :]
+    w_ptrs = w_ptr + n[:, None] * stride_wn + tl.arange(0, at_once // 8)[None, :]
+    scale_ptrs = scales_ptr + n * stride_sn
+    zero_ptrs = zeros_ptr + n // 8 * stride_zn
+    acc = tl.zeros((x_rows.shape[0], n.shape[0]), tl.float32)
+    for group in range(0, K // GROUP):
+        part = tl.zeros_like(acc)
+        words = tl.load(w_ptrs)
+        if at_once > chunk:
+            words, more_words = _halves(words)
+        x = tl.load(x_ptrs)
+        total = tl.sum(x.to(tl.float32), axis=1)
+        part = tl.dot(x, tl.trans(_offset_weights(words, dtype)), part)
+        if chunk < GROUP:
+            if at_once == chunk:
+                more_words = tl.load(w_ptrs + chunk // 8)
+            x = tl.load(x_ptrs + chunk)
+            total += tl.sum(x.to(tl.float32), axis=1)
+            part = tl.dot(x, tl.trans(_offset_weights(more_words, dtype)), part)
+        if HAS_ZEROS:
+            zero = (tl.load(zero_ptrs + group) >> (4 * (n % 8))) & 0xF
+            part -= total[:, None] * (16 + zero).to(tl.float32)[None, :]
+        else:
+            part -= (total * 24.0)[:, None]
+        acc += part * tl.load(scale_ptrs + group).to(tl.float32)[None, :]
+        x_ptrs += GROUP
+        w_ptrs += GROUP // 8
+    return acc
+
+
+@triton.jit
 def _plane_position(k):
     """Return the position of element ``k`` of a row in plane order."""
     return k // 128 * 128 + k % 8 * 16 + k % 128 // 8
@@ -139,6 +240,12 @@ def _activate(x, alpha, ACTIVATION: tl.constexpr):
     # tanh(z) = 2 * sigmoid(2 * z) - 1; 0.044715 and sqrt(2 / pi) are GELU's tanh
     # constants.
     return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def _gated(gate, up, alpha, beta, limit, ACTIVATION: tl.constexpr):
+    gate = _activate(tl.minimum(gate, limit), alpha, ACTIVATION)
+    return gate * (tl.minimum(tl.maximum(up, -limit), limit) + beta)
 
 
 @triton.jit
@@ -184,10 +291,16 @@ def moe_int4_prefill_gate_up(
     HAS_ZEROS: tl.constexpr,
     EVEN_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    NATURAL: tl.constexpr,
+    OUT_NATURAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Activated gate * up of a block of pairs, in plane order, including padding."""
+    """Activated gate * up of a block of pairs.
+
+    x is in the order of k that NATURAL says, out in that of OUT_NATURAL; plane order
+    includes the padding.
+    """
     tiles = tl.cdiv((I + 127) // 128 * 128, BLOCK_N)
     block = tl.program_id(0) // tiles
     if block * BLOCK_M >= tl.load(num_padded_ptr):
@@ -199,63 +312,85 @@ def moe_int4_prefill_gate_up(
     valid = pairs < num_pairs
     token = tl.where(valid, pairs // top_k, 0).to(tl.int64)
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = tl.minimum(column, I - 1)
-
-    j = tl.arange(0, 16)
-    x_ptrs = x_ptr + token[None, :] * stride_xm + j[:, None]
     w_ptr += expert * stride_we
-    gate_ptrs = w_ptr + n[:, None] * stride_wn + j[None, :]
-    up_ptrs = w_ptr + (n + I)[:, None] * stride_wn + j[None, :]
     scales_ptr += expert * stride_se
     zeros_ptr += expert * stride_ze
-    gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    last_group = H // GROUP - 1
-    for step in range(0, tl.cdiv(H, 128)):
-        gate_words = _load_words(gate_ptrs, step, H, EVEN_K)
-        up_words = _load_words(up_ptrs, step, H, EVEN_K)
-        gate = _multiply(
-            gate,
-            gate_words,
-            x_ptrs,
+    if NATURAL:
+        # A row of gate, then the same row of up: one product, x is read once.
+        both = tl.arange(0, 2 * BLOCK_N)
+        first = tl.program_id(0) % tiles * BLOCK_N
+        n = tl.minimum(first + both // 2, I - 1) + both % 2 * I
+        acc = _natural_product(
+            x_ptr,
+            token * stride_xm,
+            w_ptr,
             scales_ptr,
             zeros_ptr,
             n,
-            step,
+            H,
+            stride_wn,
             stride_sn,
             stride_zn,
-            last_group,
             GROUP,
             HAS_ZEROS,
         )
-        up = _multiply(
-            up,
-            up_words,
-            x_ptrs,
-            scales_ptr,
-            zeros_ptr,
-            n + I,
-            step,
-            stride_sn,
-            stride_zn,
-            last_group,
-            GROUP,
-            HAS_ZEROS,
-        )
-        x_ptrs += 128
-        gate_ptrs += 16
-        up_ptrs += 16
-
-    gate = _activate(tl.minimum(gate, limit), alpha, ACTIVATION)
-    y = gate * (tl.minimum(tl.maximum(up, -limit), limit) + beta)
-    y = tl.where((column < I)[:, None], y, 0.0)
-    y = tl.trans(y).to(out_ptr.dtype.element_ty)
+        gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
+        y = _gated(gate, up, alpha, beta, limit, ACTIVATION)
+        y = tl.where((column < I)[None, :], y, 0.0).to(out_ptr.dtype.element_ty)
+    else:
+        j = tl.arange(0, 16)
+        n = tl.minimum(column, I - 1)
+        x_ptrs = x_ptr + token[None, :] * stride_xm + j[:, None]
+        gate_ptrs = w_ptr + n[:, None] * stride_wn + j[None, :]
+        up_ptrs = w_ptr + (n + I)[:, None] * stride_wn + j[None, :]
+        gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        last_group = H // GROUP - 1
+        for step in range(0, tl.cdiv(H, 128)):
+            gate_words = _load_words(gate_ptrs, step, H, EVEN_K)
+            up_words = _load_words(up_ptrs, step, H, EVEN_K)
+            gate = _multiply(
+                gate,
+                gate_words,
+                x_ptrs,
+                scales_ptr,
+                zeros_ptr,
+                n,
+                step,
+                stride_sn,
+                stride_zn,
+                last_group,
+                GROUP,
+                HAS_ZEROS,
+            )
+            up = _multiply(
+                up,
+                up_words,
+                x_ptrs,
+                scales_ptr,
+                zeros_ptr,
+                n + I,
+                step,
+                stride_sn,
+                stride_zn,
+                last_group,
+                GROUP,
+                HAS_ZEROS,
+            )
+            x_ptrs += 128
+            gate_ptrs += 16
+            up_ptrs += 16
+        y = _gated(gate, up, alpha, beta, limit, ACTIVATION)
+        y = tl.where((column < I)[:, None], y, 0.0)
+        y = tl.trans(y).to(out_ptr.dtype.element_ty)
     out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * stride_om
-    tl.store(
-        out_ptrs + _plane_position(column)[None, :],
-        y,
-        mask=valid[:, None] & (column < (I + 127) // 128 * 128)[None, :],
-    )
+    if OUT_NATURAL:
+        inside = column < I
+        out_ptrs += column[None, :]
+    else:
+        inside = column < (I + 127) // 128 * 128
+        out_ptrs += _plane_position(column)[None, :]
+    tl.store(out_ptrs, y, mask=valid[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -285,12 +420,14 @@ def moe_int4_prefill_down(
     HAS_WEIGHTS: tl.constexpr,
     SORTED: tl.constexpr,
     EVEN_K: tl.constexpr,
+    NATURAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Down projection of a block of pairs, times the pairs' router weights.
 
-    Without SORTED the pairs are rows in their own order, all of expert 0.
+    x is in the order of k that NATURAL says. Without SORTED the pairs are rows in their
+    own order, all of expert 0.
     """
     tiles = tl.cdiv(H, BLOCK_N)
     block = tl.program_id(0) // tiles
@@ -309,35 +446,54 @@ def moe_int4_prefill_down(
     column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     n = tl.minimum(column, H - 1)
 
-    j = tl.arange(0, 16)
-    x_ptrs = x_ptr + row[None, :] * stride_xm + j[:, None]
-    w_ptrs = w_ptr + expert * stride_we + n[:, None] * stride_wn + j[None, :]
+    w_ptr += expert * stride_we
     scales_ptr += expert * stride_se
     zeros_ptr += expert * stride_ze
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    last_group = I // GROUP - 1
-    for step in range(0, tl.cdiv(I, 128)):
-        words = _load_words(w_ptrs, step, I, EVEN_K)
-        acc = _multiply(
-            acc,
-            words,
-            x_ptrs,
+    if NATURAL:
+        y = _natural_product(
+            x_ptr,
+            row * stride_xm,
+            w_ptr,
             scales_ptr,
             zeros_ptr,
             n,
-            step,
+            I,
+            stride_wn,
             stride_sn,
             stride_zn,
-            last_group,
             GROUP,
             HAS_ZEROS,
         )
-        x_ptrs += 128
-        w_ptrs += 16
-
-    if HAS_WEIGHTS:
-        acc *= tl.load(weights_ptr + row)[None, :]
-    y = tl.trans(acc).to(out_ptr.dtype.element_ty)
+        if HAS_WEIGHTS:
+            y *= tl.load(weights_ptr + row)[:, None]
+    else:
+        j = tl.arange(0, 16)
+        x_ptrs = x_ptr + row[None, :] * stride_xm + j[:, None]
+        w_ptrs = w_ptr + n[:, None] * stride_wn + j[None, :]
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        last_group = I // GROUP - 1
+        for step in range(0, tl.cdiv(I, 128)):
+            words = _load_words(w_ptrs, step, I, EVEN_K)
+            acc = _multiply(
+                acc,
+                words,
+                x_ptrs,
+                scales_ptr,
+                zeros_ptr,
+                n,
+                step,
+                stride_sn,
+                stride_zn,
+                last_group,
+                GROUP,
+                HAS_ZEROS,
+            )
+            x_ptrs += 128
+            w_ptrs += 16
+        if HAS_WEIGHTS:
+            acc *= tl.load(weights_ptr + row)[None, :]
+        y = tl.trans(acc)
+    y = y.to(out_ptr.dtype.element_ty)
     out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * stride_om + column[None, :]
     tl.store(out_ptrs, y, mask=valid[:, None] & (column < H)[None, :])
 
@@ -405,19 +561,35 @@ class Activation(NamedTuple):
     limit: float | None
 
 
-class Int4Matrix(NamedTuple):
-    """A projection of all experts, in the layout of ``hybrid_w4a16_packing``."""
+class Int4Matrix:
+    """A projection of all experts, in the layout of ``hybrid_w4a16_packing``.
 
-    words: torch.Tensor
-    scales: torch.Tensor
-    zero_points: torch.Tensor | None
-    group_size: int
+    Make it once per layer: it holds what its launches need in every call.
+    """
 
-    def kernel_arguments(self) -> tuple[list[torch.Tensor], list[int]]:
-        """Return the kernels' tensors, and their strides per expert and row."""
-        zeros = self.words if self.zero_points is None else self.zero_points
-        tensors = [self.words, self.scales, zeros]
-        return tensors, [t.stride(i) for t in tensors for i in (0, 1)]
+    def __init__(
+        self,
+        words: torch.Tensor,
+        scales: torch.Tensor,
+        zero_points: torch.Tensor | None,
+        group_size: int,
+    ) -> None:
+        self.words, self.scales, self.zero_points = words, scales, zero_points
+        self.group_size = group_size
+        self.experts, self.rows = words.shape[:2]
+        self.columns = scales.shape[2] * group_size
+        zeros = words if zero_points is None else zero_points
+        self.tensors = words, scales, zeros
+        self.strides = tuple(t.stride(i) for t in self.tensors for i in (0, 1))
+        self.constants = {
+            "GROUP": group_size,
+            "HAS_ZEROS": zero_points is not None,
+            "EVEN_K": self.columns % _STEP == 0,
+        }
+
+    def is_of(self, words: torch.Tensor, scales: torch.Tensor | None) -> bool:
+        """Whether the matrix holds these tensors."""
+        return self.words is words and self.scales is scales
 
 
 def to_planes(x: torch.Tensor, out: torch.Tensor) -> None:
@@ -433,44 +605,43 @@ def to_planes(x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def gate_up(
-    planes: torch.Tensor,
+    x: torch.Tensor,
     w13: Int4Matrix,
     out: torch.Tensor,
     blocks: Blocks,
     top_k: int,
     activation: Activation,
-    tile: Tile,
+    tiles: PrefillTiles,
 ) -> None:
     """Gate and up projections and the activation.
 
-    planes [M, padded H] and out [M * top_k, padded I] are in plane order. w13 is
-    [E, 2*I, H//8], rows 0..I-1 gate. Rows of pairs whose expert is on another rank are
-    not written.
+    x is [M, H] if the tile's order is natural, else [M, padded H] in plane order. out
+    [M * top_k, padded I] is in the order of down's tile. w13 is [E, 2*I, H//8], rows
+    0..I-1 gate. Rows of pairs whose expert is on another rank are not written.
     """
-    intermediate = w13.words.shape[1] // 2
-    hidden = w13.scales.shape[2] * w13.group_size
-    tensors, strides = w13.kernel_arguments()
-    tiles = _cdiv(_padded(intermediate), tile.block_n)
+    tile = tiles.gate_up
+    intermediate = w13.rows // 2
+    columns = _cdiv(_padded(intermediate), tile.block_n)
     limit = float("inf") if activation.limit is None else activation.limit
-    moe_int4_prefill_gate_up[(blocks.expert_ids.shape[0] * tiles,)](
-        planes,
-        *tensors,
+    moe_int4_prefill_gate_up[(blocks.expert_ids.shape[0] * columns,)](
+        x,
+        *w13.tensors,
         out,
         *blocks,
         out.shape[0],
         top_k,
         intermediate,
-        hidden,
-        planes.stride(0),
-        *strides,
+        w13.columns,
+        x.stride(0),
+        *w13.strides,
         out.stride(0),
         activation.alpha,
         activation.beta,
         limit,
-        GROUP=w13.group_size,
-        HAS_ZEROS=w13.zero_points is not None,
-        EVEN_K=hidden % _STEP == 0,
+        **w13.constants,
         ACTIVATION=_FORMULAS[activation.name],
+        NATURAL=tile.natural,
+        OUT_NATURAL=tiles.down.natural,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
@@ -479,7 +650,7 @@ def gate_up(
 
 
 def down(
-    planes: torch.Tensor,
+    x: torch.Tensor,
     w2: Int4Matrix,
     out: torch.Tensor,
     blocks: Blocks | None,
@@ -488,36 +659,32 @@ def down(
 ) -> None:
     """Down projection of each pair, times its router weight, not yet summed.
 
-    planes [M * top_k, padded I] is the output of ``gate_up``; w2 [E, H, I//8]; out
-    [M * top_k, H]; topk_weights fp32 [M, top_k], contiguous, or ``None`` for weights
-    of 1. Without ``blocks`` every row of ``planes`` goes to expert 0.
+    x [M * top_k, padded I] is the output of ``gate_up``, in the tile's order; w2
+    [E, H, I//8]; out [M * top_k, H]; topk_weights fp32 [M, top_k], contiguous, or
+    ``None`` for weights of 1. Without ``blocks`` every row of x goes to expert 0.
     Rows of pairs whose expert is on another rank are not written.
     """
-    hidden = w2.words.shape[1]
-    intermediate = w2.scales.shape[2] * w2.group_size
-    tensors, strides = w2.kernel_arguments()
-    tiles = _cdiv(hidden, tile.block_n)
+    columns = _cdiv(w2.rows, tile.block_n)
     if blocks is None:
         count, sorting = _cdiv(out.shape[0], tile.block_m), (w2.words,) * 3
     else:
         count, sorting = blocks.expert_ids.shape[0], blocks
-    moe_int4_prefill_down[(count * tiles,)](
-        planes,
-        *tensors,
+    moe_int4_prefill_down[(count * columns,)](
+        x,
+        *w2.tensors,
         out,
         out if topk_weights is None else topk_weights,
         *sorting,
         out.shape[0],
-        hidden,
-        intermediate,
-        planes.stride(0),
-        *strides,
+        w2.rows,
+        w2.columns,
+        x.stride(0),
+        *w2.strides,
         out.stride(0),
-        GROUP=w2.group_size,
-        HAS_ZEROS=w2.zero_points is not None,
+        **w2.constants,
         HAS_WEIGHTS=topk_weights is not None,
         SORTED=blocks is not None,
-        EVEN_K=intermediate % _STEP == 0,
+        NATURAL=tile.natural,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         num_warps=tile.num_warps,
@@ -560,9 +727,9 @@ class Workspace(NamedTuple):
     """Buffers between the launches; ``down_out`` shares memory with ``planes``."""
 
     planes: torch.Tensor
-    """[M, padded H]: the input in plane order."""
+    """[M, padded H]: the input in plane order; unused if gate_up's order is natural."""
     middle: torch.Tensor
-    """[M * top_k, padded I]: the output of gate_up, in plane order."""
+    """[M * top_k, padded I]: the output of gate_up, in the order of down's tile."""
     down_out: torch.Tensor
     """[M * top_k, H]: the output of down, before the sum."""
 
@@ -614,7 +781,9 @@ def prefill_experts(
     activation: Activation,
     tiles: PrefillTiles,
 ) -> None:
-    """Run the routed experts on many tokens: four launches, no host synchronisation.
+    """Run the routed experts on many tokens, without host synchronisation.
+
+    Three launches (gate_up, down, sum), and one more for plane order.
 
     Args:
         x: fp16/bf16 [M, H], innermost stride 1.
@@ -623,22 +792,28 @@ def prefill_experts(
         topk_ids, topk_weights, expert_map: as in ``down`` and ``sum_pairs``.
         blocks: made for ``tiles.gate_up.block_m``.
     """
-    to_planes(x, workspace.planes)
+    if not tiles.gate_up.natural:
+        to_planes(x, workspace.planes)
+        x = workspace.planes
     top_k = topk_ids.shape[1]
     middle = workspace.middle
-    gate_up(workspace.planes, w13, middle, blocks, top_k, activation, tiles.gate_up)
+    gate_up(x, w13, middle, blocks, top_k, activation, tiles)
     down(middle, w2, workspace.down_out, blocks, topk_weights, tiles.down)
-    sum_pairs(workspace.down_out, out, topk_ids, expert_map, w13.words.shape[0])
+    sum_pairs(workspace.down_out, out, topk_ids, expert_map, w13.experts)
 
 
 def dense(x: torch.Tensor, w: Int4Matrix, tile: Tile) -> torch.Tensor:
-    """``x @ w^.T`` [M, N] of many rows: two launches, no host synchronisation.
+    """``x @ w^.T`` [M, N] of many rows, without host synchronisation.
+
+    One launch, and one more for plane order.
 
     x fp16/bf16 [M, K], innermost stride 1; w [1, N, K//8].
     """
     rows, k = x.shape
-    planes = x.new_empty(rows, _padded(k))
-    to_planes(x, planes)
-    out = x.new_empty(rows, w.words.shape[1])
-    down(planes, w, out, None, None, tile)
+    if not tile.natural:
+        planes = x.new_empty(rows, _padded(k))
+        to_planes(x, planes)
+        x = planes
+    out = x.new_empty(rows, w.rows)
+    down(x, w, out, None, None, tile)
     return out
