@@ -9,17 +9,15 @@ activation, then down with the weighted sum over top-k. On a GPU many tokens (pr
 run through Triton instead, on the same weights.
 """
 
-<<<<<<< HEAD
+import functools
+
 # fork: begin token
 import sys
 
 # fork: end
-=======
-import functools
 from types import ModuleType
 from typing import Any
 
->>>>>>> main
 import torch
 
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
