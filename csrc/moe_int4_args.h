@@ -79,6 +79,7 @@ struct Plan {
   int32_t size;  // 0: no plan given, the launcher chooses
 };
 
+// fork: begin ops
 // The shared expert in 16-bit weights: an expert that every token uses, in the same launches as the
 // routed experts. Its activation is silu(gate) * up. Without one, w is null.
 struct SharedGateUp {
@@ -101,6 +102,7 @@ struct SharedDown {
   int64_t c_stride_m;
 };
 
+// fork: end
 // fused_moe_wvSplitK_int4_gemm: output row r is row r / top_k of a times the weights of the expert
 // of r's block.
 struct GemmArgs {
@@ -133,7 +135,9 @@ struct GateUpArgs {
   float alpha, beta, limit;  // limit = +inf: no clamp
   int32_t cu_count;
   Plan plan;
+  // fork: begin ops
   SharedGateUp shared;
+  // fork: end
 };
 
 // fused_moe_wvSplitK_int4_down: c[m] is the sum over t of
@@ -151,7 +155,9 @@ struct DownArgs {
   int64_t tw_stride_m;
   int32_t cu_count;
   Plan plan;
+  // fork: begin ops
   SharedDown shared;
+  // fork: end
 };
 
 // wvSplitK_int_g: c = a w^T for one weight matrix (num_experts is 1).

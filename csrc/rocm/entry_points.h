@@ -49,6 +49,12 @@
   const uint16_t *shared_a, int64_t shared_a_stride, const uint16_t *shared_w,            \
       int shared_w_stride, int shared_k, const float *shared_factors, uint16_t *shared_c, \
       int64_t shared_c_stride, int shared_y, int grid_x
+#define MOE_INT4_SHARED_GATE_UP_VALUES                                                             \
+  shared_w, shared_w_stride, shared_inter, shared_gate, shared_c, shared_c_stride, shared_factors, \
+      shared_y, grid_x
+#define MOE_INT4_SHARED_DOWN_VALUES                                                         \
+  shared_a, shared_a_stride, shared_w, shared_w_stride, shared_k, shared_factors, shared_c, \
+      shared_c_stride, shared_y, grid_x
 
 #define MOE_INT4_GATE_UP_ARGS                                                            \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int inter, int k, void *c,    \

@@ -76,17 +76,11 @@ int shared_rows(const SharedDown& shared, int n, int tokens, int grid_x) {
                      1);
 }
 
-// LDS of a block that may belong to the shared expert.
-int with_shared(int lds, int waves, bool shared) {
-  const int bytes = shared ? waves * kSharedBytesPerWave : 0;
-  return lds < bytes ? bytes : lds;
-}
-
-#define MOE_INT4_SHARED_GATE_UP_VALUES(S, Y, X)                                                   \
+#define MOE_INT4_SHARED_GATE_UP_OF(S, Y, X)                                                       \
   static_cast<const uint16_t*>(S.w), small(S.w_stride_n, 2 * S.inter), S.inter,                   \
       static_cast<const uint16_t*>(S.gate), static_cast<uint16_t*>(S.c), S.c_stride_m, S.factors, \
       Y, X
-#define MOE_INT4_SHARED_DOWN_VALUES(S, N, Y, X)                                       \
+#define MOE_INT4_SHARED_DOWN_OF(S, N, Y, X)                                           \
   static_cast<const uint16_t*>(S.a), S.a_stride_m, static_cast<const uint16_t*>(S.w), \
       small(S.w_stride_n, N), S.k, S.factors, static_cast<uint16_t*>(S.c), S.c_stride_m, Y, X
 
@@ -126,23 +120,21 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
   const Problem p = problem(r, w, inter, args.a, args.a_stride_m, args.cu_count);
   const GateUpPlan plan = args.plan.size == 0 ? gate_up_plan(p) : parse_gate_up_plan(args.plan, p);
   const int lds = gate_up_lds(p, plan), threads = plan.waves * gpu::kWaveSize;
-  const int block_lds = with_shared(lds, plan.waves, args.shared.w != nullptr);
 #if GPU_HAS_MMA
   if (plan.kernel == Kernel::kGrouped) {
     const int lists = most_lists(p.block_pairs(), p.experts, plan.slots);
     const int grid_x = ceil_div(inter, kGateUpRows * kRowGroups * plan.waves * plan.row_tiles);
     const int grid_z = grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens");
     const int shared_y = shared_rows(args.shared, r.num_tokens, grid_x, grid_z);
-    gpu::launch(
-        grouped_gate_up_kernel(args.dtype, w, plan.slots <= 8 ? 8 : 16),
-        {grid_x, grid_size(lists + shared_y, "lists of pairs"), grid_z, threads, block_lds, true},
-        queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
-        static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
-        w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k, args.c,
-        args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size,
-        r.num_tokens, r.top_k, static_cast<int>(args.activation), args.alpha, args.beta, args.limit,
-        plan.waves, plan.slots, p.blocks, plan.row_tiles,
-        MOE_INT4_SHARED_GATE_UP_VALUES(args.shared, shared_y, grid_x));
+    gpu::launch(grouped_gate_up_kernel(args.dtype, w, plan.slots <= 8 ? 8 : 16),
+                {grid_x, grid_size(lists + shared_y, "lists of pairs"), grid_z, threads, lds, true},
+                queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+                static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
+                w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
+                args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m,
+                r.expert_map, r.map_size, r.num_tokens, r.top_k, static_cast<int>(args.activation),
+                args.alpha, args.beta, args.limit, plan.waves, plan.slots, p.blocks, plan.row_tiles,
+                MOE_INT4_SHARED_GATE_UP_OF(args.shared, shared_y, grid_x));
     return;
   }
 #endif
@@ -151,14 +143,14 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
   const int grid_x = ceil_div(inter, kRowGroups), grid_z = grid_size(r.num_tokens, "tokens");
   const int shared_y = shared_rows(args.shared, r.num_tokens, grid_x, grid_z);
   gpu::launch(gate_up_kernel(args.dtype, w, plan.kernel == Kernel::kPairs ? 1 : kMaxSlots),
-              {grid_x, grid_size(r.top_k + shared_y, "top_k"), grid_z, threads, block_lds, true},
-              queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+              {grid_x, grid_size(r.top_k + shared_y, "top_k"), grid_z, threads, lds, true}, queue,
+              args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
               static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
               w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
               args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
               r.map_size, r.num_tokens, r.top_k, static_cast<int>(args.activation), args.alpha,
               args.beta, args.limit, plan.waves, wave_lds, p.blocks, ceil_div(p.blocks, plan.waves),
-              MOE_INT4_SHARED_GATE_UP_VALUES(args.shared, shared_y, grid_x));
+              MOE_INT4_SHARED_GATE_UP_OF(args.shared, shared_y, grid_x));
 }
 
 void launch_down(const DownArgs& args, void* queue) {
@@ -169,7 +161,6 @@ void launch_down(const DownArgs& args, void* queue) {
   const DownPlan plan = args.plan.size == 0 ? down_plan(p) : parse_down_plan(args.plan, p);
   const int lds = down_lds(p, plan), wave_lds = down_wave_lds(p, plan);
   const int threads = plan.waves * gpu::kWaveSize;
-  const int block_lds = with_shared(lds, plan.waves, args.shared.w != nullptr);
   const int grid_x = ceil_div(w.n, plan.rows());
   const int shared_y = shared_rows(args.shared, w.n, r.num_tokens, grid_x);
   const int blocks_per_wave = ceil_div(p.blocks, plan.k_slices);
@@ -181,28 +172,28 @@ void launch_down(const DownArgs& args, void* queue) {
         plan.kernel == Kernel::kWide ? wide_down_kernel(args.dtype, w, 8)
                                      : grouped_down_kernel(args.dtype, w, 8),
         {grid_x, grid_size(ceil_div(r.num_tokens, kGroupTokens) + shared_y, "blocks of tokens"), 1,
-         threads, block_lds, true},
+         threads, lds, true},
         queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
         static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
         w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
         args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size,
         r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, plan.waves, plan.slots,
         wave_lds, p.blocks, blocks_per_wave, log2_k_slices,
-        MOE_INT4_SHARED_DOWN_VALUES(args.shared, w.n, shared_y, grid_x));
+        MOE_INT4_SHARED_DOWN_OF(args.shared, w.n, shared_y, grid_x));
     return;
   }
 #endif
   const int tokens = plan.kernel == Kernel::kPairs ? 1 : kMaxSlots;
   gpu::launch(down_kernel(args.dtype, w, tokens),
               {grid_x, grid_size(ceil_div(r.num_tokens, tokens) + shared_y, "blocks of tokens"), 1,
-               threads, block_lds, true},
+               threads, lds, true},
               queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
               static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
               w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
               args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
               r.map_size, r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, plan.waves,
               wave_lds, p.blocks, blocks_per_wave, log2_k_slices,
-              MOE_INT4_SHARED_DOWN_VALUES(args.shared, w.n, shared_y, grid_x));
+              MOE_INT4_SHARED_DOWN_OF(args.shared, w.n, shared_y, grid_x));
 }
 
 }  // namespace moe_int4

@@ -7,7 +7,9 @@
 // of its pairs to its own sums in LDS in pair order, and the sums of the waves are added in wave
 // order, so every run gives the same bits.
 #include "entry_points.h"
+// fork: begin token
 #include "shared_expert.cuh"
+// fork: end
 #include "slots.cuh"
 // fork: begin overlay
 #include "stream_tile.cuh"
@@ -184,9 +186,11 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
   gpu::keep_arguments(MOE_INT4_DOWN_VALUES);
+  // fork: begin token
   if (gpu::block_y() < shared_y) {
     return shared_down<DT>(n, num_tokens, waves, MOE_INT4_SHARED_DOWN_VALUES);
   }
+  // fork: end
   // fork: begin overlay
   if constexpr (T == 1 && kStreams) {
     down_stream<DT, G, ZP>(MOE_INT4_DOWN_VALUES);

@@ -8,7 +8,9 @@
 // the same expert, the block has nothing to do: that token's block computes both.
 #include "activation.cuh"
 #include "entry_points.h"
+// fork: begin token
 #include "shared_expert.cuh"
+// fork: end
 #include "slots.cuh"
 // fork: begin overlay
 #include "stream_tile.cuh"
@@ -26,9 +28,11 @@ namespace moe_int4 {
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
   gpu::keep_arguments(MOE_INT4_GATE_UP_VALUES);
+  // fork: begin token
   if (gpu::block_y() < shared_y) {
     return shared_gate_up<DT>(a, a_stride_m, k, num_tokens, waves, MOE_INT4_SHARED_GATE_UP_VALUES);
   }
+  // fork: end
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
   const Router router = MOE_INT4_ROUTER;
   const int token = gpu::block_z(), t = gpu::block_y() - shared_y;

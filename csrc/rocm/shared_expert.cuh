@@ -113,12 +113,9 @@ struct SharedTile {
   }
 };
 
-#define MOE_INT4_SHARED_GATE_UP_VALUES                                                             \
-  shared_w, shared_w_stride, shared_inter, shared_gate, shared_c, shared_c_stride, shared_factors, \
-      shared_y, grid_x
-#define MOE_INT4_SHARED_DOWN_VALUES                                                         \
-  shared_a, shared_a_stride, shared_w, shared_w_stride, shared_k, shared_factors, shared_c, \
-      shared_c_stride, shared_y, grid_x
+// The sums take the LDS of the other blocks' waves.
+static_assert(kSharedBytesPerWave <= kWindowBytes && kSharedBytesPerWave <= kGroupWindowBytes &&
+              kSharedBytesPerWave <= lds_bytes_per_wave(1, 1));
 
 // Tile `tile` of gate_up for tokens first_token.. : rows i (gate) and i + inter (up). The tile
 // after the last one is the gate of the shared expert.

@@ -36,8 +36,6 @@ _QUANTIZATION = "vllm/model_executor/layers/quantization"
 
 # (commit, names of files in this project). A name without a folder matches in any.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    # Blocks of the kernels' grids.
-    ("kernels", ("shared_expert.cuh",)),
     # Rules for what the later commits bring, by name.
     (
         "token",
