@@ -10,7 +10,8 @@ is an innermost loop with weight loads. A kernel has one main loop per compiled 
 of activation rows; if it is fully unrolled it has none, and its whole body counts.
 Plain 16-byte loads in a main loop are activations that go to LDS, so the loop stores at
 least as many 16-byte pieces to LDS. Any more plain loads are counted as weight loads
-without the hint.
+without the hint, except in loops that unpack nothing: those multiply 16-bit weights
+with activations that come straight from memory.
 
 Memory serves a wave's requests while the wave computes, until it waits (``s_waitcnt``,
 on gfx12 ``s_wait_*cnt``) or meets a barrier. The positions of the waits give two
@@ -420,11 +421,13 @@ class Loop:
         """Weight bytes per lane in units of 16; one unit is 512 bytes per wave."""
         return sum(n * size for size, n in self.weight_loads.items()) / LANE_LOAD_BYTES
 
-    def faults(self, activations_through_lds: bool = True) -> list[str]:
-        """Return why this loop must not ship; empty if it may.
+    @property
+    def unpacks(self) -> bool:
+        """Whether this extracts nibbles or bytes from weights."""
+        return "v_and_or_b32" in self.code or "v_perm_b32" in self.code
 
-        If activations do not go through LDS, wide loads without the hint load them.
-        """
+    def faults(self) -> list[str]:
+        """Return why this loop must not ship; empty if it may."""
         found = (
             []
             if self.weight_loads
@@ -433,7 +436,7 @@ class Loop:
         for size, n in self.weight_loads.items():
             if size < LANE_LOAD_BYTES:
                 found.append(f"weight loads of {size} bytes in the main loop ({n})")
-        if activations_through_lds and self.plain_wide_loads > self.wide_lds_stores:
+        if self.unpacks and self.plain_wide_loads > self.wide_lds_stores:
             excess = self.plain_wide_loads - self.wide_lds_stores
             found.append(
                 f"weight loads that are not non-temporal in the main loop ({excess})"

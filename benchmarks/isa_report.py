@@ -65,10 +65,7 @@ CUS, CLOCK_HZ, READ_BYTES_PER_S = 40, 2.9e9, 212e9
 WAVE_LOAD_BYTES = 512  # 32 lanes x 16 bytes
 # Required bytes in flight of a kernel for one token: two blocks, two row sets.
 LEAST_IN_FLIGHT = 2048
-# Name prefixes of kernels without weights, and of kernels that load activations
-# without LDS.
-WITHOUT_WEIGHTS = ("rescore_largest_",)
-ACTIVATIONS_FROM_MEMORY = ("rescore_rows_",)
+WITHOUT_WEIGHTS = ("rescore_largest_",)  # name prefixes
 
 
 def budget_cycles() -> float:
@@ -166,8 +163,7 @@ def report(arch: str, source: Path, compiler: str, mca: str) -> list[dict]:
                 f"{flight} weight bytes in flight, expected at least {LEAST_IN_FLIGHT}"
             )
         if not kernel.name.startswith(WITHOUT_WEIGHTS):
-            through_lds = not kernel.name.startswith(ACTIVATIONS_FROM_MEMORY)
-            faults += sorted({x for loop in group for x in loop.faults(through_lds)})
+            faults += sorted({x for loop in group for x in loop.faults()})
         row["faults"] = faults
         row["loops"] = group
         rows.append(row)

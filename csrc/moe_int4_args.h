@@ -79,6 +79,30 @@ struct Plan {
   int32_t size;  // 0: no plan given, the launcher chooses
 };
 
+// fork: begin ops
+// The shared expert in 16-bit weights: an expert that every token uses, in the same launches as the
+// routed experts. Its activation is silu(gate) * up. Without one, w is null.
+struct SharedGateUp {
+  const void* w;  // [2 * I, K], rows 0..I-1 gate, I..2I-1 up
+  int64_t w_stride_n;
+  int32_t inter;     // I
+  const void* gate;  // [K] or null
+  void* c;           // [M, I]
+  int64_t c_stride_m;
+  float* factors;  // [M]: sigmoid(gate . a[m]); null without gate
+};
+struct SharedDown {
+  const void* a;  // [M, K]: c of SharedGateUp
+  int64_t a_stride_m;
+  const void* w;  // [N, K]
+  int64_t w_stride_n;
+  int32_t k;
+  const float* factors;  // [M] or null: 1
+  void* c;               // [M, N]: factors[m] * w a[m]
+  int64_t c_stride_m;
+};
+
+// fork: end
 // fused_moe_wvSplitK_int4_gemm: output row r is row r / top_k of a times the weights of the expert
 // of r's block.
 struct GemmArgs {
@@ -113,6 +137,9 @@ struct GateUpArgs {
   int32_t cu_count;
   Plan plan;
   bool row_invariant;
+  // fork: begin ops
+  SharedGateUp shared;
+  // fork: end
 };
 
 // fused_moe_wvSplitK_int4_down: c[m] is the sum over t of
@@ -131,6 +158,9 @@ struct DownArgs {
   int32_t cu_count;
   Plan plan;
   bool row_invariant;
+  // fork: begin ops
+  SharedDown shared;
+  // fork: end
 };
 
 // wvSplitK_int_g: c = a w^T for one weight matrix (num_experts is 1).

@@ -143,6 +143,32 @@ class ArgumentChecks {
     return out;
   }
 
+  // Checks that both arguments are given, or neither.
+  void together(const char* argument, const std::optional<Tensor>& t, const char* with,
+                const std::optional<Tensor>& other) const {
+    if (t.has_value() == other.has_value()) return;
+    fail(argument, std::string(other.has_value() ? "a tensor" : "None") + " as " + with,
+         t.has_value() ? "a tensor" : "None");
+  }
+
+  // Checks a matrix of 16-bit weights whose rows are read 16 bytes at a time; returns the row
+  // stride.
+  int64_t wide_rows(const char* argument, const Tensor& w, const char* rows, int64_t k,
+                    int64_t n = Dim::kAny) const {
+    activation(argument, w, {{rows, n}, {"K", k}});
+    check_wide(argument, w, k);
+    if (w.size(0) > 1 && (w.stride(0) < k || w.stride(0) % 8 != 0)) {
+      fail(argument, "row stride a multiple of 8 and at least " + std::to_string(k),
+           std::to_string(w.stride(0)));
+    }
+    return w.stride(0);
+  }
+
+  void wide_vector(const char* argument, const Tensor& w, int64_t k) const {
+    activation(argument, w, {{"K", k}});
+    check_wide(argument, w, k);
+  }
+
   Routing routing(const Tensor& topk_ids, const std::optional<Tensor>& expert_map) const {
     tensor("topk_ids", topk_ids, {ScalarType::Int, ScalarType::Long}, {{"M"}, {"top_k"}});
     Routing out{};
@@ -195,6 +221,15 @@ class ArgumentChecks {
   }
 
  private:
+  void check_wide(const char* argument, const Tensor& w, int64_t k) const {
+    if (k % 8 != 0) fail(argument, "K a multiple of 8", std::to_string(k));
+    const uintptr_t past = reinterpret_cast<uintptr_t>(w.const_data_ptr()) % 16;
+    if (past != 0) {
+      fail(argument, "data aligned to 16 bytes",
+           "an address " + std::to_string(past) + " past one");
+    }
+  }
+
   static std::string name(const Device& device) {
     std::ostringstream out;
     if (device.type() == DeviceType::CPU) {
@@ -292,13 +327,13 @@ inline GemmArgs check_gemm(DeviceType device, const Tensor& a, const Tensor& w,
   return out;
 }
 
-inline GateUpArgs check_gate_up(DeviceType device, const Tensor& a, const Tensor& w,
-                                const Tensor& scales, const Tensor& c, const Tensor& topk_ids,
-                                const std::string& activation, int64_t cu_count, int64_t group_size,
-                                const std::optional<Tensor>& zero_points,
-                                const std::optional<Tensor>& expert_map, double alpha, double beta,
-                                std::optional<double> limit,
-                                const std::optional<std::vector<int64_t>>& plan) {
+inline GateUpArgs check_gate_up(
+    DeviceType device, const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+    const Tensor& topk_ids, const std::string& activation, int64_t cu_count, int64_t group_size,
+    const std::optional<Tensor>& zero_points, const std::optional<Tensor>& expert_map, double alpha,
+    double beta, std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan,
+    const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_gate,
+    const std::optional<Tensor>& shared_c, const std::optional<Tensor>& shared_factors) {
   const ArgumentChecks check("fused_moe_wvSplitK_int4_gate_up", device, a);
   GateUpArgs out{};
   out.dtype = check.dtype();
@@ -324,15 +359,39 @@ inline GateUpArgs check_gate_up(DeviceType device, const Tensor& a, const Tensor
   if (!(out.limit > 0)) check.fail("limit", "a number above 0", std::to_string(out.limit));
   out.plan = check.plan(plan);
   out.row_invariant = row_invariance();
+  check.together("shared_c", shared_c, "shared_w", shared_w);
+  check.together("shared_factors", shared_factors, "shared_gate", shared_gate);
+  if (shared_gate.has_value()) check.together("shared_w", shared_w, "shared_gate", shared_gate);
+  if (!shared_w.has_value()) return out;
+  out.shared.w_stride_n =
+      check.wide_rows("shared_w", *shared_w, "2*I of the shared expert", out.w.k);
+  out.shared.w = shared_w->const_data_ptr();
+  if (shared_w->size(0) % 2 != 0) {
+    check.fail("shared_w", "an even number of rows (gate and up)",
+               std::to_string(shared_w->size(0)));
+  }
+  out.shared.inter = check.positive("shared_w", shared_w->size(0) / 2);
+  check.output("shared_c", *shared_c,
+               {{"M", out.routing.num_tokens}, {"I of the shared expert", out.shared.inter}});
+  out.shared.c = shared_c->mutable_data_ptr();
+  out.shared.c_stride_m = shared_c->stride(0);
+  if (shared_gate.has_value()) {
+    check.wide_vector("shared_gate", *shared_gate, out.w.k);
+    out.shared.gate = shared_gate->const_data_ptr();
+    check.tensor("shared_factors", *shared_factors, {ScalarType::Float},
+                 {{"M", out.routing.num_tokens}});
+    out.shared.factors = static_cast<float*>(shared_factors->mutable_data_ptr());
+  }
   return out;
 }
 
-inline DownArgs check_down(DeviceType device, const Tensor& a, const Tensor& w,
-                           const Tensor& scales, const Tensor& c, const Tensor& topk_ids,
-                           const std::optional<Tensor>& topk_weights, int64_t cu_count,
-                           int64_t group_size, const std::optional<Tensor>& zero_points,
-                           const std::optional<Tensor>& expert_map,
-                           const std::optional<std::vector<int64_t>>& plan) {
+inline DownArgs check_down(
+    DeviceType device, const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+    const Tensor& topk_ids, const std::optional<Tensor>& topk_weights, int64_t cu_count,
+    int64_t group_size, const std::optional<Tensor>& zero_points,
+    const std::optional<Tensor>& expert_map, const std::optional<std::vector<int64_t>>& plan,
+    const std::optional<Tensor>& shared_a, const std::optional<Tensor>& shared_w,
+    const std::optional<Tensor>& shared_factors, const std::optional<Tensor>& shared_c) {
   const ArgumentChecks check("fused_moe_wvSplitK_int4_down", device, a);
   DownArgs out{};
   out.dtype = check.dtype();
@@ -354,6 +413,24 @@ inline DownArgs check_down(DeviceType device, const Tensor& a, const Tensor& w,
   out.cu_count = check.positive("cu_count", cu_count);
   out.plan = check.plan(plan);
   out.row_invariant = row_invariance();
+  check.together("shared_a", shared_a, "shared_w", shared_w);
+  check.together("shared_c", shared_c, "shared_w", shared_w);
+  if (shared_factors.has_value())
+    check.together("shared_w", shared_w, "shared_factors", shared_factors);
+  if (!shared_w.has_value()) return out;
+  check.activation("shared_a", *shared_a, {{"M", tokens}, {"K"}});
+  out.shared.a = shared_a->const_data_ptr();
+  out.shared.a_stride_m = shared_a->stride(0);
+  out.shared.k = check.positive("shared_a", shared_a->size(1));
+  out.shared.w_stride_n = check.wide_rows("shared_w", *shared_w, "N", out.shared.k, out.w.n);
+  out.shared.w = shared_w->const_data_ptr();
+  if (shared_factors.has_value()) {
+    check.tensor("shared_factors", *shared_factors, {ScalarType::Float}, {{"M", tokens}});
+    out.shared.factors = static_cast<const float*>(shared_factors->const_data_ptr());
+  }
+  check.output("shared_c", *shared_c, {{"M", tokens}, {"N", out.w.n}});
+  out.shared.c = shared_c->mutable_data_ptr();
+  out.shared.c_stride_m = shared_c->stride(0);
   return out;
 }
 

@@ -163,7 +163,8 @@ def test_unrolled_kernel_is_its_own_main_loop(asm):
         ("global_load_b32 v4, v[20:21], off", "no non-temporal weight load"),
         (
             """global_load_b128 v[0:3], v[20:21], off slc
-            global_load_b128 v[4:7], v[20:21], off""",
+            global_load_b128 v[4:7], v[20:21], off
+            v_and_or_b32 v8, v0, s4, 0x64006400""",
             "weight loads that are not non-temporal in the main loop (1)",
         ),
     ],
@@ -172,6 +173,13 @@ def test_bad_loads_are_faults(asm, body, fault):
     (loop,) = loops_of(asm, f".LBB0_1:\n\t{body}\n\ts_cbranch_scc1 .LBB0_1")
     assert len(loop.faults()) == 1
     assert fault in loop.faults()[0]
+
+
+def test_activations_of_16_bit_weights_may_come_from_memory(asm):
+    body = "global_load_b128 v[0:3], v[20:21], off slc\n\t"
+    body += "global_load_b128 v[4:7], v[20:21], off"
+    (loop,) = loops_of(asm, f".LBB0_1:\n\t{body}\n\ts_cbranch_scc1 .LBB0_1")
+    assert loop.faults() == []
 
 
 LOAD = "global_load_b128 v[0:3], v20, s[4:5] slc dlc"

@@ -11,7 +11,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <new>
 #include <utility>
 #include <vector>
@@ -360,6 +362,107 @@ void gemm(const GemmArgs& args) {
   });
 }
 
+// Rows of 16-bit weights times all activation rows, for the shared expert. The activations are
+// converted to fp32 once.
+class SharedProduct {
+ public:
+  SharedProduct(DType dtype, const void* a, int64_t a_stride_m, int32_t m, int32_t k)
+      : dtype_(dtype), kernels_(*instruction_set().epilogue), m_(m), k_(k) {
+    stride_ = (k + kDotBlock - 1) / kDotBlock * kDotBlock;
+    rows_ = reinterpret_cast<float*>(buffers().rows.at_least(4 * m * stride_));
+    pointers_.resize(m);
+    for (int32_t r = 0; r < m; ++r) {
+      float* const row = rows_ + r * stride_;
+      kernels_.load(dtype, row_of(a, a_stride_m, r), k, row);
+      std::fill(row + k, row + stride_, 0.0f);
+      pointers_[r] = row;
+    }
+  }
+
+  const Epilogue& kernels() const { return kernels_; }
+
+  // out[r] = w . activation row r
+  void row(const void* w, float* out) const {
+    kernels_.dot(dtype_, static_cast<const uint16_t*>(w), pointers_.data(), m_, k_, out);
+  }
+
+ private:
+  const DType dtype_;
+  const Epilogue& kernels_;
+  const int32_t m_, k_;
+  int64_t stride_;
+  float* rows_;
+  std::vector<const float*> pointers_;
+};
+
+void shared_gate_up(const GateUpArgs& args) {
+  const SharedGateUp& shared = args.shared;
+  const int32_t m = args.routing.num_tokens, inter = shared.inter;
+  if (shared.w == nullptr || m == 0) return;
+  const SharedProduct product(args.dtype, args.a, args.a_stride_m, m, args.w.k);
+  GateUpArgs silu{};
+  silu.dtype = args.dtype;
+  silu.activation = Activation::kSilu;
+  silu.alpha = 1.0f;
+  silu.limit = std::numeric_limits<float>::infinity();
+  if (shared.gate != nullptr) {
+    product.row(shared.gate, shared.factors);
+    for (int32_t r = 0; r < m; ++r) {
+      shared.factors[r] = 1.0f / (1.0f + std::exp(-shared.factors[r]));
+    }
+  }
+  const int64_t units = units_of(inter);
+  for_each_thread(units, 1, [&](int64_t begin, int64_t end, int64_t) {
+    const auto past = std::min(static_cast<int32_t>(end) * kUnitColumns, inter);
+    std::vector<float> sums(static_cast<size_t>(2 * m) * kUnitColumns + m);
+    float* const gate = sums.data();
+    float* const up = gate + int64_t{m} * kUnitColumns;
+    float* const of_row = up + int64_t{m} * kUnitColumns;
+    for (auto first = static_cast<int32_t>(begin) * kUnitColumns; first < past;
+         first += kUnitColumns) {
+      const int32_t count = std::min(kUnitColumns, past - first);
+      for (float* half : {gate, up}) {
+        for (int32_t i = 0; i < count; ++i) {
+          const int64_t row = first + i + (half == up ? inter : 0);
+          product.row(row_of(shared.w, shared.w_stride_n, row), of_row);
+          for (int32_t r = 0; r < m; ++r) half[r * kUnitColumns + i] = of_row[r];
+        }
+      }
+      for (int32_t r = 0; r < m; ++r) {
+        product.kernels().activate(silu, gate + r * kUnitColumns, up + r * kUnitColumns, count,
+                                   row_of(shared.c, shared.c_stride_m, r) + first);
+      }
+    }
+  });
+}
+
+void shared_down(const DownArgs& args) {
+  const SharedDown& shared = args.shared;
+  const int32_t m = args.routing.num_tokens, n = args.w.n;
+  if (shared.w == nullptr || m == 0) return;
+  const SharedProduct product(args.dtype, shared.a, shared.a_stride_m, m, shared.k);
+  for_each_thread(units_of(n), 1, [&](int64_t begin, int64_t end, int64_t) {
+    const auto past = std::min(static_cast<int32_t>(end) * kUnitColumns, n);
+    std::vector<float> sums(static_cast<size_t>(m) * (kUnitColumns + 1));
+    float* const of_row = sums.data() + int64_t{m} * kUnitColumns;
+    for (auto first = static_cast<int32_t>(begin) * kUnitColumns; first < past;
+         first += kUnitColumns) {
+      const int32_t count = std::min(kUnitColumns, past - first);
+      for (int32_t i = 0; i < count; ++i) {
+        product.row(row_of(shared.w, shared.w_stride_n, first + i), of_row);
+        for (int32_t r = 0; r < m; ++r) {
+          const float factor = shared.factors == nullptr ? 1.0f : shared.factors[r];
+          sums[r * kUnitColumns + i] = factor * of_row[r];
+        }
+      }
+      for (int32_t r = 0; r < m; ++r) {
+        product.kernels().store(args.dtype, sums.data() + r * kUnitColumns, count,
+                                row_of(shared.c, shared.c_stride_m, r) + first);
+      }
+    }
+  });
+}
+
 // How many tokens one pass handles: as many as fit kMaxBytes of converted activations, but at least
 // kFewestTokens, since every pass reads the weights again.
 int32_t tokens_together(const Weights& w, int32_t top_k) {
@@ -409,6 +512,7 @@ void gate_up(const GateUpArgs& args) {
     some.routing = slice(args.routing, begin, std::min(step, tokens - begin));
     gate_up_together(some);
   }
+  shared_gate_up(args);
 }
 
 // A thread computes some columns for all tokens at a time. It adds the experts in ascending order.
@@ -478,6 +582,7 @@ void down(const DownArgs& args) {
     some.routing = slice(args.routing, begin, std::min(step, tokens - begin));
     down_together(some);
   }
+  shared_down(args);
 }
 
 void gemm_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
@@ -516,18 +621,24 @@ void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Te
                 const Tensor& topk_ids, std::string activation, int64_t cu_count,
                 int64_t group_size, const std::optional<Tensor>& zero_points,
                 const std::optional<Tensor>& expert_map, double alpha, double beta,
-                std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan) {
+                std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan,
+                const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_gate,
+                const std::optional<Tensor>& shared_c,
+                const std::optional<Tensor>& shared_factors) {
   gate_up(check_gate_up(DeviceType::CPU, a, w, scales, c, topk_ids, activation, cu_count,
-                        group_size, zero_points, expert_map, alpha, beta, limit, plan));
+                        group_size, zero_points, expert_map, alpha, beta, limit, plan, shared_w,
+                        shared_gate, shared_c, shared_factors));
 }
 
 void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
              const Tensor& topk_ids, const std::optional<Tensor>& topk_weights, int64_t cu_count,
              int64_t group_size, const std::optional<Tensor>& zero_points,
              const std::optional<Tensor>& expert_map,
-             const std::optional<std::vector<int64_t>>& plan) {
+             const std::optional<std::vector<int64_t>>& plan, const std::optional<Tensor>& shared_a,
+             const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_factors,
+             const std::optional<Tensor>& shared_c) {
   down(check_down(DeviceType::CPU, a, w, scales, c, topk_ids, topk_weights, cu_count, group_size,
-                  zero_points, expert_map, plan));
+                  zero_points, expert_map, plan, shared_a, shared_w, shared_factors, shared_c));
 }
 
 }  // namespace

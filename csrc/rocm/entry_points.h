@@ -21,6 +21,8 @@
 //        grouped_down, wide_down  ceil(n / kRowsPerWave), ceil(n / (2 * kRowsPerWave));
 //                        ceil(num_tokens / kGroupTokens), 1
 // The last three exist only with matrix instructions; geometry.h has their LDS.
+// With a shared expert the y dimension of these grids, except for gemm, starts with shared_y rows
+// of blocks for it (shared_expert.cuh); shared_y is 0 without one. grid_x is the size of x.
 #pragma once
 
 #include "geometry.h"
@@ -39,22 +41,40 @@
 #define MOE_INT4_ROUTER \
   {ids, ids_are_int64 != 0, ids_stride_m, expert_map, map_size, num_experts, top_k}
 
+// The shared expert in gate_up and in down.
+#define MOE_INT4_SHARED_GATE_UP_ARGS                                                            \
+  const uint16_t *shared_w, int shared_w_stride, int shared_inter, const uint16_t *shared_gate, \
+      uint16_t *shared_c, int64_t shared_c_stride, float *shared_factors, int shared_y, int grid_x
+#define MOE_INT4_SHARED_DOWN_ARGS                                                         \
+  const uint16_t *shared_a, int64_t shared_a_stride, const uint16_t *shared_w,            \
+      int shared_w_stride, int shared_k, const float *shared_factors, uint16_t *shared_c, \
+      int64_t shared_c_stride, int shared_y, int grid_x
+#define MOE_INT4_SHARED_GATE_UP_VALUES                                                             \
+  shared_w, shared_w_stride, shared_inter, shared_gate, shared_c, shared_c_stride, shared_factors, \
+      shared_y, grid_x
+#define MOE_INT4_SHARED_DOWN_VALUES                                                         \
+  shared_a, shared_a_stride, shared_w, shared_w_stride, shared_k, shared_factors, shared_c, \
+      shared_c_stride, shared_y, grid_x
+
 #define MOE_INT4_GATE_UP_ARGS                                                            \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int inter, int k, void *c,    \
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, int activation, float alpha, float beta, \
-      float limit, int waves, int wave_lds_bytes, int blocks, int blocks_per_wave
+      float limit, int waves, int wave_lds_bytes, int blocks, int blocks_per_wave,       \
+      MOE_INT4_SHARED_GATE_UP_ARGS
 #define MOE_INT4_DOWN_ARGS                                                                      \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,               \
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, const float *topk_weights, int64_t tw_stride_m, \
-      int waves, int wave_lds_bytes, int blocks, int blocks_per_wave, int log2_k_slices
+      int waves, int wave_lds_bytes, int blocks, int blocks_per_wave, int log2_k_slices,        \
+      MOE_INT4_SHARED_DOWN_ARGS
 #define MOE_INT4_GROUPED_GATE_UP_ARGS                                                    \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int inter, int k, void *c,    \
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, int activation, float alpha, float beta, \
-      float limit, int waves, int slots, int blocks, int row_tiles
+      float limit, int waves, int slots, int blocks, int row_tiles, MOE_INT4_SHARED_GATE_UP_ARGS
 #define MOE_INT4_GROUPED_DOWN_ARGS                                                              \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,               \
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, const float *topk_weights, int64_t tw_stride_m, \
-      int waves, int slots, int wave_lds_bytes, int blocks, int blocks_per_wave, int log2_k_slices
+      int waves, int slots, int wave_lds_bytes, int blocks, int blocks_per_wave,                \
+      int log2_k_slices, MOE_INT4_SHARED_DOWN_ARGS
 #define MOE_INT4_GEMM_ARGS                                                                  \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,           \
       int64_t c_stride_m, const int32_t *expert_ids, const int32_t *sorted_token_ids,       \

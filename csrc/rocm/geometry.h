@@ -112,6 +112,12 @@ GPU_ANYWHERE constexpr int group_list_bytes(int pairs, int experts, int slots) {
   return (4 * (pairs + 1) + 2 * halves + 15) / 16 * 16;
 }
 
+// The shared expert (shared_expert.cuh): weights of a row that a wave reads at a time, and most
+// activation rows per pass over them. Its sums take the LDS of the other blocks' waves.
+constexpr int kSharedUnitK = 8 * kLanesPerRow;
+constexpr int kSharedSlots = 4;
+constexpr int kSharedBytesPerWave = kSharedSlots * kRowsPerWave * 4;
+
 // For an entry point _tT when at most `rows` activation rows share an expert.
 GPU_ANYWHERE constexpr int lds_bytes_per_wave(int t, int rows) {
   const int slots = slots_for(rows < t ? rows : t);

@@ -62,6 +62,29 @@ Problem problem(const Routing& r, const Weights& w, int rows, const void* a, int
           0.5 * w.n * w.k,        row_invariant};
 }
 
+// Rows of a grid's y dimension for `blocks` blocks of the shared expert.
+int shared_rows(int64_t blocks, int64_t grid_x, int64_t grid_z) {
+  return static_cast<int>((blocks + grid_x * grid_z - 1) / (grid_x * grid_z));
+}
+int shared_rows(const SharedGateUp& shared, int tokens, int grid_x, int grid_z) {
+  if (shared.w == nullptr) return 0;
+  const int tiles = ceil_div(shared.inter, kRowGroups) + (shared.gate != nullptr ? 1 : 0);
+  return shared_rows(int64_t{tiles} * ceil_div(tokens, kSharedSlots), grid_x, grid_z);
+}
+int shared_rows(const SharedDown& shared, int n, int tokens, int grid_x) {
+  if (shared.w == nullptr) return 0;
+  return shared_rows(int64_t{ceil_div(n, kRowsPerWave)} * ceil_div(tokens, kSharedSlots), grid_x,
+                     1);
+}
+
+#define MOE_INT4_SHARED_GATE_UP_OF(S, Y, X)                                                       \
+  static_cast<const uint16_t*>(S.w), small(S.w_stride_n, 2 * S.inter), S.inter,                   \
+      static_cast<const uint16_t*>(S.gate), static_cast<uint16_t*>(S.c), S.c_stride_m, S.factors, \
+      Y, X
+#define MOE_INT4_SHARED_DOWN_OF(S, N, Y, X)                                           \
+  static_cast<const uint16_t*>(S.a), S.a_stride_m, static_cast<const uint16_t*>(S.w), \
+      small(S.w_stride_n, N), S.k, S.factors, static_cast<uint16_t*>(S.c), S.c_stride_m, Y, X
+
 // Checks the second or third dimension of a grid.
 int grid_size(int size, const char* what) {
   if (size > 65535) {
@@ -103,32 +126,34 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
 #if GPU_HAS_MMA
   if (plan.kernel == Kernel::kGrouped) {
     const int lists = most_lists(p.block_pairs(), p.experts, plan.slots);
-    gpu::launch(
-        grouped_gate_up_kernel(args.dtype, w, plan.slots <= 8 ? 8 : 16),
-        {ceil_div(inter, kGateUpRows * kRowGroups * plan.waves * plan.row_tiles),
-         grid_size(lists, "lists of pairs"),
-         grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens"), threads, lds, true},
-        queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
-        static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
-        w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k, args.c,
-        args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size,
-        r.num_tokens, r.top_k, static_cast<int>(args.activation), args.alpha, args.beta, args.limit,
-        plan.waves, plan.slots, p.blocks, plan.row_tiles);
+    const int grid_x = ceil_div(inter, kGateUpRows * kRowGroups * plan.waves * plan.row_tiles);
+    const int grid_z = grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens");
+    const int shared_y = shared_rows(args.shared, r.num_tokens, grid_x, grid_z);
+    gpu::launch(grouped_gate_up_kernel(args.dtype, w, plan.slots <= 8 ? 8 : 16),
+                {grid_x, grid_size(lists + shared_y, "lists of pairs"), grid_z, threads, lds, true},
+                queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+                static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
+                w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
+                args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m,
+                r.expert_map, r.map_size, r.num_tokens, r.top_k, static_cast<int>(args.activation),
+                args.alpha, args.beta, args.limit, plan.waves, plan.slots, p.blocks, plan.row_tiles,
+                MOE_INT4_SHARED_GATE_UP_OF(args.shared, shared_y, grid_x));
     return;
   }
 #endif
   const bool stream = plan.kernel == Kernel::kPairs && kStreams;
   const int wave_lds = (lds - (stream ? kStreamZeroBytes : 0)) / plan.waves;
+  const int grid_x = ceil_div(inter, kRowGroups), grid_z = grid_size(r.num_tokens, "tokens");
+  const int shared_y = shared_rows(args.shared, r.num_tokens, grid_x, grid_z);
   gpu::launch(gate_up_kernel(args.dtype, w, plan.kernel == Kernel::kPairs ? 1 : kMaxSlots),
-              {ceil_div(inter, kRowGroups), grid_size(r.top_k, "top_k"),
-               grid_size(r.num_tokens, "tokens"), threads, lds, true},
-              queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+              {grid_x, grid_size(r.top_k + shared_y, "top_k"), grid_z, threads, lds, true}, queue,
+              args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
               static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
               w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
               args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
               r.map_size, r.num_tokens, r.top_k, static_cast<int>(args.activation), args.alpha,
-              args.beta, args.limit, plan.waves, wave_lds, p.blocks,
-              ceil_div(p.blocks, plan.waves));
+              args.beta, args.limit, plan.waves, wave_lds, p.blocks, ceil_div(p.blocks, plan.waves),
+              MOE_INT4_SHARED_GATE_UP_OF(args.shared, shared_y, grid_x));
 }
 
 void launch_down(const DownArgs& args, void* queue) {
@@ -139,37 +164,39 @@ void launch_down(const DownArgs& args, void* queue) {
   const DownPlan plan = args.plan.size == 0 ? down_plan(p) : parse_down_plan(args.plan, p);
   const int lds = down_lds(p, plan), wave_lds = down_wave_lds(p, plan);
   const int threads = plan.waves * gpu::kWaveSize;
+  const int grid_x = ceil_div(w.n, plan.rows());
+  const int shared_y = shared_rows(args.shared, w.n, r.num_tokens, grid_x);
   const int blocks_per_wave = ceil_div(p.blocks, plan.k_slices);
   int log2_k_slices = 0;
   while (1 << log2_k_slices < plan.k_slices) ++log2_k_slices;
 #if GPU_HAS_MMA
   if (plan.grouped()) {
-    gpu::launch(plan.kernel == Kernel::kWide ? wide_down_kernel(args.dtype, w, 8)
-                                             : grouped_down_kernel(args.dtype, w, 8),
-                {ceil_div(w.n, plan.rows()),
-                 grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens"), 1, threads,
-                 lds, true},
-                queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
-                static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
-                w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k,
-                args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m,
-                r.expert_map, r.map_size, r.num_tokens, r.top_k, args.topk_weights,
-                args.tw_stride_m, plan.waves, plan.slots, wave_lds, p.blocks, blocks_per_wave,
-                log2_k_slices);
+    gpu::launch(
+        plan.kernel == Kernel::kWide ? wide_down_kernel(args.dtype, w, 8)
+                                     : grouped_down_kernel(args.dtype, w, 8),
+        {grid_x, grid_size(ceil_div(r.num_tokens, kGroupTokens) + shared_y, "blocks of tokens"), 1,
+         threads, lds, true},
+        queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+        static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
+        w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
+        args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size,
+        r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, plan.waves, plan.slots,
+        wave_lds, p.blocks, blocks_per_wave, log2_k_slices,
+        MOE_INT4_SHARED_DOWN_OF(args.shared, w.n, shared_y, grid_x));
     return;
   }
 #endif
   const int tokens = plan.kernel == Kernel::kPairs ? 1 : kMaxSlots;
-  gpu::launch(
-      down_kernel(args.dtype, w, tokens),
-      {ceil_div(w.n, kRowsPerWave), grid_size(ceil_div(r.num_tokens, tokens), "blocks of tokens"),
-       1, threads, lds, true},
-      queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
-      static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n), w.zeros,
-      w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c, args.c_stride_m,
-      r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size, r.num_tokens,
-      r.top_k, args.topk_weights, args.tw_stride_m, plan.waves, wave_lds, p.blocks, blocks_per_wave,
-      log2_k_slices);
+  gpu::launch(down_kernel(args.dtype, w, tokens),
+              {grid_x, grid_size(ceil_div(r.num_tokens, tokens) + shared_y, "blocks of tokens"), 1,
+               threads, lds, true},
+              queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+              static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
+              w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, w.n, w.k, args.c,
+              args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
+              r.map_size, r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, plan.waves,
+              wave_lds, p.blocks, blocks_per_wave, log2_k_slices,
+              MOE_INT4_SHARED_DOWN_OF(args.shared, w.n, shared_y, grid_x));
 }
 
 }  // namespace moe_int4

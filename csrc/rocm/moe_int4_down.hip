@@ -7,6 +7,9 @@
 // of its pairs to its own sums in LDS in pair order, and the sums of the waves are added in wave
 // order, so every run gives the same bits.
 #include "entry_points.h"
+// fork: begin token
+#include "shared_expert.cuh"
+// fork: end
 #include "slots.cuh"
 // fork: begin overlay
 #include "stream_tile.cuh"
@@ -24,7 +27,7 @@ template <typename DT, int G, bool ZP>
 GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
   const Router router = MOE_INT4_ROUTER;
-  const int token = gpu::block_y(), first_row = gpu::block_x() * kRowsPerWave;
+  const int token = gpu::block_y() - shared_y, first_row = gpu::block_x() * kRowsPerWave;
   const int index0 = first_row + lane_row(), index1 = index0 + kRowGroups;
   const int row0 = index0 < n ? index0 : n - 1, row1 = index1 < n ? index1 : n - 1;
   const int first = (gpu::wave() & ((1 << log2_k_slices) - 1)) * blocks_per_wave;
@@ -83,15 +86,14 @@ GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
   a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e,     \
       z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m, expert_map, \
       map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves, wave_lds_bytes, blocks,       \
-      blocks_per_wave, log2_k_slices
+      blocks_per_wave, log2_k_slices, MOE_INT4_SHARED_DOWN_VALUES
 
 // The other kernels.
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
-  gpu::keep_arguments(MOE_INT4_DOWN_VALUES);
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
   const Router router = MOE_INT4_ROUTER;
-  const int first_token = gpu::block_y() * T;
+  const int first_token = (gpu::block_y() - shared_y) * T;
   const int tokens = num_tokens - first_token < T ? num_tokens - first_token : T;
   const int first_row = gpu::block_x() * kRowsPerWave;
   const int first = (gpu::wave() & ((1 << log2_k_slices) - 1)) * blocks_per_wave;
@@ -183,6 +185,12 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
 
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
+  gpu::keep_arguments(MOE_INT4_DOWN_VALUES);
+  // fork: begin token
+  if (gpu::block_y() < shared_y) {
+    return shared_down<DT>(n, num_tokens, waves, MOE_INT4_SHARED_DOWN_VALUES);
+  }
+  // fork: end
   // fork: begin overlay
   if constexpr (T == 1 && kStreams) {
     down_stream<DT, G, ZP>(MOE_INT4_DOWN_VALUES);

@@ -8,6 +8,9 @@
 // the same expert, the block has nothing to do: that token's block computes both.
 #include "activation.cuh"
 #include "entry_points.h"
+// fork: begin token
+#include "shared_expert.cuh"
+// fork: end
 #include "slots.cuh"
 // fork: begin overlay
 #include "stream_tile.cuh"
@@ -20,13 +23,19 @@ namespace moe_int4 {
   a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e, \
       z_stride_n8, num_experts, inter, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m,     \
       expert_map, map_size, num_tokens, top_k, activation, alpha, beta, limit, waves,          \
-      wave_lds_bytes, blocks, blocks_per_wave
+      wave_lds_bytes, blocks, blocks_per_wave, MOE_INT4_SHARED_GATE_UP_VALUES
 
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
+  gpu::keep_arguments(MOE_INT4_GATE_UP_VALUES);
+  // fork: begin token
+  if (gpu::block_y() < shared_y) {
+    return shared_gate_up<DT>(a, a_stride_m, k, num_tokens, waves, MOE_INT4_SHARED_GATE_UP_VALUES);
+  }
+  // fork: end
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
   const Router router = MOE_INT4_ROUTER;
-  const int token = gpu::block_z(), t = gpu::block_y();
+  const int token = gpu::block_z(), t = gpu::block_y() - shared_y;
   const int first_token = token / T * T;
   const int tokens = num_tokens - first_token < T ? num_tokens - first_token : T;
   const int first_row = gpu::block_x() * kRowGroups;
@@ -73,7 +82,6 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
     if (gpu::lane() == 0) mine.out_row[0] = token * top_k + t;
   } else {
     // fork: end
-    gpu::keep_arguments(MOE_INT4_GATE_UP_VALUES);
     gpu::wait_previous_grid();
     gpu::allow_next_grid();
     const WeightRows rows = weights.rows<ZP>(first_row, inter, first_row + inter, 2 * inter);

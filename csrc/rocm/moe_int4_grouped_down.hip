@@ -9,6 +9,7 @@
 
 #if GPU_HAS_MMA
 #include "group_tile.cuh"
+#include "shared_expert.cuh"
 
 namespace moe_int4 {
 
@@ -30,11 +31,14 @@ struct DownItems {
 
 template <typename DT, int G, bool ZP, int R, int NB>
 GPU_DEVICE void grouped_down(MOE_INT4_GROUPED_DOWN_ARGS) {
+  if (gpu::block_y() < shared_y) {
+    return shared_down<DT>(n, num_tokens, waves, MOE_INT4_SHARED_DOWN_VALUES);
+  }
   using Tile = GroupTile<DT, G, ZP, R, NB, false>;
   constexpr int kRows = R * kRowsPerWave;
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
   const Router router = MOE_INT4_ROUTER;
-  const int first_token = gpu::block_y() * kGroupTokens;
+  const int first_token = (gpu::block_y() - shared_y) * kGroupTokens;
   const int left = num_tokens - first_token, tokens = left < kGroupTokens ? left : kGroupTokens;
   const int first_row = gpu::block_x() * kRows;
   const int first = (gpu::wave() & ((1 << log2_k_slices) - 1)) * blocks_per_wave;
@@ -131,7 +135,8 @@ GPU_DEVICE void grouped_down(MOE_INT4_GROUPED_DOWN_ARGS) {
         a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,         \
         z_stride_e, z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64,           \
         ids_stride_m, expert_map, map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves, \
-        slots, wave_lds_bytes, blocks, blocks_per_wave, log2_k_slices);                          \
+        slots, wave_lds_bytes, blocks, blocks_per_wave, log2_k_slices,                           \
+        MOE_INT4_SHARED_DOWN_VALUES);                                                            \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, grouped_down)
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, wide_down)

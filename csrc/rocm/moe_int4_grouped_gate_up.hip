@@ -10,6 +10,7 @@
 
 #if GPU_HAS_MMA
 #include "group_tile.cuh"
+#include "shared_expert.cuh"
 
 namespace moe_int4 {
 
@@ -27,6 +28,10 @@ struct GateUpItems {
 
 template <typename DT, int G, bool ZP, int NB>
 GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
+  if (gpu::block_y() < shared_y) {
+    return shared_gate_up<DT>(a, a_stride_m, k, num_tokens, waves, MOE_INT4_SHARED_GATE_UP_VALUES);
+  }
+  const int list = gpu::block_y() - shared_y;
   using Tile = GroupTile<DT, G, ZP, kGateUpRows, NB, true>;
   constexpr int kTileRows = kGateUpRows * kRowGroups;
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
@@ -38,12 +43,11 @@ GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
   gpu::allow_next_grid();
   const PairLists lists = sort_pairs(router, first_token, tokens, slots, waves,
                                      rows + group_row_ring_bytes(kGateUpRows, slots));
-  if (gpu::block_y() >= lists.count) return;
-  const int first = lists.starts[gpu::block_y()], last = lists.starts[gpu::block_y() + 1];
+  if (list >= lists.count) return;
+  const int first = lists.starts[list], last = lists.starts[list + 1];
   const int step = waves * kTileRows;
   int index = (gpu::block_x() * waves * row_tiles + gpu::wave()) * kTileRows + lane_row();
-  const GateUpItems items = {
-      {lists.experts[gpu::block_y()], first, last - first, index}, step, row_tiles};
+  const GateUpItems items = {{lists.experts[list], first, last - first, index}, step, row_tiles};
   Tile tile(weights, {kRowGroups, 0, inter, inter}, 0, blocks, k,
             gpu::dynamic_lds() + gpu::wave() * kGroupWeightBytes, rows, slots, waves);
   const auto* const acts = static_cast<const uint16_t*>(a) + first_token * a_stride_m;
@@ -83,7 +87,7 @@ GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
         a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros,       \
         z_stride_e, z_stride_n8, num_experts, inter, k, c, c_stride_m, ids, ids_are_int64,     \
         ids_stride_m, expert_map, map_size, num_tokens, top_k, activation, alpha, beta, limit, \
-        waves, slots, blocks, row_tiles);                                                      \
+        waves, slots, blocks, row_tiles, MOE_INT4_SHARED_GATE_UP_VALUES);                      \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, grouped_gate_up)
 #endif

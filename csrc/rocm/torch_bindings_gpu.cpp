@@ -47,10 +47,13 @@ void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Te
                 const Tensor& topk_ids, std::string activation, int64_t cu_count,
                 int64_t group_size, const std::optional<Tensor>& zero_points,
                 const std::optional<Tensor>& expert_map, double alpha, double beta,
-                std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan) {
-  const GateUpArgs args =
-      check_gate_up(DeviceType::CUDA, a, w, scales, c, topk_ids, activation, cu_count, group_size,
-                    zero_points, expert_map, alpha, beta, limit, plan);
+                std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan,
+                const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_gate,
+                const std::optional<Tensor>& shared_c,
+                const std::optional<Tensor>& shared_factors) {
+  const GateUpArgs args = check_gate_up(
+      DeviceType::CUDA, a, w, scales, c, topk_ids, activation, cu_count, group_size, zero_points,
+      expert_map, alpha, beta, limit, plan, shared_w, shared_gate, shared_c, shared_factors);
   launch_gate_up(args, OnDeviceOf(a).stream());
 }
 
@@ -58,9 +61,12 @@ void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tenso
              const Tensor& topk_ids, const std::optional<Tensor>& topk_weights, int64_t cu_count,
              int64_t group_size, const std::optional<Tensor>& zero_points,
              const std::optional<Tensor>& expert_map,
-             const std::optional<std::vector<int64_t>>& plan) {
-  const DownArgs args = check_down(DeviceType::CUDA, a, w, scales, c, topk_ids, topk_weights,
-                                   cu_count, group_size, zero_points, expert_map, plan);
+             const std::optional<std::vector<int64_t>>& plan, const std::optional<Tensor>& shared_a,
+             const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_factors,
+             const std::optional<Tensor>& shared_c) {
+  const DownArgs args =
+      check_down(DeviceType::CUDA, a, w, scales, c, topk_ids, topk_weights, cu_count, group_size,
+                 zero_points, expert_map, plan, shared_a, shared_w, shared_factors, shared_c);
   launch_down(args, OnDeviceOf(a).stream());
 }
 

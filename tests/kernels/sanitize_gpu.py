@@ -68,7 +68,7 @@ def run(command, combinations):
         wrong.append(f"{len(replies)} of {len(cases)} replies, exit {done.returncode}")
     for case, reply in zip(cases, replies, strict=False):
         try:
-            case.check(reply["c"])
+            case.check_reply(reply)
         except AssertionError as error:
             wrong.append(str(error))
     return wrong, text, len(cases)

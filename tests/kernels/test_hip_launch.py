@@ -208,7 +208,7 @@ def check_results(program, launched, cases):
     assert result.returncode == 0, result.stderr.decode(errors="replace")[:4000]
     replies = list(read_records(result.stdout))[1:]
     for case, reply in zip(cases, replies, strict=True):
-        case.check(reply["c"])
+        case.check_reply(reply)
 
 
 @pytest.mark.parametrize("op", OPS)

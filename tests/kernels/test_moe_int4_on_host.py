@@ -154,7 +154,57 @@ class Maker:
         fields["plan"] = np.array(plan, dtype=np.int64).tobytes()
         return f", plan {plan}"
 
-    def finish(self, fields, expected, written, label):
+    def shared_expert(self, fields, a, n=None):
+        """Add a shared expert of any size to half of the cases.
+
+        ``a``: of gate_up. For down, without ``a``, `n` is the number of columns.
+        """
+        if self.pick(False, True):
+            return None, None
+        rng, gated = self.rng, self.pick(False, True)
+        tokens = fields["num_tokens"]
+        factors = np.ones(tokens)
+        size = self.pick(8, 40, 72, 264)
+        if a is None:  # down
+            x = to_bits(rng.standard_normal((tokens, size)), self.dtype)
+            fields["shared_a_stride_m"] = size + self.pick(0, 1, 8)
+            fields["shared_a"] = spread(x, (fields["shared_a_stride_m"],))
+            fields.update({"shared_a.offset": self.pick(0, 2), "shared_k": size})
+            w = to_bits(rng.standard_normal((n, size)), self.dtype)
+            if gated:
+                factors = rng.random(tokens).astype(np.float32)
+                fields["shared_factors"] = factors.tobytes()
+            products = from_bits(x, self.dtype) @ from_bits(w, self.dtype).T
+            expected = factors[:, None] * products
+        else:
+            inter, k = size - self.pick(0, 3), a.shape[1]
+            w = to_bits(rng.standard_normal((2 * inter, k)) * 4, self.dtype)
+            gate, up = (
+                (a @ from_bits(w, self.dtype).T).reshape(tokens, 2, -1).swapaxes(0, 1)
+            )
+            expected = activate(SILU, 1.0, gate) * up
+            fields["shared_inter"] = inter
+            if gated:
+                gate = to_bits(rng.standard_normal(k) * 4, self.dtype)
+                factors = 1 / (1 + np.exp(-(a @ from_bits(gate, self.dtype))))
+                fields["shared_gate"] = gate.tobytes()
+                fields["shared_factors"] = np.full(tokens, np.nan, np.float32).tobytes()
+        fields["shared_w_stride_n"] = w.shape[1] + self.pick(0, 8)
+        fields["shared_w"] = spread(w, (fields["shared_w_stride_n"],))
+        columns = expected.shape[1]
+        stride = columns + self.pick(0, 1, 16)
+        before = rng.integers(
+            0x7FC1, 0x7FFF, (tokens - 1) * stride + columns, dtype=np.uint16
+        )
+        fields.update(shared_c=before.tobytes(), shared_c_stride_m=stride)
+        fields["shared_c.offset"] = self.pick(0, 2)
+        written = np.ones(tokens, dtype=bool)
+        label = f"seed {SEED}, shared expert of {self.op}, size {size}, M {tokens}"
+        op = {"op": self.op.encode()}
+        case = Case(op, expected, written, before, stride, self.dtype, label)
+        return case, factors if gated else None
+
+    def finish(self, fields, expected, written, label, shared=(None, None)):
         columns = expected.shape[1]
         stride = columns + self.pick(0, 0, 1, 16)
         size = (expected.shape[0] - 1) * stride + columns
@@ -165,7 +215,11 @@ class Maker:
         fields.update({"c": before.tobytes(), "c_stride_m": stride})
         fields["c.offset"] = self.pick(0, 2)
         label = f"seed {SEED}, {label}"
-        return Case(fields, expected, written, before, stride, self.dtype, label)
+        return Case(
+            *(fields, expected, written, before, stride, self.dtype, label),
+            shared=shared[0],
+            factors=shared[1],
+        )
 
     def gemm(self, block_size, n, k):
         fields, rng = {}, self.rng
@@ -216,7 +270,8 @@ class Maker:
             f"gate_up M {tokens}, I {n}, K {k}, top_k {top_k}, E {experts}, act {kind}"
             + self.plan(fields, tokens, kernel)
         )
-        return self.finish(fields, expected, local >= 0, label)
+        shared = self.shared_expert(fields, a)
+        return self.finish(fields, expected, local >= 0, label, shared)
 
     def down(self, tokens, n, k, kernel=None, routed=None):
         """As ``gate_up``."""
@@ -240,7 +295,8 @@ class Maker:
         written = np.ones(tokens, dtype=bool)
         label = f"down M {tokens}, N {n}, K {k}, top_k {top_k}, E {experts}"
         label += self.plan(fields, tokens, kernel)
-        return self.finish(fields, expected, written, label)
+        shared = self.shared_expert(fields, None, n)
+        return self.finish(fields, expected, written, label, shared)
 
     def cases(self, every=False):
         """Every block size or token count, some of them with a short and a long K.

@@ -141,6 +141,8 @@ def test_published_qwen35_checkpoint(tmp_path, monkeypatch):
     assert report["launches"] == {"routed experts": 80, "int4 linears": 110}
     text = as_text(report)
     assert "launches    190 per token by this project (80 for routed experts," in text
+    assert report["shared_experts"] == {"layers": 40, "fused": 40, "reason": None}
+    assert "shared experts: 40 of 40 in the 2 launches of their layer's" in text
     half = {g["name"]: g for g in explain(str(folder), 2, device="cpu")["linears"]}
     assert (half["qkv_proj"]["outputs"], half["qkv_proj"]["inputs"]) == (4608, 2048)
     assert (half["o_proj"]["outputs"], half["o_proj"]["inputs"]) == (2048, 2048)

@@ -73,6 +73,17 @@ class Case:
     c_stride: int
     dtype: int
     label: str
+    shared: "Case | None" = None  # of output shared_c
+    factors: np.ndarray | None = None  # expected shared_factors, float64 [tokens]
+
+    def check_reply(self, reply):
+        """Assert that all outputs in a reply of the runner are right."""
+        self.check(reply["c"])
+        if self.shared is not None:
+            self.shared.check(reply["shared_c"])
+        if self.factors is not None and self.shared.fields["op"] == b"gate_up":
+            got = np.frombuffer(reply["shared_factors"], dtype=np.float32)
+            assert np.allclose(got, self.factors, rtol=1e-4, atol=1e-6), self.label
 
     def check(self, c):
         """Assert that `c`, the bytes of the output buffer, is right, gaps included."""
@@ -161,7 +172,7 @@ def check(outcome):
     assert len(outcome.replies) == len(outcome.cases) > 0
     for case, reply in zip(outcome.cases, outcome.replies, strict=True):
         assert reply["kernels"], case.label
-        case.check(reply["c"])
+        case.check_reply(reply)
 
 
 def build_programs():

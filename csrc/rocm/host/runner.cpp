@@ -7,9 +7,9 @@
 // Strides and shapes have the names of moe_int4_args.h; "op" is gemm, gate_up, down, dense or
 // rescore. A missing tensor is a null pointer; "NAME.offset" moves a tensor that many bytes off a
 // 16-byte boundary. The call runs once per order of lanes and waves (gpu::kOrders), and the outputs
-// must be bitwise equal. The reply has "c" and "kernels" (names of the launched kernels, one per
-// line, where known). The op "prepare" loads the kernels for "arch" on "device" and makes it
-// current; its reply is empty.
+// must be bitwise equal. The reply has "c", with a shared expert its outputs, and "kernels" (names
+// of the launched kernels, one per line, where known). The op "prepare" loads the kernels for
+// "arch" on "device" and makes it current; its reply is empty.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "gpu_compat.cuh"
 #include "launch.h"
@@ -95,6 +96,8 @@ class Call {
     if (found == fields_.end()) die("field " + name + " is missing");
     return found->second;
   }
+
+  bool has(const std::string& name) const { return fields_.count(name) != 0; }
 
   template <typename T>
   T scalar(const std::string& name) const {
@@ -191,6 +194,15 @@ class Call {
       args.beta = static_cast<float>(scalar<double>("beta"));
       args.limit = static_cast<float>(scalar<double>("limit"));
       args.plan = plan();
+      args.shared.w = tensor<void>("shared_w");
+      if (args.shared.w != nullptr) {
+        args.shared.w_stride_n = i64("shared_w_stride_n");
+        args.shared.inter = i32("shared_inter");
+        args.shared.gate = tensor<void>("shared_gate");
+        args.shared.c = tensor<void>("shared_c");
+        args.shared.c_stride_m = i64("shared_c_stride_m");
+        args.shared.factors = tensor<float>("shared_factors");
+      }
       launch_gate_up(args, nullptr);
     } else if (op == "down") {
       DownArgs args{};
@@ -199,6 +211,16 @@ class Call {
       args.topk_weights = tensor<float>("topk_weights");
       args.tw_stride_m = i64("tw_stride_m");
       args.plan = plan();
+      args.shared.w = tensor<void>("shared_w");
+      if (args.shared.w != nullptr) {
+        args.shared.a = tensor<void>("shared_a");
+        args.shared.a_stride_m = i64("shared_a_stride_m");
+        args.shared.w_stride_n = i64("shared_w_stride_n");
+        args.shared.k = i32("shared_k");
+        args.shared.factors = tensor<float>("shared_factors");
+        args.shared.c = tensor<void>("shared_c");
+        args.shared.c_stride_m = i64("shared_c_stride_m");
+      }
       launch_down(args, nullptr);
     } else if (op == "dense") {
       DenseArgs args{};
@@ -255,16 +277,23 @@ void run_calls() {
     for (int order = 0; order < gpu::kOrders; ++order) {
       gpu::set_order(order);
       call.run();
-      const std::string now = call.bytes("c");
+      std::string now = call.bytes("c");
+      for (const char* name : {"shared_c", "shared_factors"}) {
+        if (call.has(name)) now += call.bytes(name);
+      }
       if (order > 0 && now != result) {
         die("the result of " + call.text("op") + " is another one in order " +
             std::to_string(order));
       }
       result = now;
     }
-    const uint32_t fields = 2;
+    std::vector<std::string> outputs = {"c"};
+    for (const char* name : {"shared_c", "shared_factors"}) {
+      if (call.has(name)) outputs.push_back(name);
+    }
+    const auto fields = static_cast<uint32_t>(outputs.size() + 1);
     std::fwrite(&fields, sizeof(fields), 1, stdout);
-    write_field("c", result);
+    for (const std::string& name : outputs) write_field(name, call.bytes(name));
     write_field("kernels", gpu::take_launched());
     std::fflush(stdout);
   }

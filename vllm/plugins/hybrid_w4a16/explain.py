@@ -103,7 +103,7 @@ def _report(
         hybrid_w4a16_switch as switch,
     )
 
-    from . import explain_bytes, explain_layers, explain_linears
+    from . import explain_bytes, explain_layers, explain_linears, explain_shared
 
     switch.register()
     value = switch.value()
@@ -140,6 +140,9 @@ def _report(
         "hybrid_draft_layers": sum(layer.hybrid for layer in drafts),
         "linears": [dataclasses.asdict(group) for group in linears],
         "launches": _launches(layers, linears),
+        "shared_experts": dataclasses.asdict(
+            explain_shared.shared_experts(checkpoint, layers, tp_size)
+        ),
         "parts": [dataclasses.asdict(part) for part in parts],
         "heads": [
             dataclasses.asdict(option)
@@ -270,10 +273,19 @@ def _launches_line(report: dict[str, Any]) -> list[str]:
         return []
     what = "op calls" if report["device"]["name"] == "cpu" else "launches"
     parts = ", ".join(f"{count} for {name}" for name, count in launches.items())
-    return [
+    lines = [
         f"{what:12}{sum(launches.values())} per token by this project ({parts});",
         "            not counted: the lm_head and vLLM's own kernels",
     ]
+    shared = report["shared_experts"]
+    if shared["layers"]:
+        reason = shared["reason"]
+        other = f"; others stay with vLLM: {reason}" if reason else ""
+        lines.append(
+            f"            shared experts: {shared['fused']} of {shared['layers']} in "
+            f"the {_LAUNCHES_OF_EXPERTS} {what} of their layer's routed experts{other}"
+        )
+    return lines
 
 
 def _path(group: dict[str, Any]) -> str:

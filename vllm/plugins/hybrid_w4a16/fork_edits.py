@@ -13,6 +13,7 @@ _MOE = "vllm/model_executor/layers/fused_moe"
 _QUANTIZATION = "vllm/model_executor/layers/quantization"
 ORACLE = f"{_MOE}/oracle/int_wna16.py"
 CONFIG = "vllm/config/kernel.py"
+RUNNER = f"{_MOE}/runner/moe_runner.py"
 INC = f"{_QUANTIZATION}/inc/schemes/inc_wna16_scheme.py"
 GPTQ = f"{_QUANTIZATION}/auto_gptq.py"
 AWQ = f"{_QUANTIZATION}/auto_awq.py"
@@ -333,5 +334,16 @@ from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16 import (
         "_POSSIBLE_KERNELS",
         r"^_POSSIBLE_KERNELS: (?:.|\n)*?    PlatformEnum.CPU: \[\n",
         "        HybridW4A16LinearKernel,\n",
+    ),
+    Insertion(
+        "token",
+        RUNNER,
+        "MoERunner._select_forward",
+        r"^    def _select_forward\(self\) -> Callable:\n",
+        """\
+        from vllm.model_executor.layers.fused_moe import hybrid_w4a16_shared_expert
+
+        hybrid_w4a16_shared_expert.runner_built(self)
+""",
     ),
 )

@@ -175,6 +175,7 @@ TESTS = (
     "tests/kernels/test_moe_int4_ops.py",
     "tests/kernels/test_moe_int4_gpu.py",
     "tests/kernels/test_moe_int4_prefill.py",
+    "tests/kernels/test_shared_expert.py",
     "tests/kernels/test_wvSplitK_int_g.py",
     "tests/quantization/test_packing.py",
     "tests/quantization/test_inc_moe.py",

@@ -226,20 +226,27 @@ quantized head.""",
         ),
     ),
     "token": Commit(
-        title="[CPU][Kernel] Run dense int4 linear layers on the int4 MoE kernels",
+        title="[CPU][Kernel] Run dense int4 linears and shared experts on MoE kernels",
         why="""\
 In int4 MoE models the dense int4 projections are, after experts and head, the next
-largest part of a decoded token.""",
+largest part of a decoded token. A 16-bit shared expert takes four to seven launches of
+its own.""",
         what="""\
 Adds HybridW4A16LinearKernel over the dense int4 op, first in the list of the CPU's
 mixed-precision kernels. It leaves bf16 to vLLM's AMX kernel where there is one. On a
 GPU it runs few rows on the skinny GEMM and many on Triton, but it is in no GPU's
-list.""",
+list. For up to 8 tokens the gate_up and down launches compute a 16-bit shared expert as
+well; the MoE runner fetches and adds its result as before.""",
         tested="""\
-Layers that fit and that do not; the product against float64.""",
+Layers that fit and that do not; the product against float64. The shared expert in the
+ops against float64.""",
         not_measured=f"""\
-{_NO_RDNA} It was not compared with RDNAHybridW4A16LinearKernel.""",
-        tests=(f"{_QUANTIZATION_TESTS}/test_linear_kernel.py",),
+{_NO_RDNA} The linear kernel was not compared with RDNAHybridW4A16LinearKernel. The
+shared expert in the launches was not timed on any GPU.""",
+        tests=(
+            f"{_KERNEL_TESTS}/test_shared_expert.py",
+            f"{_QUANTIZATION_TESTS}/test_linear_kernel.py",
+        ),
     ),
 }
 

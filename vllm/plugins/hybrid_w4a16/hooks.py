@@ -107,6 +107,21 @@ HOOKS: tuple[Hook, ...] = (
         why="The same for AWQ. The factory serves all layers; only MoE layers change.",
     ),
     Hook(
+        module="vllm.model_executor.layers.fused_moe.runner.moe_runner",
+        owner="MoERunner",
+        factory="_select_forward",
+        parameters=("self",),
+        handler=(
+            "vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert"
+            ":runner_built"
+        ),
+        why=(
+            "Lets the decode kernels compute the shared expert. It is a step of the "
+            "runner's constructor, when routed and shared experts are known."
+        ),
+        until="vLLM asks the MoE method whether it computes the shared expert.",
+    ),
+    Hook(
         module=f"{_QUANTIZATION}.online.base",
         owner="OnlineQuantizationConfig",
         factory="get_quant_method",

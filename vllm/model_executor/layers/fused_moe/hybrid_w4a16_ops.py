@@ -53,6 +53,11 @@ class OpActivation(NamedTuple):
     """``moe_int4::Activation`` in C++ and the constant of the Triton kernels."""
 
 
+# Optional tensors of a shared expert: hybrid_w4a16_shared_expert.py has their types.
+SharedTensors = tuple[torch.Tensor | None, ...]
+_NO_TENSORS: SharedTensors = (None, None, None, None)
+NO_SHARED_EXPERT = (_NO_TENSORS, _NO_TENSORS)  # of gate_up and of down
+
 # SWIGLUOAI is missing: it expects the gate and up rows of w13 interleaved. Only gpt-oss
 # stores them so, and its experts have a bias, which the ops do not support.
 ACTIVATIONS = {
@@ -261,6 +266,7 @@ def fused_moe_wvSplitK_int4_gate_up(
     beta: float = 0.0,
     limit: float | None = None,
     plan: Sequence[int] | None = None,
+    shared: SharedTensors = _NO_TENSORS,
 ) -> None:
     """First half of a decode step: gate and up projections and the activation.
 
@@ -285,6 +291,7 @@ def fused_moe_wvSplitK_int4_gate_up(
             clamp. gpt-oss uses 1.702, 1.0, 7.0 (vLLM's ``SWIGLUOAI``).
         plan: GPU launch plan, 1 to 8 integers that the kernels' launcher checks;
             with ``None`` the launcher chooses. Must be ``None`` on the CPU.
+        shared: ``SharedGateUp`` of a shared expert, for the same launch.
     """
     torch.ops._rocm_C.fused_moe_wvSplitK_int4_gate_up(
         a,
@@ -301,6 +308,7 @@ def fused_moe_wvSplitK_int4_gate_up(
         beta,
         limit,
         plan,
+        *shared,
     )
 
 
@@ -316,6 +324,7 @@ def fused_moe_wvSplitK_int4_down(
     zero_points: torch.Tensor | None = None,
     expert_map: torch.Tensor | None = None,
     plan: Sequence[int] | None = None,
+    shared: SharedTensors = _NO_TENSORS,
 ) -> None:
     """Second half of a decode step: down projection, weighted and summed over top-k.
 
@@ -335,6 +344,7 @@ def fused_moe_wvSplitK_int4_down(
         group_size: G, 32, 64 or 128; I is a multiple of it.
         zero_points: [E, H//8, I//G] or ``None``.
         expert_map, plan: as in ``fused_moe_wvSplitK_int4_gate_up``.
+        shared: ``SharedDown`` of a shared expert, for the same launch.
     """
     torch.ops._rocm_C.fused_moe_wvSplitK_int4_down(
         a,
@@ -348,4 +358,5 @@ def fused_moe_wvSplitK_int4_down(
         zero_points,
         expert_map,
         plan,
+        *shared,
     )

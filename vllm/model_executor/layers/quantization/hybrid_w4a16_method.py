@@ -31,6 +31,13 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
     empty_experts,
     shard_group_size,
 )
+
+# fork: begin token
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
+    FusingSharedExperts,
+)
+
+# fork: end
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import row_padding
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.layers.fused_moe.moe_output import UnfinalizedMoEOutput
@@ -75,6 +82,10 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         self.group_size = group_size
         self.symmetric = symmetric
         self.packing = packing
+        # fork: begin token
+        self.shared_experts: FusingSharedExperts | None = None
+        """The layer's shared expert where the kernels may compute it."""
+        # fork: end
 
     def create_weights(
         self,
@@ -171,6 +182,10 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         # which the kernel, compiled code and captured graphs read.
         for weight in ("w13", "w2"):
             setattr(layer, f"{weight}_{BIAS}", None)
+        # fork: begin token
+        if self.shared_experts is not None:
+            self.shared_experts.prepare(self.moe_kernel.fused_experts)
+        # fork: end
         oracle.report_ready(layer.layer_name, self.padding_bytes)
 
     def _install(self, kernel: FusedMoEKernel) -> None:
@@ -205,6 +220,12 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         ):
             # the converted tensors were replaced after loading
             self._install(make_kernel(self, layer))
+        # fork: begin token
+        if isinstance(shared_experts, FusingSharedExperts) and (
+            shared_experts.takes_over(x)
+        ):
+            return shared_experts.run(self, layer, x, topk_weights, topk_ids)
+        # fork: end
         assert self.moe_kernel is not None
         return self.moe_kernel.apply(
             hidden_states=x,

@@ -10,6 +10,11 @@ run through Triton instead, on the same weights.
 """
 
 import functools
+
+# fork: begin token
+import sys
+
+# fork: end
 from types import ModuleType
 from typing import Any
 
@@ -153,6 +158,13 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             return (0,), (elements,), (M, K)
         return (0,), (M * topk, N // 2), (M, K)
 
+    # fork: begin token
+    @property
+    def decode_up_to(self) -> int:
+        """Most tokens that run through the decode kernels."""
+        return sys.maxsize if self.prefill_from is None else self.prefill_from - 1
+
+    # fork: end
     def _is_prefill(self, tokens: int) -> bool:
         return self.prefill_from is not None and tokens >= self.prefill_from
 
@@ -218,35 +230,99 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
                 workspace2,
             )
             return
-        plans: tuple[tuning.Plan | None, tuning.Plan | None] = (None, None)
-        if self.tuned is not None:
-            plans = self.tuned.decode_plans(hidden_states.shape[0])
-        ops.fused_moe_wvSplitK_int4_gate_up(
+        self._decode(
+            output,
             hidden_states,
             w1,
-            self.w1_scale,
+            w2,
+            weights,
+            topk_ids,
+            (name, *arguments),
+            expert_map,
             workspace2,
+        )
+
+    # fork: begin token
+    def apply_with_shared_expert(
+        self,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        expert_map: torch.Tensor | None,
+        shared: tuple[ops.SharedTensors, ops.SharedTensors],
+    ) -> torch.Tensor:
+        """Run the decode kernels for the routed experts and the shared expert.
+
+        For up to ``decode_up_to`` tokens. Arguments are as in ``apply``; returns
+        the routed experts' output, fp16/bf16 [M, H]. ``shared``: ``SharedGateUp`` and
+        ``SharedDown``.
+        """
+        output = torch.empty_like(hidden_states)
+        self._decode(
+            output,
+            hidden_states,
+            w1,
+            w2,
+            topk_weights.float(),
+            topk_ids,
+            (ops.ACTIVATIONS[activation].name, *self._activation_arguments(activation)),
+            expert_map,
+            hidden_states.new_empty(topk_ids.numel(), w1.shape[1] // 2),
+            shared,
+        )
+        return output
+
+    # fork: end
+    def _decode(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        topk_ids: torch.Tensor,
+        activation: tuple[str, float, float, float | None],
+        expert_map: torch.Tensor | None,
+        workspace: torch.Tensor,
+        shared: tuple[ops.SharedTensors, ops.SharedTensors] = ops.NO_SHARED_EXPERT,
+    ) -> None:
+        plans: tuple[tuning.Plan | None, tuning.Plan | None] = (None, None)
+        if self.tuned is not None:
+            plans = self.tuned.decode_plans(x.shape[0])
+        name, alpha, beta, limit = activation
+        ops.fused_moe_wvSplitK_int4_gate_up(
+            x,
+            w1,
+            self.w1_scale,
+            workspace,
             topk_ids,
             name,
             self.cu_count,
             self.group_size,
             self.w1_zp,
             expert_map,
-            *arguments,
+            alpha,
+            beta,
+            limit,
             plan=plans[0],
+            shared=shared[0],
         )
         ops.fused_moe_wvSplitK_int4_down(
-            workspace2,
+            workspace,
             w2,
             self.w2_scale,
             output,
             topk_ids,
-            weights,
+            topk_weights,
             self.cu_count,
             self.down_group_size,
             self.w2_zp,
             expert_map,
             plan=plans[1],
+            shared=shared[1],
         )
 
     def _prefill_matrices(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[Any, Any]:

@@ -100,6 +100,8 @@ class _Model:
     """Reason by layer."""
     linears: int = 0
     """Dense int4 linears on our kernel."""
+    shared_experts: str = ""
+    """Dtype of the shared experts that the kernels compute; empty: none."""
 
 
 # The model under construction; a process may load several, one after the other.
@@ -332,6 +334,13 @@ def count_linear() -> None:
     _under_construction().linears += 1
 
 
+# fork: begin token
+def count_shared_expert(dtype: torch.dtype) -> None:
+    """Say in the summary that the kernels compute the shared expert, in `dtype`."""
+    _model.shared_experts = str(dtype).removeprefix("torch.")
+
+
+# fork: end
 def _under_construction() -> _Model:
     """The record of the model that vLLM is building now."""
     global _model
@@ -367,7 +376,9 @@ def _sum_up() -> None:
     family = device_family()
     kernels = ""
     if accepted and isinstance(family, DeviceFamily):
-        kernels = f" (decode: {family.decode}, prefill: {family.prefill})"
+        shared = _model.shared_experts
+        fused = f", shared expert fused {shared}" if shared else ""
+        kernels = f" (decode: {family.decode}{fused}, prefill: {family.prefill})"
     linears = f"; linears: {_model.linears} int4" if _model.linears else ""
     logger.info(
         "HybridW4A16 MoE: %d/%d layers%s, %d declined%s",

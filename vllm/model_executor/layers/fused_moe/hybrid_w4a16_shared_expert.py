@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
+"""The shared expert of an int4 MoE layer, computed inside gate_up and down.
+
+vLLM runs a shared expert as four to seven launches of its own. For a few tokens the
+gate_up and down kernels compute it as well, from the checkpoint's 16-bit weights. More
+tokens take vLLM's way.
+
+``FusingSharedExperts`` replaces the ``SharedExperts`` object of vLLM's runner. It tells
+the runner that the kernel computes the shared expert, and receives the result. vLLM
+adds it to the routed experts' and sums over ranks as always.
+"""
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from vllm import envs
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
+    HybridW4A16MoEExperts,
+)
+from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import (
+    SharedExperts,
+    SharedExpertsOrder,
+)
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import direct_register_custom_op
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+logger = init_logger(__name__)
+
+# Most tokens for which the kernels compute the shared expert. On the CPU a layer of
+# Qwen3.5-35B-A3B's sizes takes as long either way at 8 tokens (Zen 4, 2 threads). Not
+# timed on a GPU, whose kernels read the shared expert's weights once per 4 tokens.
+MAX_TOKENS = 8
+
+# Largest relative difference, in the Frobenius norm, between a model's shared expert
+# and the formula of the kernels. bf16 rounds to 0.4%, in four places.
+_TOLERANCE = 0.03
+
+
+class SharedGateUp(NamedTuple):
+    """The shared expert's part of gate_up: one more expert, which every token uses.
+
+    Its weights have the activations' dtype, and H is a multiple of 8. The op writes
+    ``c[m] = silu(w[:I] @ a[m]) * (w[I:] @ a[m])`` and, if there is a gate,
+    ``factors[m] = sigmoid(gate @ a[m])``, both with fp32 sums.
+    """
+
+    w: torch.Tensor
+    """[2*I, H], rows 0..I-1 gate, I..2I-1 up; rows start at multiples of 16 bytes."""
+    gate: torch.Tensor | None
+    """[H] at a multiple of 16 bytes, or ``None``."""
+    c: torch.Tensor
+    """Output, [M, I]."""
+    factors: torch.Tensor | None
+    """Output, fp32 [M]; ``None`` without a gate."""
+
+
+class SharedDown(NamedTuple):
+    """The shared expert's part of down: ``c[m] = factors[m] * (w @ a[m])``.
+
+    A result of its own, because tensor and expert parallelism sum it differently.
+    """
+
+    a: torch.Tensor
+    """``SharedGateUp.c``, [M, I]; I is a multiple of 8."""
+    w: torch.Tensor
+    """fp16/bf16 [H, I]; rows start at multiples of 16 bytes."""
+    factors: torch.Tensor | None
+    """``SharedGateUp.factors``; with ``None`` all factors are 1."""
+    c: torch.Tensor
+    """Output, [M, H]."""
+
+
+class FusingSharedExperts(SharedExperts):
+    """vLLM's ``SharedExperts`` whose output comes from our kernels for a few tokens.
+
+    Args:
+        replaced: the runner's own object.
+    """
+
+    def __init__(self, replaced: SharedExperts) -> None:
+        super().__init__(
+            replaced._layer,
+            replaced._moe_config,
+            replaced.enable_dbo,
+            replaced._mk_can_overlap_shared_experts,
+        )
+        self.fused_up_to = 0
+        """Most tokens that the kernels take; 0: never."""
+        self._on_cpu = current_platform.is_cpu()
+
+    @property
+    def module(self) -> Any:
+        """The model's shared expert."""
+        return self._layer
+
+    def prepare(self, experts: HybridW4A16MoEExperts) -> None:
+        """Take over calls with a few tokens, now that weights are loaded.
+
+        Where the loaded weights do not fit, everything stays as it was; the log says
+        why.
+        """
+        if self.fused_up_to == 0:  # otherwise weights were reloaded
+            reason = _misfit_of_weights(self.module) or _other_formula(self.module)
+            if reason is not None:
+                _log_left(reason)
+                return
+        self.fused_up_to = min(MAX_TOKENS, experts.decode_up_to)
+        oracle.count_shared_expert(self.module.down_proj.weight.dtype)
+
+    def takes_over(self, x: torch.Tensor) -> bool:
+        """Whether the MoE method computes the shared expert for tokens `x` [M, H].
+
+        On the CPU always, because torch.compile traces this for any number of tokens.
+        """
+        if self.fused_up_to == 0:
+            return False
+        return self._on_cpu or x.shape[0] <= self.fused_up_to
+
+    def _determine_shared_experts_order(
+        self, hidden_states: torch.Tensor
+    ) -> SharedExpertsOrder:
+        if self.takes_over(hidden_states):
+            return SharedExpertsOrder.MK_INTERNAL_OVERLAPPED
+        return super()._determine_shared_experts_order(hidden_states)
+
+    def run(
+        self,
+        method: Any,
+        layer: "RoutedExperts",
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run routed and shared expert; returns the routed experts' output, [M, H].
+
+        The runner fetches the shared expert's from this object. ``method`` is the
+        layer's ``HybridW4A16MoEMethod``.
+        """
+        if torch.compiler.is_compiling():  # on the CPU, for any number of tokens
+            shared, routed = torch.ops.vllm.hybrid_w4a16_moe_with_shared_expert(
+                x, topk_weights, topk_ids, layer.layer_name
+            )
+        else:
+            shared, routed = self._run_both(method, layer, x, topk_weights, topk_ids)
+        self._output[self._output_idx] = shared
+        return routed
+
+    def _run_both(
+        self,
+        method: Any,
+        layer: "RoutedExperts",
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if x.shape[0] > self.fused_up_to:
+            routed = method.apply(layer, x, topk_weights, topk_ids, None, None)
+            return self.module(x), routed
+        gate_up, down = self.arguments(x)
+        routed = method.moe_kernel.fused_experts.apply_with_shared_expert(
+            x,
+            getattr(layer, f"w13_{method.packing.qweight}"),
+            getattr(layer, f"w2_{method.packing.qweight}"),
+            topk_weights,
+            topk_ids,
+            layer.activation,
+            layer.expert_map,
+            (gate_up, down),
+        )
+        return down.c, routed
+
+    def arguments(self, x: torch.Tensor) -> tuple[SharedGateUp, SharedDown]:
+        """The ops' arguments for tokens `x` [M, H], with new output tensors."""
+        module = self.module
+        gate_up, down = module.gate_up_proj.weight, module.down_proj.weight
+        gate = factors = None
+        if getattr(module, "expert_gate", None) is not None:
+            gate = module.expert_gate.weight[0]
+            factors = x.new_empty(x.shape[0], dtype=torch.float32)
+        middle = x.new_empty(x.shape[0], down.shape[1])
+        return (
+            SharedGateUp(gate_up, gate, middle, factors),
+            SharedDown(middle, down, factors, torch.empty_like(x)),
+        )
+
+
+def runner_built(runner: "MoERunner") -> None:
+    """Handler of a hook: let the kernels compute `runner`'s shared expert if they can.
+
+    The routed experts and the shared expert exist, but have no weights yet.
+    """
+    method, replaced = runner.routed_experts.quant_method, runner.shared_experts
+    if replaced is None or not hasattr(method, "shared_experts"):
+        return  # there is none, or the method is not HybridW4A16MoEMethod
+    reason = _misfit_of_runner(runner) or _misfit_of_module(replaced._layer)
+    if reason is not None:
+        _log_left(reason)
+        return
+    if current_platform.is_cpu():
+        _register_op()
+        for linear in _linears(replaced._layer):
+            # else vLLM frees the weights in favour of a packed copy
+            linear._cpu_skip_gemm_dispatch = True
+            linear.cpu_linear = torch.nn.functional.linear
+    runner._shared_experts = method.shared_experts = FusingSharedExperts(replaced)
+
+
+def _log_left(reason: str) -> None:
+    logger.info_once("HybridW4A16 MoE: shared experts stay with vLLM: %s", reason)
+
+
+@functools.cache
+def _register_op() -> None:
+    """Register the op that branches on the number of tokens, for torch.compile."""
+    direct_register_custom_op(
+        "hybrid_w4a16_moe_with_shared_expert", _run_by_name, fake_impl=_run_fake
+    )
+
+
+def _run_by_name(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    layer_name: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    runner = get_forward_context().no_compile_layers[layer_name]
+    layer = runner.routed_experts
+    return runner.shared_experts._run_both(
+        layer.quant_method, layer, x, topk_weights, topk_ids
+    )
+
+
+def _run_fake(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    layer_name: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _misfit_of_runner(runner: "MoERunner") -> str | None:
+    """Why a call of the method does not have the shared expert's tokens."""
+    config = runner.moe_config
+    parallel = config.moe_parallel_config
+    if parallel.dp_size > 1 or parallel.use_all2all_kernels or parallel.pcp_size > 1:
+        return "ranks have different tokens"
+    if parallel.is_sequence_parallel:
+        return "sequence parallel"
+    if runner.enable_dbo:
+        return "dual batch overlap is enabled"
+    if runner.routed_input_transform or runner.routed_output_transform:
+        return "the routed experts' input or output is transformed"
+    if runner.routed_experts.apply_router_weight_on_input:
+        return "router weights are applied to the input"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "batch-invariant mode"
+    return None
+
+
+def _linears(module: Any) -> list[Any]:
+    found = [module.gate_up_proj, module.down_proj]
+    gate = getattr(module, "expert_gate", None)
+    return found if gate is None else [*found, gate]
+
+
+def _misfit_of_module(module: Any) -> str | None:
+    """Why the kernels cannot compute this module, as far as its structure shows."""
+    children = {name for name, child in module.named_children()}
+    parts = {"gate_up_proj", "down_proj", "act_fn"}
+    if children - {"expert_gate"} != parts or not isinstance(module.act_fn, SiluAndMul):
+        return f"its form is unknown ({type(module).__name__})"
+    for linear in _linears(module):
+        if not isinstance(linear, LinearBase):
+            return f"its form is unknown ({type(module).__name__})"
+        if type(linear.quant_method) is not UnquantizedLinearMethod:
+            return f"its weights are quantized ({type(linear.quant_method).__name__})"
+        if getattr(linear, "bias", None) is not None:
+            return "it has a bias"
+    down = module.down_proj
+    if not isinstance(down, RowParallelLinear):
+        return f"its form is unknown ({type(module).__name__})"
+    if down.reduce_results and down.tp_size > 1:
+        return "it sums over ranks itself"
+    return None
+
+
+def _misfit_of_weights(module: Any) -> str | None:
+    """Why the ops cannot read the loaded weights."""
+    for linear in _linears(module):
+        weight = linear.weight
+        name = getattr(linear, "prefix", type(linear).__name__)
+        if weight.dtype not in (torch.float16, torch.bfloat16):
+            return f"{name} is in {weight.dtype}"
+        if weight.dim() != 2 or weight.stride(1) != 1:
+            return f"{name} is packed"
+        rows, columns = weight.shape
+        if columns % 8 or (rows > 1 and weight.stride(0) % 8):
+            return f"{name} has {columns} columns, not a multiple of 8"
+    gate = getattr(module, "expert_gate", None)
+    if gate is not None and gate.weight.shape[0] != 1:
+        return f"its gate has {gate.weight.shape[0]} outputs"
+    if len({linear.weight.dtype for linear in _linears(module)}) > 1:
+        return "its weights differ in dtype"
+    return None
+
+
+def _other_formula(module: Any) -> str | None:
+    """Why the module computes something else than the kernels; tries it on 2 tokens."""
+    weight = module.gate_up_proj.weight
+    x = torch.linspace(-1, 1, 2 * weight.shape[1]).mul(1000).sin().view(2, -1)
+    x = x.to(weight.device, weight.dtype)
+    with torch.inference_mode():
+        got = module(x).float()
+        gate, up = torch.nn.functional.linear(x, weight).float().chunk(2, -1)
+        middle = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+        expected = torch.nn.functional.linear(middle, module.down_proj.weight).float()
+        if getattr(module, "expert_gate", None) is not None:
+            factor = torch.nn.functional.linear(x, module.expert_gate.weight).float()
+            expected *= factor.sigmoid()
+    if (got - expected).norm() <= _TOLERANCE * expected.norm():
+        return None
+    return f"{type(module).__name__} computes another function"
