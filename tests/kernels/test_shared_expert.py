@@ -2,8 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The shared expert inside gate_up and down, against float64.
 
-On every available device and instruction set. test_moe_int4_on_host.py runs the GPU
-kernels on the host.
+On every available device and instruction set.
 """
 
 import itertools
