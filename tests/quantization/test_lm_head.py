@@ -7,6 +7,10 @@ import types
 import pytest
 import torch
 
+# fork: begin overlay
+import vllm
+
+# fork: end
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.quantization import QuantizationConfigArgs
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -44,6 +48,11 @@ from ..support.moe_layers import (
     inc_config,
 )
 
+# fork: begin overlay
+pytestmark = pytest.mark.skipif(
+    vllm.__version__.startswith("0.30."), reason="vLLM 0.30 does not name its heads"
+)
+# fork: end
 VOCABULARY, HIDDEN = 1000, 256  # padded to 1024
 PREFIX = "lm_head"
 
@@ -173,6 +182,19 @@ def test_the_variable_says_the_same(monkeypatch):
     monkeypatch.setenv(ENV_NAME, "int8_g32")
     method = make_head(None).head.quant_method
     assert isinstance(method, HybridW4A16HeadMethod) and method.name == "int8_g32"
+
+
+def test_a_vllm_whose_heads_have_no_name(monkeypatch):
+    """As vLLM 0.30 calls it: an error where it was asked for, nothing elsewhere."""
+    head = ParallelLMHead.__new__(ParallelLMHead)
+    torch.nn.Module.__init__(head)
+    head.quant_method = UnquantizedEmbeddingMethod()
+    with set_current_vllm_config(VllmConfig()):
+        hybrid_w4a16_head.lm_head_built(head)
+        assert isinstance(head.quant_method, UnquantizedEmbeddingMethod)
+        monkeypatch.setenv(ENV_NAME, "int8_g32")
+        with pytest.raises(ValueError, match="lm_head: .* needs vLLM 0.31 or newer"):
+            hybrid_w4a16_head.lm_head_built(head)
 
 
 # fork: end

@@ -113,6 +113,16 @@ def lm_head_built(self: VocabParallelEmbedding) -> None:
     # fork: end
     vllm_config = get_current_vllm_config_or_none()
     online = _online_config(vllm_config)
+    # fork: begin overlay
+    if not hasattr(self, "prefix"):
+        targets = {} if online is None else online.args.targets or {}
+        if getattr(envs, ENV_NAME) is not None or set(targets.values()) & set(SCHEMES):
+            raise ValueError(
+                "lm_head: quantizing it needs vLLM 0.31 or newer: this version does "
+                f"not tell a head its name. Remove {ENV_NAME} or the target."
+            )
+        return
+    # fork: end
     name = pattern = None
     sources = {}
     if target := None if online is None else _target(online, self.prefix):
