@@ -186,25 +186,23 @@ def rescore_case(dtype, rows, n, k, window, rng):
     return fields, exact, bits, asked & ~missing, edge & ~missing, stride
 
 
-@pytest.mark.parametrize("mma", [False, True])
-@pytest.mark.parametrize("dtype", [HALF, BF16])
-@pytest.mark.parametrize(
-    "rows, window",
-    [
-        (3, 1.0),
-        *(
-            pytest.param(rows, window, marks=pytest.mark.nightly)
-            for rows, window in ((1, 0.5), (3, 0.0), (5, 1.0), (2, 1e6))
-        ),
-    ],
-)
-def test_rescoring_computes_what_is_asked_for(
-    programs,
-    mma,
-    dtype,
-    rows,
-    window,
-):
+IN_CI = ((HALF, False, 3, 1.0), (BF16, True, 3, 1.0))
+RESCORED = [
+    pytest.param(
+        *case,
+        marks=() if case in IN_CI else pytest.mark.nightly,
+    )
+    for case in (
+        (dtype, mma, *call)
+        for dtype in (HALF, BF16)
+        for mma in (False, True)
+        for call in ((3, 1.0), (1, 0.5), (3, 0.0), (5, 1.0), (2, 1e6))
+    )
+]
+
+
+@pytest.mark.parametrize(("dtype", "mma", "rows", "window"), RESCORED)
+def test_rescoring_computes_what_is_asked_for(programs, dtype, mma, rows, window):
     rng = np.random.default_rng([SEED, mma, dtype, rows])
     case = rescore_case(dtype, rows, 700, 264, window, rng)
     done = subprocess.run(
