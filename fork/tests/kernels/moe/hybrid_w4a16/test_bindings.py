@@ -42,8 +42,13 @@ def test_op_is_registered_for_gpus(op):
 
 @pytest.mark.parametrize("op", KERNELS)
 def test_wrapper_has_the_arguments_of_the_schema(op):
-    wrapper = inspect.signature(getattr(ops, op))
-    assert list(wrapper.parameters) == schema_arguments(op)
+    """The wrappers take the tensors of a shared expert as one tuple."""
+    schema = schema_arguments(op)
+    shared = [name for name in schema if name.startswith("shared_")]
+    expected = [name for name in schema if name not in shared]
+    parameters = inspect.signature(getattr(ops, op)).parameters
+    assert list(parameters) == expected + ["shared"] * bool(shared)
+    assert not shared or len(parameters["shared"].default) == len(shared)
 
 
 def test_the_build_includes_the_ops_after_the_extension():
