@@ -114,8 +114,10 @@ struct SharedTile {
 };
 
 // The sums take the LDS of the other blocks' waves.
-static_assert(kSharedBytesPerWave <= kWindowBytes && kSharedBytesPerWave <= kGroupWindowBytes &&
-              kSharedBytesPerWave <= lds_bytes_per_wave(1, 1));
+static_assert(kSharedBytesPerWave <= lds_bytes_per_wave(1, 1));
+#if GPU_HAS_MMA
+static_assert(kSharedBytesPerWave <= kWindowBytes && kSharedBytesPerWave <= kGroupWindowBytes);
+#endif
 
 // Tile `tile` of gate_up for tokens first_token.. : rows i (gate) and i + inter (up). The tile
 // after the last one is the gate of the shared expert.
