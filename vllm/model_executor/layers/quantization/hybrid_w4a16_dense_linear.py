@@ -69,24 +69,6 @@ def _multiply_few(
     return out
 
 
-def _multiply_in_parts(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    scales: torch.Tensor,
-    zero_points: torch.Tensor | None,
-    cu_count: int,
-    group_size: int,
-    bits: int,
-) -> torch.Tensor:
-    out = x.new_empty(x.shape[0], weights.shape[0])
-    parts = zip(x.split(ops.MAX_ROWS), out.split(ops.MAX_ROWS), strict=True)
-    for rows, results in parts:
-        ops.wvSplitK_int_g(
-            rows, weights, scales, results, cu_count, group_size, bits, zero_points
-        )
-    return out
-
-
 def _multiply_on_gpu(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -104,9 +86,11 @@ def _multiply_on_gpu(
             x, weights, scales, zero_points, cu_count, group_size, bits
         )
     if hybrid_w4a16_ops.row_invariant():
-        return _multiply_in_parts(
-            x, weights, scales, zero_points, cu_count, group_size, bits
-        )
+        parts = [
+            _multiply_few(few, weights, scales, zero_points, cu_count, group_size, bits)
+            for few in x.split(ops.MAX_ROWS)
+        ]
+        return torch.cat(parts)
     if bits == 8:
         dense = ops.dequantize(weights, scales, bits).to(x.dtype)
         return torch.nn.functional.linear(x, dense)
