@@ -28,6 +28,7 @@ from ..support.moe_layers import (
     become_the_only_rank,
     fresh_gate_records,
     quant_config,
+    ready_workspace,
     relative_error,
 )
 
@@ -39,6 +40,7 @@ FORMAT = "auto_round:auto_gptq"
 @pytest.fixture(autouse=True)
 def one_rank(tmp_path):
     become_the_only_rank(tmp_path)
+    ready_workspace()
 
 
 class Scaled(Qwen2MoeMLP):

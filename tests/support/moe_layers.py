@@ -94,6 +94,12 @@ def inc_config(group_size: int = 64, **overrides: Any) -> INCConfig:
     return config
 
 
+def ready_workspace() -> None:
+    """Set up the workspace of MoE layers on a GPU, as vLLM's worker does."""
+    if DEVICE != "cpu" and not is_workspace_manager_initialized():
+        init_workspace_manager(torch.device(DEVICE))
+
+
 def make_layer(
     shape: Shape,
     quant_config: QuantizationConfig,
@@ -108,8 +114,7 @@ def make_layer(
     ep, tp: expert-parallel and tensor-parallel size and rank. moe_overrides: fields of
     ``FusedMoEConfig``.
     """
-    if DEVICE != "cpu" and not is_workspace_manager_initialized():
-        init_workspace_manager(torch.device(DEVICE))  # as vLLM's worker does
+    ready_workspace()
     ep_size, ep_rank = ep
     parallel = dataclasses.replace(
         FusedMoEParallelConfig.make_no_parallel(),

@@ -132,7 +132,7 @@ def run(checkpoint: str, drafts: int, eager: bool) -> dict[str, Any]:
             "num_speculative_tokens": drafts,
         }
     if torch.cuda.is_available():
-        arguments["gpu_memory_utilization"] = 0.5
+        arguments["gpu_memory_utilization"] = 0.2
     llm = LLM(
         checkpoint,
         skip_tokenizer_init=True,
