@@ -105,6 +105,7 @@ def make_runner(shared=Qwen2MoeMLP, gated=True, change=None, shared_quantized=Fa
             method = getattr(linear, "quant_method", None)
             if method is not None and not shared_quantized:
                 method.process_weights_after_loading(linear)
+    with set_current_vllm_config(config):
         Checkpoint(SHAPE, format=FORMAT).load_into(runner.routed_experts)
     return runner, config
 
