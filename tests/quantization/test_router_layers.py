@@ -30,6 +30,7 @@ from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from ..support.matrix import MAX_TIE
 from ..support.moe_layers import (
     DEVICE,
     Checkpoint,
@@ -266,12 +267,15 @@ def test_a_gate_of_odd_size_is_left_to_vllm(monkeypatch):
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("model", ["qwen3_moe", "qwen3_5_moe"])
 def test_tokens_of_a_model(model, eager, tmp_path):
-    """The same greedy tokens with vLLM's router and with the fused one."""
+    """The same greedy tokens with vLLM's router and with the fused one, but for ties.
+
+    vLLM's router for the CPU rounds its weights to 16 bits.
+    """
+    dtype = "bfloat16" if model == "qwen3_5_moe" else "float16"
     checkpoint = make_checkpoint(Recipe(model, "auto_round:auto_gptq"), tmp_path)
-    # in bf16 experts tie, and vLLM rounds their weights to it
-    arguments = {"enforce_eager": eager, "dtype": "float16"}
+    arguments = {"enforce_eager": eager, "dtype": dtype}
     if model == "qwen3_5_moe":  # there is no tokenizer to place images
-        arguments |= {"language_model_only": True, "dtype": "bfloat16"}
+        arguments["language_model_only"] = True
     environment = os.environ | {"VLLM_HYBRID_W4A16_MOE": "require"}
     if importlib.util.find_spec("torchvision") is None:
         environment["PYTHONPATH"] = str(STAND_INS)
@@ -288,6 +292,10 @@ def test_tokens_of_a_model(model, eager, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (line,) = [x for x in done.stdout.splitlines() if x.startswith('{"vllm"')]
     tokens = json.loads(line)
-    assert tokens["fused"] == tokens["vllm"]
+    for fused_answer, answer in zip(tokens["fused"], tokens["vllm"], strict=True):
+        for (mine, _), (other, likely) in zip(fused_answer, answer, strict=True):
+            if mine != other:  # a tie, after which the texts differ
+                assert likely[str(other)] - likely[str(mine)] <= MAX_TIE[dtype]
+                break
     said = done.stdout + done.stderr
     assert said.count("router fused") == 1, "the summary of one of two engines"

@@ -4,8 +4,9 @@
 
     python -m tests.support.router_worker FOLDER '{"enforce_eager": true}'
 
-The last line is ``{"vllm": [[token, ...], ...], "fused": [...]}``. The same process
-runs both engines.
+The last line is ``{"vllm": [[[token, {token: log-probability}], ...], ...], "fused":
+[...]}``, with the log-probabilities of the five likeliest tokens. The same process runs
+both engines.
 """
 
 import json
@@ -35,9 +36,19 @@ def main() -> None:
             **arguments,
         )
         asked = [{"prompt_token_ids": tokens} for tokens in prompts(4, 12)]
-        sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=24, ignore_eos=True, logprobs=5
+        )
         answers = llm.generate(asked, sampling, use_tqdm=False)
-        found[name] = [list(answer.outputs[0].token_ids) for answer in answers]
+        found[name] = [
+            [
+                [token, {other: entry.logprob for other, entry in likely.items()}]
+                for token, likely in zip(
+                    answer.outputs[0].token_ids, answer.outputs[0].logprobs, strict=True
+                )
+            ]
+            for answer in answers
+        ]
         del llm
         cleanup_dist_env_and_memory()
     print(json.dumps(found))

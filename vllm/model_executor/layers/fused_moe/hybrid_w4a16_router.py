@@ -46,7 +46,8 @@ MAX_TOKENS = 8
 MAX_EXPERTS = 512
 MAX_TOP_K = 32
 
-# On the CPU vLLM's router picks other experts among equals.
+# vLLM's router for the CPU picks other experts among equals and rounds weights to 16
+# bits. Tests set this.
 ON_CPU = False
 
 _OP = "fused_moe_router_topk"
@@ -181,6 +182,8 @@ class FusedRouter:
         """Why the op cannot read the loaded weights."""
         weight, dtype = self._gate.weight, self._runner.moe_config.in_dtype
         bias = self._bias()
+        if weight.device.type != current_platform.device_type:
+            return f"the gate's weights are on {weight.device}"
         if weight.dtype not in (dtype, torch.float32):
             return f"the gate is in {weight.dtype}, activations are in {dtype}"
         if weight.dim() != 2 or weight.stride(1) != 1 or weight.data_ptr() % 16:
