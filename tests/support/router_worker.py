@@ -43,11 +43,9 @@ def main() -> None:
         found[name] = [
             [
                 [token, {other: entry.logprob for other, entry in likely.items()}]
-                for token, likely in zip(
-                    answer.outputs[0].token_ids, answer.outputs[0].logprobs, strict=True
-                )
+                for token, likely in zip(answer.token_ids, answer.logprobs, strict=True)
             ]
-            for answer in answers
+            for (answer,) in (request.outputs for request in answers)
         ]
         del llm
         cleanup_dist_env_and_memory()
