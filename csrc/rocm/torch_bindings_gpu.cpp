@@ -14,6 +14,9 @@
 #include "gpu_compat.cuh"
 #include "launch.h"
 #include "moe_int4_checks.h"
+// fork: begin token
+#include "moe_router_checks.h"
+// fork: end
 // fork: begin lm_head
 #include "wvSplitK_int_g_checks.h"
 // fork: end
@@ -118,6 +121,18 @@ void tiled_down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const
 #endif
 
 // fork: end
+// fork: begin token
+void router_op(const Tensor& a, const Tensor& w, const Tensor& logits, const Tensor& topk_weights,
+               const Tensor& topk_ids, const Tensor& arrived, std::string scoring, bool renormalize,
+               int64_t cu_count, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& is_padding, double scale) {
+  const RouterArgs args =
+      check_router(DeviceType::CUDA, a, w, logits, topk_weights, topk_ids, arrived, scoring,
+                   renormalize, cu_count, bias, is_padding, scale);
+  launch_router(args, OnDeviceOf(a).stream());
+}
+
+// fork: end
 void load_device_op(int64_t device, std::string arch) {
   load_device(static_cast<int>(device), arch);
 }
@@ -159,5 +174,8 @@ STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CUDA, m) {
   m.impl("fused_moe_wvSplitK_int4_tiled_gate_up", TORCH_BOX(&moe_int4::gpu::tiled_gate_up_op));
   m.impl("fused_moe_wvSplitK_int4_tiled_down", TORCH_BOX(&moe_int4::gpu::tiled_down_op));
 #endif
+  // fork: end
+  // fork: begin token
+  m.impl("fused_moe_router_topk", TORCH_BOX(&moe_int4::gpu::router_op));
   // fork: end
 }

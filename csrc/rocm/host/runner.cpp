@@ -4,12 +4,13 @@
 // Runs the GPU launchers on the host or, in a GPU build, on a GPU. Each record on stdin is one op
 // call; each record on stdout is its result. A record is a uint32 number of fields. A field is a
 // uint32 length and its name, then a uint64 size and its bytes. Scalars are int64 or double fields.
-// Strides and shapes have the names of moe_int4_args.h and tiled.h; "op" is gemm, gate_up, down,
-// dense, rescore, tiled_gate_up or tiled_down. A missing tensor is a null pointer; "NAME.offset"
-// moves a tensor that many bytes off a 16-byte boundary. The call runs once per order of lanes and
-// waves (gpu::kOrders), and the outputs must be bitwise equal. The reply has "c", with a shared
-// expert its outputs, and "kernels" (names of the launched kernels, one per line, where known). The
-// op "prepare" loads the kernels for "arch" on "device" and makes it current; its reply is empty.
+// Strides and shapes have the names of moe_int4_args.h, tiled.h and moe_router_args.h; "op" is
+// gemm, gate_up, down, dense, rescore, tiled_gate_up, tiled_down or router, whose "c" are the
+// weights. A missing tensor is a null pointer; "NAME.offset" moves a tensor that many bytes off a
+// 16-byte boundary. The call runs once per order of lanes and waves (gpu::kOrders), and the outputs
+// must be bitwise equal. The reply has "c", the outputs of a shared expert or router, and "kernels"
+// (names of the launched kernels, one per line, where known). The op "prepare" loads the kernels
+// for "arch" on "device" and makes it current; its reply is empty.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -282,6 +283,30 @@ class Call {
       args.tile = tile();
       launch_tiled_down(args, nullptr);
 #endif
+    } else if (op == "router") {
+      RouterArgs args{};
+      args.dtype = static_cast<DType>(i64("dtype"));
+      args.a = tensor<void>("a");
+      args.a_stride_m = i64("a_stride_m");
+      args.m = i32("m");
+      args.k = i32("k");
+      args.w = tensor<void>("w");
+      args.w_stride_e = i64("w_stride_e");
+      args.w_is_float = i64("w_is_float") != 0;
+      args.experts = i32("experts");
+      args.logits = tensor<void>("logits");
+      args.logits_are_float = i64("logits_are_float") != 0;
+      args.bias = tensor<float>("bias");
+      args.padding = tensor<uint8_t>("padding");
+      args.topk_weights = tensor<float>("c");
+      args.topk_ids = tensor<int32_t>("topk_ids");
+      args.arrived = tensor<int32_t>("arrived");
+      args.scoring = static_cast<Scoring>(i64("scoring"));
+      args.renormalize = i64("renormalize") != 0;
+      args.scale = static_cast<float>(scalar<double>("scale"));
+      args.top_k = i32("top_k");
+      args.cu_count = i32("cu_count");
+      launch_router(args, nullptr);
     } else {
       die("unknown op " + op);
     }
@@ -301,6 +326,10 @@ void write_field(const std::string& name, const std::string& bytes) {
   std::fwrite(bytes.data(), 1, size, stdout);
 }
 
+// Beside "c".
+constexpr const char* kMoreOutputs[] = {"shared_c", "shared_factors", "logits", "topk_ids",
+                                        "arrived"};
+
 void run_calls() {
   Call call;
   while (call.read()) {
@@ -315,7 +344,7 @@ void run_calls() {
       gpu::set_order(order);
       call.run();
       std::string now = call.bytes("c");
-      for (const char* name : {"shared_c", "shared_factors"}) {
+      for (const char* name : kMoreOutputs) {
         if (call.has(name)) now += call.bytes(name);
       }
       if (order > 0 && now != result) {
@@ -325,7 +354,7 @@ void run_calls() {
       result = now;
     }
     std::vector<std::string> outputs = {"c"};
-    for (const char* name : {"shared_c", "shared_factors"}) {
+    for (const char* name : kMoreOutputs) {
       if (call.has(name)) outputs.push_back(name);
     }
     const auto fields = static_cast<uint32_t>(outputs.size() + 1);
