@@ -142,7 +142,7 @@ def test_nothing_of_the_overlay_is_carried():
     words = re.compile(
         r"VLLM_HYBRID|vllm-hybrid-w4a16|plugins\.hybrid_w4a16|hybrid_w4a16_switch"
         r"|__CUDACC__|cuda_runtime|HYBRID_W4A16_CUDA|fork: (begin|end)"
-        r"|SPDX.*hybrid-w4a16|[Oo]verlay|[Pp]lugin|[Hh]ook|[Oo]pt-in|first release"
+        r"|SPDX.*hybrid-w4a16|[Oo]verlay|[Pp]lugin|\b[Hh]ook|[Oo]pt-in|first release"
         r"|HAS_MMA|kHasMma|kStreams|matrix instructions|\bH100|HYBRID_W4A16_GPU"
     )
     files = texts(fork_files.COMMITS[-1])

@@ -43,7 +43,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from vllm import _custom_ops
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_ops import ACTIVATIONS
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import PrefillTiles, Tile
 
 # Weights of a row per step of the main loop: 8 planes of 16, the smallest K of the
@@ -54,7 +54,7 @@ _STEP = 128
 SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
 GELU_TANH = tl.constexpr(2)
-_FORMULAS = {name: formula for name, formula in ACTIVATIONS.values()}
+_FORMULAS = {name: formula for name, formula in ops.ACTIVATIONS.values()}
 
 
 @triton.jit
@@ -562,8 +562,8 @@ def _launch(
 
     Triton derives the compiled variant from all arguments in each call, which takes 14
     to 23 us. This function finds it by what can change between calls with the same
-    ``variants``, and calls it directly. Launches with hooks, and tensors that are not
-    aligned or large, are left to Triton.
+    ``variants``, and calls it directly. Launches with callbacks, and tensors that are
+    not aligned or large, are left to Triton.
 
     Args:
         variants: of this kernel, and of this layer if ``arguments`` hold its weights.
@@ -583,7 +583,7 @@ def _launch(
     values = constants.values()
     key = (device, *key, *values, *options.values())
     compiled = variants.get(key)
-    if compiled is None or _hooks(kernel):
+    if compiled is None or _callbacks(kernel):
         compiled = kernel[grid](*arguments, **constants, **options)
         if isinstance(compiled, CompiledKernel):
             variants[key] = compiled
@@ -593,7 +593,7 @@ def _launch(
         active.get_current_stream(device),
         compiled.function,
         compiled.packed_metadata,
-        None,  # what hooks are told, and the hooks
+        None,  # what callbacks are told, and the callbacks
         None,
         None,
         *arguments,
@@ -614,7 +614,7 @@ def _usual(large: tuple[torch.Tensor, ...], small: tuple[torch.Tensor, ...]) -> 
     return address % _ALIGNMENT == 0 and size <= _SMALL
 
 
-def _hooks(kernel: Any) -> bool:
+def _callbacks(kernel: Any) -> bool:
     """Whether anything is to be called around a launch, such as a profiler."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(
@@ -753,6 +753,22 @@ def gate_up(
     0..I-1 gate. Rows of pairs whose expert is on another rank are not written.
     """
     tile = tiles.gate_up
+    # fork: begin overlay
+    if tile.tiled:
+        ops.fused_moe_wvSplitK_int4_tiled_gate_up(
+            x,
+            w13.words,
+            w13.scales,
+            out,
+            blocks,
+            top_k,
+            activation,
+            w13.group_size,
+            tile.launch(columns=16),
+            w13.zero_points,
+        )
+        return
+    # fork: end
     intermediate = w13.rows // 2
     columns = _cdiv(_padded(intermediate), tile.block_n)
     limit = _INFINITY if activation.limit is None else float(activation.limit)
@@ -807,6 +823,22 @@ def down(
     ``None`` for weights of 1. Without ``blocks`` every row of x goes to expert 0.
     Rows of pairs whose expert is on another rank are not written.
     """
+    # fork: begin overlay
+    if tile.tiled:
+        assert blocks is not None, "the tiled ops multiply sorted pairs"
+        ops.fused_moe_wvSplitK_int4_tiled_down(
+            x,
+            w2.words,
+            w2.scales,
+            out,
+            blocks,
+            topk_weights,
+            w2.group_size,
+            tile.launch(columns=32),
+            w2.zero_points,
+        )
+        return
+    # fork: end
     columns = _cdiv(w2.rows, tile.block_n)
     if blocks is None:
         count, sorting = _cdiv(out.shape[0], tile.block_m), (w2.words,) * 3
