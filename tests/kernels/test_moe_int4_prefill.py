@@ -299,7 +299,7 @@ def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
     decoded = run_layer(layer, x, weights, ids)
     assert not calls
     small = MoEShape(4, shape.top_k, shape.hidden, shape.intermediate, 64, "bf16")
-    experts.tuned, experts.prefill_from = Tuned("sm_90", small, 5, "rule"), 5
+    experts.tuned, experts.prefill_from = Tuned("gfx1151", small, 5, "rule"), 5
     prefilled = run_layer(layer, x, weights, ids)
     assert calls == [5]
     assert relative_error(prefilled, decoded) < sweep.TOLERANCE[torch.bfloat16]
