@@ -25,8 +25,8 @@
 //                        ceil(num_tokens / kGroupTokens)
 //        grouped_down, wide_down  ceil(n / kRowsPerWave), ceil(n / (2 * kRowsPerWave));
 //                        ceil(num_tokens / kGroupTokens), 1
-//        tiled_gate_up   most lists of T pairs, ceil(inter / (waves * row_tiles tiles)), 1
-//        tiled_down      most lists of T pairs, ceil(n / (waves * row_tiles tiles)), 1
+//        tiled_gate_up   most lists of T pairs * ceil(inter / (waves * row_tiles tiles)), 1, 1
+//        tiled_down      most lists of T pairs * ceil(n / (waves * row_tiles tiles)), 1, 1
 // The last five exist only with matrix instructions; geometry.h has their LDS.
 // fork: end
 // With a shared expert the y dimension of these grids, except for gemm, starts with shared_y rows

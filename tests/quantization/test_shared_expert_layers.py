@@ -28,6 +28,7 @@ from ..support.moe_layers import (
     become_the_only_rank,
     fresh_gate_records,
     quant_config,
+    ready_workspace,
     relative_error,
 )
 
@@ -39,6 +40,7 @@ FORMAT = "auto_round:auto_gptq"
 @pytest.fixture(autouse=True)
 def one_rank(tmp_path):
     become_the_only_rank(tmp_path)
+    ready_workspace()
 
 
 class Scaled(Qwen2MoeMLP):
@@ -103,6 +105,7 @@ def make_runner(shared=Qwen2MoeMLP, gated=True, change=None, shared_quantized=Fa
             method = getattr(linear, "quant_method", None)
             if method is not None and not shared_quantized:
                 method.process_weights_after_loading(linear)
+    with set_current_vllm_config(config):
         Checkpoint(SHAPE, format=FORMAT).load_into(runner.routed_experts)
     return runner, config
 

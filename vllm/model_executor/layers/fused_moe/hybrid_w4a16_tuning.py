@@ -96,7 +96,7 @@ class Tile:
                 f"got {self.order!r}"
             )
 
-    @property
+    @functools.cached_property
     def natural(self) -> bool:
         """Whether the activations are in their natural order."""
         return self.order != "planes"
