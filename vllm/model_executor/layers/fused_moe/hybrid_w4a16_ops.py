@@ -55,7 +55,7 @@ class OpActivation(NamedTuple):
 
 # Optional tensors of a shared expert: hybrid_w4a16_shared_expert.py has their types.
 SharedTensors = tuple[torch.Tensor | None, ...]
-_NO_TENSORS: SharedTensors = (None, None, None, None)
+_NO_TENSORS: SharedTensors = (None,) * 6
 NO_SHARED_EXPERT = (_NO_TENSORS, _NO_TENSORS)  # of gate_up and of down
 
 # SWIGLUOAI is missing: it expects the gate and up rows of w13 interleaved. Only gpt-oss

@@ -104,6 +104,7 @@ class HybridW4A16OnlineLinearMethod(OnlineLinearBase):
         )
         replace_parameter(layer, "weight", packed)
         replace_parameter(layer, "weight_scale", scales)
+        ops.set_parameters(layer, "weight", "weight_scale")
         layer._already_called_process_weights_after_loading = True
 
     def apply(

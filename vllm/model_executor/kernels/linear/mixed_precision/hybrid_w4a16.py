@@ -86,6 +86,7 @@ class HybridW4A16LinearKernel(MPLinearKernel):
         from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
             load_kernels,
         )
+        from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops
 
         load_kernels(self._family)
         weights = getattr(layer, self.w_q_name)
@@ -98,6 +99,9 @@ class HybridW4A16LinearKernel(MPLinearKernel):
             self._transform_param(layer, self.w_zp_name, _rows_first)
         elif getattr(layer, self.w_zp_name or "", None) is not None:
             setattr(layer, self.w_zp_name, None)  # the checkpoint stores them, all 8
+        hybrid_w4a16_dense_ops.set_parameters(
+            layer, self.w_q_name, self.w_s_name, self.w_zp_name
+        )
 
     def apply_weights(
         self,
