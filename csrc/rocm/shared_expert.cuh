@@ -58,10 +58,15 @@ struct SharedTile {
   static constexpr int kRun = 128 / Bits;  // weights in 16 bytes
   static constexpr int kPieces = kRun / 8;
   static constexpr int kUnitK = kRun * kLanesPerRow;
-  // Units of weights and pieces of activations in flight. More would take registers that the rest
-  // of the kernel does without: with 4 bits and two units, down_t1 takes 126 on sm_90 instead of
-  // 111.
-  static constexpr int kDepth = Bits == 16 ? (S == 1 ? 4 : 2) : 1;
+#if GPU_HAS_MMA
+  // With two units of 4 bits, down_t1 takes 126 registers on sm_90 instead of 111.
+  static constexpr int kPackedDepth = 1;
+#else
+  static constexpr int kPackedDepth = 2;
+#endif
+  // Units of weights and pieces of activations in flight. With several rows the activations take
+  // the registers.
+  static constexpr int kDepth = Bits != 16 ? kPackedDepth : S == 1 ? 4 : 2;
   static constexpr int kTogether = Bits == 16 || S == 1 ? kDepth * kPieces : 1;
   static constexpr float kOffset = Unpacked<DT, Bits>::kOffset;
 

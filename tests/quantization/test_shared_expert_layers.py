@@ -19,12 +19,12 @@ from vllm.model_executor.layers.fused_moe import (
     FusedMoEFactory,
     hybrid_w4a16_shared_expert,
 )
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
     MAX_TOKENS,
     FusingSharedExperts,
 )
 from vllm.model_executor.layers.linear import ReplicatedLinear
-from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as dense_ops
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLP
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
@@ -120,7 +120,7 @@ class AtLoad:
 
 
 def make_runner(
-    shared=Qwen2MoeMLP, gated=True, change=None, quantized=None, inter=None
+    shared=Qwen2MoeMLP, gated=True, change=None, quantized=None, inter=INTER
 ):
     """A layer with loaded weights, and its configuration.
 
@@ -146,7 +146,7 @@ def make_runner(
             options["expert_gate"] = ReplicatedLinear(
                 SHAPE.hidden, 1, bias=False, prefix="model.layers.3.mlp.gate"
             )
-        module = shared(SHAPE.hidden, inter or INTER, "silu", **options)
+        module = shared(SHAPE.hidden, inter, "silu", **options)
         if change is not None:
             change(module)
         runner = FusedMoEFactory(
@@ -220,7 +220,7 @@ def test_few_tokens_run_in_our_launches(shared, gated, options, dtypes):
     ours = runner.shared_experts
     linears = ours.module.gate_up_proj, ours.module.down_proj
     if "quantized" in options:
-        assert {dense_ops.parameters(linear)[0].dtype for linear in linears} == dtypes
+        assert {ops.dense_parameters(linear)[0].dtype for linear in linears} == dtypes
     else:
         assert {linear.weight.dtype for linear in linears} == dtypes
     assert isinstance(ours, FusingSharedExperts) and ours.fused_up_to == MAX_TOKENS
@@ -291,10 +291,9 @@ def test_batch_invariant_mode_is_left_to_vllm(monkeypatch):
     assert not isinstance(runner.shared_experts, FusingSharedExperts)
 
 
-def test_odd_sizes_are_left_to_vllm(monkeypatch):
+def test_odd_sizes_are_left_to_vllm():
     """The ops read 8 weights at a time."""
-    monkeypatch.setattr(f"{__name__}.INTER", 76)
-    runner, config = make_runner()
+    runner, config = make_runner(inter=76)
     assert runner.shared_experts.fused_up_to == 0
     assert forward(runner, config, 2).isfinite().all()
 

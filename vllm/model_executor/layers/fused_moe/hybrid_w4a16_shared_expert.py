@@ -20,6 +20,7 @@ from vllm import envs
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
     HybridW4A16MoEExperts,
 )
@@ -33,7 +34,6 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as dense_ops
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -306,7 +306,7 @@ def _weights(
     linear: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Weights, scales and zero points as the ops take them, once loaded."""
-    return dense_ops.parameters(linear) or (linear.weight, None, None)
+    return ops.dense_parameters(linear) or (linear.weight, None, None)
 
 
 def _format(module: Any) -> str:
@@ -343,7 +343,7 @@ def _misfit_of_weights(module: Any) -> str | None:
     """Why the ops cannot read the loaded weights."""
     dtypes = set()
     for linear in _linears(module):
-        packed = dense_ops.parameters(linear)
+        packed = ops.dense_parameters(linear)
         if packed is not None:
             dtypes.add(packed[1].dtype)  # scales have the activations'
             continue

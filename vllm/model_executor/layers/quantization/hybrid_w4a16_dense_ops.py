@@ -12,7 +12,6 @@ Weights have 4 or 8 bits, ``w^[n, k] = (q[n, k] - zp[n, k//G]) * scales[n, k//G]
 """
 
 import functools
-from typing import Any
 
 import torch
 
@@ -115,33 +114,6 @@ def wvSplitK_int_g_rescore(
     torch.ops._rocm_C.wvSplitK_int_g_rescore(a, w, errors, c, partials, window, bound)
 
 
-# fork: begin token
-_PARAMETERS = "hybrid_w4a16_parameters"
-
-
-def set_parameters(
-    layer: Any, weights: str, scales: str, zero_points: str | None = None
-) -> None:
-    """Record which parameters of a linear hold its weights in this module's layout."""
-    setattr(layer, _PARAMETERS, (weights, scales, zero_points))
-
-
-def parameters(
-    layer: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-    """Weights, scales and zero points as ``set_parameters`` recorded them, or ``None``.
-
-    They are looked up in each call, as loading weights again replaces parameters.
-    """
-    names = getattr(layer, _PARAMETERS, None)
-    if names is None:
-        return None
-    weights, scales, zero_points = names
-    zeros = None if zero_points is None else getattr(layer, zero_points, None)
-    return getattr(layer, weights), getattr(layer, scales), zeros
-
-
-# fork: end
 def quantize(
     weight: torch.Tensor, bits: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

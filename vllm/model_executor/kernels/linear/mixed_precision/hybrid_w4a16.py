@@ -82,11 +82,11 @@ class HybridW4A16LinearKernel(MPLinearKernel):
         [K//8, N] (GPTQ, and AWQ after vLLM's conversion) or [N, K//8]
         (compressed-tensors).
         """
+        from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
         from vllm.model_executor.layers.fused_moe import hybrid_w4a16_packing as packing
         from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
             load_kernels,
         )
-        from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops
 
         load_kernels(self._family)
         weights = getattr(layer, self.w_q_name)
@@ -99,7 +99,7 @@ class HybridW4A16LinearKernel(MPLinearKernel):
             self._transform_param(layer, self.w_zp_name, _rows_first)
         elif getattr(layer, self.w_zp_name or "", None) is not None:
             setattr(layer, self.w_zp_name, None)  # the checkpoint stores them, all 8
-        hybrid_w4a16_dense_ops.set_parameters(
+        hybrid_w4a16_ops.set_dense_parameters(
             layer, self.w_q_name, self.w_s_name, self.w_zp_name
         )
 
