@@ -4,13 +4,13 @@
 // Runs the GPU launchers on the host or, in a GPU build, on a GPU. Each record on stdin is one op
 // call; each record on stdout is its result. A record is a uint32 number of fields. A field is a
 // uint32 length and its name, then a uint64 size and its bytes. Scalars are int64 or double fields.
-// Strides and shapes have the names of moe_int4_args.h and moe_router_args.h; "op" is
-// gemm, gate_up, down, dense, rescore or router, whose "c" are the weights. A missing tensor is a
-// null pointer; "NAME.offset" moves a tensor that many bytes off a 16-byte boundary. The call runs
-// once per order of lanes and waves (gpu::kOrders), and the outputs must be bitwise equal. The
-// reply has "c", the outputs of a shared expert or router, and "kernels" (names of the launched
-// kernels, one per line, where known). The op "prepare" loads the kernels for "arch" on "device"
-// and makes it current; its reply is empty.
+// Strides and shapes have the names of moe_int4_args.h, tiled.h and moe_router_args.h; "op" is
+// gemm, gate_up, down, dense, rescore, tiled_gate_up, tiled_down or router, whose "c" are the
+// weights. A missing tensor is a null pointer; "NAME.offset" moves a tensor that many bytes off a
+// 16-byte boundary. The call runs once per order of lanes and waves (gpu::kOrders), and the outputs
+// must be bitwise equal. The reply has "c", the outputs of a shared expert or router, and "kernels"
+// (names of the launched kernels, one per line, where known). The op "prepare" loads the kernels
+// for "arch" on "device" and makes it current; its reply is empty.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -23,6 +23,7 @@
 
 #include "gpu_compat.cuh"
 #include "launch.h"
+#include "tiled.h"
 
 namespace {
 
@@ -152,16 +153,33 @@ class Call {
   }
 
   template <typename Args>
-  void common(Args& args) {
+  void matrices(Args& args) {
     args.dtype = static_cast<DType>(i64("dtype"));
     args.a = tensor<void>("a");
     args.a_stride_m = i64("a_stride_m");
     args.w = weights();
     args.c = tensor<void>("c");
     args.c_stride_m = i64("c_stride_m");
+  }
+
+  template <typename Args>
+  void common(Args& args) {
+    matrices(args);
     args.cu_count = i32("cu_count");
     args.row_invariant = fields_.count("row_invariant") != 0;
   }
+
+  SortedPairs sorted() {
+    SortedPairs s{};
+    s.ids = tensor<int32_t>("sorted_ids");
+    s.expert_ids = tensor<int32_t>("expert_ids");
+    s.num_padded = tensor<int32_t>("num_padded");
+    s.lists = i32("lists");
+    s.num_pairs = i32("num_pairs");
+    s.top_k = i32("top_k");
+    return s;
+  }
+  TiledShape tile() const { return {i64("pairs"), i64("waves"), i64("row_tiles")}; }
 
   // "plan" holds int64 values; without it there is no plan.
   Plan plan() const {
@@ -246,6 +264,25 @@ class Call {
       args.window = static_cast<float>(scalar<double>("window"));
       args.bound = static_cast<float>(scalar<double>("bound"));
       launch_rescore(args, nullptr);
+#if GPU_HAS_MMA
+    } else if (op == "tiled_gate_up") {
+      TiledGateUpArgs args{};
+      matrices(args);
+      args.sorted = sorted();
+      args.activation = static_cast<Activation>(i64("activation"));
+      args.alpha = static_cast<float>(scalar<double>("alpha"));
+      args.beta = static_cast<float>(scalar<double>("beta"));
+      args.limit = static_cast<float>(scalar<double>("limit"));
+      args.tile = tile();
+      launch_tiled_gate_up(args, nullptr);
+    } else if (op == "tiled_down") {
+      TiledDownArgs args{};
+      matrices(args);
+      args.sorted = sorted();
+      args.topk_weights = tensor<float>("topk_weights");
+      args.tile = tile();
+      launch_tiled_down(args, nullptr);
+#endif
     } else if (op == "router") {
       RouterArgs args{};
       args.dtype = static_cast<DType>(i64("dtype"));

@@ -39,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_ops import ACTIVATIONS
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import PrefillTiles, Tile
 
 # Weights of a row per step of the main loop: 8 planes of 16, the smallest K of the
@@ -50,7 +50,7 @@ _STEP = 128
 SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
 GELU_TANH = tl.constexpr(2)
-_FORMULAS = {name: formula for name, formula in ACTIVATIONS.values()}
+_FORMULAS = {name: formula for name, formula in ops.ACTIVATIONS.values()}
 
 
 @triton.jit
@@ -620,6 +620,22 @@ def gate_up(
     0..I-1 gate. Rows of pairs whose expert is on another rank are not written.
     """
     tile = tiles.gate_up
+    # fork: begin overlay
+    if tile.tiled:
+        ops.fused_moe_wvSplitK_int4_tiled_gate_up(
+            x,
+            w13.words,
+            w13.scales,
+            out,
+            blocks,
+            top_k,
+            activation,
+            w13.group_size,
+            tile.launch(columns=16),
+            w13.zero_points,
+        )
+        return
+    # fork: end
     intermediate = w13.rows // 2
     columns = _cdiv(_padded(intermediate), tile.block_n)
     limit = float("inf") if activation.limit is None else activation.limit
@@ -664,6 +680,22 @@ def down(
     ``None`` for weights of 1. Without ``blocks`` every row of x goes to expert 0.
     Rows of pairs whose expert is on another rank are not written.
     """
+    # fork: begin overlay
+    if tile.tiled:
+        assert blocks is not None, "the tiled ops multiply sorted pairs"
+        ops.fused_moe_wvSplitK_int4_tiled_down(
+            x,
+            w2.words,
+            w2.scales,
+            out,
+            blocks,
+            topk_weights,
+            w2.group_size,
+            tile.launch(columns=32),
+            w2.zero_points,
+        )
+        return
+    # fork: end
     columns = _cdiv(w2.rows, tile.block_n)
     if blocks is None:
         count, sorting = _cdiv(out.shape[0], tile.block_m), (w2.words,) * 3
