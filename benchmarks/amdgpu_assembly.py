@@ -10,8 +10,8 @@ is an innermost loop with weight loads. A kernel has one main loop per compiled 
 of activation rows; if it is fully unrolled it has none, and its whole body counts.
 Plain 16-byte loads in a main loop are activations that go to LDS, so the loop stores at
 least as many 16-byte pieces to LDS. Any more plain loads are counted as weight loads
-without the hint, except in loops that unpack nothing: those multiply 16-bit weights
-with activations that come straight from memory.
+without the hint, except in loops that unpack nothing or do not access LDS: those get
+activations straight from memory.
 
 Memory serves a wave's requests while the wave computes, until it waits (``s_waitcnt``,
 on gfx12 ``s_wait_*cnt``) or meets a barrier. The positions of the waits give two
@@ -426,6 +426,11 @@ class Loop:
         """Whether this extracts nibbles or bytes from weights."""
         return "v_and_or_b32" in self.code or "v_perm_b32" in self.code
 
+    @property
+    def uses_lds(self) -> bool:
+        """Whether this loads from LDS or stores to it."""
+        return re.search(r"\bds_(load|read|store|write)_", self.code) is not None
+
     def faults(self) -> list[str]:
         """Return why this loop must not ship; empty if it may."""
         found = (
@@ -436,7 +441,8 @@ class Loop:
         for size, n in self.weight_loads.items():
             if size < LANE_LOAD_BYTES:
                 found.append(f"weight loads of {size} bytes in the main loop ({n})")
-        if self.unpacks and self.plain_wide_loads > self.wide_lds_stores:
+        expected = self.wide_lds_stores
+        if self.unpacks and self.uses_lds and self.plain_wide_loads > expected:
             excess = self.plain_wide_loads - self.wide_lds_stores
             found.append(
                 f"weight loads that are not non-temporal in the main loop ({excess})"

@@ -54,8 +54,9 @@ struct Weights {
   int64_t z_stride_e, z_stride_n8;
   int32_t num_experts;  // E: experts on this rank
   int32_t n, k, group_size;
-  // Bits per weight. With 8 (wvSplitK_int_g only) weights are bytes in order of k with zero point
-  // 128, q and its strides count words of four bytes, and zeros is null.
+  // Bits per weight. Other than 4 in dense weights and shared experts only: weights are in order of
+  // k, q and its strides count words of 32 bits, and zeros is null. 8: bytes, zero point 128. 16
+  // (shared experts): DType, without scales.
   int32_t bits = 4;
 };
 
@@ -80,13 +81,11 @@ struct Plan {
 };
 
 // fork: begin ops
-// The shared expert in 16-bit weights: an expert that every token uses, in the same launches as the
-// routed experts. Its activation is silu(gate) * up. Without one, w is null.
+// The shared expert: an expert that every token uses, in the same launches as the routed experts.
+// Its activation is silu(gate) * up. Without one, w.q is null.
 struct SharedGateUp {
-  const void* w;  // [2 * I, K], rows 0..I-1 gate, I..2I-1 up
-  int64_t w_stride_n;
-  int32_t inter;     // I
-  const void* gate;  // [K] or null
+  Weights w;         // [1, 2 * I, K], rows 0..I-1 gate, I..2I-1 up
+  const void* gate;  // [K], DType, or null
   void* c;           // [M, I]
   int64_t c_stride_m;
   float* factors;  // [M]: sigmoid(gate . a[m]); null without gate
@@ -94,9 +93,7 @@ struct SharedGateUp {
 struct SharedDown {
   const void* a;  // [M, K]: c of SharedGateUp
   int64_t a_stride_m;
-  const void* w;  // [N, K]
-  int64_t w_stride_n;
-  int32_t k;
+  Weights w;             // [1, N, K]
   const float* factors;  // [M] or null: 1
   void* c;               // [M, N]: factors[m] * w a[m]
   int64_t c_stride_m;

@@ -151,17 +151,63 @@ class ArgumentChecks {
          t.has_value() ? "a tensor" : "None");
   }
 
-  // Checks a matrix of 16-bit weights whose rows are read 16 bytes at a time; returns the row
-  // stride.
-  int64_t wide_rows(const char* argument, const Tensor& w, const char* rows, int64_t k,
-                    int64_t n = Dim::kAny) const {
-    activation(argument, w, {{rows, n}, {"K", k}});
-    check_wide(argument, w, k);
-    if (w.size(0) > 1 && (w.stride(0) < k || w.stride(0) % 8 != 0)) {
-      fail(argument, "row stride a multiple of 8 and at least " + std::to_string(k),
+  void only_with_shared_w(const std::optional<Tensor>& w, const std::optional<Tensor>& scales,
+                          const std::optional<Tensor>& zero_points) const {
+    if (scales.has_value()) together("shared_w", w, "shared_scales", scales);
+    if (zero_points.has_value()) together("shared_w", w, "shared_zero_points", zero_points);
+  }
+
+  // Checks the weights of a shared expert: 16-bit, or with scales packed in 4 or 8 bits.
+  Weights shared_weights(const Tensor& w, const std::optional<Tensor>& scales,
+                         const std::optional<Tensor>& zero_points, const char* rows, int64_t k,
+                         int64_t n = Dim::kAny) const {
+    Weights out{};
+    const bool words = w.scalar_type() == ScalarType::Int;
+    out.bits = words ? 4 : w.scalar_type() == ScalarType::Byte ? 8 : 16;
+    if (scales.has_value() != (out.bits != 16)) {
+      fail("shared_scales", out.bits == 16 ? "None with 16-bit shared_w" : "a tensor",
+           scales.has_value() ? "a tensor" : "None");
+    }
+    if (zero_points.has_value() && !words) {
+      fail("shared_zero_points", "None unless shared_w is Int", "a tensor");
+    }
+    const int64_t columns = words ? k / 8 : k, per_16_bytes = words ? 4 : 128 / out.bits;
+    tensor("shared_w", w, {ScalarType::Int, ScalarType::Byte, dtype_},
+           {{rows, n}, {words ? "K//8" : "K", columns}});
+    check_wide("shared_w", w, k);
+    if (w.size(0) > 1 && (w.stride(0) < columns || w.stride(0) % per_16_bytes != 0)) {
+      fail("shared_w",
+           "row stride a multiple of " + std::to_string(per_16_bytes) + " and at least " +
+               std::to_string(columns),
            std::to_string(w.stride(0)));
     }
-    return w.stride(0);
+    out.num_experts = 1;
+    out.n = positive("shared_w", w.size(0));
+    out.k = positive("shared_w", k);
+    out.q = static_cast<const uint32_t*>(w.const_data_ptr());
+    out.q_stride_n = words ? w.stride(0) : w.stride(0) * out.bits / 32;
+    if (!scales.has_value()) return out;
+    activation("shared_scales", *scales, {{"N of shared_w", out.n}, {"K//G"}});
+    const int64_t groups = scales->size(1);
+    for (int32_t size : {32, 64, 128}) {
+      if (groups * size == k) out.group_size = size;
+    }
+    if (out.group_size == 0) {
+      fail("shared_scales", "groups of 32, 64 or 128 of K = " + std::to_string(k),
+           std::to_string(groups) + " groups");
+    }
+    out.scales = scales->const_data_ptr();
+    out.s_stride_n = scales->stride(0);
+    if (zero_points.has_value()) {
+      if (out.n % 8 != 0) {
+        fail("shared_w", "N a multiple of 8 with shared_zero_points", std::to_string(out.n));
+      }
+      tensor("shared_zero_points", *zero_points, {ScalarType::Int},
+             {{"N//8", out.n / 8}, {"K//G", groups}});
+      out.zeros = static_cast<const uint32_t*>(zero_points->const_data_ptr());
+      out.z_stride_n8 = zero_points->stride(0);
+    }
+    return out;
   }
 
   void wide_vector(const char* argument, const Tensor& w, int64_t k) const {
@@ -347,7 +393,8 @@ inline GateUpArgs check_gate_up(
     const std::optional<Tensor>& zero_points, const std::optional<Tensor>& expert_map, double alpha,
     double beta, std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan,
     const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_gate,
-    const std::optional<Tensor>& shared_c, const std::optional<Tensor>& shared_factors) {
+    const std::optional<Tensor>& shared_c, const std::optional<Tensor>& shared_factors,
+    const std::optional<Tensor>& shared_scales, const std::optional<Tensor>& shared_zero_points) {
   const ArgumentChecks check("fused_moe_wvSplitK_int4_gate_up", device, a);
   GateUpArgs out{};
   out.dtype = check.dtype();
@@ -369,17 +416,15 @@ inline GateUpArgs check_gate_up(
   check.together("shared_c", shared_c, "shared_w", shared_w);
   check.together("shared_factors", shared_factors, "shared_gate", shared_gate);
   if (shared_gate.has_value()) check.together("shared_w", shared_w, "shared_gate", shared_gate);
+  check.only_with_shared_w(shared_w, shared_scales, shared_zero_points);
   if (!shared_w.has_value()) return out;
-  out.shared.w_stride_n =
-      check.wide_rows("shared_w", *shared_w, "2*I of the shared expert", out.w.k);
-  out.shared.w = shared_w->const_data_ptr();
-  if (shared_w->size(0) % 2 != 0) {
-    check.fail("shared_w", "an even number of rows (gate and up)",
-               std::to_string(shared_w->size(0)));
+  out.shared.w = check.shared_weights(*shared_w, shared_scales, shared_zero_points,
+                                      "2*I of the shared expert", out.w.k);
+  if (out.shared.w.n % 2 != 0) {
+    check.fail("shared_w", "an even number of rows (gate and up)", std::to_string(out.shared.w.n));
   }
-  out.shared.inter = check.positive("shared_w", shared_w->size(0) / 2);
   check.output("shared_c", *shared_c,
-               {{"M", out.routing.num_tokens}, {"I of the shared expert", out.shared.inter}});
+               {{"M", out.routing.num_tokens}, {"I of the shared expert", out.shared.w.n / 2}});
   out.shared.c = shared_c->mutable_data_ptr();
   out.shared.c_stride_m = shared_c->stride(0);
   if (shared_gate.has_value()) {
@@ -398,7 +443,8 @@ inline DownArgs check_down(
     int64_t group_size, const std::optional<Tensor>& zero_points,
     const std::optional<Tensor>& expert_map, const std::optional<std::vector<int64_t>>& plan,
     const std::optional<Tensor>& shared_a, const std::optional<Tensor>& shared_w,
-    const std::optional<Tensor>& shared_factors, const std::optional<Tensor>& shared_c) {
+    const std::optional<Tensor>& shared_factors, const std::optional<Tensor>& shared_c,
+    const std::optional<Tensor>& shared_scales, const std::optional<Tensor>& shared_zero_points) {
   const ArgumentChecks check("fused_moe_wvSplitK_int4_down", device, a);
   DownArgs out{};
   out.dtype = check.dtype();
@@ -424,13 +470,13 @@ inline DownArgs check_down(
   check.together("shared_c", shared_c, "shared_w", shared_w);
   if (shared_factors.has_value())
     check.together("shared_w", shared_w, "shared_factors", shared_factors);
+  check.only_with_shared_w(shared_w, shared_scales, shared_zero_points);
   if (!shared_w.has_value()) return out;
   check.activation("shared_a", *shared_a, {{"M", tokens}, {"K"}});
   out.shared.a = shared_a->const_data_ptr();
   out.shared.a_stride_m = shared_a->stride(0);
-  out.shared.k = check.positive("shared_a", shared_a->size(1));
-  out.shared.w_stride_n = check.wide_rows("shared_w", *shared_w, "N", out.shared.k, out.w.n);
-  out.shared.w = shared_w->const_data_ptr();
+  out.shared.w = check.shared_weights(*shared_w, shared_scales, shared_zero_points, "N",
+                                      shared_a->size(1), out.w.n);
   if (shared_factors.has_value()) {
     check.tensor("shared_factors", *shared_factors, {ScalarType::Float}, {{"M", tokens}});
     out.shared.factors = static_cast<const float*>(shared_factors->const_data_ptr());

@@ -95,13 +95,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "Tensor? zero_points=None, Tensor? expert_map=None, "
       "float alpha=1.0, float beta=0.0, float? limit=None, int[]? plan=None, "
       "Tensor? shared_w=None, Tensor? shared_gate=None, Tensor(d!)? shared_c=None, "
-      "Tensor(e!)? shared_factors=None) -> ()");
+      "Tensor(e!)? shared_factors=None, Tensor? shared_scales=None, "
+      "Tensor? shared_zero_points=None) -> ()");
   m.def(
       "fused_moe_wvSplitK_int4_down(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
       "Tensor topk_ids, Tensor? topk_weights, int cu_count, int group_size, "
       "Tensor? zero_points=None, Tensor? expert_map=None, int[]? plan=None, "
       "Tensor? shared_a=None, Tensor? shared_w=None, Tensor? shared_factors=None, "
-      "Tensor(d!)? shared_c=None) -> ()");
+      "Tensor(d!)? shared_c=None, Tensor? shared_scales=None, "
+      "Tensor? shared_zero_points=None) -> ()");
   // fork: begin lm_head
   m.def(
       "wvSplitK_int_g(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, int cu_count, "

@@ -395,22 +395,55 @@ class SharedProduct {
   std::vector<const float*> pointers_;
 };
 
+void gate_up(const GateUpArgs& args);
+void down(const DownArgs& args);
+
+// A shared expert in 4 or 8 bits runs as a routed one that every token picked.
+class EveryToken {
+ public:
+  explicit EveryToken(int32_t tokens) : ids_(tokens, 0) {}
+  Routing routing() const {
+    Routing out{};
+    out.ids = ids_.data();
+    out.ids_stride_m = 1;
+    out.num_tokens = static_cast<int32_t>(ids_.size());
+    out.top_k = 1;
+    return out;
+  }
+
+ private:
+  std::vector<int32_t> ids_;
+};
+
 void shared_gate_up(const GateUpArgs& args) {
   const SharedGateUp& shared = args.shared;
-  const int32_t m = args.routing.num_tokens, inter = shared.inter;
-  if (shared.w == nullptr || m == 0) return;
-  const SharedProduct product(args.dtype, args.a, args.a_stride_m, m, args.w.k);
+  const int32_t m = args.routing.num_tokens, inter = shared.w.n / 2;
+  if (shared.w.q == nullptr || m == 0) return;
   GateUpArgs silu{};
   silu.dtype = args.dtype;
   silu.activation = Activation::kSilu;
   silu.alpha = 1.0f;
   silu.limit = std::numeric_limits<float>::infinity();
+  if (shared.w.bits != 16) {
+    const EveryToken tokens(m);
+    silu.a = args.a;
+    silu.a_stride_m = args.a_stride_m;
+    silu.w = shared.w;
+    silu.c = shared.c;
+    silu.c_stride_m = shared.c_stride_m;
+    silu.routing = tokens.routing();
+    silu.row_invariant = args.row_invariant;
+    gate_up(silu);
+    if (shared.gate == nullptr) return;
+  }
+  const SharedProduct product(args.dtype, args.a, args.a_stride_m, m, args.w.k);
   if (shared.gate != nullptr) {
     product.row(shared.gate, shared.factors);
     for (int32_t r = 0; r < m; ++r) {
       shared.factors[r] = 1.0f / (1.0f + std::exp(-shared.factors[r]));
     }
   }
+  if (shared.w.bits != 16) return;
   const int64_t units = units_of(inter);
   for_each_thread(units, 1, [&](int64_t begin, int64_t end, int64_t) {
     const auto past = std::min(static_cast<int32_t>(end) * kUnitColumns, inter);
@@ -424,7 +457,7 @@ void shared_gate_up(const GateUpArgs& args) {
       for (float* half : {gate, up}) {
         for (int32_t i = 0; i < count; ++i) {
           const int64_t row = first + i + (half == up ? inter : 0);
-          product.row(row_of(shared.w, shared.w_stride_n, row), of_row);
+          product.row(row_of(shared.w.q, 2 * shared.w.q_stride_n, row), of_row);
           for (int32_t r = 0; r < m; ++r) half[r * kUnitColumns + i] = of_row[r];
         }
       }
@@ -439,8 +472,24 @@ void shared_gate_up(const GateUpArgs& args) {
 void shared_down(const DownArgs& args) {
   const SharedDown& shared = args.shared;
   const int32_t m = args.routing.num_tokens, n = args.w.n;
-  if (shared.w == nullptr || m == 0) return;
-  const SharedProduct product(args.dtype, shared.a, shared.a_stride_m, m, shared.k);
+  if (shared.w.q == nullptr || m == 0) return;
+  if (shared.w.bits != 16) {
+    const EveryToken tokens(m);
+    DownArgs packed{};
+    packed.dtype = args.dtype;
+    packed.a = shared.a;
+    packed.a_stride_m = shared.a_stride_m;
+    packed.w = shared.w;
+    packed.c = shared.c;
+    packed.c_stride_m = shared.c_stride_m;
+    packed.routing = tokens.routing();
+    packed.topk_weights = shared.factors;
+    packed.tw_stride_m = 1;
+    packed.row_invariant = args.row_invariant;
+    down(packed);
+    return;
+  }
+  const SharedProduct product(args.dtype, shared.a, shared.a_stride_m, m, shared.w.k);
   for_each_thread(units_of(n), 1, [&](int64_t begin, int64_t end, int64_t) {
     const auto past = std::min(static_cast<int32_t>(end) * kUnitColumns, n);
     std::vector<float> sums(static_cast<size_t>(m) * (kUnitColumns + 1));
@@ -449,7 +498,7 @@ void shared_down(const DownArgs& args) {
          first += kUnitColumns) {
       const int32_t count = std::min(kUnitColumns, past - first);
       for (int32_t i = 0; i < count; ++i) {
-        product.row(row_of(shared.w, shared.w_stride_n, first + i), of_row);
+        product.row(row_of(shared.w.q, 2 * shared.w.q_stride_n, first + i), of_row);
         for (int32_t r = 0; r < m; ++r) {
           const float factor = shared.factors == nullptr ? 1.0f : shared.factors[r];
           sums[r * kUnitColumns + i] = factor * of_row[r];
@@ -623,11 +672,12 @@ void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Te
                 const std::optional<Tensor>& expert_map, double alpha, double beta,
                 std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan,
                 const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_gate,
-                const std::optional<Tensor>& shared_c,
-                const std::optional<Tensor>& shared_factors) {
+                const std::optional<Tensor>& shared_c, const std::optional<Tensor>& shared_factors,
+                const std::optional<Tensor>& shared_scales,
+                const std::optional<Tensor>& shared_zero_points) {
   gate_up(check_gate_up(DeviceType::CPU, a, w, scales, c, topk_ids, activation, cu_count,
                         group_size, zero_points, expert_map, alpha, beta, limit, plan, shared_w,
-                        shared_gate, shared_c, shared_factors));
+                        shared_gate, shared_c, shared_factors, shared_scales, shared_zero_points));
 }
 
 void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
@@ -636,9 +686,11 @@ void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tenso
              const std::optional<Tensor>& expert_map,
              const std::optional<std::vector<int64_t>>& plan, const std::optional<Tensor>& shared_a,
              const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_factors,
-             const std::optional<Tensor>& shared_c) {
+             const std::optional<Tensor>& shared_c, const std::optional<Tensor>& shared_scales,
+             const std::optional<Tensor>& shared_zero_points) {
   down(check_down(DeviceType::CPU, a, w, scales, c, topk_ids, topk_weights, cu_count, group_size,
-                  zero_points, expert_map, plan, shared_a, shared_w, shared_factors, shared_c));
+                  zero_points, expert_map, plan, shared_a, shared_w, shared_factors, shared_c,
+                  shared_scales, shared_zero_points));
 }
 
 }  // namespace

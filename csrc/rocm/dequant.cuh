@@ -53,8 +53,8 @@ GPU_DEVICE uint32_t unpack_pair(uint32_t word) {
   return gpu::and_or(moved, kMask, Format<DT>::kOffsetPair);
 }
 
-// Eight weights of 4 or 8 bits as pairs in order of k. 4 bits: plus Format::kOffset, as above. 8
-// bits: minus the zero point of 128, exact in both formats.
+// Eight weights of 4, 8 or 16 bits as pairs in order of k. 4 bits: plus Format::kOffset, as above.
+// 8 bits: minus the zero point of 128, exact in both formats. 16 bits: DT already.
 template <typename DT, int Bits>
 struct Unpacked {
   static constexpr float kOffset = Bits == 4 ? Format<DT>::kOffset : 0.0f;
@@ -70,9 +70,12 @@ struct Unpacked {
       pair[1] = unpack_pair<DT, 1>(word);
       pair[2] = unpack_pair<DT, 2>(word);
       pair[3] = unpack_pair<DT, 3>(word);
-    } else {
+    } else if constexpr (Bits == 8) {
       set_bytes<0>(loaded.v[2 * q]);
       set_bytes<2>(loaded.v[2 * q + 1]);
+    } else {
+      GPU_UNROLL
+      for (int i = 0; i < 4; ++i) pair[i] = loaded.v[i];
     }
   }
 

@@ -25,12 +25,14 @@
 //                        ceil(num_tokens / kGroupTokens)
 //        grouped_down, wide_down  ceil(n / kRowsPerWave), ceil(n / (2 * kRowsPerWave));
 //                        ceil(num_tokens / kGroupTokens), 1
-//        tiled_gate_up   most lists of T pairs, ceil(inter / (waves * row_tiles tiles)), 1
-//        tiled_down      most lists of T pairs, ceil(n / (waves * row_tiles tiles)), 1
+//        tiled_gate_up   most lists of T pairs * ceil(inter / (waves * row_tiles tiles)), 1, 1
+//        tiled_down      most lists of T pairs * ceil(n / (waves * row_tiles tiles)), 1, 1
 // The last five exist only with matrix instructions; geometry.h has their LDS.
 // fork: end
 // With a shared expert the y dimension of these grids, except for gemm, starts with shared_y rows
-// of blocks for it (shared_expert.cuh); shared_y is 0 without one. grid_x is the size of x.
+// of blocks for it (shared_expert.cuh); shared_y is 0 without one. grid_x is the size of x. Its
+// weights have shared_bits bits and groups of 2^shared_log2_group; q and its stride count words of
+// 32 bits.
 #pragma once
 
 #include "geometry.h"
@@ -50,18 +52,25 @@
   {ids, ids_are_int64 != 0, ids_stride_m, expert_map, map_size, num_experts, top_k}
 
 // The shared expert in gate_up and in down.
-#define MOE_INT4_SHARED_GATE_UP_ARGS                                                            \
-  const uint16_t *shared_w, int shared_w_stride, int shared_inter, const uint16_t *shared_gate, \
-      uint16_t *shared_c, int64_t shared_c_stride, float *shared_factors, int shared_y, int grid_x
-#define MOE_INT4_SHARED_DOWN_ARGS                                                         \
-  const uint16_t *shared_a, int64_t shared_a_stride, const uint16_t *shared_w,            \
-      int shared_w_stride, int shared_k, const float *shared_factors, uint16_t *shared_c, \
-      int64_t shared_c_stride, int shared_y, int grid_x
-#define MOE_INT4_SHARED_GATE_UP_VALUES                                                             \
-  shared_w, shared_w_stride, shared_inter, shared_gate, shared_c, shared_c_stride, shared_factors, \
-      shared_y, grid_x
-#define MOE_INT4_SHARED_DOWN_VALUES                                                         \
-  shared_a, shared_a_stride, shared_w, shared_w_stride, shared_k, shared_factors, shared_c, \
+#define MOE_INT4_SHARED_WEIGHT_ARGS                                                      \
+  const uint32_t *shared_q, int shared_q_stride, int shared_bits, int shared_log2_group, \
+      const uint16_t *shared_scales, int shared_s_stride, const uint32_t *shared_zeros,  \
+      int shared_z_stride
+#define MOE_INT4_SHARED_WEIGHT_VALUES                                                        \
+  shared_q, shared_q_stride, shared_bits, shared_log2_group, shared_scales, shared_s_stride, \
+      shared_zeros, shared_z_stride
+#define MOE_INT4_SHARED_GATE_UP_ARGS                                                              \
+  MOE_INT4_SHARED_WEIGHT_ARGS, int shared_inter, const uint16_t *shared_gate, uint16_t *shared_c, \
+      int64_t shared_c_stride, float *shared_factors, int shared_y, int grid_x
+#define MOE_INT4_SHARED_DOWN_ARGS                                                               \
+  MOE_INT4_SHARED_WEIGHT_ARGS, const uint16_t *shared_a, int64_t shared_a_stride, int shared_k, \
+      const float *shared_factors, uint16_t *shared_c, int64_t shared_c_stride, int shared_y,   \
+      int grid_x
+#define MOE_INT4_SHARED_GATE_UP_VALUES                                                 \
+  MOE_INT4_SHARED_WEIGHT_VALUES, shared_inter, shared_gate, shared_c, shared_c_stride, \
+      shared_factors, shared_y, grid_x
+#define MOE_INT4_SHARED_DOWN_VALUES                                                             \
+  MOE_INT4_SHARED_WEIGHT_VALUES, shared_a, shared_a_stride, shared_k, shared_factors, shared_c, \
       shared_c_stride, shared_y, grid_x
 
 #define MOE_INT4_GATE_UP_ARGS                                                            \

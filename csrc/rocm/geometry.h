@@ -127,10 +127,12 @@ GPU_ANYWHERE constexpr int group_list_bytes(int pairs, int experts, int slots) {
 }
 
 // fork: end
-// The shared expert (shared_expert.cuh): weights of a row that a wave reads at a time, and most
-// activation rows per pass over them. Its sums take the LDS of the other blocks' waves.
-constexpr int kSharedUnitK = 8 * kLanesPerRow;
+// The shared expert (shared_expert.cuh): activation rows per pass over its weights, at most
+// kSharedSlots. Its sums take the LDS of the other blocks' waves.
 constexpr int kSharedSlots = 4;
+GPU_ANYWHERE constexpr int shared_slots(int tokens, int bits) {
+  return tokens == 1 ? 1 : bits == 16 ? kSharedSlots : 2;
+}
 constexpr int kSharedBytesPerWave = kSharedSlots * kRowsPerWave * 4;
 
 // For an entry point _tT when at most `rows` activation rows share an expert.

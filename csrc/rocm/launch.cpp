@@ -34,23 +34,31 @@ int shared_rows(int64_t blocks, int64_t grid_x, int64_t grid_z) {
   return static_cast<int>((blocks + grid_x * grid_z - 1) / (grid_x * grid_z));
 }
 int shared_rows(const SharedGateUp& shared, int tokens, int grid_x, int grid_z) {
-  if (shared.w == nullptr) return 0;
-  const int tiles = ceil_div(shared.inter, kRowGroups) + (shared.gate != nullptr ? 1 : 0);
-  return shared_rows(int64_t{tiles} * ceil_div(tokens, kSharedSlots), grid_x, grid_z);
+  if (shared.w.q == nullptr) return 0;
+  const int tiles = ceil_div(shared.w.n / 2, kRowGroups) + (shared.gate != nullptr ? 1 : 0);
+  const int passes = ceil_div(tokens, shared_slots(tokens, shared.w.bits));
+  return shared_rows(int64_t{tiles} * passes, grid_x, grid_z);
 }
-int shared_rows(const SharedDown& shared, int n, int tokens, int grid_x) {
-  if (shared.w == nullptr) return 0;
-  return shared_rows(int64_t{ceil_div(n, kRowsPerWave)} * ceil_div(tokens, kSharedSlots), grid_x,
-                     1);
+int shared_rows(const SharedDown& shared, int tokens, int grid_x) {
+  if (shared.w.q == nullptr) return 0;
+  const int passes = ceil_div(tokens, shared_slots(tokens, shared.w.bits));
+  return shared_rows(int64_t{ceil_div(shared.w.n, kRowsPerWave)} * passes, grid_x, 1);
+}
+int log2_group(const Weights& w) {
+  int log2 = 5;
+  while (1 << log2 < w.group_size) ++log2;
+  return log2;
 }
 
-#define MOE_INT4_SHARED_GATE_UP_OF(S, Y, X)                                                       \
-  static_cast<const uint16_t*>(S.w), small(S.w_stride_n, 2 * S.inter), S.inter,                   \
-      static_cast<const uint16_t*>(S.gate), static_cast<uint16_t*>(S.c), S.c_stride_m, S.factors, \
-      Y, X
-#define MOE_INT4_SHARED_DOWN_OF(S, N, Y, X)                                           \
-  static_cast<const uint16_t*>(S.a), S.a_stride_m, static_cast<const uint16_t*>(S.w), \
-      small(S.w_stride_n, N), S.k, S.factors, static_cast<uint16_t*>(S.c), S.c_stride_m, Y, X
+#define MOE_INT4_SHARED_WEIGHTS_OF(W)                                                           \
+  W.q, small(W.q_stride_n, W.n), W.bits, log2_group(W), static_cast<const uint16_t*>(W.scales), \
+      small(W.s_stride_n, W.n), W.zeros, small(W.z_stride_n8, W.n / 8)
+#define MOE_INT4_SHARED_GATE_UP_OF(S, Y, X)                                         \
+  MOE_INT4_SHARED_WEIGHTS_OF(S.w), S.w.n / 2, static_cast<const uint16_t*>(S.gate), \
+      static_cast<uint16_t*>(S.c), S.c_stride_m, S.factors, Y, X
+#define MOE_INT4_SHARED_DOWN_OF(S, Y, X)                                                   \
+  MOE_INT4_SHARED_WEIGHTS_OF(S.w), static_cast<const uint16_t*>(S.a), S.a_stride_m, S.w.k, \
+      S.factors, static_cast<uint16_t*>(S.c), S.c_stride_m, Y, X
 
 // Checks the second or third dimension of a grid.
 int grid_size(int size, const char* what) {
@@ -135,7 +143,7 @@ void launch_down(const DownArgs& args, void* queue) {
   const int lds = down_lds(p, plan), wave_lds = down_wave_lds(p, plan);
   const int threads = plan.waves * gpu::kWaveSize;
   const int grid_x = ceil_div(w.n, plan.rows());
-  const int shared_y = shared_rows(args.shared, w.n, r.num_tokens, grid_x);
+  const int shared_y = shared_rows(args.shared, r.num_tokens, grid_x);
   const int blocks_per_wave = ceil_div(p.blocks, plan.k_slices);
   int log2_k_slices = 0;
   while (1 << log2_k_slices < plan.k_slices) ++log2_k_slices;
@@ -152,7 +160,7 @@ void launch_down(const DownArgs& args, void* queue) {
         args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map, r.map_size,
         r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, plan.waves, plan.slots,
         wave_lds, p.blocks, blocks_per_wave, log2_k_slices,
-        MOE_INT4_SHARED_DOWN_OF(args.shared, w.n, shared_y, grid_x));
+        MOE_INT4_SHARED_DOWN_OF(args.shared, shared_y, grid_x));
     return;
   }
 #endif
@@ -166,7 +174,7 @@ void launch_down(const DownArgs& args, void* queue) {
               args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,
               r.map_size, r.num_tokens, r.top_k, args.topk_weights, args.tw_stride_m, plan.waves,
               wave_lds, p.blocks, blocks_per_wave, log2_k_slices,
-              MOE_INT4_SHARED_DOWN_OF(args.shared, w.n, shared_y, grid_x));
+              MOE_INT4_SHARED_DOWN_OF(args.shared, shared_y, grid_x));
 }
 
 }  // namespace moe_int4

@@ -38,16 +38,12 @@ int checked_lds(const char* op, const TiledShape& tile, int r) {
 
 gpu::LaunchShape shape(const TiledShape& tile, int lists, int rows, int tile_rows, int lds) {
   const int waves = static_cast<int>(tile.waves);
-  const int per_block = waves * static_cast<int>(tile.row_tiles) * tile_rows;
-  const int grid_y = ceil_div(rows, per_block);
-  if (grid_y > 65535) {
-    throw std::runtime_error("w: expected at most 65535 blocks of rows, got " +
-                             std::to_string(grid_y));
+  const int64_t columns = ceil_div(rows, waves * static_cast<int>(tile.row_tiles) * tile_rows);
+  if (columns * lists > INT32_MAX) {
+    throw std::runtime_error("expert_ids: expected fewer than 2^31 blocks, got " +
+                             std::to_string(columns * lists));
   }
-#ifdef TILED_COLUMNS_FIRST
-  return {grid_y, lists, 1, waves * gpu::kWaveSize, lds, true};
-#endif
-  return {lists, grid_y, 1, waves * gpu::kWaveSize, lds, true};
+  return {static_cast<int>(columns * lists), 1, 1, waves * gpu::kWaveSize, lds, true};
 }
 
 }  // namespace

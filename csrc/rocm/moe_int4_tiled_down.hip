@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// down for many tokens, with group_tile.cuh: block (x, y) computes `row_tiles` tiles of
-// kTiledDownRows * kRowsPerWave output columns per wave, for list x of T pairs. It writes a row per
+// down for many tokens, with group_tile.cuh: a block computes `row_tiles` tiles of
+// kTiledDownRows * kRowsPerWave output columns per wave, for one list of T pairs. The
+// blocks of a list are adjacent. A block writes a row per
 // pair, times the pair's router weight; another launch adds the rows of a token.
 #include "entry_points.h"
 
@@ -16,13 +17,16 @@ GPU_DEVICE void tiled_down(MOE_INT4_TILED_DOWN_ARGS) {
   using Tile = GroupTile<DT, G, ZP, kTiledDownRows, T / 8, true>;
   constexpr int kTileRows = kTiledDownRows * kRowsPerWave;
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
+  const int per_block = waves * row_tiles * kTileRows, columns = (n + per_block - 1) / per_block;
+  const int list_of_block = gpu::block_x() / columns, column = gpu::block_x() % columns;
   char* const rows = gpu::dynamic_lds() + waves * kGroupWeightBytes;
   // Before the previous grid, which is gate_up, has ended: the lists are not its output.
-  const TiledList list = read_list<T>(TILED_X(), sorted_ids, expert_ids, num_padded, num_pairs, 1,
-                                      num_experts, rows + group_row_ring_bytes(kTiledDownRows, T));
+  const TiledList list =
+      read_list<T>(list_of_block, sorted_ids, expert_ids, num_padded, num_pairs, 1, num_experts,
+                   rows + group_row_ring_bytes(kTiledDownRows, T));
   if (list.expert < 0) return;
   const int step = waves * kTileRows;
-  int row = (TILED_Y() * waves * row_tiles + gpu::wave()) * kTileRows + 2 * lane_row();
+  int row = (column * waves * row_tiles + gpu::wave()) * kTileRows + 2 * lane_row();
   Tile tile(weights, {kRowsPerWave, 1, n, 0, 2}, 0, blocks, k,
             gpu::dynamic_lds() + gpu::wave() * kGroupWeightBytes, rows, T, waves);
   const auto* const acts = static_cast<const uint16_t*>(a);

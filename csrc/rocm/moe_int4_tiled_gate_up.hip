@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// gate_up for many tokens, with group_tile.cuh: block (x, y) computes `row_tiles` tiles of
-// kGateUpRows * kRowGroups indices of the intermediate size per wave, for list x of T pairs. Waves
+// gate_up for many tokens, with group_tile.cuh: a block computes `row_tiles` tiles of
+// kGateUpRows * kRowGroups indices of the intermediate size per wave, for one list of T pairs. The
+// blocks of a list are adjacent. Waves
 // do not split k, so one lane has both gate and up of two adjacent indices.
 #include "activation.cuh"
 #include "entry_points.h"
@@ -18,15 +19,18 @@ GPU_DEVICE void tiled_gate_up(MOE_INT4_TILED_GATE_UP_ARGS) {
   using Tile = GroupTile<DT, G, ZP, kGateUpRows, T / 8, true>;
   constexpr int kTileRows = kGateUpRows * kRowGroups;
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;
+  const int per_block = waves * row_tiles * kTileRows,
+            columns = (inter + per_block - 1) / per_block;
+  const int list_of_block = gpu::block_x() / columns, column = gpu::block_x() % columns;
   char* const rows = gpu::dynamic_lds() + waves * kGroupWeightBytes;
   gpu::wait_previous_grid();
   gpu::allow_next_grid();
   const TiledList list =
-      read_list<T>(TILED_X(), sorted_ids, expert_ids, num_padded, num_pairs, top_k, num_experts,
+      read_list<T>(list_of_block, sorted_ids, expert_ids, num_padded, num_pairs, top_k, num_experts,
                    rows + group_row_ring_bytes(kGateUpRows, T));
   if (list.expert < 0) return;
   const int step = waves * kTileRows;
-  int index = (TILED_Y() * waves * row_tiles + gpu::wave()) * kTileRows + 2 * lane_row();
+  int index = (column * waves * row_tiles + gpu::wave()) * kTileRows + 2 * lane_row();
   Tile tile(weights, {1, 0, inter, inter, 2}, 0, blocks, k,
             gpu::dynamic_lds() + gpu::wave() * kGroupWeightBytes, rows, T, waves);
   const auto* const acts = static_cast<const uint16_t*>(a);

@@ -1,72 +1,119 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// The shared expert of a decode step: 16-bit weights, all tokens. Its blocks are extra blocks of
-// the gate_up and down grids, which run nothing else. A block multiplies one tile of weight rows
-// with up to kSharedSlots tokens. The waves of the block share k, and their sums are added in wave
-// order.
+// The shared expert of a decode step, for all tokens. Its blocks are extra blocks of the gate_up
+// and down grids, which run nothing else. A block multiplies one tile of weight rows with up to
+// kSharedSlots tokens. The waves of the block share k, and their sums are added in wave order.
 //
-// A lane reads 8 weights of a row at a time. As for packed weights, kLanesPerRow lanes are adjacent
-// along k and a wave covers two sets of kRowGroups rows.
+// Weights have 4, 8 or 16 bits. A lane reads 16 bytes of a row at a time, all of one group. As for
+// the routed experts, kLanesPerRow lanes are adjacent along k and a wave covers two sets of
+// kRowGroups rows.
 #pragma once
 
 #include "activation.cuh"
 #include "dequant.cuh"
+#include "entry_points.h"
 #include "geometry.h"
 #include "wave_tile.cuh"
 
 namespace moe_int4 {
 
-// The extra blocks of a grid: rows 0..shared_y-1 of its y dimension, numbered over x, y and z.
-GPU_DEVICE int shared_block(int shared_y, int grid_x) {
-  return (gpu::block_z() * shared_y + gpu::block_y()) * grid_x + gpu::block_x();
+// The work of an extra block: a tile of weight rows and the `count` tokens from first_token on.
+// The blocks are rows 0..shared_y-1 of the grid's y dimension, numbered over x, y and z. Blocks of
+// one tile are adjacent, so that all but one of them find its weights in the L2 cache.
+struct SharedBlock {
+  int tile, first_token, count;
+
+  GPU_DEVICE SharedBlock(int shared_y, int grid_x, int bits, int num_tokens) {
+    const int index = (gpu::block_z() * shared_y + gpu::block_y()) * grid_x + gpu::block_x();
+    const int slots = shared_slots(num_tokens, bits), per_tile = (num_tokens + slots - 1) / slots;
+    tile = index / per_tile;
+    first_token = index % per_tile * slots;
+    const int left = num_tokens - first_token;
+    count = left < slots ? left : slots;
+  }
+};
+
+// A row of weights. 16 bits use q alone, 8 bits no zero points.
+struct SharedRow {
+  const uint32_t* q;
+  const uint16_t* scales;
+  const uint32_t* zeros;  // null: symmetric
+  int zero_shift;         // the row's nibble in a word of zeros
+};
+
+GPU_DEVICE SharedRow shared_row(int row, MOE_INT4_SHARED_WEIGHT_ARGS) {
+  SharedRow out = {};
+  out.q = shared_q + row * int64_t{shared_q_stride};
+  if (shared_bits == 16) return out;
+  out.scales = shared_scales + row * int64_t{shared_s_stride};
+  if (shared_zeros != nullptr) out.zeros = shared_zeros + row / 8 * int64_t{shared_z_stride};
+  out.zero_shift = row % 8 * 4;
+  return out;
 }
 
 // Products of two weight rows per lane and S activation rows.
-template <typename DT, int S>
+template <typename DT, int Bits, int S>
 struct SharedTile {
-  // Units in flight. With several rows the activations take the registers.
-  static constexpr int kDepth = S == 1 ? 4 : 2;
+  static constexpr int kRun = 128 / Bits;  // weights in 16 bytes
+  static constexpr int kPieces = kRun / 8;
+  static constexpr int kUnitK = kRun * kLanesPerRow;
+#if GPU_HAS_MMA
+  // With two units of 4 bits, down_t1 takes 126 registers on sm_90 instead of 111.
+  static constexpr int kPackedDepth = 1;
+#else
+  static constexpr int kPackedDepth = 2;
+#endif
+  // Units of weights and pieces of activations in flight. With several rows the activations take
+  // the registers.
+  static constexpr int kDepth = Bits != 16 ? kPackedDepth : S == 1 ? 4 : 2;
+  static constexpr int kTogether = Bits == 16 || S == 1 ? kDepth * kPieces : 1;
+  static constexpr float kOffset = Unpacked<DT, Bits>::kOffset;
 
   float acc[2][S] = {};
 
   // Multiplies this wave's part of k. row_of(s): activation row s.
   template <typename RowOf>
-  GPU_DEVICE void run(const uint16_t* row0, const uint16_t* row1, int k, int waves,
-                      const RowOf& row_of) {
-    const int units = (k + kSharedUnitK - 1) / kSharedUnitK, each = (units + waves - 1) / waves;
+  GPU_DEVICE void run(const SharedRow& row0, const SharedRow& row1, int log2_group, int k,
+                      int waves, const RowOf& row_of) {
+    const int units = (k + kUnitK - 1) / kUnitK, each = (units + waves - 1) / waves;
     const int first = gpu::wave() * each;
     const int last = first + each < units ? first + each : units;
     if (first >= last) gpu::wait_previous_grid();
     GPU_ROLLED
     for (int unit = first; unit < last; unit += kDepth) {
-      gpu::U32x4 w[kDepth][2], act[kDepth][S];
+      Loaded weights[kDepth][2];
       GPU_UNROLL
       for (int d = 0; d < kDepth; ++d) {
-        w[d][0] = gpu::load_weights(row0 + column(unit + d, k));
-        w[d][1] = gpu::load_weights(row1 + column(unit + d, k));
+        const int at = column(unit + d, k);
+        weights[d][0] = load(row0, at, log2_group);
+        weights[d][1] = load(row1, at, log2_group);
       }
       gpu::order_requests();
       if (unit == first) {  // the weights do not depend on the previous grid
         gpu::wait_previous_grid();
         gpu::allow_next_grid();
       }
+      float dot[2][S] = {}, sum[S] = {};  // of a unit, and of its activations
       GPU_UNROLL
-      for (int d = 0; d < kDepth; ++d) {
+      for (int begin = 0; begin < kDepth * kPieces; begin += kTogether) {
+        gpu::U32x4 act[kTogether][S];
         GPU_UNROLL
-        for (int s = 0; s < S; ++s) act[d][s] = gpu::load_16_any(row_of(s) + column(unit + d, k));
-      }
-      gpu::order_requests();
-      GPU_UNROLL
-      for (int d = 0; d < kDepth; ++d) {
-        const bool real = unit + d < last && (unit + d) * kSharedUnitK + 8 * lane_k() < k;
-        GPU_UNROLL
-        for (int s = 0; s < S; ++s) {
+        for (int i = 0; i < kTogether; ++i) {
+          const int at = column(unit + (begin + i) / kPieces, k) + 8 * ((begin + i) % kPieces);
           GPU_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t pair = real ? act[d][s].v[i] : 0;
-            acc[0][s] = gpu::dot2(DT{}, w[d][0].v[i], pair, acc[0][s]);
-            acc[1][s] = gpu::dot2(DT{}, w[d][1].v[i], pair, acc[1][s]);
+          for (int s = 0; s < S; ++s) act[i][s] = gpu::load_16_any(row_of(s) + at);
+        }
+        gpu::order_requests();
+        GPU_UNROLL
+        for (int i = 0; i < kTogether; ++i) {
+          const int d = (begin + i) / kPieces, piece = (begin + i) % kPieces;
+          const bool real = unit + d < last && start(unit + d) < k;
+          if constexpr (Bits == 16) {
+            add_piece(weights[d], piece, real, act[i], acc, sum);
+          } else {
+            add_piece(weights[d], piece, true, act[i], dot, sum);
+            if (piece == kPieces - 1) add_unit(weights[d], real, row0, row1, dot, sum);
           }
         }
       }
@@ -106,10 +153,62 @@ struct SharedTile {
   }
 
  private:
-  // The lane's first weight of a unit, or an earlier one past the end of the row.
-  static GPU_DEVICE int column(int unit, int k) {
-    const int at = unit * kSharedUnitK + 8 * lane_k();
-    return at < k ? at : k - 8;
+  struct Loaded {
+    gpu::U32x4 w;
+    uint16_t scale;
+    uint32_t zero;
+  };
+
+  // The lane's first weight of a unit; it may be past the end of the row.
+  static GPU_DEVICE int start(int unit) { return unit * kUnitK + kRun * lane_k(); }
+  // The same or, past the end, an earlier one.
+  static GPU_DEVICE int column(int unit, int k) { return start(unit) < k ? start(unit) : k - kRun; }
+
+  static GPU_DEVICE Loaded load(const SharedRow& row, int at, int log2_group) {
+    Loaded out = {};
+    if constexpr (Bits != 16) out.scale = row.scales[at >> log2_group];
+    if constexpr (Bits == 4) {
+      if (row.zeros != nullptr) out.zero = row.zeros[at >> log2_group];
+    }
+    out.w = gpu::load_weights(row.q + at / (32 / Bits));
+    return out;
+  }
+
+  // Adds eight weights of both rows. Not real: past the end of the wave's part.
+  static GPU_DEVICE void add_piece(const Loaded (&weights)[2], int piece, bool real,
+                                   const gpu::U32x4 (&act)[S], float (&to)[2][S], float (&sum)[S]) {
+    const Unpacked<DT, Bits> x(weights[0].w, piece), y(weights[1].w, piece);
+    GPU_UNROLL
+    for (int s = 0; s < S; ++s) {
+      GPU_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t pair = real ? act[s].v[i] : 0;
+        to[0][s] = gpu::dot2(DT{}, x.pair[i], pair, to[0][s]);
+        to[1][s] = gpu::dot2(DT{}, y.pair[i], pair, to[1][s]);
+        if constexpr (kOffset != 0.0f) sum[s] = gpu::dot2(DT{}, pair, Format<DT>::kOnes, sum[s]);
+      }
+    }
+  }
+
+  // Scales the products of a unit, adds them to acc and resets them.
+  GPU_DEVICE void add_unit(const Loaded (&weights)[2], bool real, const SharedRow& row0,
+                           const SharedRow& row1, float (&dot)[2][S], float (&sum)[S]) {
+    GPU_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const SharedRow& row = r == 0 ? row0 : row1;
+      int zero = Unpacked<DT, Bits>::kSymmetricZero;
+      if constexpr (Bits == 4) {
+        if (row.zeros != nullptr) zero = static_cast<int>(weights[r].zero >> row.zero_shift & 15);
+      }
+      const float scale = real ? Format<DT>::to_float(weights[r].scale) : 0.0f;
+      GPU_UNROLL
+      for (int s = 0; s < S; ++s) {
+        acc[r][s] += scale * (dot[r][s] - (kOffset + zero) * sum[s]);
+        dot[r][s] = 0.0f;
+      }
+    }
+    GPU_UNROLL
+    for (int s = 0; s < S; ++s) sum[s] = 0.0f;
   }
 };
 
@@ -119,85 +218,75 @@ static_assert(kSharedBytesPerWave <= lds_bytes_per_wave(1, 1));
 static_assert(kSharedBytesPerWave <= kWindowBytes && kSharedBytesPerWave <= kGroupWindowBytes);
 #endif
 
-// Tile `tile` of gate_up for tokens first_token.. : rows i (gate) and i + inter (up). The tile
-// after the last one is the gate of the shared expert.
-template <typename DT, int S>
-GPU_DEVICE void shared_gate_up_tile(const uint16_t* a, int64_t a_stride_m, int k, int num_tokens,
-                                    int waves, int tile, int tiles, int first_token,
-                                    MOE_INT4_SHARED_GATE_UP_ARGS) {
-  const int count = num_tokens - first_token < S ? num_tokens - first_token : S;
-  const bool is_gate = tile == tiles;
-  const int index = tile * kRowGroups + lane_row();
-  const int row = index < shared_inter ? index : shared_inter - 1;
-  const uint16_t* row0 = is_gate ? shared_gate : shared_w + row * int64_t{shared_w_stride};
-  const uint16_t* row1 =
-      is_gate ? shared_gate : shared_w + (row + shared_inter) * int64_t{shared_w_stride};
-  const auto row_of = [&](int s) { return a + (first_token + (s < count ? s : 0)) * a_stride_m; };
-  SharedTile<DT, S> product;
-  product.run(row0, row1, k, waves, row_of);
-  product.reduce(count, waves, [&](int s, int r, float gate, float up) {
-    const int at = tile * kRowGroups + r, token = first_token + s;
-    if (is_gate) {
-      if (r == 0) shared_factors[token] = sigmoid(gate);
-    } else if (at < shared_inter) {
-      shared_c[token * shared_c_stride + at] = Format<DT>::from_float(gate * sigmoid(gate) * up);
-    }
-  });
+// Calls use(tile) with the tile for weights of `bits` bits and for one token or several.
+template <typename DT, typename Use>
+GPU_DEVICE void with_shared_tile(int bits, int num_tokens, const Use& use) {
+  if (num_tokens == 1) {
+    if (bits == 16) return use(SharedTile<DT, 16, 1>{});
+    if (bits == 8) return use(SharedTile<DT, 8, 1>{});
+    return use(SharedTile<DT, 4, 1>{});
+  }
+  if (bits == 16) return use(SharedTile<DT, 16, kSharedSlots>{});
+  if (bits == 8) return use(SharedTile<DT, 8, shared_slots(2, 8)>{});
+  return use(SharedTile<DT, 4, shared_slots(2, 4)>{});
 }
 
+// A tile of gate_up is kRowGroups rows i (gate) and i + inter (up). The one after the last is the
+// gate of the shared expert, which always has 16 bits.
 template <typename DT>
 GPU_DEVICE void shared_gate_up(const void* a, int64_t a_stride_m, int k, int num_tokens, int waves,
                                MOE_INT4_SHARED_GATE_UP_ARGS) {
-  const auto* const acts = static_cast<const uint16_t*>(a);
   const int tiles = (shared_inter + kRowGroups - 1) / kRowGroups;
-  const int per_tokens = tiles + (shared_gate != nullptr ? 1 : 0);
-  const int block = shared_block(shared_y, grid_x), tile = block % per_tokens;
-  if (num_tokens == 1) {
-    if (block >= per_tokens) return;
-    shared_gate_up_tile<DT, 1>(acts, a_stride_m, k, num_tokens, waves, tile, tiles, 0,
-                               MOE_INT4_SHARED_GATE_UP_VALUES);
+  const SharedBlock block(shared_y, grid_x, shared_bits, num_tokens);
+  const int tile = block.tile, first_token = block.first_token, count = block.count;
+  if (tile >= tiles + (shared_gate != nullptr ? 1 : 0)) return;
+  const auto* const acts = static_cast<const uint16_t*>(a) + first_token * a_stride_m;
+  const auto row_of = [&](int s) { return acts + (s < count ? s : 0) * a_stride_m; };
+  const bool is_gate = tile == tiles;
+  const int index = tile * kRowGroups + lane_row();
+  const int row = index < shared_inter ? index : shared_inter - 1;
+  SharedRow rows[2] = {};
+  if (is_gate) {
+    rows[0].q = rows[1].q = reinterpret_cast<const uint32_t*>(shared_gate);
   } else {
-    const int first_token = block / per_tokens * kSharedSlots;
-    if (first_token >= num_tokens) return;
-    shared_gate_up_tile<DT, kSharedSlots>(acts, a_stride_m, k, num_tokens, waves, tile, tiles,
-                                          first_token, MOE_INT4_SHARED_GATE_UP_VALUES);
+    rows[0] = shared_row(row, MOE_INT4_SHARED_WEIGHT_VALUES);
+    rows[1] = shared_row(row + shared_inter, MOE_INT4_SHARED_WEIGHT_VALUES);
   }
-}
-
-template <typename DT, int S>
-GPU_DEVICE void shared_down_tile(int n, int num_tokens, int waves, int tile, int first_token,
-                                 MOE_INT4_SHARED_DOWN_ARGS) {
-  const int count = num_tokens - first_token < S ? num_tokens - first_token : S;
-  const int index0 = tile * kRowsPerWave + lane_row(), index1 = index0 + kRowGroups;
-  const uint16_t* row0 = shared_w + (index0 < n ? index0 : n - 1) * int64_t{shared_w_stride};
-  const uint16_t* row1 = shared_w + (index1 < n ? index1 : n - 1) * int64_t{shared_w_stride};
-  const auto row_of = [&](int s) {
-    return shared_a + (first_token + (s < count ? s : 0)) * shared_a_stride;
-  };
-  SharedTile<DT, S> product;
-  product.run(row0, row1, shared_k, waves, row_of);
-  product.reduce(count, waves, [&](int s, int r, float sum0, float sum1) {
-    const int at = tile * kRowsPerWave + r, token = first_token + s;
-    const float factor = shared_factors != nullptr ? shared_factors[token] : 1.0f;
-    uint16_t* const out = shared_c + token * shared_c_stride;
-    if (at < n) out[at] = Format<DT>::from_float(factor * sum0);
-    if (at + kRowGroups < n) out[at + kRowGroups] = Format<DT>::from_float(factor * sum1);
+  with_shared_tile<DT>(is_gate ? 16 : shared_bits, num_tokens, [&](auto product) {
+    product.run(rows[0], rows[1], shared_log2_group, k, waves, row_of);
+    product.reduce(count, waves, [&](int s, int r, float gate, float up) {
+      const int at = tile * kRowGroups + r, token = first_token + s;
+      if (is_gate) {
+        if (r == 0) shared_factors[token] = sigmoid(gate);
+      } else if (at < shared_inter) {
+        shared_c[token * shared_c_stride + at] = Format<DT>::from_float(gate * sigmoid(gate) * up);
+      }
+    });
   });
 }
 
+// A tile of down is kRowsPerWave rows.
 template <typename DT>
 GPU_DEVICE void shared_down(int n, int num_tokens, int waves, MOE_INT4_SHARED_DOWN_ARGS) {
   const int tiles = (n + kRowsPerWave - 1) / kRowsPerWave;
-  const int block = shared_block(shared_y, grid_x), tile = block % tiles;
-  if (num_tokens == 1) {
-    if (block >= tiles) return;
-    shared_down_tile<DT, 1>(n, num_tokens, waves, tile, 0, MOE_INT4_SHARED_DOWN_VALUES);
-  } else {
-    const int first_token = block / tiles * kSharedSlots;
-    if (first_token >= num_tokens) return;
-    shared_down_tile<DT, kSharedSlots>(n, num_tokens, waves, tile, first_token,
-                                       MOE_INT4_SHARED_DOWN_VALUES);
-  }
+  const SharedBlock block(shared_y, grid_x, shared_bits, num_tokens);
+  const int tile = block.tile, first_token = block.first_token, count = block.count;
+  if (tile >= tiles) return;
+  const uint16_t* const acts = shared_a + first_token * shared_a_stride;
+  const auto row_of = [&](int s) { return acts + (s < count ? s : 0) * shared_a_stride; };
+  const int index0 = tile * kRowsPerWave + lane_row(), index1 = index0 + kRowGroups;
+  const SharedRow row0 = shared_row(index0 < n ? index0 : n - 1, MOE_INT4_SHARED_WEIGHT_VALUES);
+  const SharedRow row1 = shared_row(index1 < n ? index1 : n - 1, MOE_INT4_SHARED_WEIGHT_VALUES);
+  with_shared_tile<DT>(shared_bits, num_tokens, [&](auto product) {
+    product.run(row0, row1, shared_log2_group, shared_k, waves, row_of);
+    product.reduce(count, waves, [&](int s, int r, float sum0, float sum1) {
+      const int at = tile * kRowsPerWave + r, token = first_token + s;
+      const float factor = shared_factors != nullptr ? shared_factors[token] : 1.0f;
+      uint16_t* const out = shared_c + token * shared_c_stride;
+      if (at < n) out[at] = Format<DT>::from_float(factor * sum0);
+      if (at + kRowGroups < n) out[at + kRowGroups] = Format<DT>::from_float(factor * sum1);
+    });
+  });
 }
 
 }  // namespace moe_int4

@@ -8,14 +8,6 @@
 
 #include "group_tile.cuh"
 
-#ifdef TILED_COLUMNS_FIRST
-#define TILED_X gpu::block_y
-#define TILED_Y gpu::block_x
-#else
-#define TILED_X gpu::block_x
-#define TILED_Y gpu::block_y
-#endif
-
 namespace moe_int4 {
 
 struct TiledList {

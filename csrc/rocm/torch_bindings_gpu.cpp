@@ -58,11 +58,13 @@ void gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Te
                 const std::optional<Tensor>& expert_map, double alpha, double beta,
                 std::optional<double> limit, const std::optional<std::vector<int64_t>>& plan,
                 const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_gate,
-                const std::optional<Tensor>& shared_c,
-                const std::optional<Tensor>& shared_factors) {
-  const GateUpArgs args = check_gate_up(
-      DeviceType::CUDA, a, w, scales, c, topk_ids, activation, cu_count, group_size, zero_points,
-      expert_map, alpha, beta, limit, plan, shared_w, shared_gate, shared_c, shared_factors);
+                const std::optional<Tensor>& shared_c, const std::optional<Tensor>& shared_factors,
+                const std::optional<Tensor>& shared_scales,
+                const std::optional<Tensor>& shared_zero_points) {
+  const GateUpArgs args =
+      check_gate_up(DeviceType::CUDA, a, w, scales, c, topk_ids, activation, cu_count, group_size,
+                    zero_points, expert_map, alpha, beta, limit, plan, shared_w, shared_gate,
+                    shared_c, shared_factors, shared_scales, shared_zero_points);
   launch_gate_up(args, OnDeviceOf(a).stream());
 }
 
@@ -72,10 +74,12 @@ void down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tenso
              const std::optional<Tensor>& expert_map,
              const std::optional<std::vector<int64_t>>& plan, const std::optional<Tensor>& shared_a,
              const std::optional<Tensor>& shared_w, const std::optional<Tensor>& shared_factors,
-             const std::optional<Tensor>& shared_c) {
+             const std::optional<Tensor>& shared_c, const std::optional<Tensor>& shared_scales,
+             const std::optional<Tensor>& shared_zero_points) {
   const DownArgs args =
       check_down(DeviceType::CUDA, a, w, scales, c, topk_ids, topk_weights, cu_count, group_size,
-                 zero_points, expert_map, plan, shared_a, shared_w, shared_factors, shared_c);
+                 zero_points, expert_map, plan, shared_a, shared_w, shared_factors, shared_c,
+                 shared_scales, shared_zero_points);
   launch_down(args, OnDeviceOf(a).stream());
 }
 

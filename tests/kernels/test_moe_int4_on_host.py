@@ -159,6 +159,47 @@ class Maker:
         fields["plan"] = np.array(plan, dtype=np.int64).tobytes()
         return f", plan {plan}"
 
+    def shared_weights(self, fields, rows, columns, size):
+        """Add weights of a shared expert, normally distributed with deviation `size`.
+
+        They have 16 bits or, if a group fits the columns, 4 or 8. Returns them as
+        float64.
+        """
+        rng = self.rng
+        groups = [group for group in (32, 64, 128) if columns % group == 0]
+        bits = self.pick(4, 4, 8, 16) if groups else 16
+        group = self.pick(*groups) if bits < 16 else 0
+        fields.update(shared_n=rows, shared_k=columns, shared_bits=bits)
+        fields.update(shared_num_experts=1, shared_group_size=group)
+        fields.update(shared_q_stride_e=0, shared_s_stride_e=0, shared_z_stride_e=0)
+        fields.update(shared_s_stride_n=0, shared_z_stride_n8=0)
+        stride = columns * bits // 32 + self.pick(0, 4)
+        fields["shared_q_stride_n"] = stride
+        if bits == 16:
+            w = to_bits(rng.standard_normal((rows, columns)) * size, self.dtype)
+            fields["shared_q"] = spread(w, (2 * stride,))
+            return from_bits(w, self.dtype)
+        q = rng.integers(0, 2**bits, (rows, columns), dtype=np.uint32)
+        zeros = np.full((rows, columns // group), 2 ** (bits - 1))
+        if bits == 8:
+            fields["shared_q"] = spread(q.astype(np.uint8), (4 * stride,))
+        else:
+            words = (q.reshape(rows, -1, 8) << NIBBLE_SHIFTS).sum(-1, dtype=np.uint32)
+            fields["shared_q"] = spread(words, (stride,))
+        if bits == 4 and rows % 8 == 0 and self.pick(False, True):
+            zeros = rng.integers(0, 16, zeros.shape, dtype=np.uint32)
+            shifts = np.arange(0, 32, 4, dtype=np.uint32)[:, None]
+            words = zeros.reshape(rows // 8, 8, -1) << shifts
+            stride = fields["shared_z_stride_n8"] = zeros.shape[1] + self.pick(0, 1)
+            words = words.sum(-2, dtype=np.uint32)
+            fields["shared_zeros"] = spread(words, (stride,))
+        scales = rng.uniform(0.5, 1.5, zeros.shape) * size / 2 ** (bits - 2)
+        scales = to_bits(scales, self.dtype)
+        stride = fields["shared_s_stride_n"] = zeros.shape[1] + self.pick(0, 1)
+        fields["shared_scales"] = spread(scales, (stride,))
+        value = q.astype(np.float64) - np.repeat(zeros, group, -1)
+        return value * np.repeat(from_bits(scales, self.dtype), group, -1)
+
     def shared_expert(self, fields, a, n=None):
         """Add a shared expert of any size to half of the cases.
 
@@ -169,33 +210,27 @@ class Maker:
         rng, gated = self.rng, self.pick(False, True)
         tokens = fields["num_tokens"]
         factors = np.ones(tokens)
-        size = self.pick(8, 40, 72, 264)
+        size = self.pick(8, 72, 264, 96, 384)
         if a is None:  # down
             x = to_bits(rng.standard_normal((tokens, size)), self.dtype)
             fields["shared_a_stride_m"] = size + self.pick(0, 1, 8)
             fields["shared_a"] = spread(x, (fields["shared_a_stride_m"],))
-            fields.update({"shared_a.offset": self.pick(0, 2), "shared_k": size})
-            w = to_bits(rng.standard_normal((n, size)), self.dtype)
+            fields["shared_a.offset"] = self.pick(0, 2)
+            w = self.shared_weights(fields, n, size, 1.0)
             if gated:
                 factors = rng.random(tokens).astype(np.float32)
                 fields["shared_factors"] = factors.tobytes()
-            products = from_bits(x, self.dtype) @ from_bits(w, self.dtype).T
-            expected = factors[:, None] * products
+            expected = factors[:, None] * (from_bits(x, self.dtype) @ w.T)
         else:
-            inter, k = size - self.pick(0, 3), a.shape[1]
-            w = to_bits(rng.standard_normal((2 * inter, k)) * 4, self.dtype)
-            gate, up = (
-                (a @ from_bits(w, self.dtype).T).reshape(tokens, 2, -1).swapaxes(0, 1)
-            )
+            inter, k = size - self.pick(0, 0, 3), a.shape[1]
+            w = self.shared_weights(fields, 2 * inter, k, 4.0)
+            gate, up = (a @ w.T).reshape(tokens, 2, -1).swapaxes(0, 1)
             expected = activate(SILU, 1.0, gate) * up
-            fields["shared_inter"] = inter
             if gated:
                 gate = to_bits(rng.standard_normal(k) * 4, self.dtype)
                 factors = 1 / (1 + np.exp(-(a @ from_bits(gate, self.dtype))))
                 fields["shared_gate"] = gate.tobytes()
                 fields["shared_factors"] = np.full(tokens, np.nan, np.float32).tobytes()
-        fields["shared_w_stride_n"] = w.shape[1] + self.pick(0, 8)
-        fields["shared_w"] = spread(w, (fields["shared_w_stride_n"],))
         columns = expected.shape[1]
         stride = columns + self.pick(0, 1, 16)
         before = rng.integers(
@@ -204,7 +239,8 @@ class Maker:
         fields.update(shared_c=before.tobytes(), shared_c_stride_m=stride)
         fields["shared_c.offset"] = self.pick(0, 2)
         written = np.ones(tokens, dtype=bool)
-        label = f"seed {SEED}, shared expert of {self.op}, size {size}, M {tokens}"
+        label = f"seed {SEED}, shared expert of {self.op}, size {size}, M {tokens}, "
+        label += f"{fields['shared_bits']} bits, g{fields['shared_group_size']}"
         op = {"op": self.op.encode()}
         case = Case(op, expected, written, before, stride, self.dtype, label)
         return case, factors if gated else None

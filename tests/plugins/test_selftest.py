@@ -53,8 +53,8 @@ def break_op(monkeypatch, name, spoil):
 def spoil_output(monkeypatch, module, name, spoil):
     original = getattr(module, name)
 
-    def broken(a, w, scales, c, *rest):
-        original(a, w, scales, c, *rest)
+    def broken(a, w, scales, c, *rest, **named):
+        original(a, w, scales, c, *rest, **named)
         spoil(c)
 
     monkeypatch.setattr(module, name, broken)
@@ -87,6 +87,9 @@ def test_sound_kernels_pass(monkeypatch, capsys):
         assert dense["rounds"] == 2 * 6 and dense["cases"] == 18
         assert rescore["rounds"] == 2 * 6 and rescore["cases"] == 12
         assert dense["repeated"] == rescore["repeated"] == 6
+        shared = groups[f"shared expert {isa}"]
+        assert shared["rounds"] == 2 * 8 and shared["cases"] == 8 * 2 * 3
+        assert shared["repeated"] == 8 and 0 < shared["error"] < shared["tolerance"]
     assert {f"repacking {format.name}" for format in selftest_run.PACKINGS} <= set(
         groups
     )
@@ -141,6 +144,7 @@ def test_every_kernel_runs_before_any_repeats(one_isa):
     for op in ("gate_up", "down", "gemm"):
         assert first.count(f"{op} {isa}") == formats
     assert first.count(f"dense {isa}") == first.count(f"rescore {isa}") == 6
+    assert first.count(f"shared expert {isa}") == 8
     assert len(names) == test.steps()
 
 
@@ -154,6 +158,10 @@ def test_one_wrong_element_is_named(op, one_isa, monkeypatch, capsys):
     status, out = result(capsys)
     assert status == 1
     failures = [line for line in out.splitlines() if line.startswith("FAILED")]
+    beside = [line for line in failures if line.startswith("FAILED: shared expert")]
+    assert len(beside) == (op != "gemm")
+    assert all("routed experts beside a shared one: first" in line for line in beside)
+    failures = [line for line in failures if line not in beside]
     assert failures and all(f"moe_int4_{op}_" in line for line in failures)
     assert all("first wrong element [2, 5]" in line for line in failures)
     assert all("6 experts, top-2, 384 x 128, g64" in line for line in failures)
@@ -168,6 +176,32 @@ def test_a_wrong_product_of_the_dense_op_is_named(one_isa, monkeypatch, capsys):
     failure = "wvSplitK_int_g_bf16_b4_g64_sym, 1 rows, 344 x 896: first wrong element"
     assert f"FAILED: dense {ops.build_info()['cpu'][0]}: {failure} [0, 7]" in out
     assert "ok  rescore" in out and "ok  gate_up" in out
+
+
+@pytest.mark.parametrize(
+    ("op", "spoil", "why"),
+    [
+        ("gate_up", lambda shared: shared.c[-1, 7].add_(1.0), "element [0, 7]"),
+        ("gate_up", lambda shared: shared.factors.add_(0.01), "sigmoid is off by 0.01"),
+        ("down", lambda shared: shared.c[-1, 7].add_(1.0), "element [0, 7]"),
+    ],
+)
+def test_a_wrong_shared_expert_is_named(op, spoil, why, one_isa, monkeypatch, capsys):
+    name = f"fused_moe_wvSplitK_int4_{op}"
+    original = getattr(ops, name)
+
+    def broken(*rest, shared=None, **named):
+        if shared is None:
+            return original(*rest, **named)
+        original(*rest, shared=shared, **named)
+        if shared.scales is not None:  # 16 bits are right
+            spoil(shared)
+
+    monkeypatch.setattr(ops, name, broken)
+    status, out = result(capsys)
+    failed = [line for line in out.splitlines() if line.startswith("FAILED")]
+    assert status == 1 and len(failed) == 1 and why in failed[0]
+    assert f"shared expert {ops.build_info()['cpu'][0]}: {op}, bf16, 4" in failed[0]
 
 
 @pytest.mark.parametrize(

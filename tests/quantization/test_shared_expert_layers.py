@@ -2,31 +2,42 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """MoE layers with a shared expert, as vLLM builds them: which run in our launches."""
 
+import dataclasses
 import logging
 import re
+import types
 
+import numpy as np
 import pytest
 import torch
 
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.quantization import QuantizationConfigArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.activation import GeluAndMul
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.fused_moe import (
+    FusedMoEFactory,
+    hybrid_w4a16_shared_expert,
+)
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
     MAX_TOKENS,
     FusingSharedExperts,
 )
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLP
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from ..support.int4_formats import FORMATS
 from ..support.moe_layers import (
     DEVICE,
     Checkpoint,
     Shape,
     become_the_only_rank,
     fresh_gate_records,
+    inc_config,
     quant_config,
     ready_workspace,
     relative_error,
@@ -61,15 +72,70 @@ class Calls:
         self.count += 1
 
 
-def make_runner(shared=Qwen2MoeMLP, gated=True, change=None, shared_quantized=False):
+@dataclasses.dataclass(frozen=True)
+class Int4:
+    """A shared expert that the checkpoint has in int4."""
+
+    format: str
+    group_size: int
+    symmetric: bool = True
+
+    def config(self):
+        return quant_config(self.format, self.group_size, self.symmetric)
+
+    def load(self, module):
+        rng = np.random.default_rng(1)
+        for linear, shards in ((module.gate_up_proj, (0, 1)), (module.down_proj, ())):
+            n = linear.output_size // (len(shards) or 1)
+            for shard in shards or (None,):
+                tensors = FORMATS[self.format].random_linear(
+                    rng, n, linear.input_size, self.group_size, self.symmetric
+                )
+                for suffix, array in tensors.items():
+                    parameter = getattr(linear, suffix)
+                    where = () if shard is None else (shard,)
+                    parameter.weight_loader(parameter, torch.from_numpy(array), *where)
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLoad:
+    """A shared expert in 16 bits that is quantized at load."""
+
+    scheme: str
+
+    def config(self):
+        keep = {".*shared_expert.*": {"bits": 16, "data_type": "fp"}}
+        config = inc_config(SHAPE.group_size, extra_config=keep)
+        config.packed_modules_mapping = {}
+        config.online_quantization_config = OnlineQuantizationConfig(
+            QuantizationConfigArgs(targets={"*shared_expert*": self.scheme})
+        )
+        return config
+
+    def load(self, module):
+        for linear, shards in ((module.gate_up_proj, (0, 1)), (module.down_proj, ())):
+            n = linear.output_size // (len(shards) or 1)
+            for shard in shards or (None,):
+                weight = torch.randn(n, linear.input_size) * linear.input_size**-0.5
+                where = () if shard is None else (shard,)
+                linear.weight.weight_loader(linear.weight, weight.to(DEVICE), *where)
+
+
+def make_runner(
+    shared=Qwen2MoeMLP, gated=True, change=None, quantized=None, inter=INTER
+):
     """A layer with loaded weights, and its configuration.
 
-    change: called with the shared expert before the layer is built.
+    change: called with the shared expert before the layer is built. quantized:
+    ``Int4``, ``AtLoad`` or, for 16 bits, ``None``. inter: size of the shared expert.
     """
     config = VllmConfig()
+    object.__setattr__(
+        config, "model_config", types.SimpleNamespace(dtype=torch.bfloat16)
+    )
     quantization = quant_config(FORMAT, SHAPE.group_size)
     options = {
-        "quant_config": quantization if shared_quantized else None,
+        "quant_config": None if quantized is None else quantized.config(),
         "reduce_results": False,
         "prefix": "model.layers.3.mlp.shared_expert",
     }
@@ -82,7 +148,6 @@ def make_runner(shared=Qwen2MoeMLP, gated=True, change=None, shared_quantized=Fa
             options["expert_gate"] = ReplicatedLinear(
                 SHAPE.hidden, 1, bias=False, prefix="model.layers.3.mlp.gate"
             )
-        inter = SHAPE.intermediate if shared_quantized else INTER
         module = shared(SHAPE.hidden, inter, "silu", **options)
         if change is not None:
             change(module)
@@ -99,11 +164,13 @@ def make_runner(shared=Qwen2MoeMLP, gated=True, change=None, shared_quantized=Fa
         )
         torch.manual_seed(0)
         for name, parameter in module.named_parameters():
-            if name.endswith(".weight"):
+            if name.endswith(".weight") and not parameter.is_meta:
                 parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+        if quantized is not None:
+            quantized.load(module)
         for linear in module.modules():  # before the experts, as the loader does
             method = getattr(linear, "quant_method", None)
-            if method is not None and not shared_quantized:
+            if method is not None:
                 method.process_weights_after_loading(linear)
     with set_current_vllm_config(config):
         Checkpoint(SHAPE, format=FORMAT).load_into(runner.routed_experts)
@@ -120,13 +187,45 @@ def forward(runner, config, tokens, function=None):
 
 
 @pytest.mark.parametrize(
-    ("shared", "gated"),
-    [(Qwen2MoeMLP, True), (DeepseekV2MLP, False)],
-    ids=["Qwen2-MoE, gate", "DeepSeek, no gate"],
+    ("shared", "gated", "options", "dtypes"),
+    [
+        (Qwen2MoeMLP, True, {}, {torch.bfloat16}),
+        (DeepseekV2MLP, False, {}, {torch.bfloat16}),
+        (
+            Qwen2MoeMLP,
+            True,
+            {"quantized": Int4("auto_round:auto_gptq", 32), "inter": 96},
+            {torch.int32},
+        ),
+        (
+            DeepseekV2MLP,
+            False,
+            {"quantized": Int4("compressed-tensors", 128, False), "inter": 256},
+            {torch.int32},
+        ),
+        (
+            Qwen2MoeMLP,
+            True,
+            {"quantized": AtLoad("int8_g32"), "inter": 96},
+            {torch.uint8},
+        ),
+        (
+            Qwen2MoeMLP,
+            True,
+            {"quantized": AtLoad("int4_g32"), "inter": 96},
+            {torch.int32},
+        ),
+    ],
+    ids=["16 bits", "16 bits, no gate", "AutoRound", "zero points", "int8", "int4"],
 )
-def test_few_tokens_run_in_our_launches(shared, gated):
-    runner, config = make_runner(shared, gated)
+def test_few_tokens_run_in_our_launches(shared, gated, options, dtypes):
+    runner, config = make_runner(shared, gated, **options)
     ours = runner.shared_experts
+    linears = ours.module.gate_up_proj, ours.module.down_proj
+    if "quantized" in options:
+        assert {ops.dense_parameters(linear)[0].dtype for linear in linears} == dtypes
+    else:
+        assert {linear.weight.dtype for linear in linears} == dtypes
     assert isinstance(ours, FusingSharedExperts) and ours.fused_up_to == MAX_TOKENS
     calls = Calls(ours.module)
     for tokens in (1, 3, MAX_TOKENS, MAX_TOKENS + 1, 40):
@@ -170,12 +269,16 @@ def with_gelu(module):
     [
         ({"shared": Scaled}, "Scaled computes another function"),
         ({"change": with_gelu}, r"its form is unknown \(Qwen2MoeMLP\)"),
-        ({"shared_quantized": True}, "its weights are quantized"),
+        (
+            {"quantized": Int4("auto_round:auto_gptq", 32), "inter": 96},
+            r"its weights are quantized \(INCLinearMethod\)",
+        ),
     ],
-    ids=["another function", "gelu", "int4"],
+    ids=["another function", "gelu", "int4 on vLLM's kernel"],
 )
 def test_others_are_left_to_vllm(options, reason, monkeypatch, caplog):
     fresh_gate_records(monkeypatch)
+    monkeypatch.setenv("VLLM_HYBRID_W4A16_LINEAR", "0")
     with caplog.at_level(logging.INFO):
         runner, config = make_runner(**options)
     (line,) = [r.message for r in caplog.records if "shared experts" in r.message]
@@ -191,9 +294,16 @@ def test_batch_invariant_mode_is_left_to_vllm(monkeypatch):
     assert not isinstance(runner.shared_experts, FusingSharedExperts)
 
 
-def test_odd_sizes_are_left_to_vllm(monkeypatch):
+def test_odd_sizes_are_left_to_vllm():
     """The ops read 8 weights at a time."""
-    monkeypatch.setattr(f"{__name__}.INTER", 76)
-    runner, config = make_runner()
+    runner, config = make_runner(inter=76)
     assert runner.shared_experts.fused_up_to == 0
     assert forward(runner, config, 2).isfinite().all()
+
+
+def test_no_tokens_are_taken_over_where_the_limit_is_0(monkeypatch):
+    """As an experiment sets it before weights are loaded."""
+    monkeypatch.setattr(hybrid_w4a16_shared_expert, "MAX_TOKENS", 0)
+    runner, config = make_runner()
+    calls = Calls(runner.shared_experts.module)
+    assert forward(runner, config, 1).isfinite().all() and calls.count == 1

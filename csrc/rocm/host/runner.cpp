@@ -121,22 +121,24 @@ class Call {
   }
   std::string bytes(const std::string& name) const { return buffers_.at(name).bytes(); }
 
-  Weights weights() {
+  // Fields whose names begin with `prefix`.
+  Weights weights(const std::string& prefix = "") {
     Weights w{};
-    w.q = tensor<uint32_t>("q");
-    w.q_stride_e = i64("q_stride_e");
-    w.q_stride_n = i64("q_stride_n");
-    w.scales = tensor<void>("scales");
-    w.s_stride_e = i64("s_stride_e");
-    w.s_stride_n = i64("s_stride_n");
-    w.zeros = tensor<uint32_t>("zeros");
-    w.z_stride_e = i64("z_stride_e");
-    w.z_stride_n8 = i64("z_stride_n8");
-    w.num_experts = i32("num_experts");
-    w.n = i32("n");
-    w.k = i32("k");
-    w.group_size = i32("group_size");
-    if (fields_.count("bits") != 0) w.bits = i32("bits");
+    w.q = tensor<uint32_t>(prefix + "q");
+    if (w.q == nullptr) return w;
+    w.q_stride_e = i64(prefix + "q_stride_e");
+    w.q_stride_n = i64(prefix + "q_stride_n");
+    w.scales = tensor<void>(prefix + "scales");
+    w.s_stride_e = i64(prefix + "s_stride_e");
+    w.s_stride_n = i64(prefix + "s_stride_n");
+    w.zeros = tensor<uint32_t>(prefix + "zeros");
+    w.z_stride_e = i64(prefix + "z_stride_e");
+    w.z_stride_n8 = i64(prefix + "z_stride_n8");
+    w.num_experts = i32(prefix + "num_experts");
+    w.n = i32(prefix + "n");
+    w.k = i32(prefix + "k");
+    w.group_size = i32(prefix + "group_size");
+    if (has(prefix + "bits")) w.bits = i32(prefix + "bits");
     return w;
   }
 
@@ -213,10 +215,8 @@ class Call {
       args.beta = static_cast<float>(scalar<double>("beta"));
       args.limit = static_cast<float>(scalar<double>("limit"));
       args.plan = plan();
-      args.shared.w = tensor<void>("shared_w");
-      if (args.shared.w != nullptr) {
-        args.shared.w_stride_n = i64("shared_w_stride_n");
-        args.shared.inter = i32("shared_inter");
+      args.shared.w = weights("shared_");
+      if (args.shared.w.q != nullptr) {
         args.shared.gate = tensor<void>("shared_gate");
         args.shared.c = tensor<void>("shared_c");
         args.shared.c_stride_m = i64("shared_c_stride_m");
@@ -230,12 +230,10 @@ class Call {
       args.topk_weights = tensor<float>("topk_weights");
       args.tw_stride_m = i64("tw_stride_m");
       args.plan = plan();
-      args.shared.w = tensor<void>("shared_w");
-      if (args.shared.w != nullptr) {
+      args.shared.w = weights("shared_");
+      if (args.shared.w.q != nullptr) {
         args.shared.a = tensor<void>("shared_a");
         args.shared.a_stride_m = i64("shared_a_stride_m");
-        args.shared.w_stride_n = i64("shared_w_stride_n");
-        args.shared.k = i32("shared_k");
         args.shared.factors = tensor<float>("shared_factors");
         args.shared.c = tensor<void>("shared_c");
         args.shared.c_stride_m = i64("shared_c_stride_m");

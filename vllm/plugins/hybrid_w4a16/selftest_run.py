@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as refer
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import random_layers
+from vllm.plugins.hybrid_w4a16 import random_layers, selftest_shared
 from vllm.plugins.hybrid_w4a16.random_layers import LayerShape
 from vllm.plugins.hybrid_w4a16.selftest_cases import (
     TOKENS,
@@ -130,13 +130,23 @@ class Selftest:
             for group_size in random_layers.GROUP_SIZES
         ]
 
+    def shared_cases(self) -> list[tuple[torch.dtype, tuple[int, bool, int, int]]]:
+        """dtype and format of every kind of shared expert."""
+        return [
+            (dtype, format)
+            for dtype in random_layers.DTYPES.values()
+            for format in selftest_shared.FORMATS
+        ]
+
     def steps(self) -> int:
         """Number of calls of ``progress`` in a whole run."""
         isas = max(1, len(self.isas))
         rescores = len(random_layers.DTYPES) * len(WINDOWS)
         dense = (len(self.dense_cases()) + rescores) * isas
         moe = len(self.rounds()) * 3 * isas
-        return moe + 2 * dense + len(PACKINGS) + len(self.prefill_plan())
+        shared = len(self.shared_cases()) * isas
+        rest = len(PACKINGS) + len(self.prefill_plan())
+        return moe + 2 * (dense + shared) + rest
 
     def prefill_plan(self) -> list[tuple[LayerShape, Any]]:
         """Shapes and tiles that use each format and each tile of the table."""
@@ -186,8 +196,10 @@ class Selftest:
             for round in rounds[:first]:
                 self._decode(round)
             self._dense_all(repeats=False)
+            self._shared_all(repeats=False)
             self._prefill_all(plan, pool)
             self._dense_all(repeats=True)
+            self._shared_all(repeats=True)
             for round in rounds[first:]:
                 self._decode(round)
         finally:
@@ -208,6 +220,12 @@ class Selftest:
             case = DenseCase.make(*arguments, generator)
             run = self._repeat_dense if repeats else self._run_dense
             self._on_each_isa("dense", functools.partial(run, case=case))
+
+    def _shared_all(self, repeats: bool) -> None:
+        for dtype, format in self.shared_cases():
+            case = selftest_shared.SharedCase.make(dtype, format, self.seed)
+            run = self._repeat_shared if repeats else self._run_shared
+            self._on_each_isa("shared expert", functools.partial(run, case=case))
 
     def _on_each_isa(self, name: str, work: Callable[[Group], None]) -> None:
         for isa in self.isas or ("",):
@@ -316,6 +334,38 @@ class Selftest:
                 self._launch(single.launch, one.view, self.family.cu_count)
                 group.note_alone(output.view[row : row + 1], one.view)
             _check_alone(group)
+        group.repeated += 1
+
+    def _run_shared(self, group: Group, case: selftest_shared.SharedCase) -> None:
+        here = case.to(self.device)
+        tolerance = reference.TOLERANCE[case.layer.shape.dtype]
+        for op in ("gate_up", "down"):
+            plans = PLANS[op] if self.device != "cpu" else ()
+            for plan in (None, *plans):
+                for tokens in selftest_shared.TOKENS:
+                    call = selftest_shared.SharedCall(
+                        op, here, tokens, self.device, self.family.cu_count, plan
+                    )
+                    where = f"{op}, {case.name}, {tokens} tokens"
+                    where += "" if plan is None else f", plan {list(plan)}"
+                    with at(where):
+                        try:
+                            self._launch(call.run)
+                        except RuntimeError as error:
+                            if plan is not None and ": plan:" in str(error):
+                                continue
+                            raise
+                        off = call.check(tolerance)
+                    group.note(off, tolerance, where)
+
+    def _repeat_shared(self, group: Group, case: selftest_shared.SharedCase) -> None:
+        here = case.to(self.device)
+        for op in ("gate_up", "down"):
+            call = selftest_shared.SharedCall(
+                op, here, 3, self.device, self.family.cu_count
+            )
+            with at(f"{op}, {case.name}, 3 tokens"):
+                self._same_bits(call.run, call.shared)
         group.repeated += 1
 
     def _run_rescore(self, group: Group, case: RescoreCase, repeats: bool) -> None:

@@ -20,7 +20,7 @@ import struct
 
 # fork: end
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,7 +55,7 @@ class OpActivation(NamedTuple):
 
 # Optional tensors of a shared expert: hybrid_w4a16_shared_expert.py has their types.
 SharedTensors = tuple[torch.Tensor | None, ...]
-_NO_TENSORS: SharedTensors = (None, None, None, None)
+_NO_TENSORS: SharedTensors = (None,) * 6
 NO_SHARED_EXPERT = (_NO_TENSORS, _NO_TENSORS)  # of gate_up and of down
 
 # SWIGLUOAI is missing: it expects the gate and up rows of w13 interleaved. Only gpt-oss
@@ -202,6 +202,36 @@ def load_device(device: int, arch: str) -> None:
     torch.ops._rocm_C.hybrid_w4a16_load_device(device, arch)
 
 
+# fork: begin token
+_DENSE_PARAMETERS = "hybrid_w4a16_parameters"
+
+
+def set_dense_parameters(
+    layer: Any, weights: str, scales: str, zero_points: str | None = None
+) -> None:
+    """Record which parameters of a linear hold its weights as the dense ops take them.
+
+    The layouts are those of ``hybrid_w4a16_dense_ops``, for 4 and for 8 bits.
+    """
+    setattr(layer, _DENSE_PARAMETERS, (weights, scales, zero_points))
+
+
+def dense_parameters(
+    layer: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    """Weights, scales and zero points of a linear, ``None`` if nothing is recorded.
+
+    They are looked up in each call because loading weights again replaces parameters.
+    """
+    names = getattr(layer, _DENSE_PARAMETERS, None)
+    if names is None:
+        return None
+    weights, scales, zero_points = names
+    zeros = None if zero_points is None else getattr(layer, zero_points, None)
+    return getattr(layer, weights), getattr(layer, scales), zeros
+
+
+# fork: end
 def fused_moe_wvSplitK_int4_gemm(
     a: torch.Tensor,
     w: torch.Tensor,

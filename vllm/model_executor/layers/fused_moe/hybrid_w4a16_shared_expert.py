@@ -3,12 +3,12 @@
 """The shared expert of an int4 MoE layer, computed inside gate_up and down.
 
 vLLM runs a shared expert as four to seven launches of its own. For a few tokens the
-gate_up and down kernels compute it as well, from the checkpoint's 16-bit weights. More
-tokens take vLLM's way.
+gate_up and down kernels compute it as well, from 16-bit weights or from those of
+``hybrid_w4a16_dense_ops``. With more tokens vLLM runs it.
 
 ``FusingSharedExperts`` replaces the ``SharedExperts`` object of vLLM's runner. It tells
-the runner that the kernel computes the shared expert, and receives the result. vLLM
-adds it to the routed experts' and sums over ranks as always.
+the runner that the kernel computes the shared expert, and receives the result. As
+before, vLLM adds it to the output of the routed experts and sums over ranks.
 """
 
 import functools
@@ -20,6 +20,7 @@ from vllm import envs
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
     HybridW4A16MoEExperts,
 )
@@ -42,10 +43,14 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-# Most tokens for which the kernels compute the shared expert. On the CPU a layer of
-# Qwen3.5-35B-A3B's sizes takes as long either way at 8 tokens (Zen 4, 2 threads). Not
-# timed on a GPU, whose kernels read the shared expert's weights once per 4 tokens.
 MAX_TOKENS = 8
+"""Most tokens for which the kernels compute the shared expert.
+
+Read when weights are loaded, so an experiment can set another value before; with 0
+vLLM runs every shared expert. On the CPU a layer of Qwen3.5-35B-A3B's sizes takes as
+long either way at 8 tokens (Zen 4, 2 threads, 16-bit weights). Not timed on a GPU. Its
+kernels read the weights once per 4 tokens, or once per 2 if they are quantized.
+"""
 
 # Largest relative difference, in the Frobenius norm, between a model's shared expert
 # and the formula of the kernels. bf16 rounds to 0.4%, in four places.
@@ -55,19 +60,25 @@ _TOLERANCE = 0.03
 class SharedGateUp(NamedTuple):
     """The shared expert's part of gate_up: one more expert, which every token uses.
 
-    Its weights have the activations' dtype, and H is a multiple of 8. The op writes
-    ``c[m] = silu(w[:I] @ a[m]) * (w[I:] @ a[m])`` and, if there is a gate,
-    ``factors[m] = sigmoid(gate @ a[m])``, both with fp32 sums.
+    The op writes ``c[m] = silu(w[:I] @ a[m]) * (w[I:] @ a[m])`` and, if there is a
+    gate, ``factors[m] = sigmoid(gate @ a[m])``, both with fp32 sums. ``w`` is in the
+    activations' dtype, with H a multiple of 8, or quantized as in
+    ``hybrid_w4a16_dense_ops``: int32 for 4 bits, uint8 for 8.
     """
 
     w: torch.Tensor
-    """[2*I, H], rows 0..I-1 gate, I..2I-1 up; rows start at multiples of 16 bytes."""
+    """[2*I, H] or int32 [2*I, H//8], rows 0..I-1 gate, I..2I-1 up; rows start at
+    multiples of 16 bytes."""
     gate: torch.Tensor | None
-    """[H] at a multiple of 16 bytes, or ``None``."""
+    """[H] in the activations' dtype at a multiple of 16 bytes, or ``None``."""
     c: torch.Tensor
     """Output, [M, I]."""
     factors: torch.Tensor | None
     """Output, fp32 [M]; ``None`` without a gate."""
+    scales: torch.Tensor | None = None
+    """Of quantized weights, [2*I, H//G] with G 32, 64 or 128."""
+    zero_points: torch.Tensor | None = None
+    """Of 4-bit weights, int32 [2*I//8, H//G]; ``None``: 8."""
 
 
 class SharedDown(NamedTuple):
@@ -79,11 +90,15 @@ class SharedDown(NamedTuple):
     a: torch.Tensor
     """``SharedGateUp.c``, [M, I]; I is a multiple of 8."""
     w: torch.Tensor
-    """fp16/bf16 [H, I]; rows start at multiples of 16 bytes."""
+    """[H, I] or int32 [H, I//8], in any format of ``SharedGateUp.w``."""
     factors: torch.Tensor | None
     """``SharedGateUp.factors``; with ``None`` all factors are 1."""
     c: torch.Tensor
     """Output, [M, H]."""
+    scales: torch.Tensor | None = None
+    """Of quantized weights, [H, I//G]."""
+    zero_points: torch.Tensor | None = None
+    """Of 4-bit weights, int32 [H//8, I//G]; ``None``: 8."""
 
 
 class FusingSharedExperts(SharedExperts):
@@ -121,7 +136,8 @@ class FusingSharedExperts(SharedExperts):
                 _log_left(reason)
                 return
         self.fused_up_to = min(MAX_TOKENS, experts.decode_up_to)
-        oracle.count_shared_expert(self.module.down_proj.weight.dtype)
+        if self.fused_up_to > 0:
+            oracle.count_shared_expert(_format(self.module))
 
     def takes_over(self, x: torch.Tensor) -> bool:
         """Whether the MoE method computes the shared expert for tokens `x` [M, H].
@@ -188,15 +204,16 @@ class FusingSharedExperts(SharedExperts):
     def arguments(self, x: torch.Tensor) -> tuple[SharedGateUp, SharedDown]:
         """The ops' arguments for tokens `x` [M, H], with new output tensors."""
         module = self.module
-        gate_up, down = module.gate_up_proj.weight, module.down_proj.weight
+        gate_up, *gate_up_groups = _weights(module.gate_up_proj)
+        down, *down_groups = _weights(module.down_proj)
         gate = factors = None
         if getattr(module, "expert_gate", None) is not None:
             gate = module.expert_gate.weight[0]
             factors = x.new_empty(x.shape[0], dtype=torch.float32)
-        middle = x.new_empty(x.shape[0], down.shape[1])
+        middle = x.new_empty(x.shape[0], gate_up.shape[0] // 2)
         return (
-            SharedGateUp(gate_up, gate, middle, factors),
-            SharedDown(middle, down, factors, torch.empty_like(x)),
+            SharedGateUp(gate_up, gate, middle, factors, *gate_up_groups),
+            SharedDown(middle, down, factors, torch.empty_like(x), *down_groups),
         )
 
 
@@ -215,9 +232,10 @@ def runner_built(runner: "MoERunner") -> None:
     if current_platform.is_cpu():
         _register_op()
         for linear in _linears(replaced._layer):
-            # else vLLM frees the weights in favour of a packed copy
-            linear._cpu_skip_gemm_dispatch = True
-            linear.cpu_linear = torch.nn.functional.linear
+            if _is_unquantized(linear):
+                # else vLLM frees the weights in favour of a packed copy
+                linear._cpu_skip_gemm_dispatch = True
+                linear.cpu_linear = torch.nn.functional.linear
     runner._shared_experts = method.shared_experts = FusingSharedExperts(replaced)
 
 
@@ -280,6 +298,25 @@ def _linears(module: Any) -> list[Any]:
     return found if gate is None else [*found, gate]
 
 
+def _is_unquantized(linear: Any) -> bool:
+    return type(linear.quant_method) is UnquantizedLinearMethod
+
+
+def _weights(
+    linear: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Weights, scales and zero points as the ops take them, once loaded."""
+    return ops.dense_parameters(linear) or (linear.weight, None, None)
+
+
+def _format(module: Any) -> str:
+    """The weights' format, for the log; gate_up's and down's if they differ."""
+    names = {torch.int32: "int4", torch.uint8: "int8"}
+    dtypes = [_weights(linear)[0].dtype for linear in _linears(module)[:2]]
+    found = [names.get(dtype) or str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return "/".join(dict.fromkeys(found))
+
+
 def _misfit_of_module(module: Any) -> str | None:
     """Why the kernels cannot compute this module, as far as its structure shows."""
     children = {name for name, child in module.named_children()}
@@ -289,10 +326,11 @@ def _misfit_of_module(module: Any) -> str | None:
     for linear in _linears(module):
         if not isinstance(linear, LinearBase):
             return f"its form is unknown ({type(module).__name__})"
-        if type(linear.quant_method) is not UnquantizedLinearMethod:
-            return f"its weights are quantized ({type(linear.quant_method).__name__})"
         if getattr(linear, "bias", None) is not None:
             return "it has a bias"
+    gate = getattr(module, "expert_gate", None)
+    if gate is not None and not _is_unquantized(gate):
+        return f"its gate is quantized ({type(gate.quant_method).__name__})"
     down = module.down_proj
     if not isinstance(down, RowParallelLinear):
         return f"its form is unknown ({type(module).__name__})"
@@ -303,8 +341,16 @@ def _misfit_of_module(module: Any) -> str | None:
 
 def _misfit_of_weights(module: Any) -> str | None:
     """Why the ops cannot read the loaded weights."""
+    dtypes = set()
     for linear in _linears(module):
+        packed = ops.dense_parameters(linear)
+        if packed is not None:
+            dtypes.add(packed[1].dtype)  # scales have the activations'
+            continue
+        if not _is_unquantized(linear):
+            return f"its weights are quantized ({type(linear.quant_method).__name__})"
         weight = linear.weight
+        dtypes.add(weight.dtype)
         name = getattr(linear, "prefix", type(linear).__name__)
         if weight.dtype not in (torch.float16, torch.bfloat16):
             return f"{name} is in {weight.dtype}"
@@ -316,24 +362,28 @@ def _misfit_of_weights(module: Any) -> str | None:
     gate = getattr(module, "expert_gate", None)
     if gate is not None and gate.weight.shape[0] != 1:
         return f"its gate has {gate.weight.shape[0]} outputs"
-    if len({linear.weight.dtype for linear in _linears(module)}) > 1:
+    if len(dtypes) > 1:
         return "its weights differ in dtype"
     return None
 
 
 def _other_formula(module: Any) -> str | None:
     """Why the module computes something else than the kernels; tries it on 2 tokens."""
-    weight = module.gate_up_proj.weight
-    x = torch.linspace(-1, 1, 2 * weight.shape[1]).mul(1000).sin().view(2, -1)
-    x = x.to(weight.device, weight.dtype)
+    weight, scales, _ = _weights(module.gate_up_proj)
+    x = torch.linspace(-1, 1, 2 * module.gate_up_proj.input_size).mul(1000).sin()
+    dtype = weight.dtype if scales is None else scales.dtype
+    x = x.view(2, -1).to(weight.device, dtype)
+
+    def product(linear: Any, rows: torch.Tensor) -> torch.Tensor:
+        return linear.quant_method.apply(linear, rows).float()
+
     with torch.inference_mode():
         got = module(x).float()
-        gate, up = torch.nn.functional.linear(x, weight).float().chunk(2, -1)
+        gate, up = product(module.gate_up_proj, x).chunk(2, -1)
         middle = (torch.nn.functional.silu(gate) * up).to(x.dtype)
-        expected = torch.nn.functional.linear(middle, module.down_proj.weight).float()
+        expected = product(module.down_proj, middle)
         if getattr(module, "expert_gate", None) is not None:
-            factor = torch.nn.functional.linear(x, module.expert_gate.weight).float()
-            expected *= factor.sigmoid()
+            expected *= product(module.expert_gate, x).sigmoid()
     if (got - expected).norm() <= _TOLERANCE * expected.norm():
         return None
     return f"{type(module).__name__} computes another function"

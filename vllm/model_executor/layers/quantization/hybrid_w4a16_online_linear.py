@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as moe_ops
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
     DeviceFamily,
     device_family,
@@ -104,6 +105,7 @@ class HybridW4A16OnlineLinearMethod(OnlineLinearBase):
         )
         replace_parameter(layer, "weight", packed)
         replace_parameter(layer, "weight_scale", scales)
+        moe_ops.set_dense_parameters(layer, "weight", "weight_scale")
         layer._already_called_process_weights_after_loading = True
 
     def apply(

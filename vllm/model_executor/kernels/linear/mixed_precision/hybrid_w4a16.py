@@ -82,6 +82,7 @@ class HybridW4A16LinearKernel(MPLinearKernel):
         [K//8, N] (GPTQ, and AWQ after vLLM's conversion) or [N, K//8]
         (compressed-tensors).
         """
+        from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
         from vllm.model_executor.layers.fused_moe import hybrid_w4a16_packing as packing
         from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
             load_kernels,
@@ -98,6 +99,9 @@ class HybridW4A16LinearKernel(MPLinearKernel):
             self._transform_param(layer, self.w_zp_name, _rows_first)
         elif getattr(layer, self.w_zp_name or "", None) is not None:
             setattr(layer, self.w_zp_name, None)  # the checkpoint stores them, all 8
+        hybrid_w4a16_ops.set_dense_parameters(
+            layer, self.w_q_name, self.w_s_name, self.w_zp_name
+        )
 
     def apply_weights(
         self,

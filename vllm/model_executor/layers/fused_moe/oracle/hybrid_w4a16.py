@@ -107,7 +107,7 @@ class _Model:
     linears: int = 0
     """Dense int4 linears on ``HybridW4A16LinearKernel``."""
     shared_experts: str = ""
-    """Dtype of the shared experts that the kernels compute; empty: none."""
+    """Format of the shared experts that the kernels compute; empty: none."""
     router: bool = False
     """Whether a kernel computes routers and top-k."""
 
@@ -345,9 +345,9 @@ def count_linear() -> None:
 
 
 # fork: begin token
-def count_shared_expert(dtype: torch.dtype) -> None:
-    """Say in the summary that the kernels compute the shared expert, in `dtype`."""
-    _model.shared_experts = str(dtype).removeprefix("torch.")
+def count_shared_expert(weight_format: str) -> None:
+    """Say in the summary that the kernels compute the shared expert, in this format."""
+    _model.shared_experts = weight_format
 
 
 def count_router() -> None:
