@@ -242,6 +242,20 @@ class ArgumentChecks {
     fail("activation", names, "'" + name + "'");
   }
 
+  // Checks the arguments of the gated activation and sets the fields of `out`.
+  template <typename Args>
+  void gated_activation(const std::string& name, double alpha, double beta,
+                        std::optional<double> limit, Args& out) const {
+    out.activation = activation_kind(name);
+    if (out.activation != Activation::kSilu && alpha != 1.0) {
+      fail("alpha", "1.0 with activation " + name, std::to_string(alpha));
+    }
+    out.alpha = static_cast<float>(alpha);
+    out.beta = static_cast<float>(beta);
+    out.limit = static_cast<float>(limit.value_or(std::numeric_limits<double>::infinity()));
+    if (!(out.limit > 0)) fail("limit", "a number above 0", std::to_string(out.limit));
+  }
+
   // Only GPU launchers take a plan; the CPU has nothing to choose.
   Plan plan(const std::optional<std::vector<int64_t>>& plan) const {
     Plan out{};
@@ -395,15 +409,8 @@ inline GateUpArgs check_gate_up(
       {{"M*top_k", int64_t{out.routing.num_tokens} * out.routing.top_k}, {"I", out.w.n / 2}});
   out.c = c.mutable_data_ptr();
   out.c_stride_m = c.stride(0);
-  out.activation = check.activation_kind(activation);
-  if (out.activation != Activation::kSilu && alpha != 1.0) {
-    check.fail("alpha", "1.0 with activation " + activation, std::to_string(alpha));
-  }
+  check.gated_activation(activation, alpha, beta, limit, out);
   out.cu_count = check.positive("cu_count", cu_count);
-  out.alpha = static_cast<float>(alpha);
-  out.beta = static_cast<float>(beta);
-  out.limit = static_cast<float>(limit.value_or(std::numeric_limits<double>::infinity()));
-  if (!(out.limit > 0)) check.fail("limit", "a number above 0", std::to_string(out.limit));
   out.plan = check.plan(plan);
   out.row_invariant = row_invariance();
   check.together("shared_c", shared_c, "shared_w", shared_w);

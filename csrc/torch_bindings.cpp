@@ -112,6 +112,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
       "wvSplitK_int_g_rescore(Tensor a, Tensor w, Tensor errors, Tensor(c!) c, "
       "Tensor(p!) partials, float window, float bound) -> ()");
   // fork: end
+  // fork: begin token
+  m.def(
+      "fused_moe_router_topk(Tensor a, Tensor w, Tensor(c!) logits, Tensor(d!) topk_weights, "
+      "Tensor(e!) topk_ids, Tensor(f!) arrived, str scoring, bool renormalize, int cu_count, "
+      "Tensor? bias=None, Tensor? is_padding=None, float scale=1.0) -> ()");
+  // fork: end
   m.def("hybrid_w4a16_build_info() -> str");
   // An empty string if the library has kernels for `arch` ("cpu", "gfx1151", "sm_90"); otherwise a
   // sentence that names what it was built for.

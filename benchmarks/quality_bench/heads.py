@@ -30,6 +30,7 @@ def compare_heads(
 
     hidden, weight = _hidden_states(model, sequences, dtype)
     given = torch.tensor([token for tokens in sequences for token in tokens[1:]])
+    given = given.to(hidden.device)
     settings = {name: _Head(name, weight) for name in names}
     figures = {name: _Figures() for name in names}
     for begin in range(0, len(hidden), 512):
@@ -94,6 +95,10 @@ class _Head:
     """Computes logits of hidden states [M, K], and counts the rescored rows."""
 
     def __init__(self, name: str, weight: Any):
+        from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
+            DeviceFamily,
+            device_family,
+        )
         from vllm.model_executor.layers.quantization import (
             hybrid_w4a16_dense_ops as ops,
         )
@@ -107,6 +112,9 @@ class _Head:
             error = ops.load_error()
             if error is not None:
                 raise RuntimeError(error)
+            family = device_family()
+            assert isinstance(family, DeviceFamily), family  # the engine ran on it
+            self.cu_count = family.cu_count
             self.quantized = ops.quantize(
                 weight, self.scheme.bits, self.scheme.group_size
             )
@@ -131,14 +139,14 @@ class _Head:
                 packed,
                 scales,
                 logits[part],
-                1,
+                self.cu_count,
                 scheme.group_size,
                 scheme.bits,
             )
         if not scheme.rescored:
             return logits, []
         asked = self.ops.rescored_rows(rows, errors, logits, WINDOW, BOUND)
-        partials = torch.empty(most, 2 * self.ops.PARTS)
+        partials = torch.empty(most, 2 * self.ops.PARTS, device=rows.device)
         for part in parts:
             self.ops.wvSplitK_int_g_rescore(
                 rows[part],

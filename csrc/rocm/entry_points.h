@@ -12,8 +12,9 @@
 //   log2_k_slices    2^this waves share one expert's k in the down kernels; divides waves
 // fork: begin overlay
 //   slots            most pairs of one expert that share a pass over its weights, up to T
-//   row_tiles        tiles that each wave of grouped_gate_up multiplies; a tile is kGateUpRows *
-//                    kRowGroups indices of the intermediate size
+//   row_tiles        tiles that each wave of grouped_gate_up, tiled_gate_up or tiled_down
+//                    multiplies; a tile is kGateUpRows * kRowGroups indices of the intermediate
+//                    size, in tiled_down kTiledDownRows * kRowsPerWave rows
 // fork: end
 // Grids:
 //        gate_up ceil(inter / kRowGroups), top_k, num_tokens
@@ -24,7 +25,9 @@
 //                        ceil(num_tokens / kGroupTokens)
 //        grouped_down, wide_down  ceil(n / kRowsPerWave), ceil(n / (2 * kRowsPerWave));
 //                        ceil(num_tokens / kGroupTokens), 1
-// The last three exist only with matrix instructions; geometry.h has their LDS.
+//        tiled_gate_up   most lists of T pairs * ceil(inter / (waves * row_tiles tiles)), 1, 1
+//        tiled_down      most lists of T pairs * ceil(n / (waves * row_tiles tiles)), 1, 1
+// The last five exist only with matrix instructions; geometry.h has their LDS.
 // fork: end
 // With a shared expert the y dimension of these grids, except for gemm, starts with shared_y rows
 // of blocks for it (shared_expert.cuh); shared_y is 0 without one. grid_x is the size of x. Its
@@ -90,6 +93,16 @@
       int64_t c_stride_m, MOE_INT4_ROUTER_ARGS, const float *topk_weights, int64_t tw_stride_m, \
       int waves, int slots, int wave_lds_bytes, int blocks, int blocks_per_wave,                \
       int log2_k_slices, MOE_INT4_SHARED_DOWN_ARGS
+#define MOE_INT4_SORTED_ARGS \
+  const int32_t *sorted_ids, const int32_t *expert_ids, const int32_t *num_padded, int num_pairs
+#define MOE_INT4_TILED_GATE_UP_ARGS                                                     \
+  const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int inter, int k, void *c,   \
+      int64_t c_stride_m, MOE_INT4_SORTED_ARGS, int top_k, int activation, float alpha, \
+      float beta, float limit, int waves, int blocks, int row_tiles
+#define MOE_INT4_TILED_DOWN_ARGS                                                                  \
+  const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,                 \
+      int64_t c_stride_m, MOE_INT4_SORTED_ARGS, const float *topk_weights, int waves, int blocks, \
+      int row_tiles
 // fork: end
 #define MOE_INT4_GEMM_ARGS                                                                  \
   const void *a, int64_t a_stride_m, MOE_INT4_WEIGHT_ARGS, int n, int k, void *c,           \
@@ -106,6 +119,10 @@
 #define MOE_INT4_FOR_T_grouped_gate_up(X, ...) X(__VA_ARGS__, 8) X(__VA_ARGS__, 16)
 #define MOE_INT4_FOR_T_grouped_down(X, ...) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_T_wide_down(X, ...) X(__VA_ARGS__, 8)
+#define MOE_INT4_FOR_T_tiled_gate_up(X, ...) \
+  X(__VA_ARGS__, 8) X(__VA_ARGS__, 16) X(__VA_ARGS__, 32) X(__VA_ARGS__, 64)
+#define MOE_INT4_FOR_T_tiled_down(X, ...) \
+  X(__VA_ARGS__, 8) X(__VA_ARGS__, 16) X(__VA_ARGS__, 32) X(__VA_ARGS__, 64)
 // fork: end
 #define MOE_INT4_FOR_ZP(X, OP, NAME, DT, G)      \
   MOE_INT4_FOR_T(X, OP, NAME, DT, G, sym, false) \
@@ -136,4 +153,8 @@ MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, grouped_gate_up)
 #define MOE_INT4_DECLARE_wide_down MOE_INT4_GROUPED_DOWN_ARGS
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, grouped_down)
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, wide_down)
+#define MOE_INT4_DECLARE_tiled_gate_up MOE_INT4_TILED_GATE_UP_ARGS
+#define MOE_INT4_DECLARE_tiled_down MOE_INT4_TILED_DOWN_ARGS
+MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, tiled_gate_up)
+MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, tiled_down)
 #endif

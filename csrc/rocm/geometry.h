@@ -93,6 +93,10 @@ constexpr int kGateUpRows = 2;  // R of grouped_gate_up
 // wave (down) or block (gate_up) has the same ring of activation rows, one per slot. The padding
 // puts the rows of adjacent slots on different banks.
 constexpr int kGroupRing = 2;
+// Kernels for pairs that another launch sorted by expert (moe_int4_tiled_*.hip): a list is a block
+// of T rows. Sums of 64 rows leave registers for 8 waves.
+constexpr int kMaxTiledWaves = 8;
+constexpr int kTiledDownRows = 2;  // R of tiled_down
 GPU_ANYWHERE constexpr int group_window_blocks(int r) { return 4 / r; }
 GPU_ANYWHERE constexpr int group_row_bytes(int r) {
   return group_window_blocks(r) * kBlockK * 2 + 64;
@@ -101,6 +105,10 @@ constexpr int kGroupWindowBytes = 4 * kBlockWeightBytes;
 constexpr int kGroupWeightBytes = kGroupRing * kGroupWindowBytes;
 GPU_ANYWHERE constexpr int group_row_ring_bytes(int r, int slots) {
   return kGroupRing * slots * group_row_bytes(r);
+}
+// LDS of a block of a tiled kernel; the pairs and their rows come last.
+GPU_ANYWHERE constexpr int tiled_lds_bytes(int r, int t, int waves) {
+  return waves * kGroupWeightBytes + group_row_ring_bytes(r, t) + 8 * t;
 }
 // fp32 results of a wave of the down kernel.
 GPU_ANYWHERE constexpr int group_result_bytes(int r, int tokens) {

@@ -55,6 +55,11 @@
 //                           fp16 bits, round to nearest even
 //  float exp2_fast(float), rcp_fast(float), sqrt_of(float)
 //                           2^x, 1/x and the square root, error below 2^-20
+// fork: begin token
+//  float exp_of(float), exp_fast(float)
+//                           e^x, to about one rounding and with the hardware's
+//                           2^x. On CUDA expf and __expf
+// fork: end
 //  float dot2(Half, uint32_t a, uint32_t b, float c)
 //                           c + a.lo*b.lo + a.hi*b.hi, fp32 sum
 //  float dot2(BFloat16, uint32_t a, uint32_t b, float c)
@@ -77,6 +82,15 @@
 //                           returns when everything that the previous grid
 //                           wrote is visible
 //  AMD has no such overlap of grids: these two do nothing there.
+// fork: begin token
+//  int fetch_add(int* p, int v)
+//                           adds v to *p in global memory, atomically; returns
+//                           the value before
+//  void release_writes()    what the lane wrote to global memory is visible to
+//                           blocks that see its later fetch_add, or that of a
+//                           lane behind a barrier, and call acquire_writes
+//  void acquire_writes()    see release_writes
+// fork: end
 // fork: begin overlay
 //  On CUDA they work for launches with LaunchShape::overlap.
 //
@@ -104,6 +118,10 @@
 //  kernel):
 //  uint32_t wave_ballot(bool)
 //                           bit i: lane i's argument
+// fork: begin token
+//  uint32_t wave_max(uint32_t)
+//                           the largest argument of all lanes
+// fork: end
 //  T shuffle_xor<Mask>(T v) value of lane() ^ Mask, Mask 1, 2, 4, 8, 16; T int
 //                           or float
 //  T shuffle(T v, int from) value of lane `from`
@@ -318,6 +336,10 @@ GPU_DEVICE float exp2_fast(float x) {
   return r;
 }
 GPU_DEVICE float sqrt_of(float x) { return __fsqrt_rn(x); }
+// fork: begin token
+GPU_DEVICE float exp_of(float x) { return expf(x); }
+GPU_DEVICE float exp_fast(float x) { return __expf(x); }
+// fork: end
 GPU_DEVICE float rcp_fast(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -366,6 +388,13 @@ GPU_DEVICE void wait_previous_grid() {
 #endif
 }
 
+// fork: begin token
+GPU_DEVICE int fetch_add(int* p, int v) { return atomicAdd(p, v); }
+GPU_DEVICE void release_writes() { __threadfence(); }
+GPU_DEVICE void acquire_writes() { __threadfence(); }
+
+GPU_DEVICE uint32_t wave_max(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
+// fork: end
 GPU_DEVICE uint32_t wave_ballot(bool p) { return __ballot_sync(0xffffffffu, p); }
 GPU_DEVICE uint32_t lanes_equal(int v) { return __match_any_sync(0xffffffffu, v); }
 template <int Mask, typename T>
@@ -488,6 +517,10 @@ GPU_DEVICE uint16_t float_to_half(float x) {
 GPU_DEVICE float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }
 GPU_DEVICE float rcp_fast(float x) { return __builtin_amdgcn_rcpf(x); }
 GPU_DEVICE float sqrt_of(float x) { return __builtin_amdgcn_sqrtf(x); }
+// fork: begin token
+GPU_DEVICE float exp_of(float x) { return __builtin_elementwise_exp(x); }
+GPU_DEVICE float exp_fast(float x) { return exp2_fast(1.44269504f * x); }
+// fork: end
 GPU_DEVICE float dot2(Half, uint32_t a, uint32_t b, float c) {
   return __builtin_amdgcn_fdot2(__builtin_bit_cast(Half2, a), __builtin_bit_cast(Half2, b), c,
                                 false);
@@ -530,6 +563,25 @@ GPU_DEVICE T shuffle_xor(T v) {
     return __builtin_bit_cast(T, __builtin_amdgcn_ds_swizzle(bits, (Mask << 10) | 0x1f));
   }
 }
+// fork: begin token
+GPU_DEVICE int fetch_add(int* p, int v) {
+  return __hip_atomic_fetch_add(p, v, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+GPU_DEVICE void release_writes() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent"); }
+GPU_DEVICE void acquire_writes() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
+template <int Mask>
+GPU_DEVICE uint32_t larger_of_lanes(uint32_t v) {
+  const uint32_t other = static_cast<uint32_t>(shuffle_xor<Mask>(static_cast<int>(v)));
+  return v > other ? v : other;
+}
+GPU_DEVICE uint32_t wave_max(uint32_t v) {
+  v = larger_of_lanes<1>(v);
+  v = larger_of_lanes<2>(v);
+  v = larger_of_lanes<4>(v);
+  v = larger_of_lanes<8>(v);
+  return uniform(static_cast<int>(larger_of_lanes<16>(v)));
+}
+// fork: end
 GPU_DEVICE void wave_barrier() {  // LDS is in order within a wave; this stops only the compiler
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront", "local");
   __builtin_amdgcn_wave_barrier();

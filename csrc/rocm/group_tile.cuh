@@ -138,15 +138,31 @@ struct GroupItem {
   int expert, first, count, row;
 };
 
+// One list with `tiles_left` tiles of rows, `step` rows apart.
+struct RowTiles {
+  GroupItem item;
+  int step, tiles_left;
+
+  GPU_DEVICE bool next(GroupItem& out) {
+    out = item;
+    item.row += step;
+    return tiles_left-- > 0;
+  }
+};
+
 // Positions of the wave's row sets, which come in pairs: set r starts `pair` * (r / 2) rows after
 // the first set, and the second set of a pair another `second` rows later. Rows from `limit` on
-// repeat the last row before. The second set of a pair is also `stack` further.
+// repeat the last row before. The second set of a pair is also `stack` further. Within a set,
+// neighbouring lane_row() are `lane_step` rows apart.
 struct RowSets {
-  int pair, second, limit, stack;
+  int pair, second, limit, stack, lane_step;
+  GPU_DEVICE int shift(int r) const { return pair * (r / 2) + second * (r % 2); }
   GPU_DEVICE int row(int first, int r) const {
-    const int row = first + pair * (r / 2) + second * (r % 2);
+    const int row = first + shift(r);
     return (row < limit ? row : limit - 1) + stack * (r % 2);
   }
+  // The row's nibble in a word of zero points. The sets of a wave begin at a multiple of 8 rows.
+  GPU_DEVICE int nibble(int r) const { return (lane_step * lane_row() + shift(r)) & 7; }
 };
 
 // Shared: all waves of the block have the same items except for the rows, and share activations.
@@ -159,6 +175,9 @@ class GroupTile {
   static constexpr int kGroups = kBlockK / G;              // per block
   static constexpr int kWindowGroups = kWindow * kGroups;
   static constexpr int kHeld = (kWindowGroups + 3) / 4;  // groups whose scales a lane holds
+  // With many columns, the slots of a list are the columns, and a list that leaves half of them
+  // empty is multiplied without that half.
+  static constexpr bool kHalves = NB > 2;
   // With few columns, a second product of -(offset + zero point) is cheaper than subtracting those
   // from every weight; the two products have separate sums.
   static constexpr bool kSubtracts = NB > 1;
@@ -191,7 +210,7 @@ class GroupTile {
     GPU_UNROLL
     for (int b = 0; b < NB; ++b) {  // columns without a row repeat one; their results are unused
       const int slot = 8 * b + lane_row();
-      act_[b] = rows_ + ((slot < slots ? slot : slots - 1) * kRowBytes + 16 * lane_k());
+      act_[b] = rows_ + ((kHalves || slot < slots ? slot : slots - 1) * kRowBytes + 16 * lane_k());
     }
     GPU_UNROLL
     for (int r = 0; r < kSets; ++r) {
@@ -240,7 +259,15 @@ class GroupTile {
         copy_activations(ask, free, row_of);
         gpu::commit_copies();
         load_scales(ask, kGroupRing - 1);
-        add_window(sums, block, w);
+        if constexpr (kHalves) {
+          if (item.count > 4 * NB) {
+            add_window<NB>(sums, block, w);
+          } else {
+            add_window<NB / 2>(sums, block, w);
+          }
+        } else {
+          add_window<NB>(sums, block, w);
+        }
         GPU_UNROLL
         for (int i = 0; i + 1 < kGroupRing; ++i) scales_[i] = scales_[i + 1];
         if (advance(ask)) enter_weights(ask.item);
@@ -357,67 +384,55 @@ class GroupTile {
     if (!at.more) return;
     const int from = at.block * kBlockK + 8 * gpu::lane();
     const gpu::LdsAddress to = rows_ + (window * slots_ * kRowBytes + 16 * gpu::lane());
+    // All addresses of a batch before its copies, so that finding them is waited for once.
+    constexpr int kBatch = NB > 2 ? 8 : 4;
     GPU_ROLLED
-    for (int s = first_slot_; s < at.item.count; s += slot_step_) {
-      const uint16_t* const row = row_of(at.item.first + s) + from;
+    for (int first = first_slot_; first < at.item.count; first += kBatch * slot_step_) {
+      const uint16_t* row[kBatch];
       GPU_UNROLL
-      for (int i = 0; i < kWindow * kBlockK / kStep; ++i) {
-        gpu::copy_16_async(to + (s * kRowBytes + 2 * i * kStep), row + i * kStep,
-                           from + i * kStep < k_);
+      for (int b = 0; b < kBatch; ++b) {
+        const int s = first + b * slot_step_;
+        row[b] = row_of(at.item.first + (s < at.item.count ? s : first)) + from;
+      }
+      GPU_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        const int s = first + b * slot_step_;
+        if (s >= at.item.count) break;
+        GPU_UNROLL
+        for (int i = 0; i < kWindow * kBlockK / kStep; ++i) {
+          gpu::copy_16_async(to + (s * kRowBytes + 2 * i * kStep), row[b] + i * kStep,
+                             from + i * kStep < k_);
+        }
       }
     }
   }
 
+  // Adds a window to the first 8 * N columns.
+  template <int N>
   GPU_DEVICE void add_window(Sums& sums, int block, int window) const {
     const int weights_at = window * kGroupWindowBytes, rows_at = window * slots_ * kRowBytes;
     GPU_UNROLL
     for (int i = 0; i < kWindow; ++i) {
       if (block + i >= last_) break;
-      float dot[NB][R][kSums][4] = {};
+      float dot[N][R][kSums][4] = {};
       GPU_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int group = i * kGroups + 32 * j / G;
-        gpu::U32x4 a[NB];
-        GPU_UNROLL
-        for (int b = 0; b < NB; ++b) {
-          a[b] = gpu::lds_load_16(act_[b] + rows_at + (i * kBlockK * 2 + 64 * j));
-        }
-        GPU_UNROLL
-        for (int m = 0; m < R; ++m) {
-          const gpu::LdsAddress unit = unit_[j] + weights_at + (kSets * i + 2 * m) * kSetBytes;
-          const uint32_t x = gpu::lds_load_4(unit), y = gpu::lds_load_4(unit + kSetBytes);
-          const uint32_t zx = minus(group, 2 * m), zy = minus(group, 2 * m + 1);
-          const uint32_t low[4] = {weight<0>(x, zx), weight<0>(y, zy), weight<1>(x, zx),
-                                   weight<1>(y, zy)};
-          const uint32_t high[4] = {weight<2>(x, zx), weight<2>(y, zy), weight<3>(x, zx),
-                                    weight<3>(y, zy)};
-          GPU_UNROLL
-          for (int b = 0; b < NB; ++b) {
-            mma_16x8x16(DT{}, dot[b][m][0], low, {a[b].v[0], a[b].v[1]});
-            if constexpr (!kSubtracts) {
-              mma_16x8x16(DT{}, dot[b][m][1], {zx, zy, zx, zy}, {a[b].v[0], a[b].v[1]});
-            }
-            mma_16x8x16(DT{}, dot[b][m][0], high, {a[b].v[2], a[b].v[3]});
-            if constexpr (!kSubtracts) {
-              mma_16x8x16(DT{}, dot[b][m][1], {zx, zy, zx, zy}, {a[b].v[2], a[b].v[3]});
-            }
-          }
-        }
+        multiply<N>(dot, i, j, weights_at, rows_at, group);
         if ((32 * j + 32) % G != 0) continue;
         GPU_UNROLL
         for (int r = 0; r < kSets; ++r) {
           const int bits = gpu::shuffle_in_quad<int>(scales_[0].scale[group / 4][r], group);
           const float scale = Format<DT>::to_float(static_cast<uint16_t>(bits));
           GPU_UNROLL
-          for (int b = 0; b < NB; ++b) {
+          for (int b = 0; b < N; ++b) {
             GPU_UNROLL
             for (int d = r % 2 * 2; d < r % 2 * 2 + 2; ++d) {
-              float sum = 0.0f;
+              float (&parts)[kSums][4] = dot[b][r / 2];
+              float sum = parts[0][d];
+              if constexpr (!kSubtracts) sum += parts[1][d];
               GPU_UNROLL
-              for (int c = 0; c < kSums; ++c) {
-                sum += dot[b][r / 2][c][d];
-                dot[b][r / 2][c][d] = 0.0f;
-              }
+              for (int c = 0; c < kSums; ++c) parts[c][d] = 0.0f;
               sums[b][r / 2][d] += scale * sum;
             }
           }
@@ -426,12 +441,60 @@ class GroupTile {
     }
   }
 
-  // The pair -(offset + zero point) of row set r. A row set begins at a multiple of 8 rows.
+  // Adds unit j of block i. A product waits for the sums of the one before, so products of
+  // kColumns blocks of columns and all row sets run between two of the same sums.
+  template <int N>
+  GPU_DEVICE void multiply(float (&dot)[N][R][kSums][4], int i, int j, int weights_at, int rows_at,
+                           int group) const {
+    constexpr int kColumns = N < 2 ? 1 : 2;
+    uint32_t w[R][2][4], z[R][2];
+    GPU_UNROLL
+    for (int m = 0; m < R; ++m) {
+      const gpu::LdsAddress unit = unit_[j] + weights_at + (kSets * i + 2 * m) * kSetBytes;
+      const uint32_t x = gpu::lds_load_4(unit), y = gpu::lds_load_4(unit + kSetBytes);
+      const uint32_t zx = z[m][0] = minus(group, 2 * m), zy = z[m][1] = minus(group, 2 * m + 1);
+      w[m][0][0] = weight<0>(x, zx);
+      w[m][0][1] = weight<0>(y, zy);
+      w[m][0][2] = weight<1>(x, zx);
+      w[m][0][3] = weight<1>(y, zy);
+      w[m][1][0] = weight<2>(x, zx);
+      w[m][1][1] = weight<2>(y, zy);
+      w[m][1][2] = weight<3>(x, zx);
+      w[m][1][3] = weight<3>(y, zy);
+    }
+    GPU_UNROLL
+    for (int first = 0; first < N; first += kColumns) {
+      gpu::U32x4 a[kColumns];
+      GPU_UNROLL
+      for (int b = 0; b < kColumns; ++b) {
+        const gpu::LdsAddress row =
+            kHalves ? act_[0] + 8 * (first + b) * kRowBytes : act_[first + b];
+        a[b] = gpu::lds_load_16(row + rows_at + (i * kBlockK * 2 + 64 * j));
+      }
+      GPU_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        GPU_UNROLL
+        for (int b = 0; b < kColumns; ++b) {
+          const uint32_t acts[2] = {a[b].v[2 * half], a[b].v[2 * half + 1]};
+          GPU_UNROLL
+          for (int m = 0; m < R; ++m) {
+            float (&d)[kSums][4] = dot[first + b][m];
+            mma_16x8x16(DT{}, d[0], w[m][half], acts);
+            if constexpr (!kSubtracts) {
+              mma_16x8x16(DT{}, d[1], {z[m][0], z[m][1], z[m][0], z[m][1]}, acts);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // The pair -(offset + zero point) of row set r.
   GPU_DEVICE uint32_t minus(int group, int r) const {
     int zero = kSymmetricZeroPoint;
     if constexpr (ZP) {
       const int word = gpu::shuffle_in_quad<int>(scales_[0].zero[group / 4][r], group);
-      zero = word >> 4 * lane_row() & 15;
+      zero = word >> 4 * sets_.nibble(r) & 15;
     }
     return unpack_pair<DT, 0>(zero * 0x00010001u) ^ 0x80008000u;
   }

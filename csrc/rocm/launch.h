@@ -6,6 +6,9 @@
 #pragma once
 
 #include "moe_int4_args.h"
+// fork: begin token
+#include "moe_router_args.h"
+// fork: end
 
 namespace moe_int4 {
 
@@ -19,6 +22,10 @@ void launch_down(const DownArgs& args, void* queue);
 void launch_dense(const DenseArgs& args, void* stream);
 // Two grids: the first reads c, which the previous grid may still be writing; the second writes it.
 void launch_rescore(const RescoreArgs& args, void* stream);
+
+// fork: end
+// fork: begin token
+void launch_router(const RouterArgs& args, void* stream);
 
 // fork: end
 }  // namespace moe_int4

@@ -56,7 +56,7 @@ GPU_DEVICE void grouped_down(MOE_INT4_GROUPED_DOWN_ARGS) {
   const int share = gpu::wave() >> log2_k_slices, shares = waves >> log2_k_slices;
   const DownItems items = {lists, first_row + lane_row(), shares,
                            first < last ? share : lists.count};
-  Tile tile(weights, {kRowsPerWave, kRowGroups, n, 0}, first, last, k, ring, rows, slots, 1);
+  Tile tile(weights, {kRowsPerWave, kRowGroups, n, 0, 1}, first, last, k, ring, rows, slots, 1);
   const auto* const acts =
       static_cast<const uint16_t*>(a) + static_cast<int64_t>(first_token) * top_k * a_stride_m;
   const auto wait = [] {

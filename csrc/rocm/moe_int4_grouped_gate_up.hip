@@ -14,18 +14,6 @@
 
 namespace moe_int4 {
 
-// Row tiles of a wave, all for one list.
-struct GateUpItems {
-  GroupItem item;
-  int step, tiles_left;
-
-  GPU_DEVICE bool next(GroupItem& out) {
-    out = item;
-    item.row += step;
-    return tiles_left-- > 0;
-  }
-};
-
 template <typename DT, int G, bool ZP, int NB>
 GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
   if (gpu::block_y() < shared_y) {
@@ -47,8 +35,8 @@ GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
   const int first = lists.starts[list], last = lists.starts[list + 1];
   const int step = waves * kTileRows;
   int index = (gpu::block_x() * waves * row_tiles + gpu::wave()) * kTileRows + lane_row();
-  const GateUpItems items = {{lists.experts[list], first, last - first, index}, step, row_tiles};
-  Tile tile(weights, {kRowGroups, 0, inter, inter}, 0, blocks, k,
+  const RowTiles items = {{lists.experts[list], first, last - first, index}, step, row_tiles};
+  Tile tile(weights, {kRowGroups, 0, inter, inter, 1}, 0, blocks, k,
             gpu::dynamic_lds() + gpu::wave() * kGroupWeightBytes, rows, slots, waves);
   const auto* const acts = static_cast<const uint16_t*>(a) + first_token * a_stride_m;
   const auto row_of = [&](int i) { return acts + lists.pairs[i].token() * a_stride_m; };

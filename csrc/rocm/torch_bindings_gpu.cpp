@@ -11,10 +11,19 @@
 #include <vector>
 
 #include "device.h"
+#include "gpu_compat.cuh"
 #include "launch.h"
 #include "moe_int4_checks.h"
+// fork: begin token
+#include "moe_router_checks.h"
+// fork: end
 // fork: begin lm_head
 #include "wvSplitK_int_g_checks.h"
+// fork: end
+// fork: begin overlay
+#if GPU_HAS_MMA
+#include "tiled_checks.h"
+#endif
 // fork: end
 
 namespace moe_int4::gpu {
@@ -91,6 +100,43 @@ void rescore_op(const Tensor& a, const Tensor& w, const Tensor& errors, const Te
 }
 
 // fork: end
+// fork: begin overlay
+#if GPU_HAS_MMA
+void tiled_gate_up_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+                      const Tensor& sorted_ids, const Tensor& expert_ids, const Tensor& num_padded,
+                      int64_t top_k, std::string activation, int64_t group_size,
+                      std::vector<int64_t> tile, const std::optional<Tensor>& zero_points,
+                      double alpha, double beta, std::optional<double> limit) {
+  const TiledGateUpArgs args =
+      check_tiled_gate_up(DeviceType::CUDA, a, w, scales, c, {sorted_ids, expert_ids, num_padded},
+                          top_k, activation, group_size, tile, zero_points, alpha, beta, limit);
+  launch_tiled_gate_up(args, OnDeviceOf(a).stream());
+}
+
+void tiled_down_op(const Tensor& a, const Tensor& w, const Tensor& scales, const Tensor& c,
+                   const Tensor& sorted_ids, const Tensor& expert_ids, const Tensor& num_padded,
+                   const std::optional<Tensor>& topk_weights, int64_t group_size,
+                   std::vector<int64_t> tile, const std::optional<Tensor>& zero_points) {
+  const TiledDownArgs args =
+      check_tiled_down(DeviceType::CUDA, a, w, scales, c, {sorted_ids, expert_ids, num_padded},
+                       topk_weights, group_size, tile, zero_points);
+  launch_tiled_down(args, OnDeviceOf(a).stream());
+}
+#endif
+
+// fork: end
+// fork: begin token
+void router_op(const Tensor& a, const Tensor& w, const Tensor& logits, const Tensor& topk_weights,
+               const Tensor& topk_ids, const Tensor& arrived, std::string scoring, bool renormalize,
+               int64_t cu_count, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& is_padding, double scale) {
+  const RouterArgs args =
+      check_router(DeviceType::CUDA, a, w, logits, topk_weights, topk_ids, arrived, scoring,
+                   renormalize, cu_count, bias, is_padding, scale);
+  launch_router(args, OnDeviceOf(a).stream());
+}
+
+// fork: end
 void load_device_op(int64_t device, std::string arch) {
   load_device(static_cast<int>(device), arch);
 }
@@ -100,6 +146,19 @@ void load_device_op(int64_t device, std::string arch) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(_rocm_C, m) {
   m.def("hybrid_w4a16_load_device(int device, str arch) -> ()");
+  // fork: begin overlay
+#if GPU_HAS_MMA
+  m.def(
+      "fused_moe_wvSplitK_int4_tiled_gate_up(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
+      "Tensor sorted_ids, Tensor expert_ids, Tensor num_padded, int top_k, str activation, "
+      "int group_size, int[] tile, Tensor? zero_points=None, float alpha=1.0, float beta=0.0, "
+      "float? limit=None) -> ()");
+  m.def(
+      "fused_moe_wvSplitK_int4_tiled_down(Tensor a, Tensor w, Tensor scales, Tensor(c!) c, "
+      "Tensor sorted_ids, Tensor expert_ids, Tensor num_padded, Tensor? topk_weights, "
+      "int group_size, int[] tile, Tensor? zero_points=None) -> ()");
+#endif
+  // fork: end
 }
 
 STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CompositeExplicitAutograd, m) {
@@ -113,5 +172,14 @@ STABLE_TORCH_LIBRARY_IMPL(_rocm_C, CUDA, m) {
   // fork: begin lm_head
   m.impl("wvSplitK_int_g", TORCH_BOX(&moe_int4::gpu::dense_op));
   m.impl("wvSplitK_int_g_rescore", TORCH_BOX(&moe_int4::gpu::rescore_op));
+  // fork: end
+  // fork: begin overlay
+#if GPU_HAS_MMA
+  m.impl("fused_moe_wvSplitK_int4_tiled_gate_up", TORCH_BOX(&moe_int4::gpu::tiled_gate_up_op));
+  m.impl("fused_moe_wvSplitK_int4_tiled_down", TORCH_BOX(&moe_int4::gpu::tiled_down_op));
+#endif
+  // fork: end
+  // fork: begin token
+  m.impl("fused_moe_router_topk", TORCH_BOX(&moe_int4::gpu::router_op));
   // fork: end
 }

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.e2e
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 600.0
+TIMEOUT_S = 1100.0  # of the engines of one test
 # The last place in bf16 of a logit from 16 to 32: the order of its sum may decide it.
 ROUNDING = 0.13
 
@@ -61,6 +62,7 @@ def run_engines(
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
+        timeout=TIMEOUT_S,
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-4000:]

@@ -24,8 +24,12 @@ def gpu_kernels():
     """Load the kernels of this machine's GPU, like a layer that uses them."""
     if "cuda" in _devices():
         properties = torch.cuda.get_device_properties(0)
-        arch = getattr(properties, "gcnArchName", "").split(":")[0]
-        ops.load_device(0, arch or f"sm_{properties.major}{properties.minor}")
+        arch = properties.gcnArchName.split(":")[0]
+        # fork: begin overlay
+        if torch.version.hip is None:  # there gcnArchName is the GPU's name
+            arch = f"sm_{properties.major}{properties.minor}"
+        # fork: end
+        ops.load_device(0, arch)
 
 
 @pytest.fixture(params=_devices(), scope="session")

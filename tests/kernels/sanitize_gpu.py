@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Runs the cases of test_moe_int4_on_host.py on an NVIDIA GPU, with compute-sanitizer.
 
+And those of test_router_on_host.py.
+
 ``python tests/kernels/sanitize_gpu.py [--arch sm_90] [--tools memcheck,racecheck,...]
 [--amd-path]``
 
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.kernels import test_moe_int4_on_host as host  # noqa: E402
+from tests.kernels import test_router_on_host as router  # noqa: E402
 from tests.support.kernels_on_host import SEED, read_records, record  # noqa: E402
 
 ROCM = ROOT / "csrc" / "rocm"
@@ -59,6 +62,7 @@ def build(nvcc, arch, folder, amd_path):
 def run(command, combinations):
     """Runs all cases in one process; returns (wrong results, printed text)."""
     cases = [case for key in combinations for case in host.Maker(*key).cases()]
+    cases += router.cases(router.SHAPES, (1, 5))
     calls = b"".join(record(case.fields) for case in cases)
     done = subprocess.run(command, input=calls, capture_output=True, check=False)
     text = done.stderr.decode(errors="replace")

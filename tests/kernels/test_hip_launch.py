@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from tests.kernels.test_moe_int4_on_host import Maker
+from tests.kernels.test_router_on_host import cases as router_cases
 from tests.kernels.test_wvSplitK_int_g_on_host import (
     BITS_AND_ZEROS,
     check_rescored,
@@ -255,12 +256,16 @@ def test_rescoring_is_right(program, launched, dtype, rows, window):
     check_rescored(case, dtype, reply["c"])
 
 
+def test_results_of_the_router_are_right(program, launched):
+    check_results(program, launched, list(router_cases(None, (1, 5))))
+
+
 def test_every_kernel_was_started(library, launched):
     """Runs after the tests above, which launch them."""
     assert launched.exists(), "run the whole file"
     embedded = (library.parent / "csrc/rocm/device_code/device_code.cpp").read_text()
     kernels = set(re.findall(r'"(\w+)\\n"', embedded))
-    for start in ("moe_int4_", "wvSplitK_int_g_", "rescore_"):
+    for start in ("moe_int4_", "wvSplitK_int_g_", "rescore_", "moe_router_"):
         assert any(name.startswith(start) for name in kernels)
     assert kernels - set(launched.read_text().split()) == set()
 

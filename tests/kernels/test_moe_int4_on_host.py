@@ -34,6 +34,7 @@ from tests.support.kernels_on_host import (
 
 pytestmark = pytest.mark.slow
 
+OPS = "gemm", "gate_up", "down", "tiled_gate_up", "tiled_down"
 SILU, GELU, GELU_TANH = range(3)  # moe_int4::Activation
 PAIRS, EIGHTS, GROUPED, WIDE = range(4)  # moe_int4::Kernel
 
@@ -53,9 +54,10 @@ class Maker:
             group,
             zero_points,
         )
-        names = ("gemm", "gate_up", "down").index(op), dtype, group, int(zero_points)
+        names = OPS.index(op), dtype, group, int(zero_points)
         self.rng = np.random.default_rng([SEED, int(mma), *names])
-        self.aligned = False  # whether rows of a start at 16-byte boundaries
+        # whether rows of a start at 16-byte boundaries
+        self.aligned = op.startswith("tiled")
 
     def pick(self, *values):
         return values[self.rng.integers(len(values))]
@@ -245,14 +247,15 @@ class Maker:
 
     def finish(self, fields, expected, written, label, shared=(None, None)):
         columns = expected.shape[1]
-        stride = columns + self.pick(0, 0, 1, 16)
+        tiled = self.op.startswith("tiled")  # stores two results at a time
+        stride = columns + self.pick(0, 0, 2 if tiled else 1, 16)
         size = (expected.shape[0] - 1) * stride + columns
         before = self.rng.integers(0x7FC1, 0x7FFF, size, dtype=np.uint16)  # NaNs
         fields.update(
             op=self.op.encode(), dtype=self.dtype, cu_count=self.pick(1, 2, 40)
         )
         fields.update({"c": before.tobytes(), "c_stride_m": stride})
-        fields["c.offset"] = self.pick(0, 2)
+        fields["c.offset"] = self.pick(0, 4 if tiled else 2)
         label = f"seed {SEED}, {label}"
         return Case(
             *(fields, expected, written, before, stride, self.dtype, label),
@@ -285,13 +288,8 @@ class Maker:
         label = f"gemm block {block_size}, N {n}, K {k}, M {tokens}, top_k {top_k}"
         return self.finish(fields, expected, written, label)
 
-    def gate_up(self, tokens, n, k, kernel=None, routed=None):
-        """``routed``: top_k and experts; random by default."""
-        fields = {}
-        top_k, experts = routed or (self.pick(1, 2, 3), self.pick(1, 2, 4))
-        a = self.activations(fields, tokens, k, size=0.25 / math.sqrt(k))
-        w = self.weights(fields, experts, 2 * n, k)
-        local = self.routing(fields, tokens, top_k, experts).reshape(-1)
+    def activation(self, fields):
+        """Add a gated activation; returns it as a function of gate and up."""
         kind, alpha, beta, limit = self.pick(
             (SILU, 1.0, 0.0, math.inf),
             (SILU, 1.702, 1.0, 0.7),
@@ -299,15 +297,78 @@ class Maker:
             (GELU_TANH, 1.0, 0.0, 1.5),
         )
         fields.update(activation=kind, alpha=alpha, beta=beta, limit=limit)
+        return lambda gate, up: (
+            activate(kind, alpha, np.minimum(gate, limit))
+            * (np.clip(up, -limit, limit) + beta)
+        )
+
+    def lists(self, fields, rows):
+        """Add pairs sorted into lists of `rows`; returns each pair's expert, -1: none.
+
+        Up to two full lists, two others, and a list past the valid ones.
+        """
+        rng, experts = self.rng, self.pick(1, 3)
+        counts = [rows] * self.pick(0, 1, 2) + list(rng.integers(0, rows + 1, 2))
+        rng.shuffle(counts)
+        top_k = self.pick(1, 3)
+        num_pairs = (sum(counts) // top_k + 2) * top_k
+        expert_of = np.full(num_pairs, -1)
+        free = rng.permutation(num_pairs)
+        ids = np.full((len(counts) + 1, rows), self.pick(num_pairs, num_pairs + 9))
+        list_experts = np.append(rng.integers(-1, experts, len(counts)), 0)
+        for i, count in enumerate(counts):
+            ids[i, :count], free = free[:count], free[count:]
+            expert_of[ids[i, :count]] = list_experts[i]
+        ids[-1] = rng.integers(0, num_pairs, rows)  # must not be read as pairs
+        fields["sorted_ids"] = ids.astype(np.int32).tobytes()
+        fields["expert_ids"] = list_experts.astype(np.int32).tobytes()
+        fields["num_padded"] = np.array([ids[:-1].size], np.int32).tobytes()
+        fields.update(lists=len(ids), num_pairs=num_pairs, top_k=top_k, pairs=rows)
+        fields.update(waves=self.pick(1, 2, 3), row_tiles=self.pick(1, 2))
+        return expert_of, experts
+
+    def tiled(self, rows, n, k):
+        """A call of a tiled kernel for lists of `rows` pairs."""
+        fields = {}
+        expert_of, experts = self.lists(fields, rows)
+        top_k, pairs = fields["top_k"], len(expert_of)
+        gated = self.op == "tiled_gate_up"
+        size = 0.25 / math.sqrt(k) if gated else 1.0
+        a = self.activations(fields, pairs // top_k if gated else pairs, k, size)
+        w = self.weights(fields, experts, n * 2 if gated else n, k)
+        scale = np.ones(pairs)
+        if gated:
+            act = self.activation(fields)
+        elif self.pick(False, True):
+            scale = self.rng.random(pairs).astype(np.float32)
+            fields["topk_weights"] = scale.tobytes()
+        expected = np.zeros((pairs, n))
+        for pair, expert in enumerate(expert_of):
+            if expert < 0:
+                continue
+            if gated:
+                gate, up = (w[expert] @ a[pair // top_k]).reshape(2, n)
+                expected[pair] = act(gate, up)
+            else:
+                expected[pair] = scale[pair] * (w[expert] @ a[pair])
+        label = f"{self.op} lists of {rows}, N {n}, K {k}, top_k {top_k}, E {experts}"
+        return self.finish(fields, expected, expert_of >= 0, label)
+
+    def gate_up(self, tokens, n, k, kernel=None, routed=None):
+        """``routed``: top_k and experts; random by default."""
+        fields = {}
+        top_k, experts = routed or (self.pick(1, 2, 3), self.pick(1, 2, 4))
+        a = self.activations(fields, tokens, k, size=0.25 / math.sqrt(k))
+        w = self.weights(fields, experts, 2 * n, k)
+        local = self.routing(fields, tokens, top_k, experts).reshape(-1)
+        act = self.activation(fields)
         expected = np.zeros((tokens * top_k, n))
         for row, expert in enumerate(local):
             if expert >= 0:
-                gate, up = (w[expert] @ a[row // top_k]).reshape(2, n)
-                act = activate(kind, alpha, np.minimum(gate, limit))
-                expected[row] = act * (np.clip(up, -limit, limit) + beta)
+                expected[row] = act(*(w[expert] @ a[row // top_k]).reshape(2, n))
         label = (
-            f"gate_up M {tokens}, I {n}, K {k}, top_k {top_k}, E {experts}, act {kind}"
-            + self.plan(fields, tokens, kernel)
+            f"gate_up M {tokens}, I {n}, K {k}, top_k {top_k}, E {experts}, "
+            f"act {fields['activation']}" + self.plan(fields, tokens, kernel)
         )
         shared = self.shared_expert(fields, a)
         return self.finish(fields, expected, local >= 0, label, shared)
@@ -342,6 +403,14 @@ class Maker:
 
         A sample of the token counts, or all if ``every``.
         """
+        if self.op.startswith("tiled"):
+            for rows in (8, 16, 32, 64):
+                n = 8 * int(self.rng.integers(1, 17))
+                k = self.pick(1, 2, 3, 5) * self.group
+                yield self.tiled(rows, n, k)
+                if every:
+                    yield self.tiled(rows, n, 1024 + self.group)
+            return
         sizes = [1, 2, 3, 4, 5]
         if self.op != "gemm":
             sizes = [*sizes, 6, 7, 8, 9] if every else [1, self.pick(2, 3, 5, 7), 8, 9]
@@ -386,7 +455,8 @@ def activate(kind, alpha, x):
 COMBINATIONS = [
     (mma, op, dtype, group, zero_points)
     for mma in (False, True)
-    for op in ("gemm", "gate_up", "down")
+    for op in OPS
+    if mma or not op.startswith("tiled")
     for dtype in (HALF, BF16)
     for group in (32, 64, 128)
     for zero_points in (False, True)

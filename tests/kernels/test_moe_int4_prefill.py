@@ -268,7 +268,6 @@ def test_a_short_workspace_is_refused():
 @pytest.mark.parametrize("ep", [(1, 0), (2, 1)])
 def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
     """A loaded layer that is told it is on a GPU, with ``align`` for sorting."""
-    from vllm.model_executor.layers.fused_moe import moe_align_block_size
     from vllm.plugins import load_general_plugins
 
     from ..support.moe_layers import (
@@ -281,13 +280,12 @@ def test_a_layer_takes_prefill_from_the_crossover_on(monkeypatch, ep):
         run_layer,
     )
 
-    def sort(ids, block_m, num_experts, expert_map, ignore_invalid_experts):
-        assert ignore_invalid_experts == (ep[0] > 1)
-        blocks = align(ids, block_m, num_experts, expert_map)
+    def sort(ids, block_m, num_experts, expert_map):
+        assert (expert_map is not None) == (ep[0] > 1)
         calls.append(ids.shape[0])
-        return tuple(blocks)
+        return align(ids, block_m, num_experts, expert_map)
 
-    monkeypatch.setattr(moe_align_block_size, "moe_align_block_size", sort)
+    monkeypatch.setattr(prefill, "sort_pairs", sort)
     load_general_plugins()
     shape = Shape(experts=4)
     checkpoint = Checkpoint(shape)

@@ -2,13 +2,15 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """What the host does in a prefill call: launches, and nothing that waits for the GPU.
 
-Triton compiles the kernels and launches nothing (``benchmarks/prefill_host.py``).
+Triton compiles the kernels and launches nothing (``benchmarks/prefill_host.py``). The
+last test: which compiled variant a launch takes that does not ask Triton.
 """
 
 import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/prefill_host.py"
@@ -69,5 +71,92 @@ def test_a_call_launches_no_more_than_marlin_and_never_waits(host, arch, kernels
             assert device.launches.total() <= of_marlin
             device.launches.clear()
             # Allocations and views: nothing copies or reads a value on the host.
-            allowed = {"aten::empty.memory_format", "aten::as_strided"}
+            allowed = {
+                "aten::empty.memory_format",
+                "aten::new_empty",
+                "aten::as_strided",
+            }
             assert operators.names <= allowed
+
+
+@pytest.fixture
+def launched(host, monkeypatch):
+    """Types and attributes of the arguments of each launched variant."""
+    from triton.runtime.driver import driver
+
+    found: list[str] = []
+
+    def launcher(source, metadata):
+        variant = str((source.signature, source.attrs))
+        return lambda *_: found.append(variant)
+
+    device = host.NoLaunches("gfx1151")
+    monkeypatch.setattr(device, "launcher_cls", launcher)
+    driver.set_active(device)
+    return found
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often Triton chose the variant of ``sum_pairs``'s kernel."""
+    from vllm.model_executor.layers.fused_moe.experts import hybrid_w4a16_triton
+
+    kernel = hybrid_w4a16_triton.moe_int4_prefill_sum
+    run, calls = kernel.run, []
+
+    def counting(*args, **options):
+        calls.append(args)
+        return run(*args, **options)
+
+    monkeypatch.setattr(kernel, "run", counting)
+    return calls
+
+
+def test_another_variant_is_never_reused(launched, asked):
+    """Pointers, strides, dtypes and large storages for which Triton has another one."""
+    from triton import knobs
+
+    from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_triton import (
+        sum_pairs,
+    )
+
+    tokens, top_k, hidden = 4, 2, 256
+    ids = torch.zeros(tokens, top_k, dtype=torch.int32)
+    memory = torch.empty(2**30 + 8, dtype=torch.bfloat16)  # 2 GiB, never touched
+
+    def rows(count, storage=None, offset=0, stride=hidden, dtype=torch.bfloat16):
+        if storage is None:
+            storage = torch.empty(count * stride + offset, dtype=dtype)
+        return storage.as_strided((count, hidden), (stride, 1), offset)
+
+    pairs, out = rows(tokens * top_k), rows(tokens)
+    calls = {
+        "usual": (pairs, out, ids),
+        "pairs not aligned": (rows(tokens * top_k, offset=1), out, ids),
+        "output not aligned": (pairs, rows(tokens, offset=4), ids),
+        "2 GiB": (rows(tokens * top_k, memory), out, ids),
+        "odd stride": (pairs, rows(tokens, stride=hidden + 1), ids),
+        "fp16": (pairs.half(), out.half(), ids),
+        "int64": (pairs, out, ids.long()),
+    }
+    for tensors in calls.values():
+        sum_pairs(*tensors, None, 8)
+    of_triton, expected = len(asked), dict(zip(calls, launched, strict=True))
+    assert of_triton == len(calls)
+    assert len(set(expected.values())) == len(calls), (
+        "Triton no longer tells these apart"
+    )
+    launched.clear()
+    for name in [*calls, *reversed(calls)]:
+        sum_pairs(*calls[name], None, 8)
+        assert launched.pop() == expected[name], name
+    by_triton = [name for name in calls if "aligned" in name or "GiB" in name]
+    assert len(asked) - of_triton == 2 * len(by_triton)
+
+    seen = []
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        sum_pairs(*calls["usual"], None, 8)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(seen.append)
+    assert len(asked) - of_triton == 2 * len(by_triton) + 1

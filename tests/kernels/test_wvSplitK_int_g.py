@@ -11,6 +11,7 @@ import torch
 
 from tests.kernels.test_moe_int4_ops import (
     Output,
+    needs_cpu_ops,
     odd_rows,
     pack_weights,
     pack_zeros,
@@ -200,6 +201,7 @@ def dense_arguments(**changes):
     )
 
 
+@needs_cpu_ops
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -222,6 +224,7 @@ def test_arguments_that_do_not_fit(changes, message):
     assert message in str(error.value)
 
 
+@needs_cpu_ops
 def test_many_rows_are_cut_where_their_memory_ends():
     """On the CPU: 64 MiB of activations at a time, here 256 rows."""
     matrix = Matrix(8, 1 << 18, 128, 4, False, torch.bfloat16)
@@ -245,6 +248,7 @@ def test_a_gpu_takes_16_rows():
         )
 
 
+@needs_cpu_ops
 def test_zero_points_with_bytes_are_refused():
     arguments = dense_arguments(bits=8)
     with pytest.raises(RuntimeError, match="zero_points: expected None with 8 bits"):
@@ -263,6 +267,7 @@ def rescore_arguments():
     )
 
 
+@needs_cpu_ops
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -410,8 +410,11 @@ def pad_rows(monkeypatch):
     """Make a tuning table for this device that requests padding."""
     padding = dataclasses.replace(base.device_family(), tuning="padded")
     monkeypatch.setattr(base, "device_family", lambda: padding)
+    table = hybrid_w4a16_tuning.table
     monkeypatch.setattr(
-        hybrid_w4a16_tuning, "table", {"padded": {"row_padding": 128}}.get
+        hybrid_w4a16_tuning,
+        "table",
+        lambda name: {"row_padding": 128} if name == "padded" else table(name),
     )
 
 

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """The check of a model's first layer finds planted faults and passes sound layers."""
 
+import re
+
 import pytest
 import torch
 
@@ -138,7 +140,8 @@ def test_one_wrong_output_row_of_a_kernel(op, fault, monkeypatch):
     with pytest.raises(RuntimeError) as error:
         load()
     message = str(error.value)
-    assert f"{op} (decode, 1 tokens)" in message and "row 100 differs" in message
+    assert re.search(rf"{op} \(decode, \d tokens\)", message), message
+    assert "row 100 differs" in message
     assert LAYER_NAME in message and "VLLM_HYBRID_W4A16_MOE=0" in message
 
 

@@ -84,6 +84,10 @@ def test_packed_is_what_is_on_disk(format, rows, groups, group_size, symmetric, 
             assert (tensors[packing.zeros] == packing.symmetric_word).all()
 
 
+@pytest.mark.skipif(
+    ops.load_error() is None and "cpu" not in ops.build_info(),
+    reason="the op library has no CPU kernels",
+)
 @settings(max_examples=60, deadline=None)
 @given(**layouts)
 def test_op_on_packed_is_matmul_on_dequantized(

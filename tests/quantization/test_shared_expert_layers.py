@@ -39,6 +39,7 @@ from ..support.moe_layers import (
     fresh_gate_records,
     inc_config,
     quant_config,
+    ready_workspace,
     relative_error,
 )
 
@@ -50,6 +51,7 @@ FORMAT = "auto_round:auto_gptq"
 @pytest.fixture(autouse=True)
 def one_rank(tmp_path):
     become_the_only_rank(tmp_path)
+    ready_workspace()
 
 
 class Scaled(Qwen2MoeMLP):
@@ -170,6 +172,7 @@ def make_runner(
             method = getattr(linear, "quant_method", None)
             if method is not None:
                 method.process_weights_after_loading(linear)
+    with set_current_vllm_config(config):
         Checkpoint(SHAPE, format=FORMAT).load_into(runner.routed_experts)
     return runner, config
 

@@ -91,7 +91,11 @@ def run(checkpoint: str, job: dict[str, Any]) -> dict[str, Any]:
     names = job.get("requests") or list(REQUESTS)
     arguments = {"max_model_len": 256, "seed": 0, **job.get("engine", {})}
     if torch.cuda.is_available():  # a small model does not need vLLM's default share
-        arguments.setdefault("gpu_memory_utilization", 0.2)
+        arguments = {
+            "gpu_memory_utilization": 0.2,
+            "kv_cache_memory_bytes": 1 << 28,
+            **arguments,
+        }
     llm = LLM(
         checkpoint,
         dtype="bfloat16",

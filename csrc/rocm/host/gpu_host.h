@@ -98,6 +98,8 @@ inline uint16_t float_to_half(float x) { return bit_cast<uint16_t>(static_cast<_
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float rcp_fast(float x) { return 1.0f / x; }
 inline float sqrt_of(float x) { return std::sqrt(x); }
+inline float exp_of(float x) { return std::exp(x); }
+inline float exp_fast(float x) { return std::exp(x); }
 
 inline float to_float(Half, uint32_t bits) { return half_to_float(static_cast<uint16_t>(bits)); }
 inline float to_float(BFloat16, uint32_t bits) { return bit_cast<float>(bits << 16); }
@@ -138,6 +140,21 @@ inline void prefetch_l2(const void* p) { (void)*static_cast<const volatile char*
 inline void allow_next_grid() {}
 inline void wait_previous_grid() {}
 
+// Blocks run one after the other.
+inline int fetch_add(int* p, int v) {
+  const int before = *p;
+  *p += v;
+  return before;
+}
+inline void release_writes() {}
+inline void acquire_writes() {}
+
+inline uint32_t wave_max(uint32_t v) {
+  const gpu_host::Registers* all = gpu_host::wave_gather({{v}}, "wave_max");
+  uint32_t largest = 0;
+  for (int i = 0; i < kWaveSize; ++i) largest = all[i].v[0] > largest ? all[i].v[0] : largest;
+  return largest;
+}
 inline uint32_t wave_ballot(bool p) {
   const gpu_host::Registers* all = gpu_host::wave_gather({{p}}, "wave_ballot");
   uint32_t bits = 0;

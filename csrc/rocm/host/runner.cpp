@@ -4,12 +4,13 @@
 // Runs the GPU launchers on the host or, in a GPU build, on a GPU. Each record on stdin is one op
 // call; each record on stdout is its result. A record is a uint32 number of fields. A field is a
 // uint32 length and its name, then a uint64 size and its bytes. Scalars are int64 or double fields.
-// Strides and shapes have the names of moe_int4_args.h; "op" is gemm, gate_up, down, dense or
-// rescore. A missing tensor is a null pointer; "NAME.offset" moves a tensor that many bytes off a
+// Strides and shapes have the names of moe_int4_args.h, tiled.h and moe_router_args.h; "op" is
+// gemm, gate_up, down, dense, rescore, tiled_gate_up, tiled_down or router, whose "c" are the
+// weights. A missing tensor is a null pointer; "NAME.offset" moves a tensor that many bytes off a
 // 16-byte boundary. The call runs once per order of lanes and waves (gpu::kOrders), and the outputs
-// must be bitwise equal. The reply has "c", with a shared expert its outputs, and "kernels" (names
-// of the launched kernels, one per line, where known). The op "prepare" loads the kernels for
-// "arch" on "device" and makes it current; its reply is empty.
+// must be bitwise equal. The reply has "c", the outputs of a shared expert or router, and "kernels"
+// (names of the launched kernels, one per line, where known). The op "prepare" loads the kernels
+// for "arch" on "device" and makes it current; its reply is empty.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +23,7 @@
 
 #include "gpu_compat.cuh"
 #include "launch.h"
+#include "tiled.h"
 
 namespace {
 
@@ -153,16 +155,33 @@ class Call {
   }
 
   template <typename Args>
-  void common(Args& args) {
+  void matrices(Args& args) {
     args.dtype = static_cast<DType>(i64("dtype"));
     args.a = tensor<void>("a");
     args.a_stride_m = i64("a_stride_m");
     args.w = weights();
     args.c = tensor<void>("c");
     args.c_stride_m = i64("c_stride_m");
+  }
+
+  template <typename Args>
+  void common(Args& args) {
+    matrices(args);
     args.cu_count = i32("cu_count");
     args.row_invariant = fields_.count("row_invariant") != 0;
   }
+
+  SortedPairs sorted() {
+    SortedPairs s{};
+    s.ids = tensor<int32_t>("sorted_ids");
+    s.expert_ids = tensor<int32_t>("expert_ids");
+    s.num_padded = tensor<int32_t>("num_padded");
+    s.lists = i32("lists");
+    s.num_pairs = i32("num_pairs");
+    s.top_k = i32("top_k");
+    return s;
+  }
+  TiledShape tile() const { return {i64("pairs"), i64("waves"), i64("row_tiles")}; }
 
   // "plan" holds int64 values; without it there is no plan.
   Plan plan() const {
@@ -243,6 +262,49 @@ class Call {
       args.window = static_cast<float>(scalar<double>("window"));
       args.bound = static_cast<float>(scalar<double>("bound"));
       launch_rescore(args, nullptr);
+#if GPU_HAS_MMA
+    } else if (op == "tiled_gate_up") {
+      TiledGateUpArgs args{};
+      matrices(args);
+      args.sorted = sorted();
+      args.activation = static_cast<Activation>(i64("activation"));
+      args.alpha = static_cast<float>(scalar<double>("alpha"));
+      args.beta = static_cast<float>(scalar<double>("beta"));
+      args.limit = static_cast<float>(scalar<double>("limit"));
+      args.tile = tile();
+      launch_tiled_gate_up(args, nullptr);
+    } else if (op == "tiled_down") {
+      TiledDownArgs args{};
+      matrices(args);
+      args.sorted = sorted();
+      args.topk_weights = tensor<float>("topk_weights");
+      args.tile = tile();
+      launch_tiled_down(args, nullptr);
+#endif
+    } else if (op == "router") {
+      RouterArgs args{};
+      args.dtype = static_cast<DType>(i64("dtype"));
+      args.a = tensor<void>("a");
+      args.a_stride_m = i64("a_stride_m");
+      args.m = i32("m");
+      args.k = i32("k");
+      args.w = tensor<void>("w");
+      args.w_stride_e = i64("w_stride_e");
+      args.w_is_float = i64("w_is_float") != 0;
+      args.experts = i32("experts");
+      args.logits = tensor<void>("logits");
+      args.logits_are_float = i64("logits_are_float") != 0;
+      args.bias = tensor<float>("bias");
+      args.padding = tensor<uint8_t>("padding");
+      args.topk_weights = tensor<float>("c");
+      args.topk_ids = tensor<int32_t>("topk_ids");
+      args.arrived = tensor<int32_t>("arrived");
+      args.scoring = static_cast<Scoring>(i64("scoring"));
+      args.renormalize = i64("renormalize") != 0;
+      args.scale = static_cast<float>(scalar<double>("scale"));
+      args.top_k = i32("top_k");
+      args.cu_count = i32("cu_count");
+      launch_router(args, nullptr);
     } else {
       die("unknown op " + op);
     }
@@ -262,6 +324,10 @@ void write_field(const std::string& name, const std::string& bytes) {
   std::fwrite(bytes.data(), 1, size, stdout);
 }
 
+// Beside "c".
+constexpr const char* kMoreOutputs[] = {"shared_c", "shared_factors", "logits", "topk_ids",
+                                        "arrived"};
+
 void run_calls() {
   Call call;
   while (call.read()) {
@@ -276,7 +342,7 @@ void run_calls() {
       gpu::set_order(order);
       call.run();
       std::string now = call.bytes("c");
-      for (const char* name : {"shared_c", "shared_factors"}) {
+      for (const char* name : kMoreOutputs) {
         if (call.has(name)) now += call.bytes(name);
       }
       if (order > 0 && now != result) {
@@ -286,7 +352,7 @@ void run_calls() {
       result = now;
     }
     std::vector<std::string> outputs = {"c"};
-    for (const char* name : {"shared_c", "shared_factors"}) {
+    for (const char* name : kMoreOutputs) {
       if (call.has(name)) outputs.push_back(name);
     }
     const auto fields = static_cast<uint32_t>(outputs.size() + 1);

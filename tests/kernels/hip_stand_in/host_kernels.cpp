@@ -75,3 +75,6 @@ void run_host_kernel(const std::string& name, const HostKernel& kernel, const un
 #if __has_include("entry_points_dense.h")
 #include "entry_points_dense.h"
 #endif
+#if __has_include("entry_points_router.h")
+#include "entry_points_router.h"
+#endif

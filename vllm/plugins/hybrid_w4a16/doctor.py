@@ -113,8 +113,9 @@ def _architecture() -> Check:
             f"torch cannot use a GPU: {str(error).splitlines()[0]}",
             "make `python -c 'import torch; torch.cuda.get_device_properties(0)'` work",
         )
-    arch = getattr(properties, "gcnArchName", None)
-    arch = arch or f"sm_{properties.major}{properties.minor}"
+    arch = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:  # elsewhere gcnArchName is the GPU's name
+        arch = properties.gcnArchName
     memory = properties.total_memory / 2**30
     return Check("architecture", True, f"{properties.name}, {arch}, {memory:.1f} GiB")
 

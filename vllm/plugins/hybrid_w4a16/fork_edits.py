@@ -341,9 +341,9 @@ from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16 import (
         "MoERunner._select_forward",
         r"^    def _select_forward\(self\) -> Callable:\n",
         """\
-        from vllm.model_executor.layers.fused_moe import hybrid_w4a16_shared_expert
+        from vllm.model_executor.layers.fused_moe import hybrid_w4a16_runner
 
-        hybrid_w4a16_shared_expert.runner_built(self)
+        hybrid_w4a16_runner.runner_built(self)
 """,
     ),
 )

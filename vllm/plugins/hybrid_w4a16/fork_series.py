@@ -246,14 +246,17 @@ mixed-precision kernels. It leaves bf16 to vLLM's AMX kernel where there is one.
 GPU it runs few rows on the skinny GEMM and many on Triton, but it is in no GPU's
 list. For up to 8 tokens the gate_up and down launches compute the shared expert as
 well, in 16 bits or with the int4 weights of that kernel; the MoE runner fetches and
-adds its result as before.""",
+adds its result as before. For as many tokens one launch computes router logits and
+top-k where the runner holds the gate.""",
         tested="""\
 Layers that fit and that do not; the product against float64, on the CPU. The shared
-expert in the ops against float64.""",
+expert in the ops against float64. Router logits against float64, ids and weights
+against torch.""",
         not_measured=f"""\
 {_NO_RDNA} The linear kernel was not compared with RDNAHybridW4A16LinearKernel. The
-shared expert in the launches was not timed on any GPU.""",
+shared expert in the launches and the router were not timed on any GPU.""",
         tests=(
+            f"{_KERNEL_TESTS}/test_router.py",
             f"{_KERNEL_TESTS}/test_shared_expert.py",
             f"{_QUANTIZATION_TESTS}/test_linear_kernel.py",
         ),

@@ -112,14 +112,13 @@ HOOKS: tuple[Hook, ...] = (
         factory="_select_forward",
         parameters=("self",),
         handler=(
-            "vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert"
-            ":runner_built"
+            "vllm.model_executor.layers.fused_moe.hybrid_w4a16_runner:runner_built"
         ),
         why=(
-            "Lets the decode kernels compute the shared expert. It is a step of the "
-            "runner's constructor, when routed and shared experts are known."
+            "Lets kernels compute the shared expert, and gate and top-k in one launch. "
+            "It is a step of the runner's constructor, when its parts are known."
         ),
-        until="vLLM asks the MoE method whether it computes the shared expert.",
+        until="vLLM asks the MoE method what it computes beside the routed experts.",
     ),
     Hook(
         module=f"{_QUANTIZATION}.online.base",

@@ -51,14 +51,11 @@ class PrefillCall:
 
     def blocks(self):
         """Return the pairs sorted into blocks for the gate_up tile."""
-        return self.prefill.Blocks(
-            *align(
-                self.ids,
-                self.tiles.gate_up.block_m,
-                self.shape.experts,
-                self.expert_map,
-            )
-        )
+        known = self.shape.experts
+        if self.expert_map is not None:
+            known = self.expert_map.shape[0]
+        block_m = self.tiles.gate_up.block_m
+        return self.prefill.sort_pairs(self.ids, block_m, known, self.expert_map)
 
     def launch(self, op: str, blocks) -> None:
         """Run one of the two GEMMs, "gate_up" or "down", on the workspace's content."""
@@ -99,20 +96,6 @@ class PrefillCall:
             self.prefill.Activation(*activation),
             self.tiles,
         )
-
-
-def align(
-    ids: torch.Tensor, block_m: int, experts: int, expert_map: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the pairs sorted by expert, in the way of ``HybridW4A16MoEExperts``."""
-    from vllm.model_executor.layers.fused_moe.moe_align_block_size import (
-        moe_align_block_size,
-    )
-
-    known = experts if expert_map is None else expert_map.shape[0]
-    return moe_align_block_size(
-        ids, block_m, known, expert_map, ignore_invalid_experts=expert_map is not None
-    )
 
 
 def compile_variant(shape: LayerShape, tiles: PrefillTiles) -> str | None:

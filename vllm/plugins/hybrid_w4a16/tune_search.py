@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import Plan, Tile
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import TILED, Plan, Tile
 
 SIFT_REPLAYS, FINAL_REPLAYS = 3, 12
 FINALISTS = 3
@@ -143,16 +144,26 @@ def plan_families(op: str, matrix_units: bool) -> list[Family]:
 def tile_sizes(block_m: int) -> Iterator[Tile]:
     """Tiles worth trying; a thread holds at most 64 sums of one projection."""
     for order, block_n, warps, stages in itertools.product(
-        orders_here(), (32, 64, 128, 256), (2, 4, 8), stages_here()
+        orders_here(block_m), (32, 64, 128, 256), (2, 4, 8), stages_here()
     ):
         wide = block_n == 256 and order == "planes"
         if not wide and 8 <= block_m * block_n // (32 * warps) <= 64:
             yield Tile(block_m, block_n, warps, stages, order)
 
+    if block_m <= 64 and ops.has_tiled():
+        for row_tiles, warps in itertools.product((0.5, 1, 2, 4), (2, 4, 8)):
+            yield Tile(block_m, int(32 * warps * row_tiles), warps, 2, TILED)
 
-def orders_here() -> tuple[str, ...]:
-    """Orders of k to try: the natural one is for AMD's matrix instruction."""
-    return ("natural", "planes") if torch.version.hip else ("planes",)
+
+def orders_here(block_m: int) -> tuple[str, ...]:
+    """Triton's orders of k to try. NVIDIA's wide matrix instruction, which has at least
+    64 rows, takes the natural one from shared memory.
+    """
+    if block_m < 16:
+        return ()
+    if torch.version.hip or block_m >= 64:
+        return ("natural", "planes")
+    return ("planes",)
 
 
 def stages_here() -> tuple[int, ...]:

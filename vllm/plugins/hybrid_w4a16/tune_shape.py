@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import PrefillTiles
 from vllm.plugins.hybrid_w4a16.tune_bench import Bench
@@ -128,7 +129,12 @@ class Tuner:
         rows_per_expert = tokens * shape.top_k / shape.experts
         now = self.current.prefill_tiles(tokens * shape.top_k)
         # blocks far larger than an expert's rows are mostly padding
-        sizes = [m for m in (16, 32, 64, 128) if m == 16 or m < 4 * rows_per_expert]
+        least = 8 if ops.has_tiled() else 16
+        sizes = [
+            m
+            for m in (8, 16, 32, 64, 128)
+            if m >= least and m < max(4 * rows_per_expert, least + 1)
+        ]
         sizes.sort(key=lambda m: m != now.gate_up.block_m)  # the current size first
         best: tuple[float, PrefillTiles] | None = None
         now_us = 0.0
@@ -137,6 +143,9 @@ class Tuner:
             for op, mine in (("gate_up", now.gate_up), ("down", now.down)):
                 name = f"prefill {op}, {tokens} tokens"
                 candidates = self.bench.tile_candidates(op, block_m, tokens)
+                if found and found[0].winner.tiled:  # whose output is in natural order
+                    candidates = [tile for tile in candidates if tile.natural]
+                    mine = mine if mine.natural else candidates[0]
                 if mine.block_m != block_m:
                     if not candidates:
                         break

@@ -186,9 +186,6 @@ class KernelCheck:
         from vllm.model_executor.layers.fused_moe.experts import (
             hybrid_w4a16_triton as prefill,
         )
-        from vllm.model_executor.layers.fused_moe.moe_align_block_size import (
-            moe_align_block_size,
-        )
 
         start = time.monotonic()
         tokens = self._prefill_tokens()
@@ -199,12 +196,8 @@ class KernelCheck:
         known = self.w13[0].shape[0]
         if self.expert_map is not None:
             known = self.expert_map.shape[0]
-        blocks = moe_align_block_size(
-            self.ids[:tokens],
-            tiles.gate_up.block_m,
-            known,
-            self.expert_map,
-            ignore_invalid_experts=self.expert_map is not None,
+        blocks = prefill.sort_pairs(
+            self.ids[:tokens], tiles.gate_up.block_m, known, self.expert_map
         )
         prefill.prefill_experts(
             self.x[:tokens],
@@ -215,7 +208,7 @@ class KernelCheck:
             self.ids[:tokens],
             self.weights[:tokens],
             self.expert_map,
-            prefill.Blocks(*blocks),
+            blocks,
             prefill.Activation(*self.activation),
             tiles,
         )

@@ -390,3 +390,93 @@ def fused_moe_wvSplitK_int4_down(
         plan,
         *shared,
     )
+
+
+# fork: begin overlay
+def has_tiled() -> bool:
+    """Whether the loaded op library has the tiled ops: a CUDA build."""
+    return load_error() is None and hasattr(
+        torch.ops._rocm_C, "fused_moe_wvSplitK_int4_tiled_gate_up"
+    )
+
+
+def fused_moe_wvSplitK_int4_tiled_gate_up(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    c: torch.Tensor,
+    blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    top_k: int,
+    activation: tuple[str, float, float, float | None],
+    group_size: int,
+    tile: tuple[int, int, int],
+    zero_points: torch.Tensor | None = None,
+) -> None:
+    """As ``fused_moe_wvSplitK_int4_gate_up``, for many tokens and sorted pairs.
+
+    Args:
+        a: fp16/bf16 [M, H], rows aligned to 16 bytes.
+        w, scales, zero_points: as there; I is even.
+        c: output, ``a``'s dtype [M*top_k, I or more], rows aligned to 4 bytes.
+        blocks: sorted ids, expert ids and their number, see ``Blocks`` in
+            ``hybrid_w4a16_triton``.
+        top_k: experts per token.
+        activation: name, alpha, beta, limit, as there.
+        group_size: G, 32, 64 or 128.
+        tile: pairs of a block (8, 16, 32 or 64), waves (1 to 8), and the tiles of rows
+            that a wave multiplies one after another.
+    """
+    name, alpha, beta, limit = activation
+    torch.ops._rocm_C.fused_moe_wvSplitK_int4_tiled_gate_up(
+        a,
+        w,
+        scales,
+        c,
+        *blocks,
+        top_k,
+        name,
+        group_size,
+        tile,
+        zero_points,
+        alpha,
+        beta,
+        limit,
+    )
+
+
+def fused_moe_wvSplitK_int4_tiled_down(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    scales: torch.Tensor,
+    c: torch.Tensor,
+    blocks: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    topk_weights: torch.Tensor | None,
+    group_size: int,
+    tile: tuple[int, int, int],
+    zero_points: torch.Tensor | None = None,
+) -> None:
+    """The down projection of each sorted pair, times its router weight, not summed.
+
+    Args:
+        a: fp16/bf16 [M*top_k, I or more], rows aligned to 16 bytes.
+        w, scales, zero_points: as in ``fused_moe_wvSplitK_int4_down``; H is even.
+        c: output, ``a``'s dtype [M*top_k, H], rows aligned to 4 bytes. Rows of pairs
+            whose expert is on another rank are not written.
+        blocks, tile: as in ``fused_moe_wvSplitK_int4_tiled_gate_up``.
+        topk_weights: fp32 [M, top_k], contiguous; ``None``: 1.
+        group_size: G, 32, 64 or 128.
+    """
+    torch.ops._rocm_C.fused_moe_wvSplitK_int4_tiled_down(
+        a,
+        w,
+        scales,
+        c,
+        *blocks,
+        topk_weights,
+        group_size,
+        tile,
+        zero_points,
+    )
+
+
+# fork: end

@@ -8,10 +8,12 @@ same form, are in ``VLLM_CONFIG_ROOT/hybrid_w4a16`` and take precedence::
     source        what the numbers were measured on
     prefill_from  lowest number of tokens that prefill handles
     prefill_rows_per_expert  ... or fewer, if experts get more rows each; optional
+    prefill_pairs ... or fewer, if there are this many pairs (token, expert); optional
     row_padding   bytes added to packed weight rows of a multiple of 1024 bytes
     rows          prefill tiles by shape: hidden, intermediate, rows_per_expert;
                   block_m, and [block_n, num_warps, num_stages, order] of gate_up and
                   down; see ``Tile``
+    dense_rows    the same for dense linears, which have one expert; optional
     shapes        measurements for one shape, see ``MoEShape``: compute_units and
                   kernel_version, prefill_from, rows as above, and decode: by tokens
                   the plans of gate_up and down, as the ops take them, or null
@@ -54,7 +56,16 @@ def table_name(arch: str) -> str:
     return {"gfx11": "rdna", "gfx12": "rdna4"}.get(arch[:5], arch)
 
 
-ORDERS = ("planes", "natural")
+# fork: begin overlay
+TILED = "tiled"
+# fork: end
+ORDERS = (
+    "planes",
+    "natural",
+    # fork: begin overlay
+    TILED,
+    # fork: end
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,11 @@ class Tile:
     and loads run ``num_stages`` steps ahead. ``order`` is "planes" or "natural", see
     ``hybrid_w4a16_triton``. Raises ``ValueError`` for another order.
     """
+
+    # fork: begin overlay
+    # With "tiled" the CUDA ops of that name run instead of Triton: natural order,
+    # block_m 8, 16, 32 or 64, up to 8 warps, and always 2 stages.
+    # fork: end
 
     block_m: int
     block_n: int
@@ -80,10 +96,23 @@ class Tile:
                 f"got {self.order!r}"
             )
 
-    @property
+    @functools.cached_property
     def natural(self) -> bool:
         """Whether the activations are in their natural order."""
-        return self.order == "natural"
+        return self.order != "planes"
+
+    # fork: begin overlay
+    @property
+    def tiled(self) -> bool:
+        """Whether the tiled CUDA ops run."""
+        return self.order == TILED
+
+    def launch(self, columns: int) -> tuple[int, int, int]:
+        """The ops' tile, for a kernel whose waves multiply ``columns`` at a time."""
+        row_tiles = max(1, self.block_n // (columns * self.num_warps))
+        return self.block_m, self.num_warps, row_tiles
+
+    # fork: end
 
 
 @dataclass(frozen=True)
@@ -92,6 +121,16 @@ class PrefillTiles:
 
     gate_up: Tile
     down: Tile
+    # fork: begin overlay
+
+    def __post_init__(self) -> None:
+        if self.gate_up.tiled and not self.down.natural:
+            raise ValueError(
+                'prefill tiles: the output of a "tiled" gate_up is in natural order, '
+                f"down's tile is {self.down}"
+            )
+
+    # fork: end
 
 
 # For a device without measurements: small enough for the registers and shared memory of
@@ -139,6 +178,9 @@ def prefill_from(name: str, num_experts: int, top_k: int) -> int:
     rows = entry.get("prefill_rows_per_expert")
     if rows is not None:
         tokens = min(tokens, rows * num_experts // top_k + 1)
+    pairs = entry.get("prefill_pairs")
+    if pairs is not None:
+        tokens = min(tokens, -(-pairs // top_k))
     return tokens
 
 
@@ -168,6 +210,16 @@ def prefill_tiles(
     return nearest_tiles(rows, pairs, num_experts, hidden, intermediate)
 
 
+def dense_tile(name: str, rows: int, outputs: int, inputs: int) -> Tile:
+    """The tile of a dense linear ``outputs x inputs`` for ``rows`` rows.
+
+    name: of the table, see ``table_name``.
+    """
+    entry = table(name)
+    cases = entry.get("dense_rows", entry["rows"])
+    return nearest_tiles(cases, rows, 1, outputs, inputs).down
+
+
 def nearest_tiles(
     rows: list[dict[str, Any]],
     pairs: int,
@@ -191,7 +243,7 @@ def nearest_tiles(
 
 # Increase this when a kernel changes the meaning of a plan or which plan is fastest:
 # entries with another version are not used.
-KERNEL_VERSION = 1
+KERNEL_VERSION = 2
 # Entries further than this from a shape are not used for it. A factor of 1.5 in one
 # size is 0.4.
 _NEAR = 0.45

@@ -14,7 +14,7 @@ import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import prefill_tiles
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import dense_tile
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -103,8 +103,8 @@ def _multiply_on_gpu(
     matrix = prefill.Int4Matrix(
         weights.unsqueeze(0), scales.unsqueeze(0), zeros, group_size
     )
-    tiles = prefill_tiles(tuning, rows, 1, weights.shape[0], inputs)
-    return prefill.dense(x, matrix, tiles.down)
+    tile = dense_tile(tuning, rows, weights.shape[0], inputs)
+    return prefill.dense(x, matrix, tile)
 
 
 def _output_on_gpu(x: torch.Tensor, weights: torch.Tensor, *_: object) -> torch.Tensor:

@@ -33,6 +33,7 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import (
 )
 
 # fork: begin token
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_router import FusedRouter
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
     FusingSharedExperts,
 )
@@ -85,6 +86,8 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         # fork: begin token
         self.shared_experts: FusingSharedExperts | None = None
         """The layer's shared expert where the kernels may compute it."""
+        self.fused_router: FusedRouter | None = None
+        """The layer's gate and router where a kernel may compute both."""
         # fork: end
 
     def create_weights(
@@ -185,6 +188,8 @@ class HybridW4A16MoEMethod(FusedMoEMethodBase):
         # fork: begin token
         if self.shared_experts is not None:
             self.shared_experts.prepare(self.moe_kernel.fused_experts)
+        if self.fused_router is not None:
+            self.fused_router.prepare(self.moe_kernel.fused_experts)
         # fork: end
         oracle.report_ready(layer.layer_name, self.padding_bytes)
 

@@ -23,7 +23,6 @@ import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
-from vllm.model_executor.layers.fused_moe import moe_align_block_size as sorting
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
@@ -362,13 +361,11 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         assert self.tuned is not None
         tokens, top_k = topk_ids.shape
         tiles = self.tuned.prefill_tiles(tokens * top_k)
-        # Without a map vLLM's op drops ids outside of the given number of experts.
-        blocks = sorting.moe_align_block_size(
+        blocks = prefill.sort_pairs(
             topk_ids,
             tiles.gate_up.block_m,
             w13.experts if expert_map is None else global_num_experts,
             expert_map,
-            ignore_invalid_experts=expert_map is not None,
         )
         prefill.prefill_experts(
             x,
@@ -379,7 +376,7 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
             topk_ids,
             topk_weights,
             expert_map,
-            prefill.Blocks(*blocks),
+            blocks,
             prefill.Activation(*activation),
             tiles,
         )

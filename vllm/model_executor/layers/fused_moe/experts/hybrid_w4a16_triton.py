@@ -33,13 +33,17 @@ rows, so that no two warps dequantize the same weight.
 Import this module only where Triton runs (a GPU, or Triton's interpreter).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_ops import ACTIVATIONS
+from vllm import _custom_ops
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import PrefillTiles, Tile
 
 # Weights of a row per step of the main loop: 8 planes of 16, the smallest K of the
@@ -50,7 +54,7 @@ _STEP = 128
 SILU = tl.constexpr(0)
 GELU = tl.constexpr(1)
 GELU_TANH = tl.constexpr(2)
-_FORMULAS = {name: formula for name, formula in ACTIVATIONS.values()}
+_FORMULAS = {name: formula for name, formula in ops.ACTIVATIONS.values()}
 
 
 @triton.jit
@@ -531,6 +535,95 @@ def moe_int4_prefill_sum(
 
 # Outside of CUDA graphs the host's work limits short prompts. So this code uses plain
 # arithmetic and few views (triton.cdiv and tensor_split take microseconds each).
+_INFINITY = float("inf")
+
+# Compiled kernels by what the choice of the variant depends on, see _launch.
+Variants = dict[tuple[Any, ...], CompiledKernel]
+# Whether _launch can call compiled kernels: releases of Triton whose launch it knows.
+_DIRECT = not knobs.runtime.interpret and (
+    (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+)
+_ALIGNMENT = 16  # bytes; for a pointer that is not aligned Triton compiles a variant
+_SMALL = 2**31 - 1  # bytes; for a larger storage as well, on AMD
+
+
+def _launch(
+    kernel: Any,
+    variants: Variants,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    large: tuple[torch.Tensor, ...],
+    small: tuple[torch.Tensor, ...],
+    key: tuple[Any, ...],
+    constants: dict[str, Any],
+    options: dict[str, int],
+) -> None:
+    """Launch a kernel like ``kernel[grid](...)``; faster from the second call on.
+
+    Triton derives the compiled variant from all arguments in each call, which takes 14
+    to 23 us. This function finds it by what can change between calls with the same
+    ``variants``, and calls it directly. Launches with hooks, and tensors that are not
+    aligned or large, are left to Triton.
+
+    Args:
+        variants: of this kernel, and of this layer if ``arguments`` hold its weights.
+        arguments: all of the kernel's but the constants.
+        large, small: tensors of ``arguments`` that may be others in the next call;
+            small ones have a number per pair or less.
+        key: their dtypes and all other arguments that Triton specializes on. Numbers
+            that it does not specialize on are below 2^31.
+        constants: the ``tl.constexpr`` arguments, the kernel's last ones, in its order.
+        options: ``num_warps`` and perhaps ``num_stages``.
+    """
+    if not _usual(large, small):
+        kernel[grid](*arguments, **constants, **options)
+        return
+    active = driver.active
+    device = active.get_current_device()
+    values = constants.values()
+    key = (device, *key, *values, *options.values())
+    compiled = variants.get(key)
+    if compiled is None or _hooks(kernel):
+        compiled = kernel[grid](*arguments, **constants, **options)
+        if isinstance(compiled, CompiledKernel):
+            variants[key] = compiled
+        return
+    compiled.run(
+        *grid,
+        active.get_current_stream(device),
+        compiled.function,
+        compiled.packed_metadata,
+        None,  # what hooks are told, and the hooks
+        None,
+        None,
+        *arguments,
+        *values,
+    )
+
+
+def _usual(large: tuple[torch.Tensor, ...], small: tuple[torch.Tensor, ...]) -> bool:
+    """Whether Triton has one variant for all such tensors of the same dtypes."""
+    if not _DIRECT:
+        return False
+    address = size = 0
+    for tensor in large:
+        address |= tensor.data_ptr()
+        size |= tensor.untyped_storage().nbytes()
+    for tensor in small:
+        address |= tensor.data_ptr()
+    return address % _ALIGNMENT == 0 and size <= _SMALL
+
+
+def _hooks(kernel: Any) -> bool:
+    """Whether anything is to be called around a launch, such as a profiler."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(
+        kernel.pre_run_hooks
+        or getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+    )
+
+
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -540,7 +633,7 @@ def _padded(k: int) -> int:
 
 
 class Blocks(NamedTuple):
-    """Pairs (token, slot) sorted by expert, as ``moe_align_block_size`` returns them.
+    """Pairs (token, slot) sorted by expert, see ``sort_pairs``.
 
     sorted_ids int32: pair ids; each expert's are padded to a multiple of ``block_m``
     with ids >= M * top_k. expert_ids int32: local expert of each block, -1: not on this
@@ -550,6 +643,32 @@ class Blocks(NamedTuple):
     sorted_ids: torch.Tensor
     expert_ids: torch.Tensor
     num_padded: torch.Tensor
+
+
+def sort_pairs(
+    topk_ids: torch.Tensor,
+    block_m: int,
+    num_experts: int,
+    expert_map: torch.Tensor | None,
+) -> Blocks:
+    """Sort the pairs by expert, with vLLM's op ``moe_align_block_size``.
+
+    topk_ids int32/int64 [M, top_k], global ids; those outside 0..num_experts-1 are left
+    out. num_experts counts the experts of all ranks. expert_map int32 [num_experts]
+    maps to a local expert or -1, or ``None``.
+    """
+    pairs = topk_ids.numel()
+    # at most: every expert in use is padded by block_m - 1
+    most = pairs + min(pairs, num_experts) * (block_m - 1)
+    blocks = Blocks(
+        topk_ids.new_empty(most, dtype=torch.int32),
+        topk_ids.new_empty(_cdiv(most, block_m), dtype=torch.int32),
+        topk_ids.new_empty(1, dtype=torch.int32),
+    )
+    _custom_ops.moe_align_block_size(
+        topk_ids, num_experts, block_m, *blocks, expert_map
+    )
+    return blocks
 
 
 class Activation(NamedTuple):
@@ -581,6 +700,8 @@ class Int4Matrix:
         zeros = words if zero_points is None else zero_points
         self.tensors = words, scales, zeros
         self.strides = tuple(t.stride(i) for t in self.tensors for i in (0, 1))
+        self.gate_up_variants: Variants = {}
+        self.down_variants: Variants = {}
         self.constants = {
             "GROUP": group_size,
             "HAS_ZEROS": zero_points is not None,
@@ -592,6 +713,9 @@ class Int4Matrix:
         return self.words is words and self.scales is scales
 
 
+_to_planes_variants: Variants = {}
+
+
 def to_planes(x: torch.Tensor, out: torch.Tensor) -> None:
     """Copy x [M, K] to out [M, padded K] in plane order.
 
@@ -599,8 +723,17 @@ def to_planes(x: torch.Tensor, out: torch.Tensor) -> None:
     """
     tokens, k = x.shape
     steps = min(8, 1 << (_cdiv(k, _STEP) - 1).bit_length())
-    moe_int4_prefill_to_planes[(tokens, _cdiv(k, steps * _STEP))](
-        x, out, k, x.stride(0), out.stride(0), STEPS=steps, num_warps=4
+    numbers = k, x.stride(0), out.stride(0)
+    _launch(
+        moe_int4_prefill_to_planes,
+        _to_planes_variants,
+        (tokens, _cdiv(k, steps * _STEP), 1),
+        (x, out, *numbers),
+        (x, out),
+        (),
+        (x.dtype, out.dtype, *numbers),
+        {"STEPS": steps},
+        {"num_warps": 4},
     )
 
 
@@ -620,32 +753,58 @@ def gate_up(
     0..I-1 gate. Rows of pairs whose expert is on another rank are not written.
     """
     tile = tiles.gate_up
+    # fork: begin overlay
+    if tile.tiled:
+        ops.fused_moe_wvSplitK_int4_tiled_gate_up(
+            x,
+            w13.words,
+            w13.scales,
+            out,
+            blocks,
+            top_k,
+            activation,
+            w13.group_size,
+            tile.launch(columns=16),
+            w13.zero_points,
+        )
+        return
+    # fork: end
     intermediate = w13.rows // 2
     columns = _cdiv(_padded(intermediate), tile.block_n)
-    limit = float("inf") if activation.limit is None else activation.limit
-    moe_int4_prefill_gate_up[(blocks.expert_ids.shape[0] * columns,)](
-        x,
-        *w13.tensors,
-        out,
-        *blocks,
-        out.shape[0],
-        top_k,
-        intermediate,
-        w13.columns,
-        x.stride(0),
-        *w13.strides,
-        out.stride(0),
-        activation.alpha,
-        activation.beta,
-        limit,
-        **w13.constants,
-        ACTIVATION=_FORMULAS[activation.name],
-        NATURAL=tile.natural,
-        OUT_NATURAL=tiles.down.natural,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+    limit = _INFINITY if activation.limit is None else float(activation.limit)
+    x_stride, out_stride = x.stride(0), out.stride(0)
+    _launch(
+        moe_int4_prefill_gate_up,
+        w13.gate_up_variants,
+        (blocks.expert_ids.shape[0] * columns, 1, 1),
+        (
+            x,
+            *w13.tensors,
+            out,
+            *blocks,
+            out.shape[0],
+            top_k,
+            intermediate,
+            w13.columns,
+            x_stride,
+            *w13.strides,
+            out_stride,
+            float(activation.alpha),
+            float(activation.beta),
+            limit,
+        ),
+        (x, out),
+        blocks,
+        (x.dtype, out.dtype, x_stride, out_stride),
+        {
+            **w13.constants,
+            "ACTIVATION": _FORMULAS[activation.name],
+            "NATURAL": tile.natural,
+            "OUT_NATURAL": tiles.down.natural,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+        },
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
 
 
@@ -664,32 +823,65 @@ def down(
     ``None`` for weights of 1. Without ``blocks`` every row of x goes to expert 0.
     Rows of pairs whose expert is on another rank are not written.
     """
+    # fork: begin overlay
+    if tile.tiled:
+        assert blocks is not None, "the tiled ops multiply sorted pairs"
+        ops.fused_moe_wvSplitK_int4_tiled_down(
+            x,
+            w2.words,
+            w2.scales,
+            out,
+            blocks,
+            topk_weights,
+            w2.group_size,
+            tile.launch(columns=32),
+            w2.zero_points,
+        )
+        return
+    # fork: end
     columns = _cdiv(w2.rows, tile.block_n)
     if blocks is None:
         count, sorting = _cdiv(out.shape[0], tile.block_m), (w2.words,) * 3
     else:
         count, sorting = blocks.expert_ids.shape[0], blocks
-    moe_int4_prefill_down[(count * columns,)](
-        x,
-        *w2.tensors,
-        out,
-        out if topk_weights is None else topk_weights,
-        *sorting,
-        out.shape[0],
-        w2.rows,
-        w2.columns,
-        x.stride(0),
-        *w2.strides,
-        out.stride(0),
-        **w2.constants,
-        HAS_WEIGHTS=topk_weights is not None,
-        SORTED=blocks is not None,
-        NATURAL=tile.natural,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+    weights = out if topk_weights is None else topk_weights
+    x_stride, out_stride = x.stride(0), out.stride(0)
+    constants = w2.constants
+    _launch(
+        moe_int4_prefill_down,
+        w2.down_variants,
+        (count * columns, 1, 1),
+        (
+            x,
+            *w2.tensors,
+            out,
+            weights,
+            *sorting,
+            out.shape[0],
+            w2.rows,
+            w2.columns,
+            x_stride,
+            *w2.strides,
+            out_stride,
+        ),
+        (x, out),
+        (weights,) if blocks is None else (weights, *blocks),
+        (x.dtype, out.dtype, weights.dtype, x_stride, out_stride),
+        {
+            "GROUP": constants["GROUP"],
+            "HAS_ZEROS": constants["HAS_ZEROS"],
+            "HAS_WEIGHTS": topk_weights is not None,
+            "SORTED": blocks is not None,
+            "EVEN_K": constants["EVEN_K"],
+            "NATURAL": tile.natural,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+        },
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
+
+
+_sum_variants: Variants = {}
 
 
 def sum_pairs(
@@ -707,19 +899,22 @@ def sum_pairs(
     """
     tokens, hidden = out.shape
     num_ids = num_experts if expert_map is None else expert_map.shape[0]
-    moe_int4_prefill_sum[(tokens, _cdiv(hidden, 1024))](
-        pairs,
-        out,
-        topk_ids,
-        topk_ids if expert_map is None else expert_map,
-        hidden,
-        num_ids,
-        out.stride(0),
-        topk_ids.stride(0),
-        TOP_K=topk_ids.shape[1],
-        HAS_MAP=expert_map is not None,
-        BLOCK_N=1024,
-        num_warps=4,
+    map_ = topk_ids if expert_map is None else expert_map
+    strides = out.stride(0), topk_ids.stride(0)
+    _launch(
+        moe_int4_prefill_sum,
+        _sum_variants,
+        (tokens, _cdiv(hidden, 1024), 1),
+        (pairs, out, topk_ids, map_, hidden, num_ids, *strides),
+        (pairs, out),
+        (topk_ids, map_),
+        (pairs.dtype, out.dtype, topk_ids.dtype, map_.dtype, hidden, *strides),
+        {
+            "TOP_K": topk_ids.shape[1],
+            "HAS_MAP": expert_map is not None,
+            "BLOCK_N": 1024,
+        },
+        {"num_warps": 4},
     )
 
 

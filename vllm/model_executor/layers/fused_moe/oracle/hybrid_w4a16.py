@@ -108,6 +108,8 @@ class _Model:
     """Dense int4 linears on ``HybridW4A16LinearKernel``."""
     shared_experts: str = ""
     """Format of the shared experts that the kernels compute; empty: none."""
+    router: bool = False
+    """Whether a kernel computes routers and top-k."""
 
 
 # The model under construction; a process may load several, one after the other.
@@ -348,6 +350,11 @@ def count_shared_expert(weight_format: str) -> None:
     _model.shared_experts = weight_format
 
 
+def count_router() -> None:
+    """Say in the summary that a kernel computes routers and top-k."""
+    _model.router = True
+
+
 # fork: end
 def _under_construction() -> _Model:
     """The record of the model that vLLM is building now."""
@@ -386,6 +393,7 @@ def _sum_up() -> None:
     if accepted and isinstance(family, DeviceFamily):
         shared = _model.shared_experts
         fused = f", shared expert fused {shared}" if shared else ""
+        fused += ", router fused" if _model.router else ""
         kernels = f" (decode: {family.decode}{fused}, prefill: {family.prefill})"
     linears = f"; linears: {_model.linears} int4" if _model.linears else ""
     logger.info(
