@@ -155,6 +155,10 @@ def report(arch: str, source: Path, compiler: str, mca: str) -> list[dict]:
         for key in ("valu_per_512B", "instructions_per_512B"):
             counts = [x for loop in group if (x := getattr(loop, key)) is not None]
             row[key] = max(counts, default=None)
+        # of the routed experts' loops: a shared expert's activations bypass LDS
+        through_lds = [loop for loop in group if loop.uses_lds] or group
+        counts = [x for loop in through_lds if (x := loop.valu_per_512B) is not None]
+        row["valu_per_512B_through_lds"] = max(counts, default=None)
         faults = (
             [f"{kernel.scratch} bytes of scratch per lane"] if kernel.scratch else []
         )

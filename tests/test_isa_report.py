@@ -164,6 +164,7 @@ def test_unrolled_kernel_is_its_own_main_loop(asm):
         (
             """global_load_b128 v[0:3], v[20:21], off slc
             global_load_b128 v[4:7], v[20:21], off
+            ds_load_b128 v[12:15], v22
             v_and_or_b32 v8, v0, s4, 0x64006400""",
             "weight loads that are not non-temporal in the main loop (1)",
         ),
@@ -175,9 +176,10 @@ def test_bad_loads_are_faults(asm, body, fault):
     assert fault in loop.faults()[0]
 
 
-def test_activations_of_16_bit_weights_may_come_from_memory(asm):
+@pytest.mark.parametrize("unpack", ["", "\n\tv_and_or_b32 v8, v0, s4, 0x64006400"])
+def test_activations_may_come_from_memory_where_nothing_uses_lds(asm, unpack):
     body = "global_load_b128 v[0:3], v[20:21], off slc\n\t"
-    body += "global_load_b128 v[4:7], v[20:21], off"
+    body += "global_load_b128 v[4:7], v[20:21], off" + unpack
     (loop,) = loops_of(asm, f".LBB0_1:\n\t{body}\n\ts_cbranch_scc1 .LBB0_1")
     assert loop.faults() == []
 
@@ -548,9 +550,11 @@ def check_real_kernel(kernel):
     assert kernel["weight_load_bytes"] == 16
     assert kernel["mca_cycles_per_512B"] > 0
     assert kernel["weight_bytes_in_flight"] >= 2048
-    # Of MoE kernels: arguments, ids, expert map. Of the others: arguments.
+    # Of MoE kernels: arguments, ids, expert map. Of the others: arguments. In down some
+    # paths through the shared expert's blocks have more.
     is_moe = name.startswith("moe_int4")
-    assert kernel["round_trips_at_most"] <= (3 if is_moe else 1), name
+    trips = 4 if "_down_" in name else 3 if is_moe else 1
+    assert kernel["round_trips_at_most"] <= trips, name
     vgpr, valu = 130, 71
     if is_moe:
         # gate_up and gemm multiply 8 rows with a weight that was read, down 4.
@@ -561,7 +565,8 @@ def check_real_kernel(kernel):
     else:
         valu = 85
     assert kernel["vgpr"] < vgpr, name
-    assert kernel["valu_per_512B"] < valu, name
+    assert kernel["valu_per_512B_through_lds"] < valu, name
+    assert kernel["valu_per_512B"] < max(valu, 115), name  # a shared expert's included
 
 
 @needs_clang

@@ -82,11 +82,12 @@ GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
 }
 
 // fork: end
-#define MOE_INT4_DOWN_VALUES                                                                       \
+#define MOE_INT4_ROUTED_DOWN_VALUES                                                                \
   a, a_stride_m, q, q_stride_e, q_stride_n, scales, s_stride_e, s_stride_n, zeros, z_stride_e,     \
       z_stride_n8, num_experts, n, k, c, c_stride_m, ids, ids_are_int64, ids_stride_m, expert_map, \
       map_size, num_tokens, top_k, topk_weights, tw_stride_m, waves, wave_lds_bytes, blocks,       \
-      blocks_per_wave, log2_k_slices, MOE_INT4_SHARED_DOWN_VALUES
+      blocks_per_wave, log2_k_slices
+#define MOE_INT4_DOWN_VALUES MOE_INT4_ROUTED_DOWN_VALUES, MOE_INT4_SHARED_DOWN_VALUES
 
 // fork: begin overlay
 // The other kernels.
@@ -187,7 +188,8 @@ GPU_DEVICE void down_tiles(MOE_INT4_DOWN_ARGS) {
 
 template <typename DT, int G, bool ZP, int T>
 GPU_DEVICE void down(MOE_INT4_DOWN_ARGS) {
-  gpu::keep_arguments(MOE_INT4_DOWN_VALUES);
+  // All of them would not fit the scalar registers at once; shared_down reads the rest.
+  gpu::keep_arguments(MOE_INT4_ROUTED_DOWN_VALUES, shared_y);
   // fork: begin token
   if (gpu::block_y() < shared_y) {
     return shared_down<DT>(n, num_tokens, waves, MOE_INT4_SHARED_DOWN_VALUES);

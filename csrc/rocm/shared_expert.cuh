@@ -38,17 +38,17 @@ struct SharedBlock {
 struct SharedRow {
   const uint32_t* q;
   const uint16_t* scales;
-  const uint32_t* zeros;  // null: symmetric
-  int zero_shift;         // the row's nibble in a word of zeros
+  const uint32_t* zeros;
+  int zero_shift;  // the row's nibble in a word of zeros
 };
 
+// A load that depends on a condition would be a branch with a wait, so there always are zero points
+// to load: without any, the row's weights, which are as many words at least.
 GPU_DEVICE SharedRow shared_row(int row, MOE_INT4_SHARED_WEIGHT_ARGS) {
-  SharedRow out = {};
-  out.q = shared_q + row * int64_t{shared_q_stride};
-  if (shared_bits == 16) return out;
-  out.scales = shared_scales + row * int64_t{shared_s_stride};
-  if (shared_zeros != nullptr) out.zeros = shared_zeros + row / 8 * int64_t{shared_z_stride};
-  out.zero_shift = row % 8 * 4;
+  SharedRow out = {shared_q + row * int64_t{shared_q_stride},
+                   shared_scales + row * int64_t{shared_s_stride},
+                   shared_zeros + row / 8 * int64_t{shared_z_stride}, row % 8 * 4};
+  if (shared_zeros == nullptr) out.zeros = out.q;
   return out;
 }
 
@@ -74,8 +74,8 @@ struct SharedTile {
 
   // Multiplies this wave's part of k. row_of(s): activation row s.
   template <typename RowOf>
-  GPU_DEVICE void run(const SharedRow& row0, const SharedRow& row1, int log2_group, int k,
-                      int waves, const RowOf& row_of) {
+  GPU_DEVICE void run(const SharedRow& row0, const SharedRow& row1, int log2_group, bool symmetric,
+                      int k, int waves, const RowOf& row_of) {
     const int units = (k + kUnitK - 1) / kUnitK, each = (units + waves - 1) / waves;
     const int first = gpu::wave() * each;
     const int last = first + each < units ? first + each : units;
@@ -113,7 +113,7 @@ struct SharedTile {
             add_piece(weights[d], piece, real, act[i], acc, sum);
           } else {
             add_piece(weights[d], piece, true, act[i], dot, sum);
-            if (piece == kPieces - 1) add_unit(weights[d], real, row0, row1, dot, sum);
+            if (piece == kPieces - 1) add_unit(weights[d], real, symmetric, row0, row1, dot, sum);
           }
         }
       }
@@ -167,9 +167,7 @@ struct SharedTile {
   static GPU_DEVICE Loaded load(const SharedRow& row, int at, int log2_group) {
     Loaded out = {};
     if constexpr (Bits != 16) out.scale = row.scales[at >> log2_group];
-    if constexpr (Bits == 4) {
-      if (row.zeros != nullptr) out.zero = row.zeros[at >> log2_group];
-    }
+    if constexpr (Bits == 4) out.zero = row.zeros[at >> log2_group];
     out.w = gpu::load_weights(row.q + at / (32 / Bits));
     return out;
   }
@@ -191,14 +189,15 @@ struct SharedTile {
   }
 
   // Scales the products of a unit, adds them to acc and resets them.
-  GPU_DEVICE void add_unit(const Loaded (&weights)[2], bool real, const SharedRow& row0,
-                           const SharedRow& row1, float (&dot)[2][S], float (&sum)[S]) {
+  GPU_DEVICE void add_unit(const Loaded (&weights)[2], bool real, bool symmetric,
+                           const SharedRow& row0, const SharedRow& row1, float (&dot)[2][S],
+                           float (&sum)[S]) {
     GPU_UNROLL
     for (int r = 0; r < 2; ++r) {
       const SharedRow& row = r == 0 ? row0 : row1;
       int zero = Unpacked<DT, Bits>::kSymmetricZero;
       if constexpr (Bits == 4) {
-        if (row.zeros != nullptr) zero = static_cast<int>(weights[r].zero >> row.zero_shift & 15);
+        if (!symmetric) zero = static_cast<int>(weights[r].zero >> row.zero_shift & 15);
       }
       const float scale = real ? Format<DT>::to_float(weights[r].scale) : 0.0f;
       GPU_UNROLL
@@ -245,15 +244,11 @@ GPU_DEVICE void shared_gate_up(const void* a, int64_t a_stride_m, int k, int num
   const bool is_gate = tile == tiles;
   const int index = tile * kRowGroups + lane_row();
   const int row = index < shared_inter ? index : shared_inter - 1;
-  SharedRow rows[2] = {};
-  if (is_gate) {
-    rows[0].q = rows[1].q = reinterpret_cast<const uint32_t*>(shared_gate);
-  } else {
-    rows[0] = shared_row(row, MOE_INT4_SHARED_WEIGHT_VALUES);
-    rows[1] = shared_row(row + shared_inter, MOE_INT4_SHARED_WEIGHT_VALUES);
-  }
+  SharedRow row0 = shared_row(row, MOE_INT4_SHARED_WEIGHT_VALUES);
+  SharedRow row1 = shared_row(row + shared_inter, MOE_INT4_SHARED_WEIGHT_VALUES);
+  if (is_gate) row0.q = row1.q = reinterpret_cast<const uint32_t*>(shared_gate);
   with_shared_tile<DT>(is_gate ? 16 : shared_bits, num_tokens, [&](auto product) {
-    product.run(rows[0], rows[1], shared_log2_group, k, waves, row_of);
+    product.run(row0, row1, shared_log2_group, shared_zeros == nullptr, k, waves, row_of);
     product.reduce(count, waves, [&](int s, int r, float gate, float up) {
       const int at = tile * kRowGroups + r, token = first_token + s;
       if (is_gate) {
@@ -268,6 +263,7 @@ GPU_DEVICE void shared_gate_up(const void* a, int64_t a_stride_m, int k, int num
 // A tile of down is kRowsPerWave rows.
 template <typename DT>
 GPU_DEVICE void shared_down(int n, int num_tokens, int waves, MOE_INT4_SHARED_DOWN_ARGS) {
+  gpu::keep_arguments(MOE_INT4_SHARED_DOWN_VALUES);
   const int tiles = (n + kRowsPerWave - 1) / kRowsPerWave;
   const SharedBlock block(shared_y, grid_x, shared_bits, num_tokens);
   const int tile = block.tile, first_token = block.first_token, count = block.count;
@@ -278,7 +274,7 @@ GPU_DEVICE void shared_down(int n, int num_tokens, int waves, MOE_INT4_SHARED_DO
   const SharedRow row0 = shared_row(index0 < n ? index0 : n - 1, MOE_INT4_SHARED_WEIGHT_VALUES);
   const SharedRow row1 = shared_row(index1 < n ? index1 : n - 1, MOE_INT4_SHARED_WEIGHT_VALUES);
   with_shared_tile<DT>(shared_bits, num_tokens, [&](auto product) {
-    product.run(row0, row1, shared_log2_group, shared_k, waves, row_of);
+    product.run(row0, row1, shared_log2_group, shared_zeros == nullptr, shared_k, waves, row_of);
     product.reduce(count, waves, [&](int s, int r, float sum0, float sum1) {
       const int at = tile * kRowsPerWave + r, token = first_token + s;
       const float factor = shared_factors != nullptr ? shared_factors[token] : 1.0f;

@@ -110,6 +110,27 @@ def test_full_size_qwen35_checkpoint(tmp_path):
     assert rate == pytest.approx(212e9 / report["token_bytes"])
 
 
+def test_int4_shared_experts(tmp_path, monkeypatch):
+    """They run in the experts' launches where our kernel takes their linears."""
+    folder = make_checkpoint(
+        tmp_path / "35b",
+        int4_attention=True,
+        int4_shared=True,
+        text={"num_hidden_layers": 4},
+    )
+    report = explain(str(folder), device="gfx1151")
+    shared = report["shared_experts"]
+    assert (shared["layers"], shared["fused"]) == (4, 0)
+    assert shared["reason"].startswith(
+        "quantized, not compared with vLLM's RDNA kernel"
+    )
+    monkeypatch.setenv(switch.LINEAR_NAME, "1")
+    report = explain(str(folder), device="gfx1151")
+    assert report["shared_experts"] == {"layers": 4, "fused": 4, "reason": None}
+    assert report["launches"] == {"routed experts": 8, "int4 linears": 3 * 3 + 2}
+    assert sum(g["layers"] for g in report["linears"]) == 3 * 3 + 2 + 2 * 4
+
+
 def test_published_qwen35_checkpoint(tmp_path, monkeypatch):
     """Intel/Qwen3.5-35B-A3B-int4-AutoRound: int4 attention, bf16 shared experts."""
     folder = make_checkpoint(tmp_path / "35b", int4_attention=True)

@@ -58,13 +58,15 @@ def make_checkpoint(
     vision: dict[str, Any] | None = None,
     shard_bytes: int = _SHARD_BYTES,
     int4_attention: bool = False,
+    int4_shared: bool = False,
     tensors: Iterable[Tensor] | None = None,
 ) -> Path:
     """Write config.json, sparse safetensors files and their index; returns ``folder``.
 
     text, vision: differences from transformers' defaults, which are the sizes of
     Qwen3.5-35B-A3B. int4_attention: the attention and GDN projections are int4 too, as
-    in the published checkpoint. tensors: replaces the model's own.
+    in the published checkpoint. int4_shared: so are the shared experts. tensors:
+    replaces the model's own.
     """
     model_config = Qwen3_5MoeConfig(text_config=text or {}, vision_config=vision or {})
     folder.mkdir(parents=True)
@@ -73,7 +75,9 @@ def make_checkpoint(
         tensors = _tensors(model_config)
     if int4_attention:
         del config["quantization_config"]["extra_config"][_ATTENTION]
-        tensors = _with_int4_attention(tensors)
+        tensors = _with_int4(tensors, r"(in_proj_\w+|out_proj|[qkvo]_proj)")
+    if int4_shared:
+        tensors = _with_int4(tensors, r"shared_expert\.\w+_proj")
     (folder / "config.json").write_text(json.dumps(config))
     _write_shards(folder, list(tensors), shard_bytes)
     return folder
@@ -131,8 +135,8 @@ def _tensors(model_config: Qwen3_5MoeConfig) -> Iterator[Tensor]:
     yield from _draft_layer(text.hidden_size, text.moe_intermediate_size, text)
 
 
-def _with_int4_attention(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    linear = re.compile(r"\.(in_proj_\w+|out_proj|[qkvo]_proj)\.weight$")
+def _with_int4(tensors: Iterable[Tensor], names: str) -> Iterator[Tensor]:
+    linear = re.compile(rf"\.{names}\.weight$")
     for name, shape, dtype in tensors:
         if BLOCKS in name and linear.search(name):
             yield from _int4_linear(name.removesuffix(".weight"), *shape)

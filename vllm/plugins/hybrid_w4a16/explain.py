@@ -110,7 +110,16 @@ def _report(
     family = devices.PLANNED[device] if device else devices.device_family()
     layers = explain_layers.expert_layers(checkpoint, tp_size, family)
     drafts = explain_layers.draft_layers(checkpoint, tp_size, family)
-    linears = explain_linears.linears(checkpoint, tp_size, family)
+    every_linear = explain_linears.linears(checkpoint, tp_size, family)
+    linears = explain_linears.grouped(every_linear.values())
+    shared = explain_shared.shared_experts(checkpoint, layers, every_linear, tp_size)
+    launched = linears
+    if shared.fused == shared.layers:  # their linears have no launches
+        launched = explain_linears.grouped(
+            linear
+            for (module, _), linear in every_linear.items()
+            if not module.endswith((".shared_expert", ".shared_experts"))
+        )
     parts = explain_bytes.parts(checkpoint, layers, tp_size, context)
     total = sum(part.token_bytes for part in parts)
     known = family if isinstance(family, devices.DeviceFamily) else None
@@ -139,10 +148,8 @@ def _report(
         "refused_layers": sum(layer.error for layer in layers),
         "hybrid_draft_layers": sum(layer.hybrid for layer in drafts),
         "linears": [dataclasses.asdict(group) for group in linears],
-        "launches": _launches(layers, linears),
-        "shared_experts": dataclasses.asdict(
-            explain_shared.shared_experts(checkpoint, layers, tp_size)
-        ),
+        "launches": _launches(layers, launched),
+        "shared_experts": dataclasses.asdict(shared),
         "parts": [dataclasses.asdict(part) for part in parts],
         "heads": [
             dataclasses.asdict(option)

@@ -8,6 +8,7 @@ the check that ``HybridW4A16LinearKernel`` itself uses.
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,16 +60,18 @@ class LinearGroup:
 
 def linears(
     checkpoint: Checkpoint, tp_size: int, family: DeviceFamily | str
-) -> list[LinearGroup]:
-    """The decoder's dense int4 linears, in the order of their first layer.
+) -> dict[tuple[str, str], LinearGroup]:
+    """The decoder's dense int4 linears, in order; each is a group of one layer.
 
-    Empty if the config has integer weights of any width other than 4 bits: then each
-    layer would need its own width, which this function does not look up.
+    Keys are the names of the module above, as in the checkpoint, and of vLLM's linear:
+    ``("model.layers.0.self_attn", "qkv_proj")``. Empty if the config has integer
+    weights of any width other than 4 bits: then each layer would need its own width,
+    which this function does not look up.
 
     ``family``: the device to plan for, or the reason why there is none.
     """
     if _bits(checkpoint.quantization or {}) != {4}:
-        return []
+        return {}
     depth = checkpoint.value("num_hidden_layers", "n_layer", "num_layers")
     scales: dict[tuple[str, str], list[TensorInfo]] = defaultdict(list)
     words: dict[str, TensorInfo] = {}
@@ -87,13 +90,22 @@ def linears(
             scales[above, _MERGED.get(name, name)].append(tensor)
         elif last in ZEROS and not is_symmetric(checkpoint):
             with_zeros.add(linear)
-    counts: dict[LinearGroup, int] = defaultdict(int)
-    for (_, name), parts in scales.items():
+    found_linears: dict[tuple[str, str], LinearGroup] = {}
+    for (above, name), parts in scales.items():
         parts = [p for p in parts if p.name.rpartition(".")[0] in words]
         if parts:
             zeros = parts[0].name.rpartition(".")[0] in with_zeros
-            merged = _merged(checkpoint, name, parts, words, zeros, tp_size, family)
-            counts[merged] += 1
+            found_linears[above, name] = _merged(
+                checkpoint, name, parts, words, zeros, tp_size, family
+            )
+    return found_linears
+
+
+def grouped(linears: Iterable[LinearGroup]) -> list[LinearGroup]:
+    """Layers with the same name, shape and answer as one group."""
+    counts: dict[LinearGroup, int] = defaultdict(int)
+    for linear in linears:
+        counts[linear] += linear.layers
     return [
         LinearGroup(**{**vars(group), "layers": count})
         for group, count in counts.items()

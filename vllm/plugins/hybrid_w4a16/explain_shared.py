@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from .explain_checkpoint import Checkpoint
 from .explain_layers import ExpertsLayer
+from .explain_linears import LinearGroup
 
 _LINEAR = re.compile(
-    r"^(?P<block>.+)\.shared_experts?\.(?:gate_proj|up_proj|down_proj)\.(?P<suffix>\w+)$"
+    r"^(?P<module>(?P<block>.+)\.shared_experts?)\.(?:gate_proj|up_proj|down_proj)\."
+    r"(?P<suffix>\w+)$"
 )
 _LOADED_AS_16_BITS = ("F16", "BF16", "F32")
 _WIDTH = 8
@@ -32,9 +34,15 @@ class SharedExperts:
 
 
 def shared_experts(
-    checkpoint: Checkpoint, layers: list[ExpertsLayer], tp_size: int
+    checkpoint: Checkpoint,
+    layers: list[ExpertsLayer],
+    linears: dict[tuple[str, str], LinearGroup],
+    tp_size: int,
 ) -> SharedExperts:
-    """Count the shared experts; ``layers``: of ``expert_layers``."""
+    """Count the shared experts.
+
+    ``layers``: of ``expert_layers``; ``linears``: of ``explain_linears.linears``.
+    """
     blocks = {layer.name.removesuffix(".experts") for layer in layers if layer.hybrid}
     reasons: dict[str, str | None] = {}
     for tensor in checkpoint.tensors:
@@ -43,7 +51,7 @@ def shared_experts(
             continue
         reason = None
         if found["suffix"] != "weight" or tensor.dtype not in _LOADED_AS_16_BITS:
-            reason = "quantized"
+            reason = _quantized_reason(linears, found["module"])
         elif tensor.name.endswith(".down_proj.weight"):
             inter, rest = divmod(tensor.shape[1], tp_size)
             if rest or inter % _WIDTH:
@@ -52,3 +60,16 @@ def shared_experts(
     fused = sum(reason is None for reason in reasons.values())
     others = sorted({reason for reason in reasons.values() if reason})
     return SharedExperts(len(reasons), fused, "; ".join(others) or None)
+
+
+def _quantized_reason(
+    linears: dict[tuple[str, str], LinearGroup], module: str
+) -> str | None:
+    """Why the ops cannot read a quantized shared expert; ``None`` if they can."""
+    for name in ("gate_up_proj", "down_proj"):
+        linear = linears.get((module, name))
+        if linear is None:
+            return "quantized, not in int4"
+        if not linear.hybrid:
+            return f"quantized, {linear.reason}"
+    return None

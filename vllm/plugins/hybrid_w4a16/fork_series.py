@@ -244,9 +244,10 @@ its own.""",
 Adds HybridW4A16LinearKernel over the dense int4 op, first in the list of the CPU's
 mixed-precision kernels. It leaves bf16 to vLLM's AMX kernel where there is one. On a
 GPU it runs few rows on the skinny GEMM and many on Triton, but it is in no GPU's
-list. For up to 8 tokens the gate_up and down launches compute a 16-bit shared expert as
-well; the MoE runner fetches and adds its result as before. For as many tokens one
-launch computes router logits and top-k where the runner holds the gate.""",
+list. For up to 8 tokens the gate_up and down launches compute the shared expert as
+well, in 16 bits or with the int4 weights of that kernel; the MoE runner fetches and
+adds its result as before. For as many tokens one launch computes router logits and
+top-k where the runner holds the gate.""",
         tested="""\
 Layers that fit and that do not; the product against float64, on the CPU. The shared
 expert in the ops against float64. Router logits against float64, ids and weights
