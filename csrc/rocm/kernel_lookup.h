@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// What the launchers of the MoE kernels share: the choice of an entry point, checked strides.
+// What the launchers of the MoE kernels share.
 #pragma once
 
-#include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "entry_points.h"
 #include "moe_int4_args.h"

@@ -146,14 +146,14 @@ inline Kernel kernel(const char* op, const Plan& plan, [[maybe_unused]] const Pr
   const auto kernel = static_cast<Kernel>(value(op, plan, 0, "kernel", 0, static_cast<int>(last)));
 #if GPU_HAS_MMA
   const bool grouped = kernel != Kernel::kPairs && kernel != Kernel::kEights;
+  if (kernel != Kernel::kEights && !p.aligned) {
+    fail(op, "kernel (value 0)", "1 where activation rows are not 16-byte aligned", plan.values[0]);
+  }
   if (grouped && !p.can_group()) {
     fail(op, "kernel (value 0)",
          "0 or 1 for more than " + std::to_string(kMaxGroupTopK) + " experts per token or more " +
              "than 65535 experts",
          plan.values[0]);
-  }
-  if (kernel != Kernel::kEights && !p.aligned) {
-    fail(op, "kernel (value 0)", "1 where activation rows are not 16-byte aligned", plan.values[0]);
   }
 #endif
   return kernel;

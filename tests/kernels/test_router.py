@@ -11,6 +11,7 @@ import itertools
 import pytest
 import torch
 
+from tests.kernels.test_moe_int4_ops import needs_cpu_ops
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_router as router
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -215,6 +216,7 @@ def arguments():
     }
 
 
+@needs_cpu_ops
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -304,7 +306,10 @@ def test_selection_has_the_bits_of_vllm(experts, kind):
             where = f"{experts} experts, {kind}, {tokens} tokens, {scoring}, {biased}"
             assert torch.equal(found[2], expected[1].cpu()), where
             torch.testing.assert_close(
-                *(found[1], expected[0].cpu()), rtol=3e-7, atol=0, msg=where
+                *(found[1], expected[0].cpu()),
+                rtol=1e-6 if experts == 160 else 3e-7,
+                atol=0,
+                msg=where,
             )
 
 

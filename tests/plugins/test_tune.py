@@ -325,11 +325,16 @@ def test_a_broken_table_is_said_and_not_used(text, caplog, monkeypatch):
 
 
 def test_the_rule_of_where_prefill_begins_has_no_cliff():
-    begins = [tuning.prefill_from("sm_90", experts, 8) for experts in range(8, 513)]
+    begins = [tuning.prefill_from("rdna", experts, 8) for experts in range(8, 513)]
     assert begins == sorted(begins)
     # one more expert needs as many more tokens as give one expert that many rows
     assert all(b - a <= 2 for a, b in zip(begins, begins[1:], strict=False))
     assert begins[0] < begins[-1]
+
+
+def test_where_prefill_begins_depends_on_the_pairs_on_cuda():
+    begins = [tuning.prefill_from("sm_90", 128, top_k) for top_k in (1, 2, 4, 8, 10)]
+    assert begins == [65, 64, 32, 16, 13]
 
 
 def test_one_line_says_which_table_is_used():

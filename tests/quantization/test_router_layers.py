@@ -111,7 +111,8 @@ def fused(runner):
 
 def forward(runner, config, tokens, function=None):
     generator = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, SHAPE.hidden, generator=generator).bfloat16().to(DEVICE)
+    x = torch.randn(tokens, SHAPE.hidden, generator=generator, device="cpu")
+    x = x.bfloat16().to(DEVICE)
     with set_forward_context(None, config), torch.inference_mode():
         return (function or runner)(x, x).cpu()
 

@@ -235,7 +235,7 @@ def test_few_tokens_run_in_our_launches(shared, gated, options, dtypes):
         ours.fused_up_to = 0  # vLLM's way
         expected = forward(runner, config, tokens)
         ours.fused_up_to = MAX_TOKENS
-        assert relative_error(got, expected) < 6e-3
+        assert relative_error(got, expected) < 8e-3
         assert torch.equal(got, forward(runner, config, tokens))
     shared_part = forward(ours.module, config, 3, lambda x, _: ours.module(x))
     assert shared_part.norm() > 0.1 * got.norm(), "the shared expert hardly counts"

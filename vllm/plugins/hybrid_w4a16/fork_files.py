@@ -40,6 +40,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "token",
         (
+            "hybrid_w4a16_launch.py",
             "vllm/model_executor/kernels/*",
             "*shared*",
             "*router*",

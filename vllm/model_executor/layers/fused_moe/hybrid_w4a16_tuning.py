@@ -8,12 +8,10 @@ same form, are in ``VLLM_CONFIG_ROOT/hybrid_w4a16`` and take precedence::
     source        what the numbers were measured on
     prefill_from  lowest number of tokens that prefill handles
     prefill_rows_per_expert  ... or fewer, if experts get more rows each; optional
-    prefill_pairs ... or fewer, if there are this many pairs (token, expert); optional
     row_padding   bytes added to packed weight rows of a multiple of 1024 bytes
     rows          prefill tiles by shape: hidden, intermediate, rows_per_expert;
                   block_m, and [block_n, num_warps, num_stages, order] of gate_up and
                   down; see ``Tile``
-    dense_rows    the same for dense linears, which have one expert; optional
     shapes        measurements for one shape, see ``MoEShape``: compute_units and
                   kernel_version, prefill_from, rows as above, and decode: by tokens
                   the plans of gate_up and down, as the ops take them, or null
@@ -178,9 +176,12 @@ def prefill_from(name: str, num_experts: int, top_k: int) -> int:
     rows = entry.get("prefill_rows_per_expert")
     if rows is not None:
         tokens = min(tokens, rows * num_experts // top_k + 1)
+    # fork: begin overlay
+    # decode sorts a block's pairs (token, expert) in every block
     pairs = entry.get("prefill_pairs")
     if pairs is not None:
         tokens = min(tokens, -(-pairs // top_k))
+    # fork: end
     return tokens
 
 
@@ -210,9 +211,11 @@ def prefill_tiles(
     return nearest_tiles(rows, pairs, num_experts, hidden, intermediate)
 
 
+# fork: begin lm_head
 def dense_tile(name: str, rows: int, outputs: int, inputs: int) -> Tile:
     """The tile of a dense linear ``outputs x inputs`` for ``rows`` rows.
 
+    From the table's ``dense_rows``, which have the form of ``rows``, if it has any.
     name: of the table, see ``table_name``.
     """
     entry = table(name)
@@ -220,6 +223,7 @@ def dense_tile(name: str, rows: int, outputs: int, inputs: int) -> Tile:
     return nearest_tiles(cases, rows, 1, outputs, inputs).down
 
 
+# fork: end
 def nearest_tiles(
     rows: list[dict[str, Any]],
     pairs: int,
@@ -334,6 +338,7 @@ def lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
     return known
 
 
+# fork: begin overlay
 def forget() -> None:
     """Forget all lookups, so that the tables are read again."""
     _used.clear()
@@ -341,6 +346,7 @@ def forget() -> None:
     prefill_tiles.cache_clear()
 
 
+# fork: end
 def _lookup(arch: str, compute_units: int, shape: MoEShape) -> Tuned:
     shipped = table(table_name(arch)).get("shapes", [])
     for origin, entries in (("owner", owner_entries(arch)), ("shipped", shipped)):
@@ -455,12 +461,12 @@ def _entry_text(entry: dict[str, Any]) -> str:
     return "  {\n" + ",\n".join(lines) + "\n  }"
 
 
-# fork: end
 def shape_fields(shape: MoEShape) -> dict[str, Any]:
     """A shape as the fields of an entry."""
     return asdict(shape)
 
 
+# fork: end
 def entry_shape(entry: dict[str, Any]) -> MoEShape:
     """The shape of an entry."""
     return MoEShape(**{name: entry[name] for name in SHAPE_FIELDS})

@@ -38,12 +38,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
-from triton.compiler import CompiledKernel
-from triton.runtime import driver
 
 from vllm import _custom_ops
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+
+# fork: begin token
+from vllm.model_executor.layers.fused_moe.experts import hybrid_w4a16_launch as direct
+
+# fork: end
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import PrefillTiles, Tile
 
 # Weights of a row per step of the main loop: 8 planes of 16, the smallest K of the
@@ -537,14 +539,7 @@ def moe_int4_prefill_sum(
 # arithmetic and few views (triton.cdiv and tensor_split take microseconds each).
 _INFINITY = float("inf")
 
-# Compiled kernels by what the choice of the variant depends on, see _launch.
-Variants = dict[tuple[Any, ...], CompiledKernel]
-# Whether _launch can call compiled kernels: releases of Triton whose launch it knows.
-_DIRECT = not knobs.runtime.interpret and (
-    (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
-)
-_ALIGNMENT = 16  # bytes; for a pointer that is not aligned Triton compiles a variant
-_SMALL = 2**31 - 1  # bytes; for a larger storage as well, on AMD
+Variants = dict[tuple[Any, ...], Any]  # see hybrid_w4a16_launch
 
 
 def _launch(
@@ -558,70 +553,13 @@ def _launch(
     constants: dict[str, Any],
     options: dict[str, int],
 ) -> None:
-    """Launch a kernel like ``kernel[grid](...)``; faster from the second call on.
-
-    Triton derives the compiled variant from all arguments in each call, which takes 14
-    to 23 us. This function finds it by what can change between calls with the same
-    ``variants``, and calls it directly. Launches with callbacks, and tensors that are
-    not aligned or large, are left to Triton.
-
-    Args:
-        variants: of this kernel, and of this layer if ``arguments`` hold its weights.
-        arguments: all of the kernel's but the constants.
-        large, small: tensors of ``arguments`` that may be others in the next call;
-            small ones have a number per pair or less.
-        key: their dtypes and all other arguments that Triton specializes on. Numbers
-            that it does not specialize on are below 2^31.
-        constants: the ``tl.constexpr`` arguments, the kernel's last ones, in its order.
-        options: ``num_warps`` and perhaps ``num_stages``.
-    """
-    if not _usual(large, small):
-        kernel[grid](*arguments, **constants, **options)
+    """Launch ``kernel[grid](*arguments, **constants, **options)``."""
+    # fork: begin token
+    if direct.can_launch(large, small):
+        direct.launch(kernel, variants, grid, arguments, key, constants, options)
         return
-    active = driver.active
-    device = active.get_current_device()
-    values = constants.values()
-    key = (device, *key, *values, *options.values())
-    compiled = variants.get(key)
-    if compiled is None or _callbacks(kernel):
-        compiled = kernel[grid](*arguments, **constants, **options)
-        if isinstance(compiled, CompiledKernel):
-            variants[key] = compiled
-        return
-    compiled.run(
-        *grid,
-        active.get_current_stream(device),
-        compiled.function,
-        compiled.packed_metadata,
-        None,  # what callbacks are told, and the callbacks
-        None,
-        None,
-        *arguments,
-        *values,
-    )
-
-
-def _usual(large: tuple[torch.Tensor, ...], small: tuple[torch.Tensor, ...]) -> bool:
-    """Whether Triton has one variant for all such tensors of the same dtypes."""
-    if not _DIRECT:
-        return False
-    address = size = 0
-    for tensor in large:
-        address |= tensor.data_ptr()
-        size |= tensor.untyped_storage().nbytes()
-    for tensor in small:
-        address |= tensor.data_ptr()
-    return address % _ALIGNMENT == 0 and size <= _SMALL
-
-
-def _callbacks(kernel: Any) -> bool:
-    """Whether anything is to be called around a launch, such as a profiler."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(
-        kernel.pre_run_hooks
-        or getattr(enter, "calls", enter)
-        or getattr(leave, "calls", leave)
-    )
+    # fork: end
+    kernel[grid](*arguments, **constants, **options)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -997,6 +935,7 @@ def prefill_experts(
     sum_pairs(workspace.down_out, out, topk_ids, expert_map, w13.experts)
 
 
+# fork: begin lm_head
 def dense(x: torch.Tensor, w: Int4Matrix, tile: Tile) -> torch.Tensor:
     """``x @ w^.T`` [M, N] of many rows, without host synchronisation.
 
@@ -1012,3 +951,6 @@ def dense(x: torch.Tensor, w: Int4Matrix, tile: Tile) -> torch.Tensor:
     out = x.new_empty(rows, w.rows)
     down(x, w, out, None, None, tile)
     return out
+
+
+# fork: end

@@ -104,12 +104,14 @@ class _Model:
     """Bytes of padding by layer."""
     declined: dict[str, str] = field(default_factory=dict)
     """Reason by layer."""
+    # fork: begin token
     linears: int = 0
     """Dense int4 linears on ``HybridW4A16LinearKernel``."""
     shared_experts: str = ""
     """Format of the shared experts that the kernels compute; empty: none."""
     router: bool = False
     """Whether a kernel computes routers and top-k."""
+    # fork: end
 
 
 # The model under construction; a process may load several, one after the other.
@@ -339,12 +341,12 @@ def report_ready(prefix: str, padding_bytes: int) -> None:
         _sum_up()
 
 
+# fork: begin token
 def count_linear() -> None:
     """Count a dense int4 linear that was built with ``HybridW4A16LinearKernel``."""
     _under_construction().linears += 1
 
 
-# fork: begin token
 def count_shared_expert(weight_format: str) -> None:
     """Say in the summary that the kernels compute the shared expert, in this format."""
     _model.shared_experts = weight_format
@@ -391,11 +393,17 @@ def _sum_up() -> None:
     family = device_family()
     kernels = ""
     if accepted and isinstance(family, DeviceFamily):
-        shared = _model.shared_experts
-        fused = f", shared expert fused {shared}" if shared else ""
+        fused = ""
+        # fork: begin token
+        if _model.shared_experts:
+            fused += f", shared expert fused {_model.shared_experts}"
         fused += ", router fused" if _model.router else ""
+        # fork: end
         kernels = f" (decode: {family.decode}{fused}, prefill: {family.prefill})"
+    linears = ""
+    # fork: begin token
     linears = f"; linears: {_model.linears} int4" if _model.linears else ""
+    # fork: end
     logger.info(
         "HybridW4A16 MoE: %d/%d layers%s, %d declined%s",
         accepted,
