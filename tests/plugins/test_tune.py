@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+# Binds device_family before a test replaces it.
+import vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe  # noqa: F401
 from vllm import envs
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
