@@ -45,6 +45,9 @@ logger = init_logger(__name__)
 MAX_TOKENS = 8
 MAX_EXPERTS = 512
 MAX_TOP_K = 32
+# Tokens times experts up to which the op was not slower than vLLM's gate and top-k on
+# an H200 (benchmark_router.py: 8 tokens of 256 experts, 4 of 512).
+_MOST_LOGITS = 2048
 
 # vLLM's router for the CPU picks other experts among equals and rounds weights to 16
 # bits. Tests set this.
@@ -175,7 +178,7 @@ class FusedRouter:
             arrived = torch.zeros(1, dtype=torch.int32, device=weight.device)
             self._runner.register_buffer("router_arrived", arrived, persistent=False)
             self._cu_count = experts.cu_count
-            self.fused_up_to = MAX_TOKENS
+            self.fused_up_to = min(MAX_TOKENS, _MOST_LOGITS // weight.shape[0])
         oracle.count_router()
 
     def _misfit_of_weights(self) -> str | None:
