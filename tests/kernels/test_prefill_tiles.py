@@ -170,3 +170,26 @@ def test_triton_releases_in_the_field_compile_the_tiles(release, tmp_path):
     printed = report("gfx1151,gfx1100,gfx1201", environment)
     expected = r"\d+\.\d+\.\d+" if release == "installed" else re.escape(release)
     assert re.search(rf"^Triton {expected}", printed, re.M)
+
+
+@pytest.mark.parametrize(
+    ("tile", "gate_up", "down"),
+    [
+        # block_n, the columns of a block, is waves * tiles of 16 or 32 columns each
+        (Tile(64, 64, 4, 2, "tiled"), (64, 4, 1), (64, 4, 1)),
+        (Tile(8, 512, 4, 2, "tiled"), (8, 4, 8), (8, 4, 4)),
+        (Tile(16, 128, 8, 2, "tiled"), (16, 8, 1), (16, 8, 1)),
+    ],
+    ids=str,
+)
+def test_launches_of_the_tiled_kernels(tile, gate_up, down):
+    assert tile.tiled and tile.natural
+    assert (tile.launch(columns=16), tile.launch(columns=32)) == (gate_up, down)
+
+
+def test_the_output_of_a_tiled_gate_up_is_not_in_plane_order():
+    tiled, natural = Tile(16, 64, 4, 2, "tiled"), Tile(16, 64, 4, 3, "natural")
+    PrefillTiles(tiled, natural)
+    PrefillTiles(natural, tiled)
+    with pytest.raises(ValueError, match='the output of a "tiled" gate_up is in natur'):
+        PrefillTiles(tiled, Tile(16, 64, 4, 3))
