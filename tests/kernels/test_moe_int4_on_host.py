@@ -305,10 +305,10 @@ class Maker:
     def lists(self, fields, rows):
         """Add pairs sorted into lists of `rows`; returns each pair's expert, -1: none.
 
-        Up to two full lists, two others, and a list past the valid ones.
+        A full list or none, two others, and a list past the valid ones.
         """
         rng, experts = self.rng, self.pick(1, 3)
-        counts = [rows] * self.pick(0, 1, 2) + list(rng.integers(0, rows + 1, 2))
+        counts = [rows] * self.pick(0, 1) + list(rng.integers(0, rows + 1, 2))
         rng.shuffle(counts)
         top_k = self.pick(1, 3)
         num_pairs = (sum(counts) // top_k + 2) * top_k
@@ -405,9 +405,8 @@ class Maker:
         """
         if self.op.startswith("tiled"):
             for rows in (8, 16, 32, 64):
-                n = 8 * int(self.rng.integers(1, 17))
-                k = self.pick(1, 2, 3, 5) * self.group
-                yield self.tiled(rows, n, k)
+                n = 8 * int(self.rng.integers(1, 17 if every else 9))
+                yield self.tiled(rows, n, self.pick(1, 2, 3) * self.group)
                 if every:
                     yield self.tiled(rows, n, 1024 + self.group)
             return
