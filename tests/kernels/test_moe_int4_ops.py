@@ -1003,7 +1003,7 @@ def test_kernels_that_run_are_named(device, group_size, every_isa):
 
 
 @needs_cpu_ops
-def test_kernels_of_what_no_kernel_takes():
+def test_kernels_of_what_no_kernel_takes(device):
     kernels = torch.ops._rocm_C.hybrid_w4a16_cpu_kernels
     with pytest.raises(RuntimeError, match="group_size: expected 32, 64 or 128, got 8"):
         kernels(8, torch.half)
