@@ -191,6 +191,7 @@ def test_against_float64(number):
         step.buffer.check_surroundings()
 
 
+# fork: begin lm_head
 @needs_triton
 @pytest.mark.parametrize("number", range(6 if INTERPRETED else FAMILIES))
 def test_dense_against_float64(number):
@@ -210,6 +211,7 @@ def test_dense_against_float64(number):
     assert error < sweep.TOLERANCE[family.dtype], (family.text, rows, n, k)
 
 
+# fork: end
 # fork: begin token
 @needs_triton
 def test_a_gpu_takes_many_rows_of_a_dense_linear_to_triton():
