@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
-// down for many tokens, with group_tile.cuh: a block computes `row_tiles` tiles of
-// kTiledDownRows * kRowsPerWave output columns per wave, for one list of T pairs. The
-// blocks of a list are adjacent. A block writes a row per
-// pair, times the pair's router weight; another launch adds the rows of a token.
+// down for many tokens, with group_tile.cuh: a block computes `row_tiles` tiles of kTiledDownRows *
+// kRowsPerWave output columns per wave, for one list of T pairs. The blocks of a list are adjacent.
+// A row per pair is written, times the pair's router weight; another launch adds the rows of a
+// token.
 #include "entry_points.h"
 
 #if GPU_HAS_MMA

@@ -3,8 +3,8 @@
 //
 // gate_up for many tokens, with group_tile.cuh: a block computes `row_tiles` tiles of
 // kGateUpRows * kRowGroups indices of the intermediate size per wave, for one list of T pairs. The
-// blocks of a list are adjacent. Waves
-// do not split k, so one lane has both gate and up of two adjacent indices.
+// blocks of a list are adjacent. Waves do not split k, so one lane has both gate and up of two
+// adjacent indices.
 #include "activation.cuh"
 #include "entry_points.h"
 
