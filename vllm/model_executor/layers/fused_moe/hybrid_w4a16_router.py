@@ -46,7 +46,7 @@ MAX_TOKENS = 8
 MAX_EXPERTS = 512
 MAX_TOP_K = 32
 # Tokens times experts up to which the op was not slower than vLLM's gate and top-k on
-# an H200 (benchmark_router.py: 8 tokens of 256 experts, 4 of 512).
+# an H200: 8 tokens of 256 experts, 4 of 512.
 _MOST_LOGITS = 2048
 
 # vLLM's router for the CPU picks other experts among equals and rounds weights to 16
