@@ -171,6 +171,14 @@ class Call {
     args.row_invariant = fields_.count("row_invariant") != 0;
   }
 
+  template <typename Args>
+  void activation(Args& args) const {
+    args.activation = static_cast<Activation>(i64("activation"));
+    args.alpha = static_cast<float>(scalar<double>("alpha"));
+    args.beta = static_cast<float>(scalar<double>("beta"));
+    args.limit = static_cast<float>(scalar<double>("limit"));
+  }
+
   SortedPairs sorted() {
     SortedPairs s{};
     s.ids = tensor<int32_t>("sorted_ids");
@@ -210,10 +218,7 @@ class Call {
       GateUpArgs args{};
       common(args);
       args.routing = routing();
-      args.activation = static_cast<Activation>(i64("activation"));
-      args.alpha = static_cast<float>(scalar<double>("alpha"));
-      args.beta = static_cast<float>(scalar<double>("beta"));
-      args.limit = static_cast<float>(scalar<double>("limit"));
+      activation(args);
       args.plan = plan();
       args.shared.w = weights("shared_");
       if (args.shared.w.q != nullptr) {
@@ -267,10 +272,7 @@ class Call {
       TiledGateUpArgs args{};
       matrices(args);
       args.sorted = sorted();
-      args.activation = static_cast<Activation>(i64("activation"));
-      args.alpha = static_cast<float>(scalar<double>("alpha"));
-      args.beta = static_cast<float>(scalar<double>("beta"));
-      args.limit = static_cast<float>(scalar<double>("limit"));
+      activation(args);
       args.tile = tile();
       launch_tiled_gate_up(args, nullptr);
     } else if (op == "tiled_down") {

@@ -20,6 +20,9 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
     HybridW4A16MoEExperts,
 )
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
+    misfit_of_tokens,
+)
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
@@ -326,7 +329,6 @@ def _misfit_of_runner(runner: "MoERunner") -> str | None:
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     gate, config = runner.gate, runner.moe_config
-    parallel = config.moe_parallel_config
     if type(runner)._forward_impl is not MoERunner._forward_impl:
         return f"their runner's form is unknown ({type(runner).__name__})"
     if gate is None:
@@ -339,12 +341,9 @@ def _misfit_of_runner(runner: "MoERunner") -> str | None:
         return f"the gate is quantized ({type(gate.quant_method).__name__})"
     if getattr(gate, "bias", None) is not None:
         return "the gate has a bias"
-    if parallel.dp_size > 1 or parallel.use_all2all_kernels or parallel.pcp_size > 1:
-        return "ranks have different tokens"
-    if parallel.is_sequence_parallel:
-        return "sequence parallel"
-    if runner.enable_dbo:
-        return "dual batch overlap is enabled"
+    reason = misfit_of_tokens(runner)
+    if reason is not None:
+        return reason
     if config.is_lora_enabled:
         return "LoRA"
     if envs.VLLM_BATCH_INVARIANT:

@@ -273,16 +273,23 @@ def _run_fake(
     return torch.empty_like(x), torch.empty_like(x)
 
 
-def _misfit_of_runner(runner: "MoERunner") -> str | None:
-    """Why a call of the method does not have the shared expert's tokens."""
-    config = runner.moe_config
-    parallel = config.moe_parallel_config
+def misfit_of_tokens(runner: "MoERunner") -> str | None:
+    """Why the runner's parts may get other tokens than its input has; ``None``: no."""
+    parallel = runner.moe_config.moe_parallel_config
     if parallel.dp_size > 1 or parallel.use_all2all_kernels or parallel.pcp_size > 1:
         return "ranks have different tokens"
     if parallel.is_sequence_parallel:
         return "sequence parallel"
     if runner.enable_dbo:
         return "dual batch overlap is enabled"
+    return None
+
+
+def _misfit_of_runner(runner: "MoERunner") -> str | None:
+    """Why a call of the method does not have the shared expert's tokens."""
+    reason = misfit_of_tokens(runner)
+    if reason is not None:
+        return reason
     if runner.routed_input_transform or runner.routed_output_transform:
         return "the routed experts' input or output is transformed"
     if runner.routed_experts.apply_router_weight_on_input:
