@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moe_bench.machine import describe
+from moe_bench.machine import describe, load_kernels
 
-from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
 from vllm.model_executor.layers.fused_moe import (
     hybrid_w4a16_graph_timing as graph_timing,
 )
@@ -126,13 +125,10 @@ def main(arguments: list[str] | None = None) -> int:
     error = router.load_error()
     if error is not None:
         parser.error(error)
-    cu_count = 1
-    if options.device == "cuda":
-        family = devices.device_family()
-        if isinstance(family, str):
-            parser.error(family)
-        devices.load_kernels(family)
-        cu_count = family.cu_count
+    try:
+        cu_count = load_kernels(options.device)
+    except ValueError as unsupported:
+        parser.error(str(unsupported))
     torch.manual_seed(1)
     table: list[dict[str, Any]] = []
     for shape in options.shapes:

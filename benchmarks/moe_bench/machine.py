@@ -16,6 +16,22 @@ import torch
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
+def load_kernels(device: str) -> int:
+    """Load the op library's kernels for "cpu" or "cuda"; return its compute units.
+
+    Raises ``ValueError`` if the library does not support the GPU.
+    """
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
+
+    if device == "cpu":
+        return 1
+    family = devices.device_family()
+    if isinstance(family, str):
+        raise ValueError(family)
+    devices.load_kernels(family)
+    return family.cu_count
+
+
 def describe(device: str, threads: int) -> dict[str, Any]:
     """Facts about the machine and the software; ``None`` for what is unknown."""
     facts: dict[str, Any] = {
