@@ -74,11 +74,12 @@ def batches(cells: Sequence[Cell], lanes: int = 1) -> list[list[Cell]]:
 
     lanes: how many groups run at a time; with more than one, groups are smaller.
     """
+    awake = [cell for cell in cells if not sleeps(cell)]
     found = []
-    for ranks in sorted({cell.ranks for cell in cells}):
-        same = [cell for cell in cells if cell.ranks == ranks and not sleeps(cell)]
+    for ranks in sorted({cell.ranks for cell in awake}):
+        same = [cell for cell in awake if cell.ranks == ranks]
         same.sort(key=lambda cell: DEPLOYMENTS[cell.deployment].eager)
-        count = min(len(same), -(-lanes * len(same) // len(cells)))
+        count = min(len(same), max(1, round(lanes * len(same) / len(awake))))
         found += [same[i::count] for i in range(count)]
     return found + [[cell] for cell in cells if sleeps(cell)]
 
