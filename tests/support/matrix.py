@@ -183,6 +183,8 @@ def _ranks(
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(STAND_INS), os.environ.get("PYTHONPATH")])
         )
+    if torch.cuda.is_available():  # groups run side by side, each compiles for itself
+        environment["VLLM_CACHE_ROOT"] = str(folder / f"cache-{end}")
     if ranks > 1:
         cores = os.cpu_count() or 1
         bind = "|".join(str(rank % cores) for rank in range(ranks))
