@@ -36,7 +36,7 @@ CELLS = list(dict.fromkeys([*SHORT_RUN, *on_gpus(), *LONG_RUN]))
 ON_CPU = [*SHORT_RUN, *LONG_RUN]
 RUN = [cell for cell in CELLS if (cell.ranks <= GPUS if GPUS else cell in ON_CPU)]
 SHARDED = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
-TIMEOUT_S = 1500.0
+TIMEOUT_S = 1100.0  # pytest-timeout's is 1200
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +134,27 @@ def test_the_table_is_that_of_the_results():
     assert between == matrix.gpu_table(of_gpus)
 
 
-WORKER_OF_THREE_CELLS = """
+def test_the_table_of_gpus_has_a_row_for_each_deployment():
+    cells = [
+        Cell(DEPLOYED, "float16"),
+        Cell(DEPLOYED, "float16", "compiled"),
+        Cell(DEPLOYED, "float16", "PP 2, eager"),
+        Cell(DEPLOYED, "bfloat16", "PP 2"),
+        Cell(DEPLOYED, "float16", "PP 2"),
+    ]
+    results = [
+        {"cell": cell.to_json(), "ok": number != 4, "device": "2 x GPU"}
+        for number, cell in enumerate(cells)
+    ]
+    assert matrix.gpu_table(results).splitlines()[:4] == [
+        "| deployment | qwen3_moe, eager | qwen3_moe, compiled |",
+        "| --- | --- | --- |",
+        "| 1 rank | 1 of 1 | 1 of 1 |",
+        "| PP 2 | 1 of 1 | 1 of 2 |",
+    ]
+
+
+STAND_IN = """
 import json, os, sys, time
 cells, _, answers = sys.argv[1:]
 for cell in json.load(open(cells)):
@@ -150,9 +170,9 @@ for cell in json.load(open(cells)):
 def test_a_cell_that_stands_still_or_dies_does_not_stop_the_others(
     tmp_path, monkeypatch
 ):
-    (tmp_path / "three_cells.py").write_text(WORKER_OF_THREE_CELLS)
+    (tmp_path / "worker_in_a_test.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(matrix, "WORKER", "three_cells")
+    monkeypatch.setattr(matrix, "WORKER", "worker_in_a_test")
     names = ("TP 2", "TP 2, EP 2", "PP 2", "DP 2")
     cells = [Cell(DEPLOYED, "float16", name) for name in names]
     found = matrix.run_cells(cells, tmp_path, 60, lanes=2, cell_timeout_s=4)

@@ -139,7 +139,7 @@ def _run_group(
     found: dict[Cell, dict[str, Any]] = {}
     for attempt in range(len(group)):
         todo = [cell for cell in group if cell not in found]
-        if not todo or stop.is_set() or time.monotonic() > deadline:
+        if not todo:
             break
         end = f"{name}-{attempt}"
         with _ranks(todo, folder, end) as processes:
@@ -155,6 +155,8 @@ def _run_group(
                     break
         of_ranks = [_read(path) for path in answers]
         found.update(_merge(todo, of_ranks))
+        if stop.is_set() or time.monotonic() > deadline:
+            break
         broken = next((c for c in todo if any(c not in a for a in of_ranks)), None)
         if broken is not None and broken not in found:
             log = (folder / f"log-{end}-0.txt").read_text(errors="replace")
