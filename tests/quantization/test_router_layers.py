@@ -173,6 +173,7 @@ def test_correction_bias_scale_and_capture(scoring):
         3, SHAPE.experts, bias, True, 2.5, scoring_func=scoring
     )
     runner = SimpleNamespace(
+        layer_name=NAME,
         gate=gate,
         router=router,
         moe_config=SimpleNamespace(in_dtype=torch.bfloat16),
@@ -225,7 +226,7 @@ def custom(**arguments):
                 "num_expert_group": 4,
                 "topk_group": 2,
             },
-            "they select groups of experts|form is unknown .GroupedTopKRouter",
+            "they select groups of experts",
         ),
     ],
     ids=["outside", "bias", "custom", "groups"],
@@ -234,9 +235,9 @@ def test_others_are_left_to_vllm(options, reason, monkeypatch, caplog):
     fresh_gate_records(monkeypatch)
     with caplog.at_level(logging.INFO):
         runner, _, config = make_runner(**options)
-    (line,) = [r.message for r in caplog.records if "routers stay" in r.message]
-    assert line.startswith("HybridW4A16 MoE: routers stay with vLLM: ")
-    assert re.search(reason, line)
+    (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
+    assert re.search(rf", 0 declined; left to vLLM: router \(.*{reason}.*\)$", line)
+    assert "router fused" not in line
     assert fused(runner) is None
 
 
@@ -245,10 +246,21 @@ def test_batch_invariant_mode_is_left_to_vllm(monkeypatch):
     assert fused(make_runner()[0]) is None
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU it is on")
-def test_off_by_default_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(hybrid_w4a16_router, "ON_CPU", False)
-    assert fused(make_runner()[0]) is None
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_log_says_what_routes(on_cpu, monkeypatch, caplog):
+    """On the CPU the router is off by default."""
+    fresh_gate_records(monkeypatch)
+    monkeypatch.setattr(hybrid_w4a16_router, "ON_CPU", on_cpu)
+    with caplog.at_level(logging.INFO):
+        runner, _, _ = make_runner()
+    (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
+    if on_cpu or DEVICE != "cpu":
+        assert ", router fused, prefill: " in line and line.endswith("0 declined")
+    else:
+        assert fused(runner) is None
+        assert line.endswith(
+            "left to vLLM: router (on the CPU results would differ from stock vLLM's)"
+        )
 
 
 def test_a_gate_of_odd_size_is_left_to_vllm(monkeypatch):
