@@ -19,7 +19,7 @@ from vllm.plugins.hybrid_w4a16.selftest_cases import (
     first_wrong,
 )
 
-TOKENS = (1, 3, router.MAX_TOKENS)
+TOKENS = (1, router.MAX_TOKENS)  # each number of slots that kernels have
 # Experts and top-k: of Qwen3-30B-A3B, of GLM-4.5 (160 is no power of two, which has
 # another order of sums), of Qwen3.5-35B-A3B and of Qwen3-Next.
 SIZES = ((128, 8), (160, 8), (256, 8), (512, 10))
@@ -293,6 +293,11 @@ class RouterCall:
         first_wrong(got, order, swapped, "the lower one of two equal experts is first")
         wrong = (mine - best).abs() > step
         first_wrong(got, order, wrong, "another expert has a larger score")
+
+
+def repeated_cases(seed: int) -> list[RouterCase]:
+    """Some of ``make_cases``, with every number of experts."""
+    return make_cases(seed)[:: len(SIZES) + 1]
 
 
 def special_cases() -> list[RouterCase]:

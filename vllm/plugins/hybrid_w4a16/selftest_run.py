@@ -142,6 +142,15 @@ class Selftest:
             for format in selftest_shared.FORMATS
         ]
 
+    def router_cases(self, repeats: bool) -> list[selftest_router.RouterCase]:
+        """Every kind of router, or those whose runs are repeated."""
+        if repeats:
+            return selftest_router.repeated_cases(self.seed)
+        return [
+            *selftest_router.make_cases(self.seed),
+            *selftest_router.special_cases(),
+        ]
+
     def steps(self) -> int:
         """Number of calls of ``progress`` in a whole run."""
         isas = max(1, len(self.isas))
@@ -149,10 +158,9 @@ class Selftest:
         dense = (len(self.dense_cases()) + rescores) * isas
         moe = len(self.rounds()) * 3 * isas
         shared = len(self.shared_cases()) * isas
-        router = len(selftest_router.make_cases(self.seed)) * isas
-        special = len(selftest_router.special_cases()) * isas
+        router = len(self.router_cases(True)) + len(self.router_cases(False))
         rest = len(PACKINGS) + len(self.prefill_plan())
-        return moe + 2 * (dense + shared + router) + special + rest
+        return moe + 2 * (dense + shared) + router * isas + rest
 
     def prefill_plan(self) -> list[tuple[LayerShape, Any]]:
         """Shapes and tiles that use each format and each tile of the table."""
@@ -236,11 +244,8 @@ class Selftest:
             self._on_each_isa("shared expert", functools.partial(run, case=case))
 
     def _router_all(self, repeats: bool) -> None:
-        cases = selftest_router.make_cases(self.seed)
-        if not repeats:
-            cases += selftest_router.special_cases()
         run = self._repeat_router if repeats else self._run_router
-        for case in cases:
+        for case in self.router_cases(repeats):
             self._on_each_isa("router", functools.partial(run, case=case))
 
     def _on_each_isa(self, name: str, work: Callable[[Group], None]) -> None:
