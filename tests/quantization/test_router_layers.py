@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory, hybrid_w4a16_router
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_router
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_router import (
     MAX_TOKENS,
     FusedRouter,
@@ -28,25 +28,28 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
 )
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.linear import ReplicatedLinear
-from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ..support.matrix import MAX_TIE
 from ..support.moe_layers import (
     DEVICE,
     Checkpoint,
-    Shape,
     become_the_only_rank,
     fresh_gate_records,
-    quant_config,
     relative_error,
+)
+from ..support.moe_runners import (
+    FORMAT,
+    NAME,
+    SHAPE,
+    Calls,
+    building,
+    check_one_graph,
+    make_experts,
 )
 from ..support.tiny_models import Recipe, make_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 STAND_INS = CHECKOUT / "tests/support/stand_ins"
-SHAPE = Shape(8, 2, 256, 128, 64)
-FORMAT = "auto_round:auto_gptq"
-NAME = "model.layers.3.mlp"
 
 
 @pytest.fixture(autouse=True)
@@ -59,44 +62,21 @@ def also_on_the_cpu(monkeypatch):
     monkeypatch.setattr(hybrid_w4a16_router, "ON_CPU", True)
 
 
-class Calls:
-    """Counts the forward passes of a module."""
-
-    def __init__(self, module):
-        self.count = 0
-        module.register_forward_hook(self.add)
-
-    def add(self, *_):
-        self.count += 1
-
-
 def make_runner(gate=GateLinear, gate_options=None, held=True, **options):
     """A layer with loaded weights, its gate, and its configuration.
 
     held: whether the runner holds the gate. options: of the factory.
     """
     config = VllmConfig()
-    with (
-        set_current_vllm_config(config),
-        torch.device(DEVICE),
-        set_default_torch_dtype(torch.bfloat16),
-    ):
+    with building(config):
         made = gate(
             SHAPE.hidden,
             SHAPE.experts,
             prefix=f"{NAME}.gate",
             **({"bias": False} | (gate_options or {})),
         )
-        runner = FusedMoEFactory(
-            num_experts=SHAPE.experts,
-            top_k=SHAPE.top_k,
-            hidden_size=SHAPE.hidden,
-            intermediate_size=SHAPE.intermediate,
-            params_dtype=torch.bfloat16,
-            quant_config=quant_config(FORMAT, SHAPE.group_size),
-            prefix=f"{NAME}.experts",
-            gate=made if held else None,
-            **({"renormalize": True} | options),
+        runner = make_experts(
+            gate=made if held else None, **({"renormalize": True} | options)
         )
         torch.manual_seed(0)
         made.weight.data.normal_(std=2 * SHAPE.hidden**-0.5)
@@ -148,20 +128,12 @@ def test_few_tokens_are_routed_in_one_launch(gate, options, renormalize):
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's runner is one opaque op")
 def test_one_compiled_graph_serves_any_number_of_tokens():
     runner, made, config = make_runner()
-    calls = Calls(made)
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(runner.forward, backend=backend, dynamic=True)
-    for tokens in (2, 3, MAX_TOKENS + 1, 40):
-        before = calls.count
-        got = forward(runner, config, tokens, compiled)
-        assert calls.count - before == (tokens > MAX_TOKENS)
-        assert relative_error(got, forward(runner, config, tokens)) < 6e-3
-    assert len(graphs) == 1
+    check_one_graph(
+        runner,
+        lambda tokens, function: forward(runner, config, tokens, function),
+        Calls(made),
+        MAX_TOKENS,
+    )
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
