@@ -298,7 +298,8 @@ def test_routers_are_those_of_vllms_models(architecture):
 def test_routers_of_a_checkpoint(tmp_path, monkeypatch):
     """A dense first layer; the gate is the model's own."""
     recipe = tiny_models.Recipe("glm4_moe", "auto_round:auto_gptq")
-    report = explain(tiny_models.make_checkpoint(recipe, tmp_path), device="gfx1151")
+    folder = tiny_models.make_checkpoint(recipe, tmp_path)
+    report = explain(str(folder), device="gfx1151")
     assert report["routers"] == {
         "layers": 1,
         "fused": 0,

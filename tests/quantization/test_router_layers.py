@@ -28,6 +28,7 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
 )
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.plugins.hybrid_w4a16.explain import explain
 
 from ..support.matrix import MAX_TIE
 from ..support.moe_layers import (
@@ -251,10 +252,11 @@ def test_a_gate_of_odd_size_is_left_to_vllm(monkeypatch):
 @pytest.mark.skipif(DEVICE != "cpu", reason="compares with vLLM's router for the CPU")
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("model", ["qwen3_moe", "qwen3_5_moe"])
-def test_tokens_of_a_model(model, eager, tmp_path):
+def test_tokens_of_a_model(model, eager, tmp_path, monkeypatch):
     """The same greedy tokens with vLLM's router and with the fused one, but for ties.
 
-    vLLM's router for the CPU rounds its weights to 16 bits.
+    vLLM's router for the CPU rounds its weights to 16 bits. ``explain`` counts as the
+    log does.
     """
     dtype = "bfloat16" if model == "qwen3_5_moe" else "float16"
     checkpoint = make_checkpoint(Recipe(model, "auto_round:auto_gptq"), tmp_path)
@@ -284,3 +286,10 @@ def test_tokens_of_a_model(model, eager, tmp_path):
                 break
     said = done.stdout + done.stderr
     assert said.count("router fused") == 1, "the summary of one of two engines"
+    assert said.count("left to vLLM: router (on the CPU results") == 1
+    monkeypatch.setattr(sys, "path", [*sys.path, str(STAND_INS)])
+    report = explain(str(checkpoint), device="cpu")
+    assert (report["routers"]["layers"], report["routers"]["fused"]) == (2, 2)
+    shared = report["shared_experts"]["fused"]
+    assert shared == (2 if model == "qwen3_5_moe" else 0)
+    assert said.count("shared expert fused") == shared  # the summaries of two engines
