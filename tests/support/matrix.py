@@ -449,8 +449,10 @@ def _show(cell: Cell, verdict: dict[str, Any]) -> None:
 
 def _gpu(options: argparse.Namespace, folder: Path) -> None:
     """Run the cells that this machine has the GPUs for."""
-    known = {Cell.from_json(r["cell"]): r for r in load_results(GPU_RESULTS)}
     gpus = torch.cuda.device_count()
+    if gpus == 0:
+        sys.exit("--gpu: this machine has no GPU that torch can use")
+    known = {Cell.from_json(r["cell"]): r for r in load_results(GPU_RESULTS)}
     todo = _todo(on_gpus(), known, options.again)
     todo = [cell for cell in todo if cell.ranks <= gpus]
     for result in run_on_gpus(todo, folder, options.limit, options.lanes):
