@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from moe_bench.shapes import parse_shapes
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = (32, 64, 128)  # hybrid_w4a16_packing has them too, but imports torch
 DEVICES = ("cpu", "cuda", "rocm")
 
 

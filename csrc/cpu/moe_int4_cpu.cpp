@@ -402,12 +402,22 @@ void down(const DownArgs& args);
 class EveryToken {
  public:
   explicit EveryToken(int32_t tokens) : ids_(tokens, 0) {}
-  Routing routing() const {
-    Routing out{};
-    out.ids = ids_.data();
-    out.ids_stride_m = 1;
-    out.num_tokens = static_cast<int32_t>(ids_.size());
-    out.top_k = 1;
+
+  // The call of gate_up or down that computes args.shared from a.
+  template <typename Args>
+  Args call(const Args& args, const void* a, int64_t a_stride_m) const {
+    Args out{};
+    out.dtype = args.dtype;
+    out.a = a;
+    out.a_stride_m = a_stride_m;
+    out.w = args.shared.w;
+    out.c = args.shared.c;
+    out.c_stride_m = args.shared.c_stride_m;
+    out.routing.ids = ids_.data();
+    out.routing.ids_stride_m = 1;
+    out.routing.num_tokens = static_cast<int32_t>(ids_.size());
+    out.routing.top_k = 1;
+    out.row_invariant = args.row_invariant;
     return out;
   }
 
@@ -419,20 +429,12 @@ void shared_gate_up(const GateUpArgs& args) {
   const SharedGateUp& shared = args.shared;
   const int32_t m = args.routing.num_tokens, inter = shared.w.n / 2;
   if (shared.w.q == nullptr || m == 0) return;
-  GateUpArgs silu{};
-  silu.dtype = args.dtype;
+  const EveryToken tokens(m);
+  GateUpArgs silu = tokens.call(args, args.a, args.a_stride_m);
   silu.activation = Activation::kSilu;
   silu.alpha = 1.0f;
   silu.limit = std::numeric_limits<float>::infinity();
   if (shared.w.bits != 16) {
-    const EveryToken tokens(m);
-    silu.a = args.a;
-    silu.a_stride_m = args.a_stride_m;
-    silu.w = shared.w;
-    silu.c = shared.c;
-    silu.c_stride_m = shared.c_stride_m;
-    silu.routing = tokens.routing();
-    silu.row_invariant = args.row_invariant;
     gate_up(silu);
     if (shared.gate == nullptr) return;
   }
@@ -475,17 +477,9 @@ void shared_down(const DownArgs& args) {
   if (shared.w.q == nullptr || m == 0) return;
   if (shared.w.bits != 16) {
     const EveryToken tokens(m);
-    DownArgs packed{};
-    packed.dtype = args.dtype;
-    packed.a = shared.a;
-    packed.a_stride_m = shared.a_stride_m;
-    packed.w = shared.w;
-    packed.c = shared.c;
-    packed.c_stride_m = shared.c_stride_m;
-    packed.routing = tokens.routing();
+    DownArgs packed = tokens.call(args, shared.a, shared.a_stride_m);
     packed.topk_weights = shared.factors;
     packed.tw_stride_m = 1;
-    packed.row_invariant = args.row_invariant;
     down(packed);
     return;
   }

@@ -309,7 +309,7 @@ def test_selection_has_the_bits_of_vllm(experts, kind):
                 *(found[1], expected[0].cpu()),
                 rtol=1e-6 if experts == 160 else 3e-7,
                 atol=0,
-                msg=where,
+                msg=lambda text, where=where: f"{where}: {text}",
             )
 
 

@@ -3,6 +3,7 @@
 """``explain``: byte counts match files and loaded layers, verdicts the decision."""
 
 import http.server
+import importlib.util
 import json
 import os
 import re
@@ -15,11 +16,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from vllm.distributed import model_parallel_is_initialized
+from vllm.model_executor.layers.fused_moe import (
+    hybrid_w4a16_device,
+    hybrid_w4a16_router,
+    hybrid_w4a16_shared_expert,
+)
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
-from vllm.plugins.hybrid_w4a16 import cli
+from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+from vllm.plugins.hybrid_w4a16 import cli, explain_checkpoint, explain_runners
 from vllm.plugins.hybrid_w4a16.explain import as_text, explain
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import CheckpointError
 from vllm.plugins.hybrid_w4a16.hooks import apply_hooks
@@ -36,12 +44,20 @@ from ..support.qwen35_checkpoints import (
     write_sparse,
 )
 
-BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
+CHECKOUT = Path(__file__).resolve().parents[2]
+BUNDLED = CHECKOUT / "demo/int4-autoround-g128"
+STAND_INS = CHECKOUT / "tests/support/stand_ins"
 
 
 @pytest.fixture(autouse=True)
 def default_switch(monkeypatch):
     monkeypatch.delenv(switch.NAME, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def vision_models_can_be_imported(monkeypatch):
+    """With a stand-in where torchvision is not installed."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(STAND_INS)])
 
 
 @pytest.fixture
@@ -127,7 +143,22 @@ def test_int4_shared_experts(tmp_path, monkeypatch):
     monkeypatch.setenv(switch.LINEAR_NAME, "1")
     report = explain(str(folder), device="gfx1151")
     assert report["shared_experts"] == {"layers": 4, "fused": 4, "reason": None}
-    assert report["launches"] == {"routed experts": 8, "int4 linears": 3 * 3 + 2}
+    assert report["launches"] == {
+        "routed experts": 8,
+        "router": 4,
+        "shared experts": 0,
+        "attention": 3 * 3 + 2,
+    }
+    monkeypatch.setattr(
+        hybrid_w4a16_shared_expert, "_misfit_of_module", lambda module: "of the moon"
+    )
+    report = explain(str(folder), device="gfx1151")
+    assert report["shared_experts"] == {
+        "layers": 4,
+        "fused": 0,
+        "reason": "of the moon",
+    }
+    assert report["launches"]["shared experts"] == 2 * 4  # gate_up and down
     assert sum(g["layers"] for g in report["linears"]) == 3 * 3 + 2 + 2 * 4
 
 
@@ -156,19 +187,161 @@ def test_published_qwen35_checkpoint(tmp_path, monkeypatch):
         ("qkv_proj", 9216, 2048): 10,
         ("o_proj", 2048, 4096): 10,
     }
-    assert report["launches"] == {"routed experts": 80, "int4 linears": 0}
+    ours = {"routed experts": 80, "router": 40, "shared experts": 0}
+    assert report["launches"] == ours
     monkeypatch.setenv(switch.LINEAR_NAME, "1")
     report = explain(str(folder), device="gfx1151")
-    assert report["launches"] == {"routed experts": 80, "int4 linears": 110}
+    assert report["launches"] == ours | {"attention": 110}
     text = as_text(report)
-    assert "launches    190 per token by this project (80 for routed experts," in text
+    assert "launches    230 per token by this project; not counted: vLLM's" in text
     assert report["shared_experts"] == {"layers": 40, "fused": 40, "reason": None}
-    assert "shared experts: 40 of 40 in the 2 launches of their layer's" in text
+    assert "shared experts: 40 of 40 fused into the routed experts' launches" in text
+    assert report["routers"] == report["shared_experts"] | {"most_tokens": 8}
+    assert "routers: 40 of 40 fused with their top-k, up to 8 tokens" in text
+    columns = {
+        re.split(r"  +", line)[0]: re.split(r"  +", line)[-2:]
+        for line in text.splitlines()
+    }
+    assert columns["routed experts"] == ["80", "2"]
+    assert columns["router"] == ["40", "1"]
+    assert columns["shared experts"] == ["0", "0"]
+    assert columns["attention"] == ["110", "2-3"]  # of full and of linear attention
+    assert columns["lm_head"] == ["-", "-"]
+    assert columns["total"] == ["230", "-"]
     half = {g["name"]: g for g in explain(str(folder), 2, device="cpu")["linears"]}
     assert (half["qkv_proj"]["outputs"], half["qkv_proj"]["inputs"]) == (4608, 2048)
     assert (half["o_proj"]["outputs"], half["o_proj"]["inputs"]) == (2048, 2048)
     assert report["bandwidth_gbps"] == 212
     assert report["roofline_tokens_per_s"] == pytest.approx(81, abs=0.5)
+
+
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 128,
+    "num_experts_per_tok": 2,
+    "torch_dtype": "bfloat16",
+}
+OUTSIDE = "the model applies the gate outside of vLLM's MoE runner"
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+}
+# architecture, entries of config.json, and what is in the way of a router's launch
+ROUTERS = {
+    "Qwen3MoeForCausalLM": ({"num_experts": 8}, None),
+    "Glm4MoeForCausalLM": ({"n_routed_experts": 8, "head_dim": 64}, OUTSIDE),
+    "MiniMaxM2ForCausalLM": (
+        {"num_local_experts": 8, "rotary_dim": 32, "scoring_func": "sigmoid"},
+        OUTSIDE,
+    ),
+    "MixtralForCausalLM": ({"num_local_experts": 8}, OUTSIDE),
+    "DeepseekV3ForCausalLM": (
+        DEEPSEEK | {"n_group": 4, "topk_group": 2},
+        "they select groups of experts",
+    ),
+    "DeepseekV2ForCausalLM": (
+        DEEPSEEK | {"n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+        None,
+    ),
+}
+MODEL_TYPES = {
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
+    "MixtralForCausalLM": "mixtral",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+}
+
+
+def runners_of(config, tp_size=1, device="gfx1151"):
+    checkpoint = explain_checkpoint.Checkpoint("made up", config, [], 0)
+    family = hybrid_w4a16_device.PLANNED[device]
+    return explain_runners.moe_runners(checkpoint, tp_size, family)
+
+
+@pytest.mark.parametrize("architecture", ROUTERS)
+def test_routers_are_those_of_vllms_models(architecture):
+    """Built from the config alone, for a device that is not at hand."""
+    changes, reason = ROUTERS[architecture]
+    config = SIZES | changes
+    config |= {
+        "architectures": [architecture],
+        "model_type": MODEL_TYPES[architecture],
+    }
+    for tp_size in (1, 2):
+        runners = runners_of(config, tp_size)
+        assert isinstance(runners, dict) and len(runners) in (2, 3), runners
+        for runner in runners.values():
+            assert hybrid_w4a16_router.planned_misfit(runner, False) == reason
+            shared = runner.shared_experts
+            if shared is not None:
+                assert hybrid_w4a16_shared_expert.planned_misfit(runner) is None
+                assert shared._layer.down_proj.weight.shape == (256, 128 // tp_size)
+
+
+def test_routers_of_a_checkpoint(tmp_path, monkeypatch):
+    """A dense first layer; the gate is the model's own."""
+    recipe = tiny_models.Recipe("glm4_moe", "auto_round:auto_gptq")
+    folder = tiny_models.make_checkpoint(recipe, tmp_path)
+    report = explain(str(folder), device="gfx1151")
+    assert report["routers"] == {
+        "layers": 1,
+        "fused": 0,
+        "reason": OUTSIDE,
+        "most_tokens": None,
+    }
+    assert "router" not in report["launches"]
+    assert f"routers: 0 of 1 fused; left to vLLM: {OUTSIDE}" in as_text(report)
+
+
+def test_routers_are_decided_by_the_code_that_serves(monkeypatch):
+    def decline(router):
+        return "of the moon"
+
+    report = explain(str(BUNDLED), device="gfx1151")
+    assert (report["routers"]["fused"], report["launches"]["router"]) == (6, 6)
+    assert explain(str(BUNDLED), device="cpu")["routers"]["reason"].startswith("on the")
+    monkeypatch.setattr(hybrid_w4a16_router, "_MOST_LOGITS", 5 * 16)
+    assert explain(str(BUNDLED), device="gfx1151")["routers"]["most_tokens"] == 5
+    monkeypatch.setattr(hybrid_w4a16_router, "_misfit_of_router", decline)
+    report = explain(str(BUNDLED), device="gfx1151")
+    assert report["routers"]["reason"] == "of the moon"
+    assert report["launches"] == {"routed experts": 12}
+
+
+def test_a_model_that_vllm_cannot_build(tiny):
+    """Experts and bytes are the checkpoint's; routers and shared experts are not."""
+    change_config(tiny, architectures=["NobodysForCausalLM"])
+    report = explain(str(tiny), device="gfx1151")
+    assert report["launches"] == {"routed experts": 8}
+    for kind in ("routers", "shared_experts"):
+        assert (report[kind]["layers"], report[kind]["fused"]) == (4, 0)
+        assert report[kind]["reason"].startswith("vLLM cannot build the model here: ")
+
+
+def test_building_a_model_leaves_nothing_behind(monkeypatch):
+    before = dict(os.environ)
+    rotary = dict(_ROPE_DICT)
+    config = json.loads((BUNDLED / "config.json").read_text())
+    assert len(runners_of(config)) == 6
+    assert dict(os.environ) == before and rotary == _ROPE_DICT
+    assert not model_parallel_is_initialized()
 
 
 # vLLM's GPTQ rejects checkpoints with zero points.
@@ -551,6 +724,8 @@ def test_hub_model_by_its_name_reads_headers_only(tmp_path):
     folder = make_checkpoint(tmp_path / "tiny", TINY_TEXT, TINY_VISION)
     weights = folder / "model-00001-of-00001.safetensors"
     Hub.folder, Hub.sent = folder, {}
+    torchvision = importlib.util.find_spec("torchvision")
+    path = str(STAND_INS) if Path(torchvision.origin).parent == STAND_INS else ""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         run = subprocess.run(
@@ -560,6 +735,7 @@ def test_hub_model_by_its_name_reads_headers_only(tmp_path):
                 "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
                 "HF_HOME": str(tmp_path / "cache"),
                 "HF_HUB_OFFLINE": "0",
+                "PYTHONPATH": path,
             },
             capture_output=True,
             text=True,
@@ -568,7 +744,7 @@ def test_hub_model_by_its_name_reads_headers_only(tmp_path):
         server.shutdown()
     assert run.returncode == 0, run.stderr
     local, remote = explain(str(folder)), json.loads(run.stdout)
-    for key in ("expert_layers", "parts", "token_bytes"):
+    for key in ("expert_layers", "parts", "token_bytes", "routers"):
         assert remote[key] == local[key]
     assert 0 < Hub.sent[weights.name] < 250_000 < weights.stat().st_size / 10
 

@@ -12,12 +12,14 @@ import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_router
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as dense_ops
 from vllm.plugins.hybrid_w4a16 import (
     cli,
     random_layers,
     selftest_cases,
     selftest_group,
+    selftest_router,
     selftest_run,
 )
 
@@ -30,6 +32,7 @@ def two_small_shapes(monkeypatch):
     monkeypatch.setattr(selftest_cases, "TOKENS", (1, 9))
     monkeypatch.setattr(selftest_run, "RUNS", 3)
     monkeypatch.setattr(selftest_group, "RUNS", 3)
+    monkeypatch.setattr(selftest_router, "SIZES", ((160, 8),))
     monkeypatch.setattr(random_layers, "GROUP_SIZES", (64,))
 
 
@@ -90,6 +93,10 @@ def test_sound_kernels_pass(monkeypatch, capsys):
         shared = groups[f"shared expert {isa}"]
         assert shared["rounds"] == 2 * 8 and shared["cases"] == 8 * 2 * 3
         assert shared["repeated"] == 8 and 0 < shared["error"] < shared["tolerance"]
+        router = groups[f"router {isa}"]
+        assert router["rounds"] == 6 + 8 + 3 and router["cases"] == (6 + 8) * 2
+        assert router["repeated"] == 3 and router["alone"] == [3 * 8, 3 * 8]
+        assert 0 < router["error"] < router["tolerance"]
     assert {f"repacking {format.name}" for format in selftest_run.PACKINGS} <= set(
         groups
     )
@@ -145,6 +152,7 @@ def test_every_kernel_runs_before_any_repeats(one_isa):
         assert first.count(f"{op} {isa}") == formats
     assert first.count(f"dense {isa}") == first.count(f"rescore {isa}") == 6
     assert first.count(f"shared expert {isa}") == 8
+    assert first.count(f"router {isa}") == 6 + 8
     assert len(names) == test.steps()
 
 
@@ -202,6 +210,75 @@ def test_a_wrong_shared_expert_is_named(op, spoil, why, one_isa, monkeypatch, ca
     failed = [line for line in out.splitlines() if line.startswith("FAILED")]
     assert status == 1 and len(failed) == 1 and why in failed[0]
     assert f"shared expert {ops.build_info()['cpu'][0]}: {op}, bf16, 4" in failed[0]
+
+
+def route_wrongly(monkeypatch, output, spoil):
+    """Apply ``spoil`` to what the router's op wrote into argument ``output``."""
+    original = hybrid_w4a16_router.fused_moe_router_topk
+
+    def broken(*arguments):
+        original(*arguments)
+        spoil(arguments[output])
+
+    monkeypatch.setattr(hybrid_w4a16_router, "fused_moe_router_topk", broken)
+
+
+def swap_first_two(x):
+    x[-1, :2] = x[-1, :2].flip(0)
+
+
+def other_half(ids):
+    ids.add_(80).remainder_(160)
+
+
+@pytest.mark.parametrize(
+    ("output", "spoil", "why"),
+    [
+        (2, lambda x: x[-1, 7].add_(1.0), "logits: first wrong element [0, 7] is "),
+        (2, lambda x: x[-1, 7].fill_(float("nan")), "logits: first wrong element [0, "),
+        (3, lambda x: x[-1, 1].mul_(1 + 1e-5), "weights: first wrong element [0, 1] "),
+        (3, lambda x: len(x) > 1 and x[1].mul_(1 + 2**-23), "other results in a batch"),
+        (4, swap_first_two, "ids: first wrong element [0, 0] is "),
+        (4, other_half, "(another expert has a larger score; 8 of 8 are wrong)"),
+        (4, lambda x: x[-1, 2].fill_(160), "ids: first wrong element [0, 2] is 160, "),
+        (4, lambda x: x[-1, 2].copy_(x[-1, 1]), "selected twice"),
+        (4, lambda x: x[:, 0].clamp_(min=0), " is 0, expected -1 (the token is padd"),
+        (4, lambda x: x.as_strided((1,), (1,), 0).zero_(), "64 elements before the"),
+        (5, lambda x: x.fill_(1), "the counter of blocks is 1 after the call"),
+    ],
+)
+def test_a_wrong_router_is_found(output, spoil, why, one_isa, monkeypatch):
+    route_wrongly(monkeypatch, output, spoil)
+    isas = ops.build_info()["cpu"]
+    test = selftest_run.Selftest(
+        "cpu", devices.device_family(), isas, 0, time.monotonic() + 600
+    )
+    for repeats in (False, True):
+        test._router_all(repeats)
+    (group,) = test.groups.values()
+    assert why in group.failure
+    assert group.failure.startswith("router_topk_bf16_w16, bf16 logits, 160 experts, ")
+
+
+def test_equal_experts_in_the_wrong_order_are_found(one_isa, monkeypatch, capsys):
+    """The failure names kernel, shape, element, and the switch that avoids them."""
+    equal = torch.arange(128) % 5 == 4  # of the first special case, largest first
+
+    def spoil(ids):
+        if ids[0].tolist() == equal.nonzero()[:8, 0].tolist():
+            swap_first_two(ids[:1])
+
+    route_wrongly(monkeypatch, 4, spoil)
+    status, out = result(capsys)
+    case = "128 experts, top-8, softmax renormalized, 1 tokens"
+    why = (
+        "ids: first wrong element [0, 0] is 9, expected 4 (the lower one of two equal "
+        "experts is first; 2 of 8 are wrong)"
+    )
+    (failed,) = (line for line in out.splitlines() if line.startswith("FAILED"))
+    assert status == 1
+    assert failed.endswith(f": router_topk_bf16_w16, bf16 logits, {case}: {why}")
+    assert "VLLM_HYBRID_W4A16_MOE=0" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

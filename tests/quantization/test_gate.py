@@ -310,6 +310,26 @@ def test_summary_once_the_last_layer_is_ready(stock_path, caplog):
     assert line.endswith(", 1 declined")
 
 
+def test_summary_of_layers_that_differ_in_what_is_fused(stock_path, caplog):
+    names = [f"model.layers.{i}.mlp.experts" for i in range(3)]
+    layers = [make_layer(Shape(), inc_config(), name=name) for name in names]
+    for name, weight_format in zip(names, ("int4", "int8", "int4"), strict=True):
+        oracle.report_fused("shared expert", name, weight_format)
+        oracle.report_not_fused("router", name, "no reason")
+    oracle.report_fused("router", names[1])
+    oracle.report_fused("router", "another.model.layers.0")
+    oracle.count_other_linear("too wide")
+    with caplog.at_level(logging.INFO):
+        for layer in layers:
+            Checkpoint(Shape()).load_into(layer)
+    (line,) = summaries(caplog)
+    assert ", shared expert fused int4/int8, router fused in 1 layer, pre" in line
+    assert line.endswith(
+        ", 0 declined; left to vLLM: router of 2 layers (no reason), 1 int4 linear "
+        "(too wide)"
+    )
+
+
 def test_each_model_of_a_process_has_its_own_summary(caplog):
     with caplog.at_level(logging.INFO):
         for name in ("model.layers.0.mlp.experts", "mtp.layers.0.mlp.experts") * 2:

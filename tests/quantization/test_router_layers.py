@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory, hybrid_w4a16_router
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_router
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_router import (
     MAX_TOKENS,
     FusedRouter,
@@ -28,25 +28,29 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_bias_router import (
 )
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.linear import ReplicatedLinear
-from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.plugins.hybrid_w4a16.explain import explain
 
 from ..support.matrix import MAX_TIE
 from ..support.moe_layers import (
     DEVICE,
     Checkpoint,
-    Shape,
     become_the_only_rank,
     fresh_gate_records,
-    quant_config,
     relative_error,
+)
+from ..support.moe_runners import (
+    FORMAT,
+    NAME,
+    SHAPE,
+    Calls,
+    building,
+    check_one_graph,
+    make_experts,
 )
 from ..support.tiny_models import Recipe, make_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 STAND_INS = CHECKOUT / "tests/support/stand_ins"
-SHAPE = Shape(8, 2, 256, 128, 64)
-FORMAT = "auto_round:auto_gptq"
-NAME = "model.layers.3.mlp"
 
 
 @pytest.fixture(autouse=True)
@@ -59,44 +63,21 @@ def also_on_the_cpu(monkeypatch):
     monkeypatch.setattr(hybrid_w4a16_router, "ON_CPU", True)
 
 
-class Calls:
-    """Counts the forward passes of a module."""
-
-    def __init__(self, module):
-        self.count = 0
-        module.register_forward_hook(self.add)
-
-    def add(self, *_):
-        self.count += 1
-
-
 def make_runner(gate=GateLinear, gate_options=None, held=True, **options):
     """A layer with loaded weights, its gate, and its configuration.
 
     held: whether the runner holds the gate. options: of the factory.
     """
     config = VllmConfig()
-    with (
-        set_current_vllm_config(config),
-        torch.device(DEVICE),
-        set_default_torch_dtype(torch.bfloat16),
-    ):
+    with building(config):
         made = gate(
             SHAPE.hidden,
             SHAPE.experts,
             prefix=f"{NAME}.gate",
             **({"bias": False} | (gate_options or {})),
         )
-        runner = FusedMoEFactory(
-            num_experts=SHAPE.experts,
-            top_k=SHAPE.top_k,
-            hidden_size=SHAPE.hidden,
-            intermediate_size=SHAPE.intermediate,
-            params_dtype=torch.bfloat16,
-            quant_config=quant_config(FORMAT, SHAPE.group_size),
-            prefix=f"{NAME}.experts",
-            gate=made if held else None,
-            **({"renormalize": True} | options),
+        runner = make_experts(
+            gate=made if held else None, **({"renormalize": True} | options)
         )
         torch.manual_seed(0)
         made.weight.data.normal_(std=2 * SHAPE.hidden**-0.5)
@@ -148,20 +129,12 @@ def test_few_tokens_are_routed_in_one_launch(gate, options, renormalize):
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's runner is one opaque op")
 def test_one_compiled_graph_serves_any_number_of_tokens():
     runner, made, config = make_runner()
-    calls = Calls(made)
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(runner.forward, backend=backend, dynamic=True)
-    for tokens in (2, 3, MAX_TOKENS + 1, 40):
-        before = calls.count
-        got = forward(runner, config, tokens, compiled)
-        assert calls.count - before == (tokens > MAX_TOKENS)
-        assert relative_error(got, forward(runner, config, tokens)) < 6e-3
-    assert len(graphs) == 1
+    check_one_graph(
+        runner,
+        lambda tokens, function: forward(runner, config, tokens, function),
+        Calls(made),
+        MAX_TOKENS,
+    )
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
@@ -173,6 +146,7 @@ def test_correction_bias_scale_and_capture(scoring):
         3, SHAPE.experts, bias, True, 2.5, scoring_func=scoring
     )
     runner = SimpleNamespace(
+        layer_name=NAME,
         gate=gate,
         router=router,
         moe_config=SimpleNamespace(in_dtype=torch.bfloat16),
@@ -225,7 +199,7 @@ def custom(**arguments):
                 "num_expert_group": 4,
                 "topk_group": 2,
             },
-            "they select groups of experts|form is unknown .GroupedTopKRouter",
+            "they select groups of experts",
         ),
     ],
     ids=["outside", "bias", "custom", "groups"],
@@ -234,9 +208,9 @@ def test_others_are_left_to_vllm(options, reason, monkeypatch, caplog):
     fresh_gate_records(monkeypatch)
     with caplog.at_level(logging.INFO):
         runner, _, config = make_runner(**options)
-    (line,) = [r.message for r in caplog.records if "routers stay" in r.message]
-    assert line.startswith("HybridW4A16 MoE: routers stay with vLLM: ")
-    assert re.search(reason, line)
+    (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
+    assert re.search(rf", 0 declined; left to vLLM: router \(.*{reason}.*\)$", line)
+    assert "router fused" not in line
     assert fused(runner) is None
 
 
@@ -245,10 +219,21 @@ def test_batch_invariant_mode_is_left_to_vllm(monkeypatch):
     assert fused(make_runner()[0]) is None
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU it is on")
-def test_off_by_default_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(hybrid_w4a16_router, "ON_CPU", False)
-    assert fused(make_runner()[0]) is None
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_log_says_what_routes(on_cpu, monkeypatch, caplog):
+    """On the CPU the router is off by default."""
+    fresh_gate_records(monkeypatch)
+    monkeypatch.setattr(hybrid_w4a16_router, "ON_CPU", on_cpu)
+    with caplog.at_level(logging.INFO):
+        runner, _, _ = make_runner()
+    (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
+    if on_cpu or DEVICE != "cpu":
+        assert ", router fused, prefill: " in line and line.endswith("0 declined")
+    else:
+        assert fused(runner) is None
+        assert line.endswith(
+            "left to vLLM: router (on the CPU results would differ from stock vLLM's)"
+        )
 
 
 def test_a_gate_of_odd_size_is_left_to_vllm(monkeypatch):
@@ -267,10 +252,11 @@ def test_a_gate_of_odd_size_is_left_to_vllm(monkeypatch):
 @pytest.mark.skipif(DEVICE != "cpu", reason="compares with vLLM's router for the CPU")
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("model", ["qwen3_moe", "qwen3_5_moe"])
-def test_tokens_of_a_model(model, eager, tmp_path):
+def test_tokens_of_a_model(model, eager, tmp_path, monkeypatch):
     """The same greedy tokens with vLLM's router and with the fused one, but for ties.
 
-    vLLM's router for the CPU rounds its weights to 16 bits.
+    vLLM's router for the CPU rounds its weights to 16 bits. ``explain`` counts as the
+    log does.
     """
     dtype = "bfloat16" if model == "qwen3_5_moe" else "float16"
     checkpoint = make_checkpoint(Recipe(model, "auto_round:auto_gptq"), tmp_path)
@@ -300,3 +286,10 @@ def test_tokens_of_a_model(model, eager, tmp_path):
                 break
     said = done.stdout + done.stderr
     assert said.count("router fused") == 1, "the summary of one of two engines"
+    assert said.count("left to vLLM: router (on the CPU results") == 1
+    monkeypatch.setattr(sys, "path", [*sys.path, str(STAND_INS)])
+    report = explain(str(checkpoint), device="cpu")
+    assert (report["routers"]["layers"], report["routers"]["fused"]) == (2, 2)
+    shared = report["shared_experts"]["fused"]
+    assert shared == (2 if model == "qwen3_5_moe" else 0)
+    assert said.count("shared expert fused") == shared  # the summaries of two engines

@@ -15,11 +15,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.quantization import QuantizationConfigArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.activation import GeluAndMul
-from vllm.model_executor.layers.fused_moe import (
-    FusedMoEFactory,
-    hybrid_w4a16_shared_expert,
-)
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_shared_expert
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
     MAX_TOKENS,
     FusingSharedExperts,
@@ -28,13 +25,11 @@ from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLP
 from vllm.model_executor.models.qwen2_moe import Qwen2MoeMLP
-from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ..support.int4_formats import FORMATS
 from ..support.moe_layers import (
     DEVICE,
     Checkpoint,
-    Shape,
     become_the_only_rank,
     fresh_gate_records,
     inc_config,
@@ -42,10 +37,17 @@ from ..support.moe_layers import (
     ready_workspace,
     relative_error,
 )
+from ..support.moe_runners import (
+    FORMAT,
+    NAME,
+    SHAPE,
+    Calls,
+    building,
+    check_one_graph,
+    make_experts,
+)
 
-SHAPE = Shape(8, 2, 256, 128, 64)
 INTER = 72  # of the shared expert
-FORMAT = "auto_round:auto_gptq"
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +61,6 @@ class Scaled(Qwen2MoeMLP):
 
     def forward(self, x):
         return 2 * super().forward(x)
-
-
-class Calls:
-    """Counts the forward passes of a module."""
-
-    def __init__(self, module):
-        self.count = 0
-        module.register_forward_hook(self.add)
-
-    def add(self, *_):
-        self.count += 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,35 +124,20 @@ def make_runner(
     object.__setattr__(
         config, "model_config", types.SimpleNamespace(dtype=torch.bfloat16)
     )
-    quantization = quant_config(FORMAT, SHAPE.group_size)
     options = {
         "quant_config": None if quantized is None else quantized.config(),
         "reduce_results": False,
-        "prefix": "model.layers.3.mlp.shared_expert",
+        "prefix": f"{NAME}.shared_expert",
     }
-    with (
-        set_current_vllm_config(config),
-        torch.device(DEVICE),
-        set_default_torch_dtype(torch.bfloat16),
-    ):
+    with building(config):
         if gated:
             options["expert_gate"] = ReplicatedLinear(
-                SHAPE.hidden, 1, bias=False, prefix="model.layers.3.mlp.gate"
+                SHAPE.hidden, 1, bias=False, prefix=f"{NAME}.gate"
             )
         module = shared(SHAPE.hidden, inter, "silu", **options)
         if change is not None:
             change(module)
-        runner = FusedMoEFactory(
-            num_experts=SHAPE.experts,
-            top_k=SHAPE.top_k,
-            hidden_size=SHAPE.hidden,
-            intermediate_size=SHAPE.intermediate,
-            params_dtype=torch.bfloat16,
-            renormalize=True,
-            quant_config=quantization,
-            prefix="model.layers.3.mlp.experts",
-            shared_experts=module,
-        )
+        runner = make_experts(renormalize=True, shared_experts=module)
         torch.manual_seed(0)
         for name, parameter in module.named_parameters():
             if name.endswith(".weight") and not parameter.is_meta:
@@ -244,20 +220,12 @@ def test_few_tokens_run_in_our_launches(shared, gated, options, dtypes):
 def test_one_compiled_graph_serves_any_number_of_tokens():
     runner, config = make_runner()
     ours = runner.shared_experts
-    calls = Calls(ours.module)
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(runner.forward, backend=backend, dynamic=True)
-    for tokens in (2, 3, MAX_TOKENS + 1, 40):
-        before = calls.count
-        got = forward(runner, config, tokens, compiled)
-        assert calls.count - before == (tokens > MAX_TOKENS)
-        assert relative_error(got, forward(runner, config, tokens)) < 6e-3
-    assert len(graphs) == 1
+    check_one_graph(
+        runner,
+        lambda tokens, function: forward(runner, config, tokens, function),
+        Calls(ours.module),
+        MAX_TOKENS,
+    )
 
 
 def with_gelu(module):
@@ -281,9 +249,9 @@ def test_others_are_left_to_vllm(options, reason, monkeypatch, caplog):
     monkeypatch.setenv("VLLM_HYBRID_W4A16_LINEAR", "0")
     with caplog.at_level(logging.INFO):
         runner, config = make_runner(**options)
-    (line,) = [r.message for r in caplog.records if "shared experts" in r.message]
-    assert line.startswith("HybridW4A16 MoE: shared experts stay with vLLM: ")
-    assert re.search(reason, line)
+    (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
+    assert re.search(rf"0 declined; left to vLLM: .*shared expert \({reason}\)", line)
+    assert "shared expert fused" not in line
     ours = runner.shared_experts
     assert not isinstance(ours, FusingSharedExperts) or ours.fused_up_to == 0
 

@@ -17,7 +17,6 @@ from .explain_checkpoint import Checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
     from .explain_layers import ExpertsLayer
-    from .explain_linears import LinearGroup
 
 # GB/s that large copies reach, and where the number is from. Other devices vary too
 # much: there --bandwidth is needed.
@@ -103,7 +102,14 @@ def _report(
         hybrid_w4a16_switch as switch,
     )
 
-    from . import explain_bytes, explain_layers, explain_linears, explain_shared
+    from . import (
+        explain_bytes,
+        explain_fused,
+        explain_launches,
+        explain_layers,
+        explain_linears,
+        explain_runners,
+    )
 
     switch.register()
     value = switch.value()
@@ -111,15 +117,14 @@ def _report(
     layers = explain_layers.expert_layers(checkpoint, tp_size, family)
     drafts = explain_layers.draft_layers(checkpoint, tp_size, family)
     every_linear = explain_linears.linears(checkpoint, tp_size, family)
-    linears = explain_linears.grouped(every_linear.values())
-    shared = explain_shared.shared_experts(checkpoint, layers, every_linear, tp_size)
-    launched = linears
-    if shared.fused == shared.layers:  # their linears have no launches
-        launched = explain_linears.grouped(
-            linear
-            for (module, _), linear in every_linear.items()
-            if not module.endswith((".shared_expert", ".shared_experts"))
-        )
+    runners: dict[int, Any] | str = {}
+    if any(layer.hybrid for layer in layers):
+        runners = explain_runners.moe_runners(checkpoint, tp_size, family)
+    shared = explain_fused.shared_experts(checkpoint, layers, every_linear, runners)
+    routers = explain_fused.routers(checkpoint, layers, runners, family)
+    launches = explain_launches.launches(
+        checkpoint, layers, every_linear, shared, routers
+    )
     parts = explain_bytes.parts(checkpoint, layers, tp_size, context)
     total = sum(part.token_bytes for part in parts)
     known = family if isinstance(family, devices.DeviceFamily) else None
@@ -147,10 +152,25 @@ def _report(
         "declined_layers": sum(not (layer.hybrid or layer.error) for layer in layers),
         "refused_layers": sum(layer.error for layer in layers),
         "hybrid_draft_layers": sum(layer.hybrid for layer in drafts),
-        "linears": [dataclasses.asdict(group) for group in linears],
-        "launches": _launches(layers, launched),
-        "shared_experts": dataclasses.asdict(shared),
-        "parts": [dataclasses.asdict(part) for part in parts],
+        "linears": [
+            dataclasses.asdict(group)
+            for group in explain_linears.grouped(every_linear.values())
+        ],
+        "launches": {part: found.launches for part, found in launches.items()},
+        "shared_experts": dataclasses.asdict(explain_fused.count(shared.values())),
+        "routers": {
+            **dataclasses.asdict(explain_fused.count(routers.values())),
+            "most_tokens": explain_fused.most_router_tokens(layers, routers),
+        },
+        "parts": [
+            {
+                **dataclasses.asdict(part),
+                "launches_per_layer": list(launches[part.name].per_layer)
+                if part.name in launches
+                else None,
+            }
+            for part in parts
+        ],
         "heads": [
             dataclasses.asdict(option)
             for option in explain_bytes.head_options(checkpoint, parts)
@@ -159,20 +179,6 @@ def _report(
         "bandwidth_gbps": bandwidth,
         "bandwidth_source": source if bandwidth else None,
         "roofline_tokens_per_s": bandwidth * 1e9 / total if bandwidth else None,
-    }
-
-
-# gate_up and down: hybrid_w4a16_moe.py.
-_LAUNCHES_OF_EXPERTS = 2
-
-
-def _launches(
-    layers: list["ExpertsLayer"], linears: list["LinearGroup"]
-) -> dict[str, int]:
-    """This project's kernel launches (on the CPU: op calls) per token of one stream."""
-    return {
-        "routed experts": _LAUNCHES_OF_EXPERTS * sum(layer.hybrid for layer in layers),
-        "int4 linears": sum(group.layers for group in linears if group.hybrid),
     }
 
 
@@ -225,7 +231,7 @@ def as_text(report: dict[str, Any]) -> str:
         "",
         *_part_table(report),
         "",
-        *_launches_line(report),
+        *_launches_lines(report),
         *_conclusion(report),
         *_head_table(report),
     ]
@@ -274,25 +280,30 @@ def _linear_table(report: dict[str, Any]) -> list[str]:
     return ["", *_aligned(rows, "<><><")]
 
 
-def _launches_line(report: dict[str, Any]) -> list[str]:
-    launches = {name: count for name, count in report["launches"].items() if count}
+def _launches_lines(report: dict[str, Any]) -> list[str]:
+    launches, what = report["launches"], _launches_word(report)
     if not launches:
         return []
-    what = "op calls" if report["device"]["name"] == "cpu" else "launches"
-    parts = ", ".join(f"{count} for {name}" for name, count in launches.items())
-    lines = [
-        f"{what:12}{sum(launches.values())} per token by this project ({parts});",
-        "            not counted: the lm_head and vLLM's own kernels",
-    ]
-    shared = report["shared_experts"]
-    if shared["layers"]:
-        reason = shared["reason"]
-        other = f"; others stay with vLLM: {reason}" if reason else ""
-        lines.append(
-            f"            shared experts: {shared['fused']} of {shared['layers']} in "
-            f"the {_LAUNCHES_OF_EXPERTS} {what} of their layer's routed experts{other}"
-        )
+    count = f"{what:12}{sum(launches.values())} per token by this project"
+    lines = [f"{count}; not counted: vLLM's kernels and the lm_head"]
+    most = report["routers"]["most_tokens"]
+    for kind, where in (
+        ("shared_experts", f" into the routed experts' {what}"),
+        ("routers", f" with their top-k, up to {most} tokens"),
+    ):
+        found = report[kind]
+        if not found["layers"]:
+            continue
+        text = f"{kind.replace('_', ' ')}: {found['fused']} of {found['layers']} fused"
+        text += where if found["fused"] else ""
+        if found["reason"]:
+            text += f"; left to vLLM: {found['reason']}"
+        lines.append(f"{'':12}{text}")
     return lines
+
+
+def _launches_word(report: dict[str, Any]) -> str:
+    return "op calls" if report["device"]["name"] == "cpu" else "launches"
 
 
 def _path(group: dict[str, Any]) -> str:
@@ -311,21 +322,35 @@ def _part_table(report: dict[str, Any]) -> list[str]:
     bandwidth, total = report["bandwidth_gbps"], report["token_bytes"]
     per = " and GPU" if report["tp"] > 1 else ""
     rows: list[tuple[str, ...]] = [
-        ("part", "on disk", f"per token{per}", "share", "ms")
+        (
+            *("part", "on disk", f"per token{per}", "share", "ms"),
+            *(_launches_word(report), "per layer"),
+        )
     ]
 
-    def row(name: str, stored: int, moved: float) -> tuple[str, ...]:
+    def row(name: str, stored: int, moved: float, *launches: str) -> tuple[str, ...]:
         ms = f"{moved / bandwidth / 1e6:.3f}" if bandwidth else "-"
         share = f"{100 * moved / total:.1f}%"
-        return name, _size(stored) if stored else "-", _size(moved), share, ms
+        disk = _size(stored) if stored else "-"
+        return name, disk, _size(moved), share, ms, *launches
 
-    rows += [
-        row(part["name"], part["stored_bytes"], part["token_bytes"])
-        for part in report["parts"]
-    ]
+    counts = report["launches"]
+    for part in report["parts"]:
+        count, per_layer = str(counts.get(part["name"], "-")), "-"
+        if part["launches_per_layer"]:
+            per_layer = "-".join(map(str, dict.fromkeys(part["launches_per_layer"])))
+        rows.append(
+            row(
+                part["name"],
+                part["stored_bytes"],
+                part["token_bytes"],
+                count,
+                per_layer,
+            )
+        )
     stored = sum(part["stored_bytes"] for part in report["parts"])
-    rows.append(row("total", stored, total))
-    return _aligned(rows, "<>>>>")
+    rows.append(row("total", stored, total, str(sum(counts.values())), "-"))
+    return _aligned(rows, "<>>>>>>")
 
 
 def _conclusion(report: dict[str, Any]) -> list[str]:

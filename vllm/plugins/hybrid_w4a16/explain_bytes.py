@@ -26,6 +26,8 @@ from .explain_layers import (
 )
 
 ROUTED = "routed experts"
+SHARED = "shared experts"
+ROUTER = "router"
 _LM_HEAD, _EMBEDDING = "lm_head", "embedding"
 _ATTENTION = "attention"
 _KV = "KV cache"
@@ -37,8 +39,8 @@ _PARTS = (
     (_NOT_DECODED[0], r"(?:^|\.)(?:visual|vision\w*|audio\w*|mm_\w+|multi_modal\w*)\."),
     (_NOT_DECODED[1], r"(?:^|\.)mtp\."),
     (ROUTED, r"\bexperts\."),
-    ("shared experts", r"\.shared_(?:expert|mlp)"),
-    ("router", r"\.(?:gate|router)\."),
+    (SHARED, r"\.shared_(?:expert|mlp)"),
+    (ROUTER, r"\.(?:gate|router)\."),
     (_ATTENTION, r"\.(?:self_attn|linear_attn|attn|attention|mixer)\."),
     (_LM_HEAD, r"(?:^|\.)lm_head\."),
     (_EMBEDDING, r"\.(?:embed_tokens|wte|word_embeddings)\."),
@@ -85,7 +87,7 @@ def parts(
     unread = (*UNREAD, *ZEROS) if symmetric else UNREAD
     embedding = 0.0
     for tensor in checkpoint.tensors:
-        part = _part(tensor.name, depth)
+        part = part_of(tensor.name, depth)
         stored[part] += tensor.nbytes
         if part in _NOT_DECODED or part == ROUTED or suffix(tensor.name) in unread:
             continue
@@ -128,7 +130,7 @@ def head_options(checkpoint: Checkpoint, found: list[Part]) -> list[HeadOption]:
     )
 
     depth = checkpoint.value("num_hidden_layers", "n_layer", "num_layers")
-    stored = [t for t in checkpoint.tensors if _part(t.name, depth) == _LM_HEAD]
+    stored = [t for t in checkpoint.tensors if part_of(t.name, depth) == _LM_HEAD]
     head = next((part.token_bytes for part in found if part.name == _LM_HEAD), 0.0)
     if not head or any(suffix(tensor.name) != "weight" for tensor in stored):
         return []
@@ -142,7 +144,8 @@ def head_options(checkpoint: Checkpoint, found: list[Part]) -> list[HeadOption]:
     return options
 
 
-def _part(name: str, depth: int) -> str:
+def part_of(name: str, depth: int) -> str:
+    """The part of the model that a tensor belongs to; ``depth``: decoder layers."""
     found = _LAYER.search(name)
     part = next(part for part, pattern in _PARTS if re.search(pattern, name))
     if part != _NOT_DECODED[0] and found and not is_decoder(name, int(found[1]), depth):

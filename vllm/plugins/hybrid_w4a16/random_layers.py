@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_packing as packing
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = packing.GROUP_SIZES
 
 
 @dataclass(frozen=True)

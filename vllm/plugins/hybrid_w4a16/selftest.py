@@ -4,11 +4,12 @@
 
 Every kernel of the op library runs in several shapes: on a CPU those of each
 instruction set, on a GPU those of decode and prefill. Each element of the outputs is
-compared with float64 (on a GPU also with the CPU ops). Outputs start as NaN and have
-sentinels on both sides. Repeated runs must write the same bits. Rows of a batch are
-compared with the same rows alone; with ``VLLM_BATCH_INVARIANT=1`` their bits must be
-the same. The conversion of every checkpoint format is compared with the definition of
-the format.
+compared with float64 (on a GPU also with the CPU ops). The experts that the router
+selects are those of vLLM's routers. Outputs start as NaN and have sentinels on both
+sides. Repeated runs must write the same bits. Rows of a batch are compared with the
+same rows alone; with ``VLLM_BATCH_INVARIANT=1``, and always for the router, their bits
+must be the same. The conversion of every checkpoint format is compared with the
+definition of the format.
 
 Exit status: 0 if every result is right; 1 if one is not, or if nothing could run; 2 for
 a bad argument.

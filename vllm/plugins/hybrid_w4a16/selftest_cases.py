@@ -36,7 +36,10 @@ class WrongResultError(Exception):
 
 
 class Poisoned:
-    """An output [rows, cols] that is full of NaN and lies between sentinels."""
+    """An output [rows, cols] that is full of NaN and lies between sentinels.
+
+    Integers are full of the smallest number.
+    """
 
     def __init__(self, rows: int, cols: int, dtype: torch.dtype, device: str) -> None:
         self.flat = torch.empty(
@@ -53,7 +56,9 @@ class Poisoned:
 
     def poison(self) -> None:
         """Fill the output with NaN again."""
-        self.view.fill_(float("nan"))
+        dtype = self.view.dtype
+        nothing = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+        self.view.fill_(nothing)
 
     def bits(self) -> torch.Tensor:
         """A copy of the output and its sentinels as int16, flat."""
@@ -66,7 +71,7 @@ class Poisoned:
         that names the first wrong element, or a damaged sentinel.
         """
         got, want = self.view.double().cpu(), expected
-        self._check_guards()
+        self.check_guards()
         skipped = want.isnan()
         first_wrong(
             got, want, skipped & ~got.isnan(), "written, expected to be skipped"
@@ -94,7 +99,8 @@ class Poisoned:
             )
         return error
 
-    def _check_guards(self) -> None:
+    def check_guards(self) -> None:
+        """Raise ``WrongResultError`` if a sentinel is damaged."""
         rest = self.flat.clone()
         rest[GUARD : len(rest) - GUARD] = SENTINEL
         wrong = (rest != SENTINEL).nonzero()

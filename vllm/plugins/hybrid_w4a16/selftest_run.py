@@ -17,7 +17,11 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as refer
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
 from vllm.platforms import current_platform
-from vllm.plugins.hybrid_w4a16 import random_layers, selftest_shared
+from vllm.plugins.hybrid_w4a16 import (
+    random_layers,
+    selftest_router,
+    selftest_shared,
+)
 from vllm.plugins.hybrid_w4a16.random_layers import LayerShape
 from vllm.plugins.hybrid_w4a16.selftest_cases import (
     TOKENS,
@@ -138,6 +142,15 @@ class Selftest:
             for format in selftest_shared.FORMATS
         ]
 
+    def router_cases(self, repeats: bool) -> list[selftest_router.RouterCase]:
+        """Every kind of router, or those whose runs are repeated."""
+        if repeats:
+            return selftest_router.repeated_cases(self.seed)
+        return [
+            *selftest_router.make_cases(self.seed),
+            *selftest_router.special_cases(),
+        ]
+
     def steps(self) -> int:
         """Number of calls of ``progress`` in a whole run."""
         isas = max(1, len(self.isas))
@@ -145,8 +158,9 @@ class Selftest:
         dense = (len(self.dense_cases()) + rescores) * isas
         moe = len(self.rounds()) * 3 * isas
         shared = len(self.shared_cases()) * isas
+        router = len(self.router_cases(True)) + len(self.router_cases(False))
         rest = len(PACKINGS) + len(self.prefill_plan())
-        return moe + 2 * (dense + shared) + rest
+        return moe + 2 * (dense + shared) + router * isas + rest
 
     def prefill_plan(self) -> list[tuple[LayerShape, Any]]:
         """Shapes and tiles that use each format and each tile of the table."""
@@ -197,9 +211,11 @@ class Selftest:
                 self._decode(round)
             self._dense_all(repeats=False)
             self._shared_all(repeats=False)
+            self._router_all(repeats=False)
             self._prefill_all(plan, pool)
             self._dense_all(repeats=True)
             self._shared_all(repeats=True)
+            self._router_all(repeats=True)
             for round in rounds[first:]:
                 self._decode(round)
         finally:
@@ -226,6 +242,11 @@ class Selftest:
             case = selftest_shared.SharedCase.make(dtype, format, self.seed)
             run = self._repeat_shared if repeats else self._run_shared
             self._on_each_isa("shared expert", functools.partial(run, case=case))
+
+    def _router_all(self, repeats: bool) -> None:
+        run = self._repeat_router if repeats else self._run_router
+        for case in self.router_cases(repeats):
+            self._on_each_isa("router", functools.partial(run, case=case))
 
     def _on_each_isa(self, name: str, work: Callable[[Group], None]) -> None:
         for isa in self.isas or ("",):
@@ -368,6 +389,39 @@ class Selftest:
                 self._same_bits(call.run, call.shared)
         group.repeated += 1
 
+    def _route(
+        self, here: selftest_router.RouterCase, first: int, tokens: int
+    ) -> selftest_router.RouterCall:
+        return selftest_router.RouterCall(
+            here, first, tokens, self.device, self.family.cu_count
+        )
+
+    def _run_router(self, group: Group, case: selftest_router.RouterCase) -> None:
+        here = case.to(self.device)
+        for tokens in selftest_router.TOKENS:
+            call = self._route(here, 0, tokens)
+            with at(f"{case}, {tokens} tokens"):
+                self._launch(call.run)
+                off = call.check()
+            group.note(off, selftest_router.TOLERANCE, f"{case}, {tokens} tokens")
+
+    def _repeat_router(self, group: Group, case: selftest_router.RouterCase) -> None:
+        here, tokens = case.to(self.device), max(selftest_router.TOKENS)
+        batch = self._route(here, 0, tokens)
+        with at(f"{case}, {tokens} tokens"):
+            self._same_bits(batch.run, batch)
+            for token in range(tokens):
+                alone = self._route(here, token, 1)
+                self._launch(alone.run)
+                pairs = zip(batch.of_token(token), alone.of_token(0), strict=True)
+                if not all(torch.equal(mine, other) for mine, other in pairs):
+                    raise WrongResultError(
+                        f"token {token} has other results in a batch than alone"
+                    )
+        same, rows = group.alone
+        group.alone = same + tokens, rows + tokens
+        group.repeated += 1
+
     def _run_rescore(self, group: Group, case: RescoreCase, repeats: bool) -> None:
         here, tolerance = case.to(self.device), reference.TOLERANCE[case.dtype]
         rows, columns = case.before.shape
@@ -422,7 +476,10 @@ class Selftest:
         self._same_bits(call, output, in_graph=op != "gemm")
 
     def _same_bits(
-        self, call: Callable[[], None], output: Poisoned, in_graph: bool = True
+        self,
+        call: Callable[[], None],
+        output: Poisoned | selftest_router.RouterCall,
+        in_graph: bool = True,
     ) -> None:
         """Check that ``call`` writes the same bits into ``output`` in every run."""
         self._launch(call)

@@ -15,7 +15,6 @@ import torch
 from vllm import envs
 from vllm._aiter_ops import rocm_aiter_ops
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
     HybridW4A16MoEExperts,
@@ -32,6 +31,9 @@ from vllm.model_executor.layers.fused_moe.router.fused_topk_router import (
     FusedTopKRouter,
 )
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.model_executor.layers.fused_moe.router.grouped_topk_router import (
+    GroupedTopKRouter,
+)
 from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     UnquantizedLinearMethod,
@@ -41,8 +43,6 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-
-logger = init_logger(__name__)
 
 # Limits of the op library: kRouterTokens, kRouterExperts and kRouterTopK.
 MAX_TOKENS = 8
@@ -57,6 +57,7 @@ _MOST_LOGITS = 2048
 ON_CPU = False
 
 _OP = "fused_moe_router_topk"
+_PART = "router"  # in the log
 
 
 @functools.cache
@@ -167,7 +168,8 @@ class FusedRouter:
     def prepare(self, experts: HybridW4A16MoEExperts) -> None:
         """Take over calls with a few tokens, now that weights are loaded.
 
-        Where the loaded weights do not fit, vLLM's kernels run; the log says why.
+        Where the loaded weights do not fit, vLLM's kernels run; the summary in the log
+        says why.
         """
         weight = self._gate.weight
         if self.fused_up_to:  # weights were reloaded
@@ -175,52 +177,24 @@ class FusedRouter:
         else:
             reason = self._misfit_of_weights() or load_error()
             if reason is not None:
-                _log_left(reason)
+                oracle.report_not_fused(_PART, self._runner.layer_name, reason)
                 return
             # a buffer, which vLLM's sleep mode preserves
             arrived = torch.zeros(1, dtype=torch.int32, device=weight.device)
             self._runner.register_buffer("router_arrived", arrived, persistent=False)
             self._cu_count = experts.cu_count
-            self.fused_up_to = min(MAX_TOKENS, _MOST_LOGITS // weight.shape[0])
-        oracle.count_router()
+            self.fused_up_to = most_tokens(weight.shape[0])
+        oracle.report_fused(_PART, self._runner.layer_name)
 
     def _misfit_of_weights(self) -> str | None:
         """Why the op cannot read the loaded weights."""
-        weight, dtype = self._gate.weight, self._runner.moe_config.in_dtype
-        bias = self._bias()
+        weight = self._gate.weight
         if weight.device.type != current_platform.device_type:
             return f"the gate's weights are on {weight.device}"
-        if weight.dtype not in (dtype, torch.float32):
-            return f"the gate is in {weight.dtype}, activations are in {dtype}"
-        if weight.dim() != 2 or weight.stride(1) != 1 or weight.data_ptr() % 16:
+        if weight.data_ptr() % 16:
             return "the gate's weights are packed"
-        experts, hidden = weight.shape
-        if experts > MAX_EXPERTS:
-            return f"there are {experts} experts, more than {MAX_EXPERTS}"
-        if hidden % 8 or weight.stride(0) % 8:
-            return f"the gate has {hidden} columns, not a multiple of 8"
-        if bias is not None and bias.dtype != torch.float32:
-            return f"the correction bias is in {bias.dtype}"
-        if self._logits_dtype() not in (dtype, torch.float32):
-            return f"logits are in {self._logits_dtype()}, activations are in {dtype}"
-        if getattr(self._router, "bias_vl", None) is not None:
-            return "the router has a bias for images"
-        return None
-
-    def _logits_dtype(self) -> torch.dtype:
-        """To what vLLM's gate rounds the logits."""
-        weight, wanted = self._gate.weight, getattr(self._gate, "out_dtype", None)
-        # From 16-bit weights only these have fp32 results that were never rounded.
-        unrounded = any(
-            getattr(self._gate, name, False)
-            for name in ("allow_cublas_router_gemm", "allow_ll_bf16_gemm")
-        )
-        if wanted is None or (weight.dtype != torch.float32 and not unrounded):
-            return weight.dtype
-        return wanted
-
-    def _bias(self) -> torch.Tensor | None:
-        return getattr(self._router, "e_score_correction_bias", None)
+        dtype = self._runner.moe_config.in_dtype
+        return _misfit_of_weights(self._gate, self._router, dtype)
 
     def compute_routing(
         self,
@@ -244,20 +218,20 @@ class FusedRouter:
 
     def _run(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         router, tokens = self._router, x.shape[0]
-        weight, bias = self._gate.weight, self._bias()
+        weight = self._gate.weight
         topk_weights = x.new_empty(tokens, router.top_k, dtype=torch.float32)
         topk_ids = x.new_empty(tokens, router.top_k, dtype=torch.int32)
         fused_moe_router_topk(
             x,
             weight,
-            x.new_empty(tokens, weight.shape[0], dtype=self._logits_dtype()),
+            x.new_empty(tokens, weight.shape[0], dtype=_logits_dtype(self._gate)),
             topk_weights,
             topk_ids,
             self._runner.router_arrived,
             router.scoring_func,
             router.renormalize,
             self._cu_count,
-            bias,
+            _bias(router),
             _padding_mask(tokens),
             getattr(router, "routed_scaling_factor", 1.0),
         )
@@ -280,11 +254,9 @@ def runner_built(runner: "MoERunner") -> None:
     method = runner.routed_experts.quant_method
     if not hasattr(method, "fused_router"):
         return  # it is not HybridW4A16MoEMethod
-    if current_platform.is_cpu() and not ON_CPU:
-        return
-    reason = _misfit_of_runner(runner) or _misfit_of_router(runner.router)
+    reason = misfit(runner, current_platform.is_cpu())
     if reason is not None:
-        _log_left(reason)
+        oracle.report_not_fused(_PART, runner.layer_name, reason)
         return
     if current_platform.is_cpu():
         _register_op()
@@ -294,8 +266,25 @@ def runner_built(runner: "MoERunner") -> None:
     method.fused_router = FusedRouter(runner)
 
 
-def _log_left(reason: str) -> None:
-    logger.info_once("HybridW4A16 MoE: routers stay with vLLM: %s", reason)
+def misfit(runner: "MoERunner", on_cpu: bool) -> str | None:
+    """Why vLLM computes the router of `runner`, as far as shows before weights exist;
+    ``None``: nothing is in the way.
+    """
+    if on_cpu and not ON_CPU:
+        return "on the CPU results would differ from stock vLLM's"
+    return _misfit_of_runner(runner) or _misfit_of_router(runner.router)
+
+
+def planned_misfit(runner: "MoERunner", on_cpu: bool) -> str | None:
+    """As ``misfit``, for a runner with weights on the meta device."""
+    return misfit(runner, on_cpu) or _misfit_of_weights(
+        runner.gate, runner.router, runner.moe_config.in_dtype
+    )
+
+
+def most_tokens(experts: int) -> int:
+    """Most tokens that a router with so many experts takes in one launch."""
+    return min(MAX_TOKENS, _MOST_LOGITS // experts)
 
 
 @functools.cache
@@ -351,8 +340,51 @@ def _misfit_of_runner(runner: "MoERunner") -> str | None:
     return None
 
 
+def _misfit_of_weights(gate: Any, router: Any, dtype: torch.dtype) -> str | None:
+    """Why the op cannot read weights of these shapes and dtypes.
+
+    dtype: of the activations.
+    """
+    weight, bias, logits = gate.weight, _bias(router), _logits_dtype(gate)
+    if weight.dtype not in (dtype, torch.float32):
+        return f"the gate is in {weight.dtype}, activations are in {dtype}"
+    if weight.dim() != 2 or weight.stride(1) != 1:
+        return "the gate's weights are packed"
+    experts, hidden = weight.shape
+    if experts > MAX_EXPERTS:
+        return f"there are {experts} experts, more than {MAX_EXPERTS}"
+    if hidden % 8 or weight.stride(0) % 8:
+        return f"the gate has {hidden} columns, not a multiple of 8"
+    if bias is not None and bias.dtype != torch.float32:
+        return f"the correction bias is in {bias.dtype}"
+    if logits not in (dtype, torch.float32):
+        return f"logits are in {logits}, activations are in {dtype}"
+    if getattr(router, "bias_vl", None) is not None:
+        return "the router has a bias for images"
+    return None
+
+
+def _logits_dtype(gate: Any) -> torch.dtype:
+    """To what vLLM's gate rounds the logits."""
+    weight, wanted = gate.weight, getattr(gate, "out_dtype", None)
+    # From 16-bit weights only these have fp32 results that were never rounded.
+    unrounded = any(
+        getattr(gate, name, False)
+        for name in ("allow_cublas_router_gemm", "allow_ll_bf16_gemm")
+    )
+    if wanted is None or (weight.dtype != torch.float32 and not unrounded):
+        return weight.dtype
+    return wanted
+
+
+def _bias(router: Any) -> torch.Tensor | None:
+    return getattr(router, "e_score_correction_bias", None)
+
+
 def _misfit_of_router(router: Any) -> str | None:
     """Why the kernel does not compute what this router computes."""
+    if type(router) is GroupedTopKRouter:
+        return "they select groups of experts"
     if type(router) not in (FusedTopKRouter, FusedTopKBiasRouter, CPURouter):
         return f"their form is unknown ({type(router).__name__})"
     if router.scoring_func not in ("softmax", "sigmoid"):

@@ -18,7 +18,6 @@ import torch
 
 from vllm import envs
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-logger = init_logger(__name__)
-
 MAX_TOKENS = 8
 """Most tokens for which the kernels compute the shared expert.
 
@@ -52,6 +49,7 @@ long either way at 8 tokens (Zen 4, 2 threads, 16-bit weights). Not timed on a G
 kernels read the weights once per 4 tokens, or once per 2 if they are quantized.
 """
 
+_PART = "shared expert"  # in the log
 # Largest relative difference, in the Frobenius norm, between a model's shared expert
 # and the formula of the kernels. bf16 rounds to 0.4%, in four places.
 _TOLERANCE = 0.03
@@ -106,9 +104,10 @@ class FusingSharedExperts(SharedExperts):
 
     Args:
         replaced: the runner's own object.
+        layer_name: the layer's name in the log.
     """
 
-    def __init__(self, replaced: SharedExperts) -> None:
+    def __init__(self, replaced: SharedExperts, layer_name: str) -> None:
         super().__init__(
             replaced._layer,
             replaced._moe_config,
@@ -118,6 +117,7 @@ class FusingSharedExperts(SharedExperts):
         self.fused_up_to = 0
         """Most tokens that the kernels take; 0: never."""
         self._on_cpu = current_platform.is_cpu()
+        self._layer_name = layer_name
 
     @property
     def module(self) -> Any:
@@ -127,17 +127,20 @@ class FusingSharedExperts(SharedExperts):
     def prepare(self, experts: HybridW4A16MoEExperts) -> None:
         """Take over calls with a few tokens, now that weights are loaded.
 
-        Where the loaded weights do not fit, everything stays as it was; the log says
-        why.
+        Where the loaded weights do not fit, everything stays as it was; the summary in
+        the log says why.
         """
         if self.fused_up_to == 0:  # otherwise weights were reloaded
             reason = _misfit_of_weights(self.module) or _other_formula(self.module)
             if reason is not None:
-                _log_left(reason)
+                oracle.report_not_fused(_PART, self._layer_name, reason)
                 return
         self.fused_up_to = min(MAX_TOKENS, experts.decode_up_to)
         if self.fused_up_to > 0:
-            oracle.count_shared_expert(_format(self.module))
+            oracle.report_fused(_PART, self._layer_name, _format(self.module))
+        else:
+            reason = "the limit is 0 tokens"
+            oracle.report_not_fused(_PART, self._layer_name, reason)
 
     def takes_over(self, x: torch.Tensor) -> bool:
         """Whether the MoE method computes the shared expert for tokens `x` [M, H].
@@ -225,9 +228,9 @@ def runner_built(runner: "MoERunner") -> None:
     method, replaced = runner.routed_experts.quant_method, runner.shared_experts
     if replaced is None or not hasattr(method, "shared_experts"):
         return  # there is none, or the method is not HybridW4A16MoEMethod
-    reason = _misfit_of_runner(runner) or _misfit_of_module(replaced._layer)
+    reason = misfit(runner)
     if reason is not None:
-        _log_left(reason)
+        oracle.report_not_fused(_PART, runner.layer_name, reason)
         return
     if current_platform.is_cpu():
         _register_op()
@@ -236,11 +239,25 @@ def runner_built(runner: "MoERunner") -> None:
                 # else vLLM frees the weights in favour of a packed copy
                 linear._cpu_skip_gemm_dispatch = True
                 linear.cpu_linear = torch.nn.functional.linear
-    runner._shared_experts = method.shared_experts = FusingSharedExperts(replaced)
+    runner._shared_experts = method.shared_experts = FusingSharedExperts(
+        replaced, runner.layer_name
+    )
 
 
-def _log_left(reason: str) -> None:
-    logger.info_once("HybridW4A16 MoE: shared experts stay with vLLM: %s", reason)
+def misfit(runner: "MoERunner") -> str | None:
+    """Why vLLM computes the shared expert of `runner`, which has one, as far as shows
+    before weights exist; ``None``: nothing is in the way.
+    """
+    return _misfit_of_runner(runner) or _misfit_of_module(runner.shared_experts._layer)
+
+
+def planned_misfit(runner: "MoERunner") -> str | None:
+    """As ``misfit``, for a runner with 16-bit weights on the meta device.
+
+    What only shows with loaded weights, whether the model computes the same function,
+    is left out.
+    """
+    return misfit(runner) or _misfit_of_weights(runner.shared_experts._layer)
 
 
 @functools.cache

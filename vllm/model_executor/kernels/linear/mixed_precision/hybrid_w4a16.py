@@ -43,10 +43,14 @@ class HybridW4A16LinearKernel(MPLinearKernel):
 
     @classmethod
     def can_implement(cls, c: MPLinearLayerConfig) -> tuple[bool, str | None]:
-        """Whether this device can run a layer, and if not, why."""
+        """Whether this device can run a layer, and if not, why.
+
+        The summary of the model's MoE layers counts int4 layers that it cannot run.
+        """
         from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import (
             device_family,
         )
+        from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
         from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops
 
         family = device_family()
@@ -56,6 +60,8 @@ class HybridW4A16LinearKernel(MPLinearKernel):
             else incompatibility_reason(c, family)
             or hybrid_w4a16_dense_ops.load_error()
         )
+        if reason is not None and c.weight_type in _QUANT_TYPES:
+            oracle.count_other_linear(reason)
         return reason is None, reason
 
     def __init__(self, *args, **kwargs) -> None:

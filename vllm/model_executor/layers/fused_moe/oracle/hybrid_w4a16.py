@@ -107,10 +107,13 @@ class _Model:
     # fork: begin token
     linears: int = 0
     """Dense int4 linears on ``HybridW4A16LinearKernel``."""
-    shared_experts: str = ""
-    """Format of the shared experts that the kernels compute; empty: none."""
-    router: bool = False
-    """Whether a kernel computes routers and top-k."""
+    other_linears: dict[str, int] = field(default_factory=dict)
+    """Dense int4 linears on vLLM's kernels, by reason."""
+    fused: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What the kernels also compute ("shared expert", "router"): its format by layer,
+    which may be empty."""
+    not_fused: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What of that vLLM computes: the reason by layer."""
     # fork: end
 
 
@@ -347,14 +350,26 @@ def count_linear() -> None:
     _under_construction().linears += 1
 
 
-def count_shared_expert(weight_format: str) -> None:
-    """Say in the summary that the kernels compute the shared expert, in this format."""
-    _model.shared_experts = weight_format
+def count_other_linear(reason: str) -> None:
+    """Count a dense int4 linear that ``HybridW4A16LinearKernel`` left to vLLM."""
+    left = _under_construction().other_linears
+    left[reason] = left.get(reason, 0) + 1
 
 
-def count_router() -> None:
-    """Say in the summary that a kernel computes routers and top-k."""
-    _model.router = True
+def report_fused(part: str, prefix: str, weight_format: str = "") -> None:
+    """Say in the summary that the kernels compute a part of layer ``prefix``.
+
+    part: "shared expert" or "router". weight_format: for the log, if not obvious.
+    """
+    if prefix in _model.accepted:  # else summed up already; its weights were reloaded
+        _model.not_fused.get(part, {}).pop(prefix, None)
+        _model.fused.setdefault(part, {})[prefix] = weight_format
+
+
+def report_not_fused(part: str, prefix: str, reason: str) -> None:
+    """Say in the summary why vLLM computes a part of layer ``prefix``."""
+    if prefix in _model.accepted:
+        _model.not_fused.setdefault(part, {})[prefix] = reason
 
 
 # fork: end
@@ -395,14 +410,12 @@ def _sum_up() -> None:
     if accepted and isinstance(family, DeviceFamily):
         fused = ""
         # fork: begin token
-        if _model.shared_experts:
-            fused += f", shared expert fused {_model.shared_experts}"
-        fused += ", router fused" if _model.router else ""
+        fused = _fused_text()
         # fork: end
         kernels = f" (decode: {family.decode}{fused}, prefill: {family.prefill})"
-    linears = ""
+    rest = ""
     # fork: begin token
-    linears = f"; linears: {_model.linears} int4" if _model.linears else ""
+    rest = _rest_text()
     # fork: end
     logger.info(
         "HybridW4A16 MoE: %d/%d layers%s, %d declined%s",
@@ -410,7 +423,7 @@ def _sum_up() -> None:
         accepted + declined,
         kernels,
         declined,
-        linears,
+        rest,
     )
     tuned = tuning.used_text()
     if tuned is not None:
@@ -419,3 +432,37 @@ def _sum_up() -> None:
     if padding:
         logger.info("HybridW4A16 MoE: %.1f MiB of padded rows", padding / 2**20)
     new_model()
+
+
+# fork: begin token
+def _fused_text() -> str:
+    """What the kernels compute beside the routed experts."""
+    text = ""
+    for part, layers in _model.fused.items():
+        formats = "/".join(dict.fromkeys(name for name in layers.values() if name))
+        text += f", {part} fused {formats}".rstrip()
+        if _model.not_fused.get(part):
+            text += f" in {_counted(len(layers), 'layer')}"
+    return text
+
+
+def _rest_text() -> str:
+    """The dense linears, and what vLLM computes of a hybrid layer."""
+    text = f"; linears: {_model.linears} int4" if _model.linears else ""
+    left = []
+    for part, layers in _model.not_fused.items():
+        for reason in dict.fromkeys(layers.values()):
+            count = list(layers.values()).count(reason)
+            all_of_them = count == len(_model.accepted)
+            some = "" if all_of_them else f" of {_counted(count, 'layer')}"
+            left.append(f"{part}{some} ({reason})")
+    for reason, count in _model.other_linears.items():
+        left.append(f"{_counted(count, 'int4 linear')} ({reason})")
+    return f"{text}; left to vLLM: {', '.join(left)}" if left else text
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
+# fork: end
