@@ -134,6 +134,14 @@ GPU_ANYWHERE constexpr int shared_slots(int tokens, int bits) {
   return tokens == 1 ? 1 : bits == 16 ? kSharedSlots : 2;
 }
 constexpr int kSharedBytesPerWave = kSharedSlots * kRowsPerWave * 4;
+// Lanes along k of a row of the shared expert's gate and up weights. A block has as many waves as
+// the routed experts' blocks; with few of them, more lanes per row make more blocks of fewer
+// dependent loads each.
+#if GPU_HAS_MMA
+GPU_ANYWHERE constexpr int shared_gate_up_lanes(bool grouped) { return grouped ? 32 : 8; }
+#else
+GPU_ANYWHERE constexpr int shared_gate_up_lanes(bool) { return kLanesPerRow; }
+#endif
 
 // For an entry point _tT when at most `rows` activation rows share an expert.
 GPU_ANYWHERE constexpr int lds_bytes_per_wave(int t, int rows) {

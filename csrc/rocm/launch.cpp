@@ -33,9 +33,10 @@ Problem problem(const Routing& r, const Weights& w, int rows, const void* a, int
 int shared_rows(int64_t blocks, int64_t grid_x, int64_t grid_z) {
   return static_cast<int>((blocks + grid_x * grid_z - 1) / (grid_x * grid_z));
 }
-int shared_rows(const SharedGateUp& shared, int tokens, int grid_x, int grid_z) {
+int shared_rows(const SharedGateUp& shared, int tokens, bool grouped, int grid_x, int grid_z) {
   if (shared.w.q == nullptr) return 0;
-  const int tiles = ceil_div(shared.w.n / 2, kRowGroups) + (shared.gate != nullptr ? 1 : 0);
+  const int tile_rows = gpu::kWaveSize / shared_gate_up_lanes(grouped);
+  const int tiles = ceil_div(shared.w.n / 2, tile_rows) + (shared.gate != nullptr ? 1 : 0);
   const int passes = ceil_div(tokens, shared_slots(tokens, shared.w.bits));
   return shared_rows(int64_t{tiles} * passes, grid_x, grid_z);
 }
@@ -103,7 +104,7 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
     const int lists = most_lists(p.block_pairs(), p.experts, plan.slots);
     const int grid_x = ceil_div(inter, kGateUpRows * kRowGroups * plan.waves * plan.row_tiles);
     const int grid_z = grid_size(ceil_div(r.num_tokens, kGroupTokens), "blocks of tokens");
-    const int shared_y = shared_rows(args.shared, r.num_tokens, grid_x, grid_z);
+    const int shared_y = shared_rows(args.shared, r.num_tokens, true, grid_x, grid_z);
     gpu::launch(grouped_gate_up_kernel(args.dtype, w, plan.slots <= 8 ? 8 : 16),
                 {grid_x, grid_size(lists + shared_y, "lists of pairs"), grid_z, threads, lds, true},
                 queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
@@ -122,7 +123,7 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
   const int wave_lds = lds / plan.waves;
 #endif
   const int grid_x = ceil_div(inter, kRowGroups), grid_z = grid_size(r.num_tokens, "tokens");
-  const int shared_y = shared_rows(args.shared, r.num_tokens, grid_x, grid_z);
+  const int shared_y = shared_rows(args.shared, r.num_tokens, false, grid_x, grid_z);
   gpu::launch(gate_up_kernel(args.dtype, w, plan.kernel == Kernel::kPairs ? 1 : kMaxSlots),
               {grid_x, grid_size(r.top_k + shared_y, "top_k"), grid_z, threads, lds, true}, queue,
               args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
@@ -138,7 +139,10 @@ void launch_down(const DownArgs& args, void* queue) {
   const Weights& w = args.w;
   const Routing& r = args.routing;
   if (r.num_tokens == 0) return;
-  const Problem p = problem(r, w, w.n, args.a, args.a_stride_m, args.cu_count, args.row_invariant);
+  Problem p = problem(r, w, w.n, args.a, args.a_stride_m, args.cu_count, args.row_invariant);
+  // fork: begin overlay
+  p.shared = args.shared.w.q != nullptr && !args.row_invariant;
+  // fork: end
   const DownPlan plan = args.plan.size == 0 ? down_plan(p) : parse_down_plan(args.plan, p);
   const int lds = down_lds(p, plan), wave_lds = down_wave_lds(p, plan);
   const int threads = plan.waves * gpu::kWaveSize;

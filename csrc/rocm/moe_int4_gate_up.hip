@@ -30,7 +30,9 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
   gpu::keep_arguments(MOE_INT4_GATE_UP_VALUES);
   // fork: begin token
   if (gpu::block_y() < shared_y) {
-    return shared_gate_up<DT>(a, a_stride_m, k, num_tokens, waves, MOE_INT4_SHARED_GATE_UP_VALUES);
+    constexpr int kLanes = shared_gate_up_lanes(false);
+    return shared_gate_up<DT, kLanes>(a, a_stride_m, k, num_tokens, waves,
+                                      MOE_INT4_SHARED_GATE_UP_VALUES);
   }
   // fork: end
   const WeightStack weights = MOE_INT4_WEIGHT_STACK;

@@ -17,7 +17,9 @@ namespace moe_int4 {
 template <typename DT, int G, bool ZP, int NB>
 GPU_DEVICE void grouped_gate_up(MOE_INT4_GROUPED_GATE_UP_ARGS) {
   if (gpu::block_y() < shared_y) {
-    return shared_gate_up<DT>(a, a_stride_m, k, num_tokens, waves, MOE_INT4_SHARED_GATE_UP_VALUES);
+    constexpr int kLanes = shared_gate_up_lanes(true);
+    return shared_gate_up<DT, kLanes>(a, a_stride_m, k, num_tokens, waves,
+                                      MOE_INT4_SHARED_GATE_UP_VALUES);
   }
   const int list = gpu::block_y() - shared_y;
   using Tile = GroupTile<DT, G, ZP, kGateUpRows, NB, true>;

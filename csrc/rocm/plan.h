@@ -66,6 +66,9 @@ struct Problem {
   int max_lds;          // bytes per block
   double expert_bytes;  // of one expert's int4 weights in this op
   bool row_invariant;   // see row_invariance.h
+  // fork: begin overlay
+  bool shared = false;  // down: the grid has blocks of a shared expert, as many as others
+  // fork: end
 
   int pairs() const { return tokens * top_k; }
   // fork: begin overlay
@@ -331,7 +334,10 @@ inline DownPlan grouped_down_plan(const Problem& p) {
   const int least = 2 * group_window_blocks(wide ? 2 : 1);  // blocks per slice: two windows
   while (out.k_slices < 4 && p.blocks / (2 * out.k_slices) >= least) out.k_slices *= 2;
   const int most = p.pairs() < p.experts ? p.pairs() : p.experts;
-  const int shares = (p.tokens <= 2 ? 8 : 12) / out.k_slices;
+  int waves = p.tokens <= 2 ? 8 : 12;
+  // So that a block of the shared expert fits beside each block: 16 waves take all registers.
+  if (p.shared && ceil_div(p.rows, out.rows()) <= p.cu_count) waves = 8;
+  const int shares = waves / out.k_slices;
   out.waves = (shares < most ? shares : most) * out.k_slices;
   return fitted(p, out);
 }
@@ -346,13 +352,13 @@ inline DownPlan down_plan(const Problem& call) {
       (tiles >= p.cu_count || !(p.tokens == 1 || few_share(p)))) {
     return grouped_down_plan(p);
   }
-  constexpr int kWavesPerCu = 16;  // one round of blocks
+  const int waves_per_cu = p.shared ? 8 : 16;  // one round of blocks
 #else
-  constexpr int kWavesPerCu = 32;  // one round of blocks
+  constexpr int waves_per_cu = 32;  // one round of blocks
 #endif
   const bool alone = pairs_alone(p);
   const int block_tokens = alone ? 1 : p.tokens < kMaxSlots ? p.tokens : kMaxSlots;
-  const double wanted = static_cast<double>(kWavesPerCu) * p.cu_count /
+  const double wanted = static_cast<double>(waves_per_cu) * p.cu_count /
                         (static_cast<double>(tiles) * ceil_div(p.tokens, block_tokens));
   const int most = clamp(wanted, 1, kMaxWaves), pairs = block_tokens * p.top_k;
   DownPlan out{alone ? Kernel::kPairs : Kernel::kEights, 1, 1, 0};

@@ -5,9 +5,8 @@
 // and down grids, which run nothing else. A block multiplies one tile of weight rows with up to
 // kSharedSlots tokens. The waves of the block share k, and their sums are added in wave order.
 //
-// Weights have 4, 8 or 16 bits. A lane reads 16 bytes of a row at a time, all of one group. As for
-// the routed experts, kLanesPerRow lanes are adjacent along k and a wave covers two sets of
-// kRowGroups rows.
+// Weights have 4, 8 or 16 bits. A lane reads 16 bytes of a row at a time, all of one group. `Lanes`
+// lanes are adjacent along k and a wave covers two sets of kWaveSize / Lanes rows.
 #pragma once
 
 #include "activation.cuh"
@@ -53,11 +52,12 @@ GPU_DEVICE SharedRow shared_row(int row, MOE_INT4_SHARED_WEIGHT_ARGS) {
 }
 
 // Products of two weight rows per lane and S activation rows.
-template <typename DT, int Bits, int S>
+template <typename DT, int Bits, int S, int Lanes>
 struct SharedTile {
-  static constexpr int kRun = 128 / Bits;  // weights in 16 bytes
+  static constexpr int kRows = gpu::kWaveSize / Lanes;  // of a set
+  static constexpr int kRun = 128 / Bits;               // weights in 16 bytes
   static constexpr int kPieces = kRun / 8;
-  static constexpr int kUnitK = kRun * kLanesPerRow;
+  static constexpr int kUnitK = kRun * Lanes;
 #if GPU_HAS_MMA
   // With two units of 4 bits, down_t1 takes 126 registers on sm_90 instead of 111.
   static constexpr int kPackedDepth = 1;
@@ -65,9 +65,9 @@ struct SharedTile {
   static constexpr int kPackedDepth = 2;
 #endif
   // Units of weights and pieces of activations in flight. With several rows the activations take
-  // the registers.
-  static constexpr int kDepth = Bits != 16 ? kPackedDepth : S == 1 ? 4 : 2;
-  static constexpr int kTogether = Bits == 16 || S == 1 ? kDepth * kPieces : 1;
+  // the registers. A wave that has k for itself needs four units all the same.
+  static constexpr int kDepth = Bits != 16 ? kPackedDepth : S == 1 || Lanes == 32 ? 4 : 2;
+  static constexpr int kTogether = S == 1 ? kDepth * kPieces : Bits == 16 ? 2 : 1;
   static constexpr float kOffset = Unpacked<DT, Bits>::kOffset;
 
   float acc[2][S] = {};
@@ -85,7 +85,7 @@ struct SharedTile {
       Loaded weights[kDepth][2];
       GPU_UNROLL
       for (int d = 0; d < kDepth; ++d) {
-        const int at = column(unit + d, k);
+        const int at = column(unit + d < last ? unit + d : last - 1, k);
         weights[d][0] = load(row0, at, log2_group);
         weights[d][1] = load(row1, at, log2_group);
       }
@@ -120,33 +120,33 @@ struct SharedTile {
     }
     GPU_UNROLL
     for (int s = 0; s < S; ++s) {
-      acc[0][s] = sum_over_lanes<kLanesPerRow>(acc[0][s]);
-      acc[1][s] = sum_over_lanes<kLanesPerRow>(acc[1][s]);
+      acc[0][s] = sum_over_lanes<Lanes>(acc[0][s]);
+      acc[1][s] = sum_over_lanes<Lanes>(acc[1][s]);
     }
   }
 
   // Adds the sums of all waves and calls finish(s, row, sum of row0's kind, sum of row1's kind) in
-  // one thread per row 0..kRowGroups-1 of each of `count` activation rows.
+  // one thread per row 0..kRows-1 of each of `count` activation rows.
   template <typename Finish>
   GPU_DEVICE void reduce(int count, int waves, const Finish& finish) {
     auto* const lds = reinterpret_cast<float*>(gpu::dynamic_lds());
-    if (lane_k() == 0) {
+    if (gpu::lane() % Lanes == 0) {
       GPU_UNROLL
       for (int s = 0; s < S; ++s) {
-        float* const mine = lds + (gpu::wave() * kSharedSlots + s) * kRowsPerWave;
-        mine[lane_row()] = acc[0][s];
-        mine[kRowGroups + lane_row()] = acc[1][s];
+        float* const mine = lds + (gpu::wave() * kSharedSlots + s) * 2 * kRows;
+        mine[gpu::lane() / Lanes] = acc[0][s];
+        mine[kRows + gpu::lane() / Lanes] = acc[1][s];
       }
     }
     gpu::block_barrier();
     const int thread = gpu::wave() * gpu::kWaveSize + gpu::lane();
-    for (int i = thread; i < count * kRowGroups; i += waves * gpu::kWaveSize) {
-      const int s = i / kRowGroups, r = i % kRowGroups;
+    for (int i = thread; i < count * kRows; i += waves * gpu::kWaveSize) {
+      const int s = i / kRows, r = i % kRows;
       float sum0 = 0.0f, sum1 = 0.0f;
       for (int wave = 0; wave < waves; ++wave) {
-        const float* const of = lds + (wave * kSharedSlots + s) * kRowsPerWave;
+        const float* const of = lds + (wave * kSharedSlots + s) * 2 * kRows;
         sum0 += of[r];
-        sum1 += of[kRowGroups + r];
+        sum1 += of[kRows + r];
       }
       finish(s, r, sum0, sum1);
     }
@@ -160,7 +160,7 @@ struct SharedTile {
   };
 
   // The lane's first weight of a unit; it may be past the end of the row.
-  static GPU_DEVICE int start(int unit) { return unit * kUnitK + kRun * lane_k(); }
+  static GPU_DEVICE int start(int unit) { return unit * kUnitK + kRun * (gpu::lane() % Lanes); }
   // The same or, past the end, an earlier one.
   static GPU_DEVICE int column(int unit, int k) { return start(unit) < k ? start(unit) : k - kRun; }
 
@@ -218,39 +218,40 @@ static_assert(kSharedBytesPerWave <= kWindowBytes && kSharedBytesPerWave <= kGro
 #endif
 
 // Calls use(tile) with the tile for weights of `bits` bits and for one token or several.
-template <typename DT, typename Use>
+template <typename DT, int Lanes, typename Use>
 GPU_DEVICE void with_shared_tile(int bits, int num_tokens, const Use& use) {
   if (num_tokens == 1) {
-    if (bits == 16) return use(SharedTile<DT, 16, 1>{});
-    if (bits == 8) return use(SharedTile<DT, 8, 1>{});
-    return use(SharedTile<DT, 4, 1>{});
+    if (bits == 16) return use(SharedTile<DT, 16, 1, Lanes>{});
+    if (bits == 8) return use(SharedTile<DT, 8, 1, Lanes>{});
+    return use(SharedTile<DT, 4, 1, Lanes>{});
   }
-  if (bits == 16) return use(SharedTile<DT, 16, kSharedSlots>{});
-  if (bits == 8) return use(SharedTile<DT, 8, shared_slots(2, 8)>{});
-  return use(SharedTile<DT, 4, shared_slots(2, 4)>{});
+  if (bits == 16) return use(SharedTile<DT, 16, kSharedSlots, Lanes>{});
+  if (bits == 8) return use(SharedTile<DT, 8, shared_slots(2, 8), Lanes>{});
+  return use(SharedTile<DT, 4, shared_slots(2, 4), Lanes>{});
 }
 
-// A tile of gate_up is kRowGroups rows i (gate) and i + inter (up). The one after the last is the
-// gate of the shared expert, which always has 16 bits.
-template <typename DT>
+// A tile of gate_up is kRows rows i (gate) and i + inter (up). The one after the last is the gate
+// of the shared expert, which always has 16 bits.
+template <typename DT, int Lanes>
 GPU_DEVICE void shared_gate_up(const void* a, int64_t a_stride_m, int k, int num_tokens, int waves,
                                MOE_INT4_SHARED_GATE_UP_ARGS) {
-  const int tiles = (shared_inter + kRowGroups - 1) / kRowGroups;
+  constexpr int kRows = gpu::kWaveSize / Lanes;
+  const int tiles = (shared_inter + kRows - 1) / kRows;
   const SharedBlock block(shared_y, grid_x, shared_bits, num_tokens);
   const int tile = block.tile, first_token = block.first_token, count = block.count;
   if (tile >= tiles + (shared_gate != nullptr ? 1 : 0)) return;
   const auto* const acts = static_cast<const uint16_t*>(a) + first_token * a_stride_m;
   const auto row_of = [&](int s) { return acts + (s < count ? s : 0) * a_stride_m; };
   const bool is_gate = tile == tiles;
-  const int index = tile * kRowGroups + lane_row();
+  const int index = tile * kRows + gpu::lane() / Lanes;
   const int row = index < shared_inter ? index : shared_inter - 1;
   SharedRow row0 = shared_row(row, MOE_INT4_SHARED_WEIGHT_VALUES);
   SharedRow row1 = shared_row(row + shared_inter, MOE_INT4_SHARED_WEIGHT_VALUES);
   if (is_gate) row0.q = row1.q = reinterpret_cast<const uint32_t*>(shared_gate);
-  with_shared_tile<DT>(is_gate ? 16 : shared_bits, num_tokens, [&](auto product) {
+  with_shared_tile<DT, Lanes>(is_gate ? 16 : shared_bits, num_tokens, [&](auto product) {
     product.run(row0, row1, shared_log2_group, shared_zeros == nullptr, k, waves, row_of);
     product.reduce(count, waves, [&](int s, int r, float gate, float up) {
-      const int at = tile * kRowGroups + r, token = first_token + s;
+      const int at = tile * kRows + r, token = first_token + s;
       if (is_gate) {
         if (r == 0) shared_factors[token] = sigmoid(gate);
       } else if (at < shared_inter) {
@@ -273,7 +274,7 @@ GPU_DEVICE void shared_down(int n, int num_tokens, int waves, MOE_INT4_SHARED_DO
   const int index0 = tile * kRowsPerWave + lane_row(), index1 = index0 + kRowGroups;
   const SharedRow row0 = shared_row(index0 < n ? index0 : n - 1, MOE_INT4_SHARED_WEIGHT_VALUES);
   const SharedRow row1 = shared_row(index1 < n ? index1 : n - 1, MOE_INT4_SHARED_WEIGHT_VALUES);
-  with_shared_tile<DT>(shared_bits, num_tokens, [&](auto product) {
+  with_shared_tile<DT, kLanesPerRow>(shared_bits, num_tokens, [&](auto product) {
     product.run(row0, row1, shared_log2_group, shared_zeros == nullptr, shared_k, waves, row_of);
     product.reduce(count, waves, [&](int s, int r, float sum0, float sum1) {
       const int at = tile * kRowsPerWave + r, token = first_token + s;

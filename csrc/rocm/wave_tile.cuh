@@ -120,6 +120,7 @@ GPU_DEVICE float sum_over_lanes(float x) {
   if constexpr (Lanes > 2) x += gpu::shuffle_xor<2>(x);
   if constexpr (Lanes > 4) x += gpu::shuffle_xor<4>(x);
   if constexpr (Lanes > 8) x += gpu::shuffle_xor<8>(x);
+  if constexpr (Lanes > 16) x += gpu::shuffle_xor<16>(x);
   return x;
 }
 

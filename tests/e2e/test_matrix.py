@@ -5,7 +5,9 @@
 The cells here cover every pair of format, symmetry, group size, dtype and sharding.
 ``make matrix`` runs the whole matrix; ``matrix.json`` has its results, from which the
 table in docs/support.md is made. On a GPU machine the same cells run on the GPU, and
-additional ones that the CPU does not support (sleep mode, Qwen3.5 in fp16).
+additional ones: those that the CPU does not support (sleep mode, Qwen3.5 in fp16), and,
+with two GPUs, every way to deploy two models on them. ``matrix.py --gpu`` runs these
+many at a time and writes their table.
 """
 
 import itertools
@@ -21,7 +23,7 @@ from ..support.matrix_cells import (
     cut_groups,
     full,
     grid,
-    on_a_gpu,
+    on_gpus,
     shared_experts,
     subset,
 )
@@ -30,11 +32,11 @@ from ..support.tiny_models import DenseReference, Recipe, make_checkpoint, promp
 GPUS = torch.cuda.device_count()
 SHORT_RUN = [*subset(), *cut_groups()[:2]]
 LONG_RUN = cut_groups()[2:] + shared_experts()[1:]
-CELLS = list(dict.fromkeys([*SHORT_RUN, *on_a_gpu(), *LONG_RUN]))
+CELLS = list(dict.fromkeys([*SHORT_RUN, *on_gpus(), *LONG_RUN]))
 ON_CPU = [*SHORT_RUN, *LONG_RUN]
 RUN = [cell for cell in CELLS if (cell.ranks <= GPUS if GPUS else cell in ON_CPU)]
 SHARDED = [Cell(DEPLOYED, "float16", name) for name in SHARDINGS]
-TIMEOUT_S = 1500.0
+TIMEOUT_S = 1100.0  # pytest-timeout's is 1200
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +125,59 @@ def test_the_table_is_that_of_the_results():
     results = matrix.load_results()
     cells = full()
     assert {Cell.from_json(result["cell"]) for result in results} <= set(cells)
+    of_gpus = matrix.load_results(matrix.GPU_RESULTS)
+    assert {Cell.from_json(result["cell"]) for result in of_gpus} <= set(on_gpus())
     text = matrix.DOCUMENT.read_text()
     between = text.split(matrix.BEGIN)[1].split(matrix.END)[0]
     assert between == matrix.table(results)
+    between = text.split(matrix.GPU_BEGIN)[1].split(matrix.GPU_END)[0]
+    assert between == matrix.gpu_table(of_gpus)
+
+
+def test_the_table_of_gpus_has_a_row_for_each_deployment():
+    cells = [
+        Cell(DEPLOYED, "float16"),
+        Cell(DEPLOYED, "float16", "compiled"),
+        Cell(DEPLOYED, "float16", "PP 2, eager"),
+        Cell(DEPLOYED, "bfloat16", "PP 2"),
+        Cell(DEPLOYED, "float16", "PP 2"),
+    ]
+    results = [
+        {"cell": cell.to_json(), "ok": number != 4, "device": "2 x GPU"}
+        for number, cell in enumerate(cells)
+    ]
+    assert matrix.gpu_table(results).splitlines()[:4] == [
+        "| deployment | qwen3_moe, eager | qwen3_moe, compiled |",
+        "| --- | --- | --- |",
+        "| 1 rank | 1 of 1 | 1 of 1 |",
+        "| PP 2 | 1 of 1 | 1 of 2 |",
+    ]
+
+
+STAND_IN = """
+import json, os, sys, time
+cells, _, answers = sys.argv[1:]
+for cell in json.load(open(cells)):
+    if cell["deployment"] == "TP 2":
+        time.sleep(60)
+    if cell["deployment"] == "TP 2, EP 2" and os.environ["RANK"] == "1":
+        sys.exit("out of memory")
+    with open(answers, "a") as file:
+        file.write(json.dumps({"cell": cell, "answers": [os.environ["RANK"]]}) + "\\n")
+"""
+
+
+def test_a_cell_that_stands_still_or_dies_does_not_stop_the_others(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "worker_in_a_test.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(matrix, "WORKER", "worker_in_a_test")
+    names = ("TP 2", "TP 2, EP 2", "PP 2", "DP 2")
+    cells = [Cell(DEPLOYED, "float16", name) for name in names]
+    found = matrix.run_cells(cells, tmp_path, 60, lanes=2, cell_timeout_s=4)
+    stalled, died, good, parallel = (found[cell] for cell in cells)
+    assert "no output" in stalled["error"]
+    assert "no output" in died["error"]
+    assert good["answers"] == ["0"]
+    assert parallel["answers"] == ["0", "1"]

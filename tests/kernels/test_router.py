@@ -305,11 +305,13 @@ def test_selection_has_the_bits_of_vllm(experts, kind):
             )
             where = f"{experts} experts, {kind}, {tokens} tokens, {scoring}, {biased}"
             assert torch.equal(found[2], expected[1].cpu()), where
+            # vLLM's kernel for 160 experts has weights for padding, but no ids
+            rows = ~padding if experts == 160 else slice(None)
             torch.testing.assert_close(
-                *(found[1], expected[0].cpu()),
+                *(found[1][rows], expected[0].cpu()[rows]),
                 rtol=1e-6 if experts == 160 else 3e-7,
                 atol=0,
-                msg=where,
+                msg=lambda text, where=where: f"{where}: {text}",
             )
 
 

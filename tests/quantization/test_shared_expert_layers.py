@@ -17,6 +17,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.activation import GeluAndMul
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_shared_expert
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
     MAX_TOKENS,
     FusingSharedExperts,
@@ -267,6 +268,17 @@ def test_odd_sizes_are_left_to_vllm():
     runner, config = make_runner(inter=76)
     assert runner.shared_experts.fused_up_to == 0
     assert forward(runner, config, 2).isfinite().all()
+
+
+@pytest.mark.parametrize(("most_bytes", "tokens"), [(1 << 30, MAX_TOKENS), (1000, 2)])
+def test_the_tuning_table_limits_large_weights(most_bytes, tokens, monkeypatch):
+    entry = {"bytes": most_bytes, "tokens": 2}
+    family = DeviceFamily("x", "x", "x", 1, tuning="x")
+    module = hybrid_w4a16_shared_expert
+    monkeypatch.setattr(module, "device_family", lambda: family)
+    monkeypatch.setattr(module, "table", lambda name: {"shared_expert": entry})
+    runner, _ = make_runner()
+    assert runner.shared_experts.fused_up_to == tokens
 
 
 def test_no_tokens_are_taken_over_where_the_limit_is_0(monkeypatch):

@@ -4,35 +4,43 @@
 
     python -m tests.support.matrix            # cells missing in tests/e2e/matrix.json
     python -m tests.support.matrix --again    # all cells
-    python -m tests.support.matrix --table    # only the table, from the file
+    python -m tests.support.matrix --gpu      # on GPUs, tests/e2e/matrix-gpu.json
+    python -m tests.support.matrix --table    # only the tables, from the files
 
-A cell runs a tiny random checkpoint with ``LLM(...)`` on the CPU under
+A cell runs a tiny random checkpoint with ``LLM(...)`` under
 ``VLLM_HYBRID_W4A16_MOE=require`` and compares it with transformers, which runs the
-dequantized weights in float32.
+dequantized weights in float32 on the CPU.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import importlib.util
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .matrix_cells import DEPLOYMENTS, SHARDINGS, Cell, full
+from .matrix_cells import DEPLOYMENTS, SHARDINGS, Cell, full, on_gpus
 from .tiny_models import DenseReference
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "tests/e2e/matrix.json"
+GPU_RESULTS = CHECKOUT / "tests/e2e/matrix-gpu.json"
 DOCUMENT = CHECKOUT / "docs/support.md"
 BEGIN, END = "<!-- matrix: begin -->\n", "<!-- matrix: end -->\n"
+GPU_BEGIN, GPU_END = "<!-- gpu matrix: begin -->\n", "<!-- gpu matrix: end -->\n"
 WORKER = "tests.support.matrix_worker"
 STAND_INS = Path(__file__).with_name("stand_ins")
 
@@ -44,82 +52,186 @@ MAX_DIFFERENCE = {"bfloat16": 0.035, "float16": 0.006}
 # How far a greedy token may lie below the reference's first choice, in nats. Measured:
 # at most 0.001 in fp16; 0.49 in bf16, where router ties send a token to other experts.
 MAX_TIE = {"bfloat16": 0.6, "float16": 0.01}
+# Where it is exceeded, a cell stands still: graphs of a tiny model take 20 to 40 s.
+GPU_CELL_TIMEOUT_S = 150.0
 
 
 def free_ports(count: int) -> int:
-    """Return the first of ``count`` consecutive ports; only the first is known free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return port if port + count < 65536 else port - count
+    """Return the first of ``count`` consecutive TCP ports that are free now.
+
+    They lie below the range from which Linux serves programs that ask for any port.
+    """
+    while True:
+        first = random.randrange(20000, 32000 - count)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
-def batches(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Group cells by number of ranks: the same processes run all cells of a group."""
-    sleeping = [cell for cell in cells if DEPLOYMENTS[cell.deployment].sleep]
-    awake = [cell for cell in cells if cell not in sleeping]
-    found = [
-        [cell for cell in awake if cell.ranks == ranks]
-        for ranks in sorted({cell.ranks for cell in awake})
-    ]
-    return found + [[cell] for cell in sleeping]
+def batches(cells: Sequence[Cell], lanes: int = 1) -> list[list[Cell]]:
+    """Group cells by number of ranks: the same processes run all cells of a group.
+
+    lanes: how many groups run at a time; with more than one, groups are smaller.
+    """
+    awake = [cell for cell in cells if not sleeps(cell)]
+    found = []
+    for ranks in sorted({cell.ranks for cell in awake}):
+        same = [cell for cell in awake if cell.ranks == ranks]
+        same.sort(key=lambda cell: DEPLOYMENTS[cell.deployment].eager)
+        count = min(len(same), max(1, round(lanes * len(same) / len(awake))))
+        found += [same[i::count] for i in range(count)]
+    return found + [[cell] for cell in cells if sleeps(cell)]
+
+
+def sleeps(cell: Cell) -> bool:
+    """Whether the cell measures the GPU's free memory, so nothing may run beside it."""
+    return DEPLOYMENTS[cell.deployment].sleep
 
 
 def run_cells(
-    cells: Sequence[Cell], folder: Path, timeout_s: float = 3600.0
+    cells: Sequence[Cell],
+    folder: Path,
+    timeout_s: float = 3600.0,
+    lanes: int = 1,
+    cell_timeout_s: float = 600.0,
 ) -> dict[Cell, dict[str, Any]]:
-    """Run the cells and return each cell's output."""
+    """Run the cells and return each cell's output, or its error.
+
+    folder: for checkpoints, logs and outputs. timeout_s: for all cells together.
+    lanes: groups of cells that run at a time. cell_timeout_s: for one cell; its group
+    goes on with the next one in new processes.
+    """
+    deadline = time.monotonic() + timeout_s
+    stop = threading.Event()
+    groups = batches(cells, lanes)
+    beside = [group for group in groups if not sleeps(group[0])]
     found: dict[Cell, dict[str, Any]] = {}
-    for number, batch in enumerate(batches(cells)):
-        ranks = batch[0].ranks
-        todo = folder / f"cells-{number}.json"
-        todo.write_text(json.dumps([cell.to_json() for cell in batch]))
-        environment = {
-            **os.environ,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_ports(len(batch))),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-        }
-        if importlib.util.find_spec("torchvision") is None:
-            environment["PYTHONPATH"] = os.pathsep.join(
-                filter(None, [str(STAND_INS), os.environ.get("PYTHONPATH")])
-            )
-        if ranks > 1:
-            cores = os.cpu_count() or 1
-            bind = "|".join(str(rank % cores) for rank in range(ranks))
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = bind
-        processes = []
+
+    def run(number: int) -> dict[Cell, dict[str, Any]]:
+        return _run_group(
+            groups[number], folder, f"{number}", deadline, cell_timeout_s, stop
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+        try:
+            for answers in pool.map(run, range(len(beside))):
+                found.update(answers)
+            for number in range(len(beside), len(groups)):
+                found.update(run(number))
+        finally:
+            stop.set()
+    return found
+
+
+def _run_group(
+    group: list[Cell],
+    folder: Path,
+    name: str,
+    deadline: float,
+    cell_timeout_s: float,
+    stop: threading.Event,
+) -> dict[Cell, dict[str, Any]]:
+    """Run the cells of a group one after another.
+
+    Processes that die or stand still are replaced.
+    """
+    found: dict[Cell, dict[str, Any]] = {}
+    for attempt in range(len(group)):
+        todo = [cell for cell in group if cell not in found]
+        if not todo:
+            break
+        end = f"{name}-{attempt}"
+        with _ranks(todo, folder, end) as processes:
+            answers = [folder / f"answers-{end}-{rank}.jsonl" for rank in processes]
+            size, since = 0, time.monotonic()
+            while any(process.poll() is None for process in processes.values()):
+                time.sleep(0.1)
+                now = time.monotonic()
+                new_size = sum(a.stat().st_size for a in answers if a.exists())
+                if new_size != size:
+                    size, since = new_size, now
+                if stop.is_set() or now > min(deadline, since + cell_timeout_s):
+                    break
+        of_ranks = [_read(path) for path in answers]
+        found.update(_merge(todo, of_ranks))
+        if stop.is_set() or time.monotonic() > deadline:
+            break
+        broken = next((c for c in todo if any(c not in a for a in of_ranks)), None)
+        if broken is not None and broken not in found:
+            log = (folder / f"log-{end}-0.txt").read_text(errors="replace")
+            found[broken] = {"error": f"no output:\n{log[-2000:]}"}
+    for cell in group:
+        found.setdefault(cell, {"error": "not run: no time was left"})
+    return found
+
+
+@contextlib.contextmanager
+def _ranks(
+    cells: list[Cell], folder: Path, end: str
+) -> Iterator[dict[int, subprocess.Popen]]:
+    """The processes that run the cells, by rank. They are killed at the end."""
+    ranks = cells[0].ranks
+    todo = folder / f"cells-{end}.json"
+    todo.write_text(json.dumps([cell.to_json() for cell in cells]))
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_ports(len(cells))),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
+    if importlib.util.find_spec("torchvision") is None:
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(STAND_INS), os.environ.get("PYTHONPATH")])
+        )
+    if torch.cuda.is_available():  # groups run side by side, each compiles for itself
+        environment["VLLM_CACHE_ROOT"] = str(folder / f"cache-{end}")
+    if ranks > 1:
+        cores = os.cpu_count() or 1
+        bind = "|".join(str(rank % cores) for rank in range(ranks))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = bind
+    processes: dict[int, subprocess.Popen] = {}
+    try:
         for rank in range(ranks):
-            log = (folder / f"log-{number}-{rank}.txt").open("w")
-            answers = folder / f"answers-{number}-{rank}.jsonl"
-            processes.append(
-                subprocess.Popen(
+            with (folder / f"log-{end}-{rank}.txt").open("w") as log:
+                answers = folder / f"answers-{end}-{rank}.jsonl"
+                answers.unlink(missing_ok=True)  # of an earlier run in this folder
+                processes[rank] = subprocess.Popen(
                     [sys.executable, "-m", WORKER, todo, folder, answers],
                     cwd=CHECKOUT,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
-            )
-        try:
-            for process in processes:
-                process.wait(timeout_s)
-        finally:
-            for process in processes:
-                process.kill()
-        for rank in range(ranks):
-            answers = folder / f"answers-{number}-{rank}.jsonl"
-            lines = answers.read_text().splitlines() if answers.exists() else []
-            for answer in map(json.loads, lines):
-                cell = Cell.from_json(answer["cell"])
-                if rank == 0 or "error" in answer:
-                    found[cell] = answer
-                elif cell.data_parallel and "answers" in found.get(cell, {}):
-                    found[cell]["answers"] += answer["answers"]
-        log_text = (folder / f"log-{number}-0.txt").read_text()
-        for cell in batch:
-            found.setdefault(cell, {"error": f"no output:\n{log_text[-2000:]}"})
+        yield processes
+    finally:
+        for process in processes.values():
+            process.kill()
+        for process in processes.values():
+            process.wait()
+
+
+def _read(path: Path) -> dict[Cell, dict[str, Any]]:
+    """What one rank has written."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return {Cell.from_json(a["cell"]): a for a in map(json.loads, lines)}
+
+
+def _merge(
+    cells: list[Cell], of_ranks: list[dict[Cell, dict[str, Any]]]
+) -> dict[Cell, dict[str, Any]]:
+    """One output per cell that failed on any rank or ended on all of them."""
+    found: dict[Cell, dict[str, Any]] = {}
+    for cell in cells:
+        answers = [rank[cell] for rank in of_ranks if cell in rank]
+        failed = [answer for answer in answers if "error" in answer]
+        if failed:
+            found[cell] = failed[0]
+        elif len(answers) == len(of_ranks):
+            found[cell] = dict(answers[0])
+            if cell.data_parallel:
+                found[cell]["answers"] = [one for a in answers for one in a["answers"]]
     return found
 
 
@@ -134,7 +246,8 @@ def judge(
         for cell, answer in cells.items()
         if cell.deployment == "1 rank" and "answers" in answer
     }
-    for cell, answer in cells.items():
+    for cell in sorted(cells, key=lambda cell: cell.recipe.folder_name):
+        answer = cells[cell]
         if "answers" not in answer:
             verdicts[cell] = {"ok": False, "problem": answer["error"][-2000:]}
             continue
@@ -224,22 +337,78 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_table(results: list[dict[str, Any]]) -> None:
-    """Replace the table in docs/support.md."""
+def gpu_table(results: list[dict[str, Any]]) -> str:
+    """Return the GPUs' table: a row per deployment, two columns per model."""
+    if not results:
+        return "Not run yet.\n"
+    columns: dict[str, dict[str, list[bool]]] = {}
+    rows: dict[str, None] = {}
+    for result in results:
+        cell = Cell.from_json(result["cell"])
+        deployment = DEPLOYMENTS[cell.deployment]
+        words = cell.deployment.split(", ")
+        row = ", ".join(w for w in words if w not in ("compiled", "eager"))
+        row = row or "1 rank"
+        rows[row] = None
+        mode = "eager" if deployment.eager else "compiled"
+        column = columns.setdefault(f"{cell.recipe.model}, {mode}", {})
+        column.setdefault(row, []).append(result["ok"])
+    lines = [f"| deployment | {' | '.join(columns)} |", "| --- " * (len(columns) + 1)]
+    lines[-1] += "|"
+    for row in rows:
+        counts = [column.get(row, []) for column in columns.values()]
+        entries = [f"{sum(c)} of {len(c)}" if c else "" for c in counts]
+        lines.append(f"| {row} | {' | '.join(entries)} |".replace("  ", " "))
+    devices = " and ".join(dict.fromkeys(result["device"] for result in results))
+    count = f"{len(results)} of {len(on_gpus())}"
+    lines += ["", f"{count} cells have been run, on {devices}."]
+    return "\n".join(lines) + "\n"
+
+
+def write_tables() -> None:
+    """Replace the tables in docs/support.md."""
     text = DOCUMENT.read_text()
-    before, rest = text.split(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
+    for begin, end, new in (
+        (BEGIN, END, table(load_results())),
+        (GPU_BEGIN, GPU_END, gpu_table(load_results(GPU_RESULTS))),
+    ):
+        before, rest = text.split(begin)
+        text = before + begin + new + end + rest.split(end)[1]
+    DOCUMENT.write_text(text)
 
 
-def load_results() -> list[dict[str, Any]]:
-    """Return the results in tests/e2e/matrix.json; none if there is no such file."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+def load_results(path: Path = RESULTS) -> list[dict[str, Any]]:
+    """Return the results in a file; none if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else []
 
 
-def save_results(results: list[dict[str, Any]]) -> None:
-    """Write tests/e2e/matrix.json, one result per line."""
+def save_results(results: list[dict[str, Any]], path: Path = RESULTS) -> None:
+    """Write a file of results, one result per line."""
     lines = ",\n".join(json.dumps(result) for result in results)
-    RESULTS.write_text(f"[\n{lines}\n]\n")
+    path.write_text(f"[\n{lines}\n]\n")
+
+
+def run_on_gpus(
+    cells: Sequence[Cell], folder: Path, timeout_s: float, lanes: int
+) -> list[dict[str, Any]]:
+    """Run the cells on this machine's GPUs; returns their results.
+
+    A result has the verdict, the device and the seconds that the cell took.
+    """
+    device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    answers = run_cells(cells, folder, timeout_s, lanes, GPU_CELL_TIMEOUT_S)
+    (folder / "answers.json").write_text(
+        json.dumps([{**a, "cell": cell.to_json()} for cell, a in answers.items()])
+    )
+    return [
+        {
+            "cell": cell.to_json(),
+            **verdict,
+            "device": device,
+            "seconds": answers[cell].get("seconds"),
+        }
+        for cell, verdict in judge(answers, folder).items()
+    ]
 
 
 def main() -> int:
@@ -247,36 +416,66 @@ def main() -> int:
     parser.add_argument(
         "--again", action="store_true", help="also run cells that have a result"
     )
-    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--table", action="store_true", help="only write the tables")
     parser.add_argument("--batch", type=int, default=30, help="cells per saved batch")
     parser.add_argument("--folder", type=Path, help="for checkpoints and logs, kept")
-    options = parser.parse_args()
-    known = {Cell.from_json(result["cell"]): result for result in load_results()}
-    cells = full()
-    todo = (
-        [] if options.table else [c for c in cells if options.again or c not in known]
+    parser.add_argument("--gpu", action="store_true", help="the cells for GPUs")
+    parser.add_argument(
+        "--lanes", type=int, default=4, help="with --gpu: groups of cells at a time"
     )
+    parser.add_argument(
+        "--limit", type=float, default=3600, help="with --gpu: seconds for all cells"
+    )
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        recipes = list(dict.fromkeys((cell.recipe, cell.dtype) for cell in todo))
-        while recipes:
-            batch: list[Cell] = []
-            while recipes and len(batch) < options.batch:
-                recipe = recipes.pop(0)
-                batch += [c for c in todo if (c.recipe, c.dtype) == recipe]
-            for old in folder.glob("answers-*"):
-                old.unlink()
-            answers = run_cells(batch, folder)
-            for cell, verdict in judge(answers, folder).items():
-                known[cell] = {"cell": cell.to_json(), **verdict}
-                print(
-                    "ok  " if verdict["ok"] else "FAIL", cell.name, verdict, flush=True
-                )
-            save_results([known[cell] for cell in cells if cell in known])
-    results = [known[cell] for cell in cells if cell in known]
-    write_table(results)
-    return int(not all(result["ok"] for result in results))
+        if not options.table:
+            (_gpu if options.gpu else _cpu)(options, folder)
+    write_tables()
+    path = GPU_RESULTS if options.gpu else RESULTS
+    return int(not all(result["ok"] for result in load_results(path)))
+
+
+def _todo(
+    cells: list[Cell], known: dict[Cell, dict[str, Any]], again: bool
+) -> list[Cell]:
+    return [cell for cell in cells if again or cell not in known]
+
+
+def _show(cell: Cell, verdict: dict[str, Any]) -> None:
+    print("ok  " if verdict["ok"] else "FAIL", cell.name, verdict, flush=True)
+
+
+def _gpu(options: argparse.Namespace, folder: Path) -> None:
+    """Run the cells that this machine has the GPUs for."""
+    known = {Cell.from_json(r["cell"]): r for r in load_results(GPU_RESULTS)}
+    gpus = torch.cuda.device_count()
+    todo = _todo(on_gpus(), known, options.again)
+    todo = [cell for cell in todo if cell.ranks <= gpus]
+    for result in run_on_gpus(todo, folder, options.limit, options.lanes):
+        cell = Cell.from_json(result["cell"])
+        known[cell] = result
+        _show(cell, result)
+    save_results([known[c] for c in on_gpus() if c in known], GPU_RESULTS)
+
+
+def _cpu(options: argparse.Namespace, folder: Path) -> None:
+    """Run the cells in batches, each saved when it ends."""
+    known = {Cell.from_json(result["cell"]): result for result in load_results()}
+    cells = full()
+    todo = _todo(cells, known, options.again)
+    recipes = list(dict.fromkeys((cell.recipe, cell.dtype) for cell in todo))
+    while recipes:
+        batch: list[Cell] = []
+        while recipes and len(batch) < options.batch:
+            recipe = recipes.pop(0)
+            batch += [c for c in todo if (c.recipe, c.dtype) == recipe]
+        answers = run_cells(batch, folder)
+        for cell, verdict in judge(answers, folder).items():
+            known[cell] = {"cell": cell.to_json(), **verdict}
+            _show(cell, verdict)
+        save_results([known[cell] for cell in cells if cell in known])
 
 
 if __name__ == "__main__":

@@ -37,7 +37,14 @@ class Deployment:
         """Whether each rank runs its own prompts."""
         return "data_parallel_size" in self.arguments
 
+    @property
+    def eager(self) -> bool:
+        """Whether vLLM neither compiles the model nor captures graphs."""
+        return self.arguments.get("enforce_eager", True)
 
+
+_COMPILED = {"enforce_eager": False}
+_SHARED_INT8 = {"quantization_config": {"targets": {"*shared_expert*": "int8_g32"}}}
 DEPLOYMENTS = {
     "1 rank": Deployment(),
     "TP 2": Deployment(2, {"tensor_parallel_size": 2}),
@@ -50,28 +57,28 @@ DEPLOYMENTS = {
         2, {"data_parallel_size": 2, "enable_expert_parallel": True}
     ),
     # In eager mode vLLM 0.32's CPU model runner lacks the second stage's input buffer.
-    "PP 2": Deployment(
-        2, {"pipeline_parallel_size": 2, "enforce_eager": False}, seen=False
-    ),
+    "PP 2": Deployment(2, {"pipeline_parallel_size": 2, **_COMPILED}, seen=False),
+    "PP 2, eager": Deployment(2, {"pipeline_parallel_size": 2}, seen=False),
     "chunked prefill": Deployment(1, {"max_num_batched_tokens": 16}),
     "prefix caching": Deployment(1, {"enable_prefix_caching": True}, seen=False),
     "weights reloaded": Deployment(1, reload=True),
-    "compiled": Deployment(1, {"enforce_eager": False}),
-    "shared expert int8": Deployment(
-        1, {"quantization_config": {"targets": {"*shared_expert*": "int8_g32"}}}
-    ),
+    "compiled": Deployment(1, _COMPILED),
+    "shared expert int8": Deployment(1, _SHARED_INT8),
     "shared expert int8, TP 2": Deployment(
-        2,
-        {
-            "quantization_config": {"targets": {"*shared_expert*": "int8_g32"}},
-            "tensor_parallel_size": 2,
-        },
+        2, {"tensor_parallel_size": 2, **_SHARED_INT8}
     ),
     "sleep mode": Deployment(1, {"enable_sleep_mode": True}, sleep=True),
-    "sleep mode, compiled": Deployment(
-        1, {"enable_sleep_mode": True, "enforce_eager": False}, sleep=True
-    ),
 }
+for _name in ("TP 2", "TP 2, EP 2", "DP 2", "DP 2, EP 2", "sleep mode"):
+    DEPLOYMENTS[f"{_name}, compiled"] = dataclasses.replace(
+        DEPLOYMENTS[_name], arguments=DEPLOYMENTS[_name].arguments | _COMPILED
+    )
+for _name in ("sleep mode", "sleep mode, compiled"):
+    DEPLOYMENTS[f"{_name}, TP 2"] = dataclasses.replace(
+        DEPLOYMENTS[_name],
+        ranks=2,
+        arguments=DEPLOYMENTS[_name].arguments | {"tensor_parallel_size": 2},
+    )
 # The checkpoint that runs under every deployment.
 DEPLOYED = Recipe(format="compressed-tensors", symmetric=False, group_size=64)
 # The project's first target, as published except for its size.
@@ -79,12 +86,26 @@ QWEN35 = Recipe("qwen3_5_moe", "auto_round:auto_gptq", True, 128)
 # Its attention is int4 too.
 QWEN35_ATTENTION = dataclasses.replace(QWEN35, int4_attention=True)
 SHARDINGS = ("1 rank", "TP 2", "TP 2, EP 2")
-OTHER_DEPLOYMENTS = tuple(
-    name
-    for name, deployment in DEPLOYMENTS.items()
-    if name not in (*SHARDINGS, "TP 4")
-    and not deployment.sleep
-    and "quantization_config" not in deployment.arguments
+OTHER_DEPLOYMENTS = (
+    "DP 2",
+    "DP 2, EP 2",
+    "PP 2",
+    "chunked prefill",
+    "prefix caching",
+    "weights reloaded",
+    "compiled",
+)
+TWO_RANKS = (
+    "TP 2",
+    "TP 2, EP 2",
+    "DP 2",
+    "DP 2, EP 2",
+    "PP 2, eager",
+    "TP 2, compiled",
+    "TP 2, EP 2, compiled",
+    "DP 2, compiled",
+    "DP 2, EP 2, compiled",
+    "PP 2",
 )
 
 
@@ -206,6 +227,35 @@ def on_a_gpu() -> list[Cell]:
         Cell(DEPLOYED, "float16", "sleep mode, compiled"),
         Cell(QWEN35, "float16", "sleep mode"),
     ]
+
+
+def two_ranks() -> list[Cell]:
+    """Additional cells that test_matrix runs on two GPUs.
+
+    Each model's cells with one rank are there for comparison.
+    """
+    many_experts = Recipe(moe_intermediate_size=128, experts=512)
+    return [
+        *(
+            Cell(recipe, dtype, deployment)
+            for recipe, dtype, deployment in itertools.product(
+                (DEPLOYED, QWEN35), DTYPES, ("1 rank", *TWO_RANKS)
+            )
+        ),
+        *(
+            Cell(many_experts, "float16", deployment)
+            for deployment in ("1 rank", "TP 2, EP 2", "TP 2, EP 2, compiled")
+        ),
+        Cell(DEPLOYED, "float16", "sleep mode, TP 2"),
+        Cell(QWEN35, "bfloat16", "sleep mode, compiled, TP 2"),
+    ]
+
+
+def on_gpus() -> list[Cell]:
+    """The support matrix on two GPUs."""
+    cut = [cell for cell in cut_groups()[:8] if cell.ranks <= 2]
+    cells = [*subset(), *on_a_gpu(), *cut, *shared_experts(), *two_ranks()]
+    return list(dict.fromkeys(cells))
 
 
 def full() -> list[Cell]:

@@ -245,10 +245,8 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
         **deployment.arguments,
         **json.loads(os.environ.get("MATRIX_ARGUMENTS", "{}")),
     }
-    if (
-        torch.cuda.is_available()
-    ):  # the previous cell's memory may be freed with a delay
-        arguments["gpu_memory_utilization"] = 0.5
+    if torch.cuda.is_available():  # other engines may be using the GPU
+        arguments["gpu_memory_utilization"] = 0.1
     if cell.recipe.model == "qwen3_5_moe":  # there is no tokenizer to place images
         arguments["language_model_only"] = True
     seed = 0

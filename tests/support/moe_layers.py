@@ -4,6 +4,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -266,6 +267,7 @@ def peak_of_processing(layer: RoutedExperts) -> int:
     The allocator records it; on a GPU it rounds each tensor up to 512 bytes.
     """
     if DEVICE != "cpu":
+        gc.collect()  # earlier layers would otherwise be freed in between
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
         unguarded: Any = contextlib.nullcontext()

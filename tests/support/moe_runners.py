@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from .moe_layers import DEVICE, Shape, quant_config, relative_error
+from .moe_layers import DEVICE, Shape, quant_config, ready_workspace, relative_error
 
 SHAPE = Shape(8, 2, 256, 128, 64)
 FORMAT = "auto_round:auto_gptq"
@@ -45,6 +45,7 @@ def building(config: VllmConfig) -> Iterator[None]:
 
 def make_experts(**options: Any) -> MoERunner:
     """The runner of a layer of ``SHAPE``, not loaded; ``options``: the factory's."""
+    ready_workspace()
     return FusedMoEFactory(
         num_experts=SHAPE.experts,
         top_k=SHAPE.top_k,

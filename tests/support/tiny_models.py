@@ -11,6 +11,7 @@ transformers computes the expected results in float32.
 """
 
 import argparse
+import fcntl
 import json
 import re
 from collections.abc import Iterator
@@ -149,6 +150,8 @@ class Recipe:
     group_size: int = 128
     moe_intermediate_size: int = INTERMEDIATE
     int4_attention: bool = False
+    experts: int = EXPERTS
+    """Other than the default only for ``qwen3_moe``; then with the top 10."""
 
     @property
     def folder_name(self) -> str:
@@ -156,22 +159,34 @@ class Recipe:
         name = f"{self.model}-{self.format}-{sign}-g{self.group_size}"
         if self.moe_intermediate_size != INTERMEDIATE:
             name += f"-i{self.moe_intermediate_size}"
+        if self.experts != EXPERTS:
+            name += f"-e{self.experts}"
         return name.replace(":", "-") + "-int4-attention" * self.int4_attention
 
 
 def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
     """Make the checkpoint in ``parent`` and return its folder.
 
-    Its subfolder ``dense`` has the dequantized weights.
+    Its subfolder ``dense`` has the dequantized weights. Several processes may ask for
+    the same one.
     """
     folder = parent / recipe.folder_name
-    if (folder / "config.json").exists():
-        return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    with (parent / f"{recipe.folder_name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "config.json").exists():
+            _write_checkpoint(recipe, folder, seed)
+    return folder
+
+
+def _write_checkpoint(recipe: Recipe, folder: Path, seed: int) -> None:
     dense = folder / "dense"
     torch.manual_seed(seed)
     model_config = MODELS[recipe.model]()
     if recipe.moe_intermediate_size != INTERMEDIATE:
         model_config.moe_intermediate_size = recipe.moe_intermediate_size
+    if recipe.experts != EXPERTS:
+        model_config.num_experts, model_config.num_experts_per_tok = recipe.experts, 10
     model = _model_class(model_config).from_config(model_config, dtype=torch.bfloat16)
     model.save_pretrained(dense)
     format = FORMATS[recipe.format]
@@ -218,7 +233,6 @@ def make_checkpoint(recipe: Recipe, parent: Path, seed: int = 0) -> Path:
         recipe.group_size, recipe.symmetric, skipped
     )
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    return folder
 
 
 class DenseReference:

@@ -79,7 +79,7 @@ class KernelCheck:
         self.compiled, self.compile_s = 0, 0.0
         generator = torch.Generator().manual_seed(0)
         tokens = max(*self._decode_tokens(), self._prefill_tokens())
-        x = torch.randn(tokens, self.hidden, generator=generator)
+        x = torch.randn(tokens, self.hidden, generator=generator, device="cpu")
         self.x = x.to(self.dtype).to(self.device)
         # slots alternate; the second expert comes first in every other token
         local = torch.tensor([0, expert])
@@ -96,7 +96,11 @@ class KernelCheck:
         self.ids = ids.to(torch.int32)
         # vLLM loads models with the model's dtype as torch's default
         weights = torch.rand(
-            tokens, self.top_k, generator=generator, dtype=torch.float32
+            tokens,
+            self.top_k,
+            generator=generator,
+            dtype=torch.float32,
+            device="cpu",
         )
         weights += 0.5
         self.weights = (weights / self.top_k).to(self.device)

@@ -23,6 +23,8 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
     HybridW4A16MoEExperts,
 )
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import device_family
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import table
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import (
     SharedExperts,
@@ -135,12 +137,27 @@ class FusingSharedExperts(SharedExperts):
             if reason is not None:
                 oracle.report_not_fused(_PART, self._layer_name, reason)
                 return
-        self.fused_up_to = min(MAX_TOKENS, experts.decode_up_to)
+        self.fused_up_to = min(self._limit(), experts.decode_up_to)
         if self.fused_up_to > 0:
             oracle.report_fused(_PART, self._layer_name, _format(self.module))
         else:
             reason = "the limit is 0 tokens"
             oracle.report_not_fused(_PART, self._layer_name, reason)
+
+    def _limit(self) -> int:
+        """Most tokens for weights of this size, according to the device's tuning table.
+
+        Its entry ``shared_expert`` has ``bytes`` and ``tokens``: the kernels compute
+        larger weights for at most so many tokens. Without it the size does not matter.
+        """
+        family = device_family()
+        if isinstance(family, str) or family.tuning is None:
+            return MAX_TOKENS
+        entry = table(family.tuning).get("shared_expert")
+        weights = [_weights(linear)[0] for linear in _linears(self.module)]
+        if entry is None or sum(w.nbytes for w in weights) <= entry["bytes"]:
+            return MAX_TOKENS
+        return min(MAX_TOKENS, entry["tokens"])
 
     def takes_over(self, x: torch.Tensor) -> bool:
         """Whether the MoE method computes the shared expert for tokens `x` [M, H].
