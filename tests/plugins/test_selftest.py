@@ -257,7 +257,9 @@ def test_a_wrong_router_is_found(output, spoil, why, one_isa, monkeypatch):
         test._router_all(repeats)
     (group,) = test.groups.values()
     assert why in group.failure
-    assert group.failure.startswith("router_topk_bf16_w16, bf16 logits, 160 experts, ")
+    assert group.failure.startswith(
+        "moe_router_topk_bf16_w16, bf16 logits, 160 experts, "
+    )
 
 
 def test_equal_experts_in_the_wrong_order_are_found(one_isa, monkeypatch, capsys):
@@ -277,7 +279,7 @@ def test_equal_experts_in_the_wrong_order_are_found(one_isa, monkeypatch, capsys
     )
     (failed,) = (line for line in out.splitlines() if line.startswith("FAILED"))
     assert status == 1
-    assert failed.endswith(f": router_topk_bf16_w16, bf16 logits, {case}: {why}")
+    assert failed.endswith(f": moe_router_topk_bf16_w16, bf16 logits, {case}: {why}")
     assert "VLLM_HYBRID_W4A16_MOE=0" in out.splitlines()[-1]
 
 

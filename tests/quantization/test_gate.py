@@ -316,14 +316,14 @@ def test_summary_of_layers_that_differ_in_what_is_fused(stock_path, caplog):
     for name, weight_format in zip(names, ("int4", "int8", "int4"), strict=True):
         oracle.report_fused("shared expert", name, weight_format)
         oracle.report_not_fused("router", name, "no reason")
-    oracle.report_fused("router", names[1])
-    oracle.report_fused("router", "another.model.layers.0")
+    oracle.report_fused("router", names[1], "up to 4 tokens")
+    oracle.report_fused("router", "another.model.layers.0", "")
     oracle.count_other_linear("too wide")
     with caplog.at_level(logging.INFO):
         for layer in layers:
             Checkpoint(Shape()).load_into(layer)
     (line,) = summaries(caplog)
-    assert ", shared expert fused int4/int8, router fused in 1 layer, pre" in line
+    assert ", shared expert fused int4/int8, router fused up to 4 tokens in 1 l" in line
     assert line.endswith(
         ", 0 declined; left to vLLM: router of 2 layers (no reason), 1 int4 linear "
         "(too wide)"

@@ -232,7 +232,8 @@ def test_the_log_says_what_routes(on_cpu, monkeypatch, caplog):
         runner, _, _ = make_runner()
     (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
     if on_cpu or DEVICE != "cpu":
-        assert ", router fused, prefill: " in line and line.endswith("0 declined")
+        assert ", router fused up to 8 tokens, prefill: " in line
+        assert line.endswith("0 declined")
     else:
         assert fused(runner) is None
         assert line.endswith(

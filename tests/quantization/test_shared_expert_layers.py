@@ -271,14 +271,18 @@ def test_odd_sizes_are_left_to_vllm():
 
 
 @pytest.mark.parametrize(("most_bytes", "tokens"), [(1 << 30, MAX_TOKENS), (1000, 2)])
-def test_the_tuning_table_limits_large_weights(most_bytes, tokens, monkeypatch):
+def test_the_tuning_table_limits_large_weights(most_bytes, tokens, monkeypatch, caplog):
+    fresh_gate_records(monkeypatch)
     entry = {"bytes": most_bytes, "tokens": 2}
     family = DeviceFamily("x", "x", "x", 1, tuning="x")
     module = hybrid_w4a16_shared_expert
     monkeypatch.setattr(module, "device_family", lambda: family)
     monkeypatch.setattr(module, "table", lambda name: {"shared_expert": entry})
-    runner, _ = make_runner()
+    with caplog.at_level(logging.INFO):
+        runner, _ = make_runner()
     assert runner.shared_experts.fused_up_to == tokens
+    (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
+    assert f", shared expert fused bfloat16 up to {tokens} tokens, prefill: " in line
 
 
 def test_no_tokens_are_taken_over_where_the_limit_is_0(monkeypatch):

@@ -145,7 +145,7 @@ class RouterCase:
         bits = 32 if self.kind.weights == torch.float32 else 16
         logits = "fp32" if self.kind.logits == torch.float32 else name
         return (
-            f"router_topk_{name}_w{bits}, {logits} logits, {len(self.w)} experts, "
+            f"moe_router_topk_{name}_w{bits}, {logits} logits, {len(self.w)} experts, "
             f"top-{self.top_k}, {self.routing}"
         )
 

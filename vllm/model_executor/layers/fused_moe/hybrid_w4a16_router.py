@@ -184,7 +184,8 @@ class FusedRouter:
             self._runner.register_buffer("router_arrived", arrived, persistent=False)
             self._cu_count = experts.cu_count
             self.fused_up_to = most_tokens(weight.shape[0])
-        oracle.report_fused(_PART, self._runner.layer_name)
+        limit = f"up to {self.fused_up_to} tokens"
+        oracle.report_fused(_PART, self._runner.layer_name, limit)
 
     def _misfit_of_weights(self) -> str | None:
         """Why the op cannot read the loaded weights."""

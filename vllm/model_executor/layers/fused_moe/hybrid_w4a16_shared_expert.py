@@ -139,7 +139,8 @@ class FusingSharedExperts(SharedExperts):
                 return
         self.fused_up_to = min(self._limit(), experts.decode_up_to)
         if self.fused_up_to > 0:
-            oracle.report_fused(_PART, self._layer_name, _format(self.module))
+            how = f"{_format(self.module)} up to {self.fused_up_to} tokens"
+            oracle.report_fused(_PART, self._layer_name, how)
         else:
             reason = "the limit is 0 tokens"
             oracle.report_not_fused(_PART, self._layer_name, reason)

@@ -110,8 +110,7 @@ class _Model:
     other_linears: dict[str, int] = field(default_factory=dict)
     """Dense int4 linears on vLLM's kernels, by reason."""
     fused: dict[str, dict[str, str]] = field(default_factory=dict)
-    """What the kernels also compute ("shared expert", "router"): its format by layer,
-    which may be empty."""
+    """What the kernels also compute ("shared expert", "router"): how, by layer."""
     not_fused: dict[str, dict[str, str]] = field(default_factory=dict)
     """What of that vLLM computes: the reason by layer."""
     # fork: end
@@ -356,14 +355,14 @@ def count_other_linear(reason: str) -> None:
     left[reason] = left.get(reason, 0) + 1
 
 
-def report_fused(part: str, prefix: str, weight_format: str = "") -> None:
+def report_fused(part: str, prefix: str, how: str) -> None:
     """Say in the summary that the kernels compute a part of layer ``prefix``.
 
-    part: "shared expert" or "router". weight_format: for the log, if not obvious.
+    part: "shared expert" or "router". how: the weights' format, or a limit.
     """
     if prefix in _model.accepted:  # else summed up already; its weights were reloaded
         _model.not_fused.get(part, {}).pop(prefix, None)
-        _model.fused.setdefault(part, {})[prefix] = weight_format
+        _model.fused.setdefault(part, {})[prefix] = how
 
 
 def report_not_fused(part: str, prefix: str, reason: str) -> None:
@@ -439,8 +438,7 @@ def _fused_text() -> str:
     """What the kernels compute beside the routed experts."""
     text = ""
     for part, layers in _model.fused.items():
-        formats = "/".join(dict.fromkeys(name for name in layers.values() if name))
-        text += f", {part} fused {formats}".rstrip()
+        text += f", {part} fused {'/'.join(dict.fromkeys(layers.values()))}"
         if _model.not_fused.get(part):
             text += f" in {_counted(len(layers), 'layer')}"
     return text
