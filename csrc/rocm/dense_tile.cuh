@@ -88,31 +88,27 @@ class DenseTile {
 
   // All threads of the block copy the `rows` activation rows to LDS. A block barrier has to follow.
   GPU_DEVICE void stage(const uint16_t* a, int64_t stride, int rows, int threads) {
+    constexpr int kUnitsPerRow = kBlock / 8, kUnitsPerSum = kUnitsPerRow / kSums;
+    const int units = blocks_ * S * kUnitsPerRow;
     const int thread = gpu::wave() * gpu::kWaveSize + gpu::lane();
-    constexpr int kUnitsPerRow = kBlock / 8;
-    for (int i = thread; i < blocks_ * S * kUnitsPerRow; i += threads) {
-      const int unit = i % kUnitsPerRow, slot = i / kUnitsPerRow % S;
-      const int block = i / (kUnitsPerRow * S), at = block * kBlock + 8 * unit;
+    for (int begin = 0; begin < units; begin += threads) {  // whole waves, for the sums over lanes
+      const int i = begin + thread;
+      const int unit = i % kUnitsPerRow, row = i / kUnitsPerRow;  // row: block, slot
+      const int slot = row % S, block = row / S, at = block * kBlock + 8 * unit;
       gpu::U32x4 values = {{0, 0, 0, 0}};
       if (slot < rows && at < matrix_.k) values = gpu::load_16_any(a + slot * stride + at);
-      // The same unit of all lanes along k is contiguous.
-      const int place = unit % kUnits * kLanesPerRow + unit / kUnits;
-      *reinterpret_cast<gpu::U32x4*>(staged_ + block * kBlockBytes + slot * kRowBytes +
-                                     16 * place) = values;
-    }
-    if constexpr (Unpacked<DT, Bits>::kOffset != 0.0f || ZP) {
-      constexpr int kSummed = kBlock / kSums;
-      for (int i = thread; i < blocks_ * S * kSums; i += threads) {
-        const int part = i % kSums, slot = i / kSums % S, block = i / (kSums * S);
+      if (i < units) {
+        // The same unit of all lanes along k is contiguous.
+        const int place = unit % kUnits * kLanesPerRow + unit / kUnits;
+        *reinterpret_cast<gpu::U32x4*>(staged_ + block * kBlockBytes + slot * kRowBytes +
+                                       16 * place) = values;
+      }
+      if constexpr (Unpacked<DT, Bits>::kOffset != 0.0f || ZP) {
         float sum = 0.0f;
-        for (int j = 0; j < kSummed; j += 8) {
-          const int at = block * kBlock + part * kSummed + j;
-          if (slot >= rows || at >= matrix_.k) break;
-          const gpu::U32x4 values = gpu::load_16_any(a + slot * stride + at);
-          GPU_UNROLL
-          for (int v = 0; v < 4; ++v) sum = gpu::dot2(DT{}, values.v[v], Format<DT>::kOnes, sum);
-        }
-        sums_[i] = sum;
+        GPU_UNROLL
+        for (int v = 0; v < 4; ++v) sum = gpu::dot2(DT{}, values.v[v], Format<DT>::kOnes, sum);
+        sum = sum_over_lanes<kUnitsPerSum>(sum);
+        if (i < units && unit % kUnitsPerSum == 0) sums_[row * kSums + unit / kUnitsPerSum] = sum;
       }
     }
   }
