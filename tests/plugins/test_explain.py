@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+from vllm.model_executor.models import ModelRegistry
 from vllm.plugins.hybrid_w4a16 import cli, explain_checkpoint, explain_runners
 from vllm.plugins.hybrid_w4a16.explain import as_text, explain
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import CheckpointError
@@ -333,6 +335,21 @@ def test_a_model_that_vllm_cannot_build(tiny):
     for kind in ("routers", "shared_experts"):
         assert (report[kind]["layers"], report[kind]["fused"]) == (4, 0)
         assert report[kind]["reason"].startswith("vLLM cannot build the model here: ")
+    assert report["model_error"] == report["routers"]["reason"]
+    line = f"shared experts and routers: unknown, {report['model_error']}"
+    assert line in as_text(report)
+
+
+def test_the_module_that_a_model_lacks_is_named(tiny, monkeypatch):
+    def no_module():
+        raise ModuleNotFoundError("No module named 'nothing'")
+
+    name = "Qwen3_5MoeForConditionalGeneration"
+    monkeypatch.setitem(
+        ModelRegistry.models, name, SimpleNamespace(load_model_cls=no_module)
+    )
+    error = explain(str(tiny), device="gfx1151")["model_error"]
+    assert error == "vLLM cannot build the model here: No module named 'nothing'"
 
 
 def test_building_a_model_leaves_nothing_behind(monkeypatch):
