@@ -20,7 +20,7 @@ METRICS = {
     "ttft_mean_ms": "mean_ttft_ms",
     "tpot_mean_ms": "mean_tpot_ms",
 }
-# Those that older results or variants without speculative decoding lack.
+# Missing in older results, or without speculative decoding.
 OPTIONAL_METRICS = {
     "ttft_p99_ms": "p99_ttft_ms",
     "tpot_p99_ms": "p99_tpot_ms",
@@ -92,9 +92,9 @@ def command(
 def drive(words: list[str], result: Path, log: Path) -> dict[str, float]:
     """Run ``words``, a result of ``command`` that writes ``result``; log to ``log``.
 
-    Returns the values of ``METRICS``, and of ``OPTIONAL_METRICS`` where there are any.
-    Raises ``ServerError`` if the command or any
-    request fails. The process never outlives the call.
+    Returns the values of ``METRICS``, and those of ``OPTIONAL_METRICS`` that the result
+    has. Raises ``ServerError`` if the command or any request fails. The process never
+    outlives the call.
     """
     result.unlink(missing_ok=True)
     with log.open("a") as output:
@@ -111,7 +111,7 @@ def drive(words: list[str], result: Path, log: Path) -> dict[str, float]:
     answer: dict[str, Any] = json.loads(result.read_text())
     if answer["failed"] or not answer["completed"]:
         raise ServerError(
-            f"{answer['failed']} requests failed, {answer['completed']} did not: {log}"
+            f"{answer['completed']} requests completed, {answer['failed']} not: {log}"
         )
     optional = {k: v for k, v in OPTIONAL_METRICS.items() if v in answer}
     return {k: answer[v] for k, v in (METRICS | optional).items()}

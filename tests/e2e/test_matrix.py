@@ -175,7 +175,7 @@ def test_a_cell_that_stands_still_or_dies_does_not_stop_the_others(
     monkeypatch.setattr(matrix, "WORKER", "worker_in_a_test")
     names = ("TP 2", "TP 2, EP 2", "PP 2", "DP 2")
     cells = [Cell(DEPLOYED, "float16", name) for name in names]
-    found = matrix.run_cells(cells, tmp_path, 60, lanes=2, cell_timeout_s=4)
+    found = matrix.run_cells(cells, tmp_path, 60, lanes=2, cell_timeout_s=3)
     stalled, died, good, parallel = (found[cell] for cell in cells)
     assert "no output" in stalled["error"]
     assert "no output" in died["error"]

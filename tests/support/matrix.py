@@ -99,8 +99,8 @@ def run_cells(
     """Run the cells and return each cell's output, or its error.
 
     folder: for checkpoints, logs and outputs. timeout_s: for all cells together.
-    lanes: groups of cells that run at a time. cell_timeout_s: for one cell; its group
-    goes on with the next one in new processes.
+    lanes: groups of cells that run at a time. cell_timeout_s: for one cell, twice that
+    for a group's first; the group goes on with the next one in new processes.
     """
     deadline = time.monotonic() + timeout_s
     stop = threading.Event()
@@ -151,7 +151,9 @@ def _run_group(
                 new_size = sum(a.stat().st_size for a in answers if a.exists())
                 if new_size != size:
                     size, since = new_size, now
-                if stop.is_set() or now > min(deadline, since + cell_timeout_s):
+                # the first cell's time includes the start of the processes
+                allowed = cell_timeout_s if size else 2 * cell_timeout_s
+                if stop.is_set() or now > min(deadline, since + allowed):
                     break
         of_ranks = [_read(path) for path in answers]
         found.update(_merge(todo, of_ranks))
@@ -449,8 +451,10 @@ def _show(cell: Cell, verdict: dict[str, Any]) -> None:
 
 def _gpu(options: argparse.Namespace, folder: Path) -> None:
     """Run the cells that this machine has the GPUs for."""
-    known = {Cell.from_json(r["cell"]): r for r in load_results(GPU_RESULTS)}
     gpus = torch.cuda.device_count()
+    if gpus == 0:
+        sys.exit("--gpu: this machine has no GPU that torch can use")
+    known = {Cell.from_json(r["cell"]): r for r in load_results(GPU_RESULTS)}
     todo = _todo(on_gpus(), known, options.again)
     todo = [cell for cell in todo if cell.ranks <= gpus]
     for result in run_on_gpus(todo, folder, options.limit, options.lanes):
