@@ -159,6 +159,7 @@ class FusedRouter:
         self.fused_up_to = 0
         """Most tokens that the kernel takes; 0: never."""
         self._runner = runner
+        self._arrived: torch.Tensor
         self._gate: Any = runner.gate
         self._router: Any = runner.router
         self._vllm_routing = self._router._compute_routing
@@ -173,17 +174,18 @@ class FusedRouter:
         """
         weight = self._gate.weight
         if self.fused_up_to:  # weights were reloaded
-            self._runner.router_arrived.zero_()
+            self._arrived.zero_()
         else:
             reason = self._misfit_of_weights() or load_error()
             if reason is not None:
                 oracle.report_not_fused(_PART, self._runner.layer_name, reason)
                 return
-            # a buffer, which vLLM's sleep mode preserves
-            arrived = torch.zeros(1, dtype=torch.int32, device=weight.device)
-            self._runner.register_buffer("router_arrived", arrived, persistent=False)
+            self._arrived = torch.zeros(1, dtype=torch.int32, device=weight.device)
             self._cu_count = experts.cu_count
             self.fused_up_to = most_tokens(weight.shape[0])
+        # A buffer, which vLLM's sleep mode preserves. Reloading removes those that were
+        # registered after the model was built; captured graphs have this one's address.
+        self._runner.register_buffer("router_arrived", self._arrived, persistent=False)
         limit = f"up to {self.fused_up_to} tokens"
         oracle.report_fused(_PART, self._runner.layer_name, limit)
 
@@ -228,7 +230,7 @@ class FusedRouter:
             x.new_empty(tokens, weight.shape[0], dtype=_logits_dtype(self._gate)),
             topk_weights,
             topk_ids,
-            self._runner.router_arrived,
+            self._arrived,
             router.scoring_func,
             router.renormalize,
             self._cu_count,
