@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm.distributed import model_parallel_is_initialized
+from vllm.distributed import parallel_state
 from vllm.model_executor.layers.fused_moe import (
     hybrid_w4a16_device,
     hybrid_w4a16_router,
@@ -352,13 +352,14 @@ def test_the_module_that_a_model_lacks_is_named(tiny, monkeypatch):
     assert error == "vLLM cannot build the model here: No module named 'nothing'"
 
 
-def test_building_a_model_leaves_nothing_behind(monkeypatch):
+def test_building_a_model_leaves_nothing_behind():
     before = dict(os.environ)
     rotary = dict(_ROPE_DICT)
+    ranks = parallel_state._TP
     config = json.loads((BUNDLED / "config.json").read_text())
     assert len(runners_of(config)) == 6
     assert dict(os.environ) == before and rotary == _ROPE_DICT
-    assert not model_parallel_is_initialized()
+    assert parallel_state._TP is ranks
 
 
 # vLLM's GPTQ rejects checkpoints with zero points.
