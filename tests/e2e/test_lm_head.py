@@ -154,7 +154,6 @@ def test_reloading_and_speculation(checkpoint: Path, drafter: Path) -> None:
     jobs = {
         "16-bit": job(None),
         "reloaded": job("int4_rescored", reload=True),
-        "n-gram": job("int4_rescored", NGRAM, requests=["greedy", "structured"]),
         "int8 reloaded": job("int8_g32", **greedy),
         "drafts as the target": job(None, drafts, **greedy),
         "drafts of a rescored head": job("int4_rescored", drafts, **greedy),
@@ -162,6 +161,9 @@ def test_reloading_and_speculation(checkpoint: Path, drafter: Path) -> None:
         "int4 drafts of a rescored head": job("int4_rescored", in_int4, **greedy),
         "int8 drafts of a rescored head": job("int4_rescored", in_int8, **greedy),
         "int4 drafts of an int8 head": job("int8_g32", in_int4, **greedy),
+        # After it vLLM 0.32 starts no other engine in the process: its search for
+        # kernels fails on an object of llvmlite, which n-gram drafts load.
+        "n-gram": job("int4_rescored", NGRAM, requests=["greedy", "structured"]),
         "n-gram with a head": job(
             None, {**NGRAM, "draft_lm_head_quantization": "int4"}, **greedy
         ),
@@ -177,7 +179,10 @@ def test_reloading_and_speculation(checkpoint: Path, drafter: Path) -> None:
         greedy_tokens = tokens(answers["answers"], "greedy")
         assert greedy_tokens == tokens(like, "greedy"), name
         for again in answers["again"]:  # after reload_weights
-            assert again == answers["answers"], name
+            if jobs[name].get("requests") == ["greedy"]:
+                assert again == answers["answers"], name
+            else:  # batches depend on when the grammar of "structured" is ready
+                check_requests(again, answers["answers"])
         if "speculative_config" in jobs[name].get("engine", {}):
             counts = answers["spec"]
             assert counts["vllm:spec_decode_num_draft_tokens"] > 0, name
@@ -215,7 +220,7 @@ def test_bad_heads_are_named(checkpoint: Path, tmp_path: Path) -> None:
 
 PROMPTS = 200
 COUNT = 12
-LISTED = 100
+LISTED = 800  # at temperature 1 some of the chosen tokens are beyond the 100th
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "0.7": {"temperature": 0.7, "top_p": 0.95, "seed": 1234},

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from vllm.distributed import model_parallel_is_initialized
+from vllm.distributed import parallel_state
 from vllm.model_executor.layers.fused_moe import (
     hybrid_w4a16_device,
     hybrid_w4a16_router,
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.fused_moe.oracle import (
     hybrid_w4a16_switch as switch,
 )
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+from vllm.model_executor.models import ModelRegistry
 from vllm.plugins.hybrid_w4a16 import cli, explain_checkpoint, explain_runners
 from vllm.plugins.hybrid_w4a16.explain import as_text, explain
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import CheckpointError
@@ -333,15 +335,31 @@ def test_a_model_that_vllm_cannot_build(tiny):
     for kind in ("routers", "shared_experts"):
         assert (report[kind]["layers"], report[kind]["fused"]) == (4, 0)
         assert report[kind]["reason"].startswith("vLLM cannot build the model here: ")
+    assert report["model_error"] == report["routers"]["reason"]
+    line = f"shared experts and routers: unknown, {report['model_error']}"
+    assert line in as_text(report)
 
 
-def test_building_a_model_leaves_nothing_behind(monkeypatch):
+def test_the_module_that_a_model_lacks_is_named(tiny, monkeypatch):
+    def no_module():
+        raise ModuleNotFoundError("No module named 'nothing'")
+
+    name = "Qwen3_5MoeForConditionalGeneration"
+    monkeypatch.setitem(
+        ModelRegistry.models, name, SimpleNamespace(load_model_cls=no_module)
+    )
+    error = explain(str(tiny), device="gfx1151")["model_error"]
+    assert error == "vLLM cannot build the model here: No module named 'nothing'"
+
+
+def test_building_a_model_leaves_nothing_behind():
     before = dict(os.environ)
     rotary = dict(_ROPE_DICT)
+    ranks = parallel_state._TP
     config = json.loads((BUNDLED / "config.json").read_text())
     assert len(runners_of(config)) == 6
     assert dict(os.environ) == before and rotary == _ROPE_DICT
-    assert not model_parallel_is_initialized()
+    assert parallel_state._TP is ranks
 
 
 # vLLM's GPTQ rejects checkpoints with zero points.

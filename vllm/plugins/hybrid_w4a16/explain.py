@@ -158,6 +158,7 @@ def _report(
         ],
         "launches": {part: found.launches for part, found in launches.items()},
         "shared_experts": dataclasses.asdict(explain_fused.count(shared.values())),
+        "model_error": runners if isinstance(runners, str) else None,
         "routers": {
             **dataclasses.asdict(explain_fused.count(routers.values())),
             "most_tokens": explain_fused.most_router_tokens(layers, routers),
@@ -286,6 +287,11 @@ def _launches_lines(report: dict[str, Any]) -> list[str]:
         return []
     count = f"{what:12}{sum(launches.values())} per token by this project"
     lines = [f"{count}; not counted: vLLM's kernels and the lm_head"]
+    if report["model_error"]:
+        lines.append(
+            f"{'':12}shared experts and routers: unknown, {report['model_error']}"
+        )
+        return lines
     most = report["routers"]["most_tokens"]
     for kind, where in (
         ("shared_experts", f" into the routed experts' {what}"),

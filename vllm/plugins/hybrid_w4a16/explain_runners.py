@@ -27,6 +27,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.quantization import hybrid_w4a16_head_schemes
 from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.model_loader.utils import get_model_architecture
+from vllm.model_executor.models import ModelRegistry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from .explain_checkpoint import Checkpoint
@@ -55,7 +56,8 @@ def moe_runners(
         ):
             model = _model(checkpoint, tp_size)
     except Exception as error:  # noqa: BLE001  whatever a model's code raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause = _import_error(checkpoint) or error
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         return f"vLLM cannot build the model here: {reason}"
     found = {}
     for runner in model.modules():
@@ -64,6 +66,17 @@ def moe_runners(
             if index is not None:
                 found[int(index[1])] = runner
     return found
+
+
+def _import_error(checkpoint: Checkpoint) -> Exception | None:
+    """Why the model's module cannot be imported, which vLLM only logs."""
+    for name in checkpoint.config.get("architectures") or ():
+        try:
+            if name in ModelRegistry.models:
+                ModelRegistry.models[name].load_model_cls()
+        except Exception as error:  # noqa: BLE001
+            return error
+    return None
 
 
 def _model(checkpoint: Checkpoint, tp_size: int) -> "nn.Module":
