@@ -210,7 +210,8 @@ class Maker:
         rng, gated = self.rng, self.pick(False, True)
         tokens = fields["num_tokens"]
         factors = np.ones(tokens)
-        size = self.pick(8, 72, 264, 96, 384)
+        # gate_up has a block per row on CUDA
+        size = self.pick(8, 24, 72) if a is not None else self.pick(8, 72, 264, 96, 384)
         if a is None:  # down
             x = to_bits(rng.standard_normal((tokens, size)), self.dtype)
             fields["shared_a_stride_m"] = size + self.pick(0, 1, 8)
