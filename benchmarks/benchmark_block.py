@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from moe_bench.inputs import Batch, Case, random_layer
 from moe_bench.machine import describe, load_kernels
+from moe_bench.routing import route
 from moe_bench.shapes import SHAPES, MoEShape
 from moe_bench.vllm_experts import (
     Unavailable,
@@ -75,13 +76,8 @@ class Blocks:
 
     def route(self, x: torch.Tensor, layer: int) -> Batch:
         """Gate and top-k in one launch."""
-        weights = x.new_empty(len(x), self.shape.top_k, dtype=torch.float32)
-        ids = x.new_empty(len(x), self.shape.top_k, dtype=torch.int32)
-        logits = x.new_empty(len(x), self.shape.num_experts)
-        router.fused_moe_router_topk(
-            *(x, self.gates[layer], logits, weights, ids, self.arrived[layer]),
-            *("softmax", True, self.cu_count),
-        )
+        gate, arrived = self.gates[layer], self.arrived[layer]
+        weights, ids = route(x, gate, self.shape.top_k, arrived, self.cu_count)
         return Batch(x, ids, weights, 0)
 
     def shared(self, x: torch.Tensor, layer: int) -> torch.Tensor:
@@ -93,8 +89,9 @@ class Blocks:
         return factors * linear(middle, self.down[layer])
 
     def ours(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """x [M, H] through layer ``layer`` in three launches; returns [M, H]."""
         batch = self.route(x, layer)
-        experts, w13, w2 = self.experts._layers[layer]
+        experts, w13, w2 = self.experts.layers[layer]
         middle = x.new_empty(len(x), self.down.shape[2])
         factors = x.new_empty(len(x), dtype=torch.float32)
         out = torch.empty_like(x)
@@ -111,14 +108,17 @@ class Blocks:
         return routed + out
 
     def outside(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """The same with the shared expert after the launches."""
         routed: torch.Tensor = self.experts(layer, self.route(x, layer))
         return routed + self.shared(x, layer)
 
     def without(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """The same with x in place of the shared expert's output."""
         routed: torch.Tensor = self.experts(layer, self.route(x, layer))
         return routed + x
 
     def vllm(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """The same with stock vLLM's kernels."""
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from moe_bench.machine import describe, load_kernels
+from moe_bench.routing import route
 
 from vllm.model_executor.layers.fused_moe import (
     hybrid_w4a16_graph_timing as graph_timing,
@@ -53,14 +54,8 @@ class Layers:
 
     def ours(self, x: torch.Tensor, layer: int) -> Routing:
         """Weights and ids in one launch."""
-        weights = x.new_empty(len(x), self.top_k, dtype=torch.float32)
-        ids = x.new_empty(len(x), self.top_k, dtype=torch.int32)
-        logits = x.new_empty(len(x), self.experts)
-        router.fused_moe_router_topk(
-            *(x, self.gates[layer], logits, weights, ids, self.arrived[layer]),
-            *("softmax", True, self.cu_count),
-        )
-        return weights, ids
+        gate, arrived = self.gates[layer], self.arrived[layer]
+        return route(x, gate, self.top_k, arrived, self.cu_count)
 
     def vllm(self, x: torch.Tensor, layer: int) -> Routing:
         """The same with the kernels that vLLM's default gate and router use."""
@@ -74,8 +69,8 @@ def times_on_gpu(layers: Layers, x: torch.Tensor) -> dict[str, float]:
     """Microseconds per layer by option."""
     found = {}
     calls = len(layers.gates)
-    for name, route in (("ours", layers.ours), ("vllm", layers.vllm)):
-        graph = graph_timing.capture(partial(route, x), calls)
+    for name, call in (("ours", layers.ours), ("vllm", layers.vllm)):
+        graph = graph_timing.capture(partial(call, x), calls)
         found[name] = statistics.median(graph_timing.replay(graph, 15, calls))
     return found
 
@@ -86,10 +81,10 @@ def times_on_cpu(layers: Layers, x: torch.Tensor) -> dict[str, float]:
     options = {"ours": layers.ours, "vllm": layers.vllm}
     seconds: dict[str, list[float]] = {name: [] for name in options}
     for _ in range(31):
-        for name, route in options.items():
+        for name, call in options.items():
             begin = time.perf_counter()
             for layer in range(len(layers.gates)):
-                route(x, layer)
+                call(x, layer)
             seconds[name].append(time.perf_counter() - begin)
     return {
         name: 1e6 * statistics.median(taken) / len(layers.gates)

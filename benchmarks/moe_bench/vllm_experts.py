@@ -228,10 +228,10 @@ class _ExpertsCall:
     ) -> None:
         self._case = case
         self._workspaces: dict[int, tuple[torch.Tensor, ...]] = {}
-        self._layers = []
+        self.layers = []
         for index in range(copies):
             mine = tensors if index == 0 else [copy(tensor) for tensor in tensors]
-            self._layers.append((make_experts(*mine[2:]), mine[0], mine[1]))
+            self.layers.append((make_experts(*mine[2:]), mine[0], mine[1]))
 
     def _workspace(
         self, experts: Any, w13: torch.Tensor, w2: torch.Tensor, batch: Batch
@@ -260,7 +260,7 @@ class _ExpertsCall:
         return self._workspaces[tokens]
 
     def __call__(self, index: int, batch: Batch) -> torch.Tensor:
-        experts, w13, w2 = self._layers[index]
+        experts, w13, w2 = self.layers[index]
         workspace13, workspace2, output = self._workspace(experts, w13, w2, batch)
         experts.apply(
             output=output,

@@ -385,7 +385,7 @@ class GroupTile {
     const int from = at.block * kBlockK + 8 * gpu::lane();
     const gpu::LdsAddress to = rows_ + (window * slots_ * kRowBytes + 16 * gpu::lane());
     // All addresses of a batch before its copies, so that finding them is waited for once. Few
-    // columns have few rows per wave: batches of 4 took 2 to 4% longer there on an H200.
+    // columns have few rows per wave: batches of 4 took up to 4% longer there on an H200.
     constexpr int kBatch = NB > 2 ? 8 : 1;
     GPU_ROLLED
     for (int first = first_slot_; first < at.item.count; first += kBatch * slot_step_) {

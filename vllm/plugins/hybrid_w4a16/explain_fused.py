@@ -7,7 +7,7 @@ shared expert once; explain cannot.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vllm.model_executor.layers.fused_moe import (
@@ -68,12 +68,9 @@ def shared_experts(
     indices = _blocks(layers)
     blocks: dict[str, str] = {}
     quantized: set[str] = set()
-    for tensor in checkpoint.tensors:
-        found = _SHARED_EXPERT.fullmatch(tensor.name)
-        if found is None or found["block"] not in indices:
-            continue
+    for found, in_floats in _weights(checkpoint, _SHARED_EXPERT, indices):
         blocks[found["module"]] = found["block"]
-        if found["suffix"] != "weight" or tensor.dtype not in _FLOATS:
+        if not in_floats:
             quantized.add(found["module"])
     reasons: dict[str, str | None] = {}
     for module, block in blocks.items():
@@ -119,13 +116,11 @@ def routers(
         family: the device to plan for.
     """
     indices = _blocks(layers)
-    quantized = set()
-    for tensor in checkpoint.tensors:
-        found = _GATE.fullmatch(tensor.name)
-        if found is None or found["block"] not in indices:
-            continue
-        if found["suffix"] != "weight" or tensor.dtype not in _FLOATS:
-            quantized.add(found["block"])
+    quantized = {
+        found["block"]
+        for found, in_floats in _weights(checkpoint, _GATE, indices)
+        if not in_floats
+    }
     on_cpu = isinstance(family, DeviceFamily) and family.tuning is None
     reasons: dict[int, str | None] = {}
     for block, index in indices.items():
@@ -165,6 +160,16 @@ def _blocks(layers: list[ExpertsLayer]) -> dict[str, int]:
         for layer in layers
         if layer.hybrid
     }
+
+
+def _weights(
+    checkpoint: Checkpoint, pattern: re.Pattern[str], blocks: dict[str, int]
+) -> Iterator[tuple[re.Match[str], bool]]:
+    """Tensors of these blocks whose names match, and whether each holds floats."""
+    for tensor in checkpoint.tensors:
+        found = pattern.fullmatch(tensor.name)
+        if found is not None and found["block"] in blocks:
+            yield found, found["suffix"] == "weight" and tensor.dtype in _FLOATS
 
 
 def _runner(runners: dict[int, MoERunner] | str, index: int) -> MoERunner | str:
