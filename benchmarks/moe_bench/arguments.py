@@ -62,10 +62,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises ``ValueError`` naming the option, the value and what was expected.
     """
     args.shapes = parse_shapes(args.shapes)
-    args.tokens = [_positive("--tokens", text) for text in args.tokens.split(",")]
-    args.group_size = [
-        _positive("--group-size", text) for text in args.group_size.split(",")
-    ]
+    args.tokens = positive_numbers("--tokens", args.tokens)
+    args.group_size = positive_numbers("--group-size", args.group_size)
     for group_size in args.group_size:
         if group_size not in GROUP_SIZES:
             raise ValueError(
@@ -105,10 +103,13 @@ def split_names(option: str, text: str, allowed: Iterable[str]) -> list[str]:
     return names
 
 
-def _positive(option: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{option}: {text!r} is not a positive number")
-    return int(text)
+def positive_numbers(option: str, text: str) -> list[int]:
+    """Split comma-separated numbers; raises ``ValueError`` if one is not positive."""
+    numbers = text.split(",")
+    for number in numbers:
+        if not number.isdecimal() or int(number) < 1:
+            raise ValueError(f"{option}: {number!r} is not a positive number")
+    return [int(number) for number in numbers]
 
 
 def _join(values: Iterable[object]) -> str:
