@@ -34,10 +34,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_bench.arguments import positive_numbers
+from moe_bench.report import write_json
 from serve_bench import facts
 from serve_bench.progress import Progress
 from token_bench import report
-from token_bench.engines import EngineError, EngineProcess
+from token_bench.engines import END_S, EngineError, EngineProcess
 from token_bench.models import MODELS, write_config
 from token_bench.settings import NAMES, Setting, parse_settings
 from token_bench.worker import SKIPPED_STEPS, Job
@@ -156,15 +157,17 @@ class Benchmark:
         groups = [settings] if self.options.together else [[s] for s in settings]
         for group in groups:
             engines: list[EngineProcess] = []
+            wait_s = 0.0  # after an interrupt
             try:
                 for setting in group:
                     self.progress.say(f"{setting.name}: loading")
                     job = self.job(setting)
                     engines.append(EngineProcess(job, self.options.timeout))
                 self.measure(engines)
+                wait_s = END_S
             finally:
                 for engine in engines:
-                    engine.close()
+                    engine.close(wait_s)
 
     def job(self, setting: Setting) -> Job:
         """Write the setting's checkpoint; returns what its engine needs to know."""
@@ -257,27 +260,34 @@ class Benchmark:
         }
 
 
+def report_result(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the tables and write the JSON file."""
+    names = [setting.name for setting in options.settings]
+    measured = {row["setting"] for row in result["decode"]}
+    peers = [s.name for s in options.settings if s.is_peer and s.name in measured]
+    peer = peers[0] if peers else None
+    machine = result["machine"]
+    size = "tiny" if options.tiny else f"{options.layers or 'all'} layers"
+    print(f"\n{options.model} ({size}), {machine.get('gpu') or machine['cpu']}")
+    print("median (deciles)" + (f", times as fast as {peer}" if peer else ""))
+    print(*report.time_table(names, peer, result), sep="\n")
+    print(*report.part_tables(names, result["traces"]), sep="\n")
+    for name, reason in result["failures"].items():
+        print(f"{name}: FAILED: {reason}")
+    if options.json is not None:
+        write_json(options.json, result)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns its exit status."""
     options = parse_arguments(arguments)
     # in a process of its own, so that this one holds no GPU memory
     machine = facts.gather([], [], None)["machine"]
     benchmark = Benchmark(options)
-    benchmark.run()
-    result = {"machine": machine, **benchmark.result()}
-    names = [setting.name for setting in options.settings]
-    measured = {row["setting"] for row in result["decode"]}
-    peers = [s.name for s in options.settings if s.is_peer and s.name in measured]
-    peer = peers[0] if peers else None
-    size = "tiny" if options.tiny else f"{options.layers or 'all'} layers"
-    print(f"\n{options.model} ({size}), {machine.get('gpu') or machine['cpu']}")
-    print("median (deciles)" + (f", times as fast as {peer}" if peer else ""))
-    print(*report.time_table(names, peer, result), sep="\n")
-    print(*report.part_tables(names, result["traces"]), sep="\n")
-    for name, reason in benchmark.failures.items():
-        print(f"{name}: FAILED: {reason}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        benchmark.run()
+    finally:  # what was measured before an interrupt counts, too
+        report_result({"machine": machine, **benchmark.result()}, options)
     return 1 if benchmark.failures else 0
 
 

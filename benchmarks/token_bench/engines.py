@@ -5,13 +5,14 @@
 import contextlib
 import multiprocessing
 import re
+import time
 from typing import Any
 
 import psutil
 
 from token_bench.worker import Job, serve
 
-_END_S = 20.0
+END_S = 20.0  # for an engine to end by itself
 
 
 class EngineError(RuntimeError):
@@ -22,9 +23,10 @@ class EngineProcess:
     """A process of ``worker.serve``; it begins to load at once."""
 
     def __init__(self, job: Job, timeout_s: float) -> None:
-        """``timeout_s``: seconds to wait for any answer."""
+        """``timeout_s``: seconds until it has to be ready, and for any answer."""
         self.job = job
         self._timeout_s = timeout_s
+        self._started = time.monotonic()
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
         self._process = context.Process(target=serve, args=(job, child))
@@ -33,7 +35,8 @@ class EngineProcess:
 
     def wait_ready(self) -> None:
         """Return once the engine has warmed up. Raises ``EngineError``."""
-        self._receive()
+        loading = time.monotonic() - self._started
+        self._receive(max(0.0, self._timeout_s - loading))
 
     def ask(self, question: str, argument: int) -> Any:
         """The result of a method of ``worker.Engine``. Raises ``EngineError``."""
@@ -41,11 +44,11 @@ class EngineProcess:
             self._pipe.send((question, argument))
         except BrokenPipeError:
             raise EngineError("the process ended") from None
-        return self._receive()
+        return self._receive(self._timeout_s)
 
-    def _receive(self) -> Any:
+    def _receive(self, wait_s: float) -> Any:
         try:
-            if not self._pipe.poll(self._timeout_s):
+            if not self._pipe.poll(wait_s):
                 raise EngineError(f"no answer after {self._timeout_s:.0f} s")
             succeeded, answer = self._pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -60,14 +63,14 @@ class EngineProcess:
         found = re.findall(r"HybridW4A16.*|Using .*(?:Kernel|backend).*", text)
         return list(dict.fromkeys(found))
 
-    def close(self) -> None:
-        """End the process and all of its children."""
+    def close(self, wait_s: float) -> None:
+        """End the process and all of its children; kill what lives after ``wait_s``."""
         family = []
         if self._process.is_alive():
             family = psutil.Process(self._process.pid).children(recursive=True)
             with contextlib.suppress(BrokenPipeError):
                 self._pipe.send(None)
-            self._process.join(_END_S)
+            self._process.join(wait_s)
         for process in [*family, self._process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -20,15 +20,18 @@ _NIBBLE_DEVIATION = 4.18
 _ONES = {torch.int32: 0x11111111, torch.uint8: 0x11}
 # The symmetric zero point, 8, as GPTQ stores it: minus 1.
 _ZEROS = {torch.int32: 0x77777777, torch.uint8: 0x77}
-# Standard deviations by part of the name. embed_tokens: about what a layer adds.
+# Standard deviations by part of the name. embed_tokens: about what all layers add.
 # gate: logits of the experts differ by about 2. lm_head: about 100 of 150,000 logits
 # are within 8 of the largest, as in trained models. conv1d: four weights per channel.
 _DEVIATIONS = {
-    "embed_tokens": 0.2,
+    "embed_tokens": 1.0,
     "mlp.gate.weight": 0.05,
     "lm_head": 0.15,
     "conv1d": 0.3,
 }
+# Attention without training averages over the context. At full size its output would be
+# most of the hidden state after some layers, and the same for all tokens.
+_ATTENTION_OUTPUT = 0.1
 
 
 class Worker:
@@ -77,6 +80,8 @@ def fill(name: str, weight: torch.Tensor, hidden: int, norm: float) -> None:
         weight.zero_()
     elif "scales" in last:
         scale = 1 / (_NIBBLE_DEVIATION * hidden**0.5)
+        if ".o_proj." in name:
+            scale *= _ATTENTION_OUTPUT
         weight.uniform_(0.5 * scale, 1.5 * scale)
     elif "linear_attn.norm" in name:
         weight.fill_(1.0)
