@@ -26,12 +26,11 @@ struct DenseShape {
 #endif
 };
 
-// LDS of a block: activations and sums of `blocks` blocks, results of waves that share k.
+// LDS of a block: activations and sums of `blocks` blocks, and `tiles` results per slot and row.
 template <int Bits, int G>
-GPU_ANYWHERE constexpr int dense_lds_bytes(int slots, int blocks, int waves_with_results) {
+GPU_ANYWHERE constexpr int dense_lds_bytes(int slots, int blocks, int tiles) {
   using Shape = DenseShape<Bits, G>;
-  return blocks * slots * (Shape::kRowBytes + Shape::kSums * 4) +
-         waves_with_results * slots * kRowsPerWave * 4;
+  return blocks * slots * (Shape::kRowBytes + Shape::kSums * 4) + tiles * slots * kRowsPerWave * 4;
 }
 
 }  // namespace moe_int4

@@ -35,8 +35,8 @@ class DenseTile {
   static constexpr int kBlockBytes = S * kRowBytes;
 #if GPU_HAS_MMA
   static constexpr int kPasses = (S * kGroups + 7) / 8;
-  static constexpr int kScales = kGroups > 1 ? 2 : 1;  // per lane and row
-  static constexpr int kWindows = 2;                   // in flight
+  static constexpr int kScales = kGroups > 1 ? 2 : 1;    // per lane and row
+  static constexpr int kWindows = kPasses == 1 ? 3 : 2;  // in flight, by registers
   static constexpr int kResults = kGroups == 1 ? 2 * kPasses : kPasses;
 #else
   static constexpr int kScales = 1;   // per lane and row
@@ -59,31 +59,34 @@ class DenseTile {
   }
 
  public:
-  // The wave's share: blocks [first, last) of k of every `step`-th tile from `tile` on. `lds` is
-  // the LDS of the block.
+  // The wave's share: blocks [first, last) of k of `tiles` tiles, every `step`-th from `tile` on.
+  // `lds` is the LDS of the block.
   GPU_DEVICE DenseTile(const DenseMatrix& matrix, int blocks, int first, int last, int tile,
-                       int step, char* lds)
+                       int tiles, int step, char* lds)
       : matrix_(matrix),
         blocks_(blocks),
         first_(first),
         last_(last),
+        tiles_(tiles),
         step_(step),
+        windows_(tiles * ((last - first + kDepth - 1) / kDepth)),
         staged_(lds),
         sums_(reinterpret_cast<float*>(lds + blocks * kBlockBytes)),
         last_weights_(static_cast<uint32_t>(matrix.k) * Bits / 8 - 16),
         last_group_(static_cast<uint32_t>(matrix.k) / G - 1),
         next_tile_(tile),
         next_base_(first),
-        tile_(tile),
         base_(first) {
     enter_tile();
   }
 
-  // Requests the first window; it may run before the previous grid ends, as no grid writes weights.
-  GPU_DEVICE void start() { request(windows_[0]); }
-  // Between two calls of `run`: requests what the second begins with, where the first did not.
-  GPU_DEVICE void resume() {
-    if constexpr (kWindows == 1) request(windows_[0]);
+  // Requests the first windows; it may run before the previous grid ends, as no grid writes
+  // weights.
+  GPU_DEVICE void start() {
+    GPU_UNROLL
+    for (int i = 0; i < kWindows; ++i) {
+      if (i < windows_) request(window_[i]);
+    }
   }
 
   // All threads of the block copy the `rows` activation rows to LDS. A block barrier has to follow.
@@ -113,31 +116,20 @@ class DenseTile {
     }
   }
 
-  // Multiplies the next `tiles` tiles: visit(tile, slot, row of the tile, sum) is called in the
+  // Multiplies the share: visit(i, slot, row of the tile, sum) is called for the i-th tile in the
   // lane that has the sum. A share without blocks has zeros.
   template <typename Visit>
-  GPU_DEVICE void run(int tiles, const Visit& visit) {
-    if (first_ == last_) {
-      for (int i = 0; i < tiles; ++i) finish(visit);
+  GPU_DEVICE void run(const Visit& visit) {
+    if (windows_ == 0) {
+      while (done_ < tiles_) finish(visit);
       return;
     }
-    const int windows = tiles * ((last_ - first_ + kDepth - 1) / kDepth);
-    if constexpr (kWindows == 1) {
-      for (int i = 1;; ++i) {
-        multiply(windows_[0], visit);
-        if (i == windows) break;
-        request(windows_[0]);
-      }
-    } else {
-      for (int i = 0; i < windows; i += 2) {
-        request(windows_[kWindows - 1]);
-        multiply(windows_[0], visit);
-        if (i + 1 == windows) {
-          windows_[0] = windows_[kWindows - 1];
-          break;
-        }
-        request(windows_[0]);
-        multiply(windows_[kWindows - 1], visit);
+    for (int begin = 0;; begin += kWindows) {
+      GPU_UNROLL
+      for (int i = 0; i < kWindows; ++i) {
+        multiply(window_[i], visit);
+        if (begin + i + 1 == windows_) return;
+        if (begin + i + kWindows < windows_) request(window_[i]);
       }
     }
   }
@@ -217,10 +209,10 @@ class DenseTile {
         gpu::arrived(window.scale[d][r][i]);
         scale[r][i] = Format<DT>::to_float(window.scale[d][r][i]);
         int zero = Unpacked<DT, Bits>::kSymmetricZero;
-        // Rows of a set begin at a multiple of kRowGroups, which divides 8 or is 8.
+        // Tiles begin at multiples of 8 rows.
         if constexpr (ZP) {
           gpu::arrived(window.zero[d][r][i]);
-          const int row = (tile_ * kRowsPerWave + r * kRowGroups + lane_row()) % 8;
+          const int row = (r * kRowGroups + lane_row()) % 8;
           zero = static_cast<int>(window.zero[d][r][i] >> (4 * row) & 15);
         }
         offset[r][i] = Unpacked<DT, Bits>::kOffset + zero;
@@ -333,21 +325,23 @@ class DenseTile {
         sum += gpu::shuffle_xor<2>(sum);
         sum += gpu::shuffle_xor<4>(sum);
 #endif
-        if (holds && slot < S) visit(tile_, slot, r * kRowGroups + lane_row(), sum);
+        if (holds && slot < S) visit(done_, slot, r * kRowGroups + lane_row(), sum);
       }
     }
-    tile_ += step_;
+    ++done_;
   }
 
   const DenseMatrix& matrix_;
-  const int blocks_, first_, last_, step_;
+  const int blocks_, first_, last_, tiles_, step_;
+  const int windows_;                         // of the share
   char* const staged_;                        // [block][slot][kRowBytes]
   float* const sums_;                         // [block][slot][kSums]
   const uint32_t last_weights_, last_group_;  // of a row, in bytes and in groups
   int next_tile_, next_base_;                 // of the window to request
-  int tile_, base_;                           // of the window to multiply
+  int base_;                                  // of the window to multiply
+  int done_ = 0;                              // tiles
   WeightRows rows_;
-  Window windows_[kWindows];
+  Window window_[kWindows];
   float acc_[2][kResults] = {};
 };
 

@@ -7,7 +7,7 @@
 // (moe_int4_args.h); in addition
 //   waves     waves of 32 in the block
 //   k_slices  1, or waves: the waves of a block share k of one tile of kRowsPerWave rows
-//   tiles     that each wave (k_slices 1) or block multiplies, the last ones past the end
+//   tiles     that each wave (k_slices 1) or block multiplies, or one fewer at the end
 //   step      from one of them to the next
 // Grids: wvSplitK_int_g   blocks, 1, 1
 //        rescore_largest  kRescoreParts, 1, 1

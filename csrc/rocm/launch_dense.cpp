@@ -44,43 +44,55 @@ constexpr DType dtype_of() {
   return std::is_same_v<DT, gpu::Half> ? DType::kHalf : DType::kBFloat16;
 }
 
+// How the waves share the tiles of kRowsPerWave rows.
+struct DensePlan {
+  int k_slices;  // waves of a block that share k of the block's tiles, or 1
+  int grid, step, rounds;
+
+  DensePlan(int n, int cu_count) {
+    const int tiles = ceil_div(n, kRowsPerWave), units = cu_count * kBlocksPerUnit;
+    // Few tiles: the waves of a block share k, so that there are as many waves.
+    k_slices = tiles < units * kWaves / 2 ? kWaves : 1;
+    const int at_once = k_slices == 1 ? kWaves : 1, most = ceil_div(tiles, at_once);
+    grid = most < units ? most : units;
+    step = grid * at_once;
+    rounds = ceil_div(tiles, step);
+  }
+  // Results in LDS, of kRowsPerWave rows and a slot each.
+  int results() const { return k_slices == 1 ? 0 : k_slices * rounds; }
+};
+
 struct Kernel {
   decltype(DENSE_NAME(f16, 4, 32, sym, 1))& entry;
-  int lds_bytes, blocks;
+  int lds_bytes;
 };
 
 // The kernel with room for `slots` activation rows, and what a block needs.
-#define DENSE_CASE(NAME, DT, BITS, G, ZNAME, ZP, T)                                    \
-  if (args.dtype == dtype_of<DT>() && w.bits == BITS && w.group_size == G &&           \
-      (w.zeros != nullptr) == ZP && slots == T) {                                      \
-    const int blocks = ceil_div(w.k, DenseShape<BITS, G>::kBlock);                     \
-    return {DENSE_NAME(NAME, BITS, G, ZNAME, T),                                       \
-            dense_lds_bytes<BITS, G>(T, blocks, k_slices > 1 ? k_slices : 0), blocks}; \
+#define DENSE_CASE(NAME, DT, BITS, G, ZNAME, ZP, T)                          \
+  if (args.dtype == dtype_of<DT>() && w.bits == BITS && w.group_size == G && \
+      (w.zeros != nullptr) == ZP && slots == T) {                            \
+    const int blocks = ceil_div(w.k, DenseShape<BITS, G>::kBlock);           \
+    return {DENSE_NAME(NAME, BITS, G, ZNAME, T),                             \
+            dense_lds_bytes<BITS, G>(T, blocks, plan.results())};            \
   }
-Kernel kernel_for(const DenseArgs& args, int slots, int k_slices) {
+Kernel kernel_for(const DenseArgs& args, int slots, const DensePlan& plan) {
   const Weights& w = args.w;
   DENSE_FOR_ALL(DENSE_CASE)
   throw std::runtime_error("wvSplitK_int_g: no kernel");
 }
 
 // Rows [begin, begin + rows), up to `slots`.
-void launch_rows(const DenseArgs& args, int begin, int rows, int slots, void* stream) {
+void launch_rows(const DenseArgs& args, const DensePlan& plan, int begin, int rows, int slots,
+                 void* stream) {
   const Weights& w = args.w;
-  const int tiles = ceil_div(w.n, kRowsPerWave), units = args.cu_count * kBlocksPerUnit;
-  // Few tiles: the waves of a block share k, so that there are as many waves.
-  const int k_slices = tiles < units * kWaves / 2 ? kWaves : 1;
-  const Kernel kernel = kernel_for(args, slots, k_slices);
-  const int at_once = k_slices == 1 ? kWaves : 1;
-  // As few blocks as keep the number of rounds: all end together.
-  const int rounds = ceil_div(tiles, units * at_once);
-  const int grid = ceil_div(ceil_div(tiles, rounds), at_once);
-  const int step = grid * at_once;
-  gpu::launch(kernel.entry, {grid, 1, 1, kWaves * gpu::kWaveSize, kernel.lds_bytes, true}, stream,
-              static_cast<const uint16_t*>(args.a) + begin * args.a_stride_m, args.a_stride_m, rows,
-              w.q, static_cast<int>(w.q_stride_n), static_cast<const uint16_t*>(w.scales),
-              static_cast<int>(w.s_stride_n), w.zeros, static_cast<int>(w.z_stride_n8), w.n, w.k,
+  const Kernel kernel = kernel_for(args, slots, plan);
+  gpu::launch(kernel.entry, {plan.grid, 1, 1, kWaves * gpu::kWaveSize, kernel.lds_bytes, true},
+              stream, static_cast<const uint16_t*>(args.a) + begin * args.a_stride_m,
+              args.a_stride_m, rows, w.q, static_cast<int>(w.q_stride_n),
+              static_cast<const uint16_t*>(w.scales), static_cast<int>(w.s_stride_n), w.zeros,
+              static_cast<int>(w.z_stride_n8), w.n, w.k,
               static_cast<uint16_t*>(args.c) + begin * args.c_stride_m, args.c_stride_m, kWaves,
-              k_slices, ceil_div(tiles, step), step);
+              plan.k_slices, plan.rounds, plan.step);
 }
 
 // Kernels find rows of weights, scales and zero points with 32 bits.
@@ -97,20 +109,21 @@ void launch_dense(const DenseArgs& args, void* stream) {
   check_extent("w", args.w.n, args.w.q_stride_n);
   check_extent("scales", args.w.n, args.w.s_stride_n);
   check_extent("zero_points", args.w.n / 8, args.w.z_stride_n8);
+  const DensePlan plan(args.w.n, args.cu_count);
   for (int begin = 0; begin < args.m;) {
     const int left = args.m - begin;
     // The most rows whose activations fit: what is left reads the weights again.
     int slots = left == 1 ? 1 : left <= 4 ? 4 : left <= 8 ? 8 : kMostDenseSlots;
-    while (slots > 1 && kernel_for(args, slots, kWaves).lds_bytes > gpu::max_lds_bytes()) {
+    while (slots > 1 && kernel_for(args, slots, plan).lds_bytes > gpu::max_lds_bytes()) {
       slots = slots == 4 ? 1 : slots / 2;
     }
     const int rows = left < slots ? left : slots;
-    if (kernel_for(args, slots, kWaves).lds_bytes > gpu::max_lds_bytes()) {
+    if (kernel_for(args, slots, plan).lds_bytes > gpu::max_lds_bytes()) {
       throw std::runtime_error("wvSplitK_int_g: a: expected a row of activations that fits into " +
                                std::to_string(gpu::max_lds_bytes()) + " bytes of LDS, got " +
                                std::to_string(args.w.k) + " columns");
     }
-    launch_rows(args, begin, rows, slots, stream);
+    launch_rows(args, plan, begin, rows, slots, stream);
     begin += rows;
   }
 }

@@ -5,6 +5,7 @@
 // depend on it only in the order of fp32 sums.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -247,12 +248,13 @@ inline int gemm_waves(int blocks, int64_t tiles, int cu_count) {
 // reading the shared experts again costs less than finding the pairs that share. On RDNA that is 5%
 // of the bytes, since its weight loads leave nothing in the last-level cache.
 // fork: begin overlay
-// On an H100 it is 23% of a small expert, mostly from the cache, or 13% of a large one.
+// With matrix instructions it is up to 23% of a small expert, mostly from the cache, and 4% of a
+// large one (H200, half of the routings skewed: README.md).
 // fork: end
 inline double few_share_limit([[maybe_unused]] const Problem& p) {
 #if GPU_HAS_MMA
-  const double limit = 0.79 + 0.02 * std::log2(p.expert_bytes / 1e6);
-  return limit < 0.77 ? 0.77 : limit > 0.87 ? 0.87 : limit;
+  const double limit = 0.82 + 0.065 * std::log2(p.expert_bytes / 1e6);
+  return limit < 0.77 ? 0.77 : limit > 0.96 ? 0.96 : limit;
 #else
   return 0.95;
 #endif
@@ -284,17 +286,19 @@ inline bool pairs_alone(const Problem& p) {
 
 #if GPU_HAS_MMA
 inline GateUpPlan grouped_gate_up_plan(const Problem& p) {
-  if (pairs_alone(p)) {  // one window per wave, all of it requested at once
-    const int waves = even_parts(p.blocks, clamp(ceil_div(p.blocks, kWindowBlocks), 1, 8));
-    return {Kernel::kPairs, waves, 0, 0};
-  }
   const int tiles = ceil_div(p.rows, kRowGroups);
+  if (pairs_alone(p)) {
+    // One window per wave, all of it requested at once, as long as the waves are few rounds.
+    const int waves = ceil_div(p.blocks, kWindowBlocks);
+    const double most = 96.0 * p.cu_count / (static_cast<double>(tiles) * p.pairs());
+    return {Kernel::kPairs, even_parts(p.blocks, clamp(std::min<double>(waves, most), 1, 8)), 0, 0};
+  }
   GateUpPlan out{Kernel::kGrouped, 1, 0, 1};
   out.slots = p.tokens <= 4 ? p.tokens : p.pairs_per_expert() < 6 ? 8 : kGateUpSlots;
-  out.waves = out.slots <= 4 ? 1 : out.slots / 4;
+  out.waves = out.slots == kGateUpSlots || p.blocks <= 16 ? 4 : 2;
   if (out.slots <= 8) {  // up to 24 windows per wave, as long as all waves that fit have work
     const int windows = ceil_div(p.blocks, group_window_blocks(kGateUpRows));
-    const double rounds = ceil_div(tiles, kGateUpRows) * p.distinct() / (16.0 * p.cu_count);
+    const double rounds = ceil_div(tiles, kGateUpRows) * p.distinct() / (8.0 * out.waves * p.cu_count);
     const int most = clamp(24 / windows, 1, 24);
     out.row_tiles = clamp(std::round(rounds), 1, most);
   }

@@ -2,8 +2,8 @@
 // SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 //
 // Dense skinny GEMM for weights of 4 or 8 bits. Each wave processes every step-th tile of
-// kRowsPerWave rows. For small matrices the waves of a block share k of a tile instead, and their
-// sums are added in LDS in wave order.
+// kRowsPerWave rows. For small matrices the waves of a block share k of its tiles instead, and
+// their sums are added in LDS in wave order.
 #include "dense_tile.cuh"
 #include "entry_points_dense.h"
 
@@ -28,36 +28,35 @@ GPU_DEVICE void dense(DENSE_ARGS) {
   char* const lds = gpu::dynamic_lds();
   float* const results = reinterpret_cast<float*>(lds + dense_lds_bytes<Bits, G>(S, blocks, 0));
 
-  DenseTile<DT, Bits, G, ZP, S> product(matrix, blocks, first, last, tile, step, lds);
+  // The last round may have fewer tiles than waves.
+  const int mine = (tile + (tiles - 1) * step) * kRowsPerWave < n ? tiles : tiles - 1;
+  DenseTile<DT, Bits, G, ZP, S> product(matrix, blocks, first, last, tile, mine, step, lds);
   product.start();
   gpu::wait_previous_grid();
   product.stage(static_cast<const uint16_t*>(a), a_stride_m, m, waves * gpu::kWaveSize);
   gpu::allow_next_grid();
   gpu::block_barrier();
 
-  const auto store = [&](int at, int slot, int row, float sum) {
-    const int64_t column = static_cast<int64_t>(at) * kRowsPerWave + row;
+  const auto store = [&](int i, int slot, int row, float sum) {
+    const int64_t column = static_cast<int64_t>(tile + i * step) * kRowsPerWave + row;
     if (slot >= m || column >= n) return;
     static_cast<uint16_t*>(c)[slot * c_stride_m + column] = Format<DT>::from_float(sum);
   };
   if (k_slices == 1) {
-    product.run(tiles, store);
+    product.run(store);
     return;
   }
-  for (int i = 0; i < tiles; ++i) {
-    float* const mine = results + gpu::wave() * (S * kRowsPerWave);
-    product.run(1,
-                [&](int, int slot, int row, float sum) { mine[slot * kRowsPerWave + row] = sum; });
-    if (i + 1 < tiles) product.resume();
-    gpu::block_barrier();
-    const int at = tile + i * step;
-    for (int j = gpu::wave() * gpu::kWaveSize + gpu::lane(); j < S * kRowsPerWave;
-         j += waves * gpu::kWaveSize) {
-      float sum = 0.0f;
-      for (int w = 0; w < waves; ++w) sum += results[w * (S * kRowsPerWave) + j];
-      store(at, j / kRowsPerWave, j % kRowsPerWave, sum);
-    }
-    gpu::block_barrier();
+  constexpr int kTile = S * kRowsPerWave;
+  product.run([&](int i, int slot, int row, float sum) {
+    results[(i * waves + slice) * kTile + slot * kRowsPerWave + row] = sum;
+  });
+  gpu::block_barrier();
+  for (int j = gpu::wave() * gpu::kWaveSize + gpu::lane(); j < mine * kTile;
+       j += waves * gpu::kWaveSize) {
+    const int i = j / kTile, at = j % kTile;
+    float sum = 0.0f;
+    for (int w = 0; w < waves; ++w) sum += results[(i * waves + w) * kTile + at];
+    store(i, at / kRowsPerWave, at % kRowsPerWave, sum);
   }
 }
 

@@ -97,8 +97,8 @@ def expected_reads(device, problem, kernel, weights):
         blocks, rest = divmod(tokens, 8)
         reads = blocks * distinct(8, top_k, experts) + distinct(rest, top_k, experts)
         return reads / 0.95
-    limit = 0.79 + 0.02 * math.log2(0.5 * weights / 1e6)
-    return distinct(tokens, top_k, experts) / min(max(limit, 0.77), 0.87)
+    limit = 0.82 + 0.065 * math.log2(0.5 * weights / 1e6)
+    return distinct(tokens, top_k, experts) / min(max(limit, 0.77), 0.96)
 
 
 def both_reads(device, problem, plan):

@@ -3,6 +3,7 @@
 """``tune`` with simulated timings: what it chooses, writes and looks up again."""
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -23,7 +24,8 @@ from vllm.plugins.hybrid_w4a16 import cli, tune_command, tune_search, tune_shape
 from vllm.plugins.hybrid_w4a16.tune_search import Measured, choose
 
 BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
-SHAPE = MoEShape(128, 8, 2048, 768, 128, "bf16")
+# No shipped entry of sm_90 is near it.
+SHAPE = MoEShape(128, 8, 1024, 768, 128, "bf16")
 GPU = dataclasses.replace(devices.PLANNED["cuda"], name="sm_90", cu_count=132)
 
 
@@ -172,8 +174,14 @@ class MadeUpBench:
         return plan[-1] != 2
 
     def sample_decode(self, op, tokens):
+        return sampler(functools.partial(self.cost, tokens))
+
+    def cost(self, tokens, plan):
         best = (0, 4, 0, 0) if tokens < 8 else (2, 8, 16, 1)
-        return sampler(lambda plan: tokens * (0.8 if plan == best else 1.0))
+        return tokens * (0.8 if plan == best else 1.0)
+
+    def sample_pair(self, tokens):
+        return sampler(lambda plans: sum(self.cost(tokens, plan) for plan in plans))
 
     def drop_graphs(self):
         pass
@@ -237,8 +245,10 @@ class MissedBench(MadeUpBench):
         return True
 
     def sample_decode(self, op, tokens):
-        hidden = (2, 16, 16, 24) if op == "gate_up" else (3, 16, 8, 8)
-        return sampler(lambda plan: 9.0 if plan == hidden else 10.0, noise=1e-6)
+        return sampler(lambda plan: self.cost(tokens, plan), noise=1e-6)
+
+    def cost(self, tokens, plan):
+        return 9.0 if plan in ((2, 16, 16, 24), (3, 16, 8, 8)) else 10.0
 
 
 def test_a_full_sweep_says_how_far_the_search_is_behind(capsys):
@@ -253,6 +263,25 @@ def test_a_full_sweep_says_how_far_the_search_is_behind(capsys):
     share, where = tune_shape.farthest_behind([entry])
     assert share == pytest.approx(1 / 9, 0.01) and "2 tokens, 128 experts" in where
     assert tune_shape.farthest_behind([]) is None
+
+
+class SlowTogether(MadeUpBench):
+    """gate_up's best plan leaves no room for down's start."""
+
+    def sample_pair(self, tokens):
+        def both(plans):
+            return sum(self.cost(tokens, plan) for plan in plans) + 5 * bool(plans[0])
+
+        return sampler(both)
+
+
+def test_a_plan_that_slows_the_other_launch_is_not_kept():
+    found = tuner(SlowTogether(), decode_tokens=(4,)).run(decode=True, prefill=False)
+    (row,) = found["decode"]
+    assert row["gate_up"] is None and row["down"] == [0, 4, 0, 0]
+    assert row["gate_up_us"] == pytest.approx(3.2, 0.02)
+    assert row["both_us"] == pytest.approx(7.2, 0.02)
+    assert row["both_rule_us"] == pytest.approx(8.0, 0.02)
 
 
 def test_an_interruption_keeps_what_is_done():
@@ -356,7 +385,7 @@ def command(capsys, *arguments):
 
 
 def test_on_the_cpu_there_is_nothing_to_tune(capsys):
-    status, out, _ = command(capsys, "--shape", "128,8,2048,768,128")
+    status, out, _ = command(capsys, "--shape", "128,8,1024,768,128")
     assert status == 0 and "nothing to tune" in out
 
 
@@ -372,7 +401,7 @@ def test_the_command_loads_the_kernels_measures_and_writes(monkeypatch, capsys):
     monkeypatch.setattr(tune_command.torch.cuda, "get_device_name", lambda: "made up")
     monkeypatch.setattr(tune_command, "GpuBench", bench)
     words = ["--only", "decode", "--full", "--tokens", "2,1"]
-    status, out, err = command(capsys, "--shape", "128,8,2048,768,128", *words)
+    status, out, err = command(capsys, "--shape", "128,8,1024,768,128", *words)
     assert status == 0 and calls == [GPU, (128, 132, None)]
     assert "the search is at most 0." in out and "written: " in out
     assert "1 tokens: gate_up" in err
@@ -385,7 +414,7 @@ def test_show_prints_tables_and_choice(monkeypatch, capsys):
     monkeypatch.setattr(devices, "device_family", lambda: GPU)
     tuning.write_owner_entry("sm_90", entry())
     tuning.write_owner_entry("sm_90", entry(compute_units=78))
-    status, out, _ = command(capsys, "--show", "--shape", "128,8,2048,768,128")
+    status, out, _ = command(capsys, "--show", "--shape", "128,8,1024,768,128")
     assert status == 0
     assert f"owner    {tuning.owner_table('sm_90')} (2 shapes)" in out
     assert "not used" in out and "made up" in out

@@ -118,13 +118,20 @@ def random_words(size: tuple[int, ...], generator: torch.Generator) -> torch.Ten
 
 
 def random_routing(
-    tokens: int, shape: LayerShape, generator: torch.Generator
+    tokens: int, shape: LayerShape, generator: torch.Generator, skewed: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int32 ids and fp32 weights [M, top_k]; each token has distinct experts.
 
-    They are on the CPU, like ``generator``.
+    They are on the CPU, like ``generator``. Uniform, or ``skewed``: the expert of rank
+    r is drawn 1/r as often as the first (Zipf's law), so that tokens share experts.
     """
-    score = torch.rand(tokens, shape.experts, generator=generator)
+    if skewed:
+        # log(p) plus Gumbel noise: its largest values are a draw without replacement
+        rank = torch.randperm(shape.experts, generator=generator) + 1
+        noise = torch.empty(tokens, shape.experts).exponential_(generator=generator)
+        score = -noise.log() - rank.log()
+    else:
+        score = torch.rand(tokens, shape.experts, generator=generator)
     ids = score.topk(shape.top_k).indices.to(torch.int32)
     weights = torch.randn(tokens, shape.top_k, generator=generator).softmax(1)
     return ids.contiguous(), weights

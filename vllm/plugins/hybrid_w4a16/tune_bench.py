@@ -3,7 +3,8 @@
 """Runs the kernels on random layers of one shape for ``tune``: verifies and times them.
 
 The weights are cold: calls rotate over more of them than the last-level cache holds.
-There are ``BATCHES`` routings for every number of tokens.
+There are ``BATCHES`` routings for every number of tokens, half of them skewed: models
+do not use all experts alike, and a plan has to be fast for both.
 """
 
 import sys
@@ -69,6 +70,10 @@ class Bench(Protocol):
         """A sampler that times all of an experts call, by "decode" or by "prefill"."""
         ...
 
+    def sample_pair(self, tokens: int) -> Sampler:
+        """A sampler that times gate_up and then down, by their two plans."""
+        ...
+
     def drop_graphs(self) -> None:
         """Free the captured graphs."""
         ...
@@ -115,8 +120,10 @@ class GpuBench:
         if tokens not in self.inputs:
             generator = torch.Generator().manual_seed(tokens)
             shape, made = self.shape, []
-            for _ in range(BATCHES):
-                ids, weights = random_layers.random_routing(tokens, shape, generator)
+            for i in range(BATCHES):
+                ids, weights = random_layers.random_routing(
+                    tokens, shape, generator, skewed=i % 2 == 1
+                )
                 x = torch.randn(tokens, shape.hidden, generator=generator)
                 pairs = tokens * shape.top_k
                 middle = torch.randn(pairs, shape.intermediate, generator=generator)
@@ -299,19 +306,29 @@ class GpuBench:
         self, tokens: int, plans: tuple[Plan | None, Plan | None], tiles: PrefillTiles
     ) -> Sampler:
         """A sampler that times all of an experts call, by "decode" or by "prefill"."""
-        middle, out = self.output("gate_up", tokens), self.output("down", tokens)
+        out, decode = self.output("down", tokens), self.sample_pair(tokens)
         calls = [self.call(tokens, i, tiles) for i in range(BATCHES)]
-
-        def decode(index: int) -> None:
-            self.launch("gate_up", tokens, index, plans[0], middle)
-            self.launch("down", tokens, index, plans[1], out, middle)
 
         def prefill(index: int) -> None:
             calls[index % BATCHES].run(out)
 
         def sample(kind: str, count: int) -> list[float]:
-            launch = decode if kind == "decode" else prefill
-            return self.replay(("whole", kind, tokens), launch, count)
+            if kind == "decode":
+                return decode(plans, count)
+            return self.replay(("whole", kind, tokens), prefill, count)
+
+        return sample
+
+    def sample_pair(self, tokens: int) -> Sampler:
+        """A sampler that times gate_up and then down, by their two plans."""
+        middle, out = self.output("gate_up", tokens), self.output("down", tokens)
+
+        def sample(plans: tuple[Plan | None, Plan | None], count: int) -> list[float]:
+            def launch(call: int) -> None:
+                self.launch("gate_up", tokens, call, plans[0], middle)
+                self.launch("down", tokens, call, plans[1], out, middle)
+
+            return self.replay(("pair", tokens, plans), launch, count)
 
         return sample
 

@@ -24,7 +24,7 @@ FINALISTS = 3
 LEAST_GAIN = 0.01
 # The search descends from this many of the best starts. It also descends from the best
 # start of each kernel, unless that is slower than the overall best by this factor.
-STARTS, HOPELESS = 2, 2.0
+STARTS, HOPELESS = 3, 2.0
 
 Sampler = Callable[[Any, int], list[float]]
 """``sample(candidate, count)``: microseconds per call, ``count`` samples."""
@@ -65,10 +65,10 @@ class Family:
                 yield plan
 
     def starts(self) -> Iterator[tuple[int, ...]]:
-        """The points at one quarter and three quarters of each axis."""
+        """The points at the start, one third and two thirds of each axis."""
         yield from itertools.product(
             *(
-                sorted({(len(axis) - 1) // 4, (3 * len(axis) - 3) // 4})
+                sorted({0, (len(axis) - 1) // 3, 2 * (len(axis) - 1) // 3})
                 for axis in self.axes
             )
         )

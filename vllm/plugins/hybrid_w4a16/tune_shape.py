@@ -83,6 +83,8 @@ class Tuner:
             found = self._decode_plan(op, tokens)
             row |= {op if key == "plan" else f"{op}_{key}": found[key] for key in found}
             texts.append(_decode_text(op, found))
+        if row["gate_up"] or row["down"]:
+            texts.append(self._decide_together(row))
         self.bench.drop_graphs()
         self.entry["decode"].append(row)
         self.save(self.entry)
@@ -122,6 +124,30 @@ class Tuner:
             "rule_us": round(choice.current_us, 2),
             **found,
         }
+
+    def _decide_together(self, row: dict[str, Any]) -> str:
+        """Keep of the two plans in ``row`` what makes both launches in turn faster.
+
+        Down starts while gate_up ends, so that a plan can be the fastest alone and not
+        beside the other launch. Returns the text for the progress line.
+        """
+        tokens = row["tokens"]
+        found = tuning.as_plan(row["gate_up"]), tuning.as_plan(row["down"])
+        rule = (None, None)
+        pairs = dict.fromkeys([found, (found[0], None), (None, found[1])])
+        choice = finals(
+            rule,
+            [pair for pair in pairs if pair != rule],
+            self.bench.sample_pair(tokens),
+            functools.partial(self._step, f"both, {tokens} tokens"),
+        )
+        for op, plan in zip(("gate_up", "down"), choice.winner, strict=True):
+            row[op] = None if plan is None else list(plan)
+        row |= {
+            "both_us": round(choice.us, 2),
+            "both_rule_us": round(choice.current_us, 2),
+        }
+        return f"both {row['both_us']} us (rule {row['both_rule_us']})"
 
     def tune_prefill(self, tokens: int) -> None:
         """Add the fastest prefill tiles for ``tokens`` tokens."""
