@@ -3,17 +3,13 @@
 """vLLM's load format ``dummy`` with random weights that make decode realistic.
 
 vLLM's own leaves int4 weights as they are in memory and makes 16-bit weights so small
-that all tokens are alike: every token would then take the same experts. Importing this
-module replaces it in this process. vLLM's workers import it through ``WORKER``.
+that all tokens are alike: every token would then take the same experts.
 """
 
 import torch
 
 from vllm.config import ModelConfig
-from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
-
-WORKER = "token_bench.random_weights.Worker"
 
 # Deviation of integers drawn uniformly from -8..7 where -8 is replaced by 0.
 _NIBBLE_DEVIATION = 4.18
@@ -34,11 +30,6 @@ _DEVIATIONS = {
 _ATTENTION_OUTPUT = 0.1
 
 
-class Worker:
-    """An empty extension of vLLM's worker: naming it makes a worker import this."""
-
-
-@register_model_loader("dummy")
 class RandomWeights(DummyModelLoader):
     """Loads random weights; the same ones in each run and on each rank."""
 

@@ -63,7 +63,7 @@ class Engine:
     """vLLM with random weights, and what is measured with it."""
 
     def __init__(self, job: Job) -> None:
-        from token_bench import random_weights
+        from token_bench import dummy_format
         from vllm import LLM
 
         self.job = job
@@ -71,7 +71,7 @@ class Engine:
         self.llm = LLM(
             str(job.model),
             load_format="dummy",
-            worker_extension_cls=random_weights.WORKER,
+            worker_extension_cls=dummy_format.WORKER,
             **engine_arguments(job),
         )
 
