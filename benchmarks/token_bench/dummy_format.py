@@ -2,9 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Importing this module replaces vLLM's load format ``dummy`` in this process."""
 
-from vllm.model_executor.model_loader import register_model_loader
-
 from token_bench.random_weights import RandomWeights
+from vllm.model_executor.model_loader import register_model_loader
 
 register_model_loader("dummy")(RandomWeights)
 
