@@ -298,7 +298,8 @@ inline GateUpPlan grouped_gate_up_plan(const Problem& p) {
   out.waves = out.slots == kGateUpSlots || p.blocks <= 16 ? 4 : 2;
   if (out.slots <= 8) {  // up to 24 windows per wave, as long as all waves that fit have work
     const int windows = ceil_div(p.blocks, group_window_blocks(kGateUpRows));
-    const double rounds = ceil_div(tiles, kGateUpRows) * p.distinct() / (8.0 * out.waves * p.cu_count);
+    const double rounds =
+        ceil_div(tiles, kGateUpRows) * p.distinct() / (8.0 * out.waves * p.cu_count);
     const int most = clamp(24 / windows, 1, 24);
     out.row_tiles = clamp(std::round(rounds), 1, most);
   }
