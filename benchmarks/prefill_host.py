@@ -6,8 +6,9 @@
 Tensors are on the CPU. Triton compiles for ``--arch`` and does everything up to the
 launch, which does nothing; vLLM's compiled ops do nothing either. What remains is the
 Python of a layer call. Prints microseconds and the number of launches per call, for
-``HybridW4A16MoEExperts.apply`` and for vLLM's ``fused_marlin_moe`` on the same shape.
-A compiled op counts as one launch, and none of its own C++ is in the time.
+``HybridW4A16MoEExperts.apply``, for vLLM's ``fused_marlin_moe`` on the same shape, and
+for the dense linear from hidden to intermediate size (Marlin's is one compiled op). A
+compiled op counts as one launch, and none of its own C++ is in the time.
 """
 
 import argparse
@@ -221,6 +222,23 @@ def marlin_call(
     return call
 
 
+def linear_call(arch: str, tokens: int, sizes: tuple[int, ...]) -> Callable[[], None]:
+    """A call of a dense int4 linear from the hidden to the intermediate size."""
+    from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_linear
+
+    _, _, k, n, group = sizes
+    x = torch.empty(tokens, k, dtype=torch.bfloat16)
+    w = torch.empty(n, k // 8, dtype=torch.int32)
+    scales = torch.empty(n, k // group, dtype=torch.bfloat16)
+
+    def call() -> None:
+        hybrid_w4a16_dense_linear._multiply_on_gpu(
+            x, w, scales, None, 1, group, 4, arch
+        )
+
+    return call
+
+
 def inputs(tokens: int, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     """x bf16 [tokens, hidden], ids int32 and weights fp32 [tokens, top_k]."""
     experts, top_k, hidden, _, _ = sizes
@@ -266,6 +284,7 @@ def main() -> int:
             for name, call in (
                 ("hybrid", hybrid_call(args.arch, tokens, sizes)),
                 ("marlin", marlin_call(device.launches, tokens, sizes)),
+                ("linear", linear_call(args.arch, tokens, sizes)),
             ):
                 call()
                 device.launches.clear()

@@ -203,9 +203,10 @@ def test_dense_against_float64(number):
     rows = rng.randint(1, 100)
     weights = sweep.Experts(1, n, k, family.group, family.dtype, family.zeros, 4)
     a = torch.randn(rows, k).to(family.dtype)
-    matrix = prefill.Int4Matrix(*weights.args(DEVICE), family.group)
+    words, scales, zeros = (None if t is None else t[0] for t in weights.args(DEVICE))
     x = sweep.strided_copy(sweep.odd_rows(a, family.gap), DEVICE)
-    y = prefill.dense(x, matrix, family.tiles[number % 2].down)
+    tile = family.tiles[number % 2].down
+    y = prefill.dense(x, words, scales, zeros, family.group, tile)
     expected = a.double() @ weights.dense[0].T
     error = (y.cpu().double() - expected).norm() / expected.norm()
     assert error < sweep.TOLERANCE[family.dtype], (family.text, rows, n, k)

@@ -102,20 +102,58 @@ def launched(host, monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """How often Triton chose the variant of ``sum_pairs``'s kernel."""
+    """asked(kernel): a list that grows when Triton chooses the kernel's variant."""
     from vllm.model_executor.layers.fused_moe.experts import hybrid_w4a16_triton
 
-    kernel = hybrid_w4a16_triton.moe_int4_prefill_sum
-    run, calls = kernel.run, []
+    def asked(name):
+        kernel = getattr(hybrid_w4a16_triton, f"moe_int4_prefill_{name}")
+        run, calls = kernel.run, []
 
-    def counting(*args, **options):
-        calls.append(args)
-        return run(*args, **options)
+        def counting(*args, **options):
+            calls.append(args)
+            return run(*args, **options)
 
-    monkeypatch.setattr(kernel, "run", counting)
-    return calls
+        monkeypatch.setattr(kernel, "run", counting)
+        return calls
+
+    return asked
 
 
+# fork: begin lm_head
+def test_linears_of_one_layout_share_a_variant_and_others_do_not(launched, asked):
+    """Dense linears have no launches of their own per layer."""
+    from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_triton import dense
+    from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import Tile
+
+    asked = asked("down")
+
+    def linear(n, k, offset=0, zeros=None, rows=40):
+        words = torch.zeros(n * k // 8 + offset, dtype=torch.int32)[offset:].view(n, -1)
+        scales = torch.zeros(n, k // 128, dtype=torch.bfloat16)
+        return torch.zeros(rows, k).bfloat16(), words, scales, zeros, 128
+
+    calls = {
+        "usual": linear(256, 256),
+        "more rows": linear(256, 256, rows=72),
+        "weights not aligned": linear(256, 256, offset=1),
+        "outputs not a multiple of 16": linear(264, 256),
+        "zero points": linear(256, 256, zeros=torch.zeros(32, 2, dtype=torch.int32)),
+    }
+    tile = Tile(16, 64, 2, 1, "natural")
+    for arguments in calls.values():
+        dense(*arguments, tile)
+    of_triton, expected = len(asked), dict(zip(calls, launched, strict=True))
+    assert of_triton == len(calls) - 1  # the second call has the variant of the first
+    assert expected["more rows"] == expected["usual"]
+    assert len(set(expected.values())) == len(calls) - 1
+    launched.clear()
+    for name in [*calls, *reversed(calls)]:
+        dense(*calls[name], tile)
+        assert launched.pop() == expected[name], name
+    assert len(asked) - of_triton == 2, "only the weights that are not aligned"
+
+
+# fork: end
 def test_another_variant_is_never_reused(launched, asked):
     """Pointers, strides, dtypes and large storages for which Triton has another one."""
     from triton import knobs
@@ -124,6 +162,7 @@ def test_another_variant_is_never_reused(launched, asked):
         sum_pairs,
     )
 
+    asked = asked("sum")
     tokens, top_k, hidden = 4, 2, 256
     ids = torch.zeros(tokens, top_k, dtype=torch.int32)
     memory = torch.empty(2**30 + 8, dtype=torch.bfloat16)  # 2 GiB, never touched

@@ -212,6 +212,7 @@ def prefill_tiles(
 
 
 # fork: begin lm_head
+@functools.lru_cache(maxsize=4096)
 def dense_tile(name: str, rows: int, outputs: int, inputs: int) -> Tile:
     """The tile of a dense linear ``outputs x inputs`` for ``rows`` rows.
 
@@ -344,6 +345,7 @@ def forget() -> None:
     _used.clear()
     table.cache_clear()
     prefill_tiles.cache_clear()
+    dense_tile.cache_clear()
 
 
 # fork: end

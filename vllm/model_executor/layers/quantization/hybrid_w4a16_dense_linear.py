@@ -99,12 +99,8 @@ def _multiply_on_gpu(
         hybrid_w4a16_triton as prefill,
     )
 
-    zeros = None if zero_points is None else zero_points.unsqueeze(0)
-    matrix = prefill.Int4Matrix(
-        weights.unsqueeze(0), scales.unsqueeze(0), zeros, group_size
-    )
     tile = dense_tile(tuning, rows, weights.shape[0], inputs)
-    return prefill.dense(x, matrix, tile)
+    return prefill.dense(x, weights, scales, zero_points, group_size, tile)
 
 
 def _output_on_gpu(x: torch.Tensor, weights: torch.Tensor, *_: object) -> torch.Tensor:

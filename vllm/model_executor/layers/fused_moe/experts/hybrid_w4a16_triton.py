@@ -750,7 +750,7 @@ def down(
     x: torch.Tensor,
     w2: Int4Matrix,
     out: torch.Tensor,
-    blocks: Blocks | None,
+    blocks: Blocks,
     topk_weights: torch.Tensor | None,
     tile: Tile,
 ) -> None:
@@ -758,12 +758,11 @@ def down(
 
     x [M * top_k, padded I] is the output of ``gate_up``, in the tile's order; w2
     [E, H, I//8]; out [M * top_k, H]; topk_weights fp32 [M, top_k], contiguous, or
-    ``None`` for weights of 1. Without ``blocks`` every row of x goes to expert 0.
-    Rows of pairs whose expert is on another rank are not written.
+    ``None`` for weights of 1. Rows of pairs whose expert is on another rank are not
+    written.
     """
     # fork: begin overlay
     if tile.tiled:
-        assert blocks is not None, "the tiled ops multiply sorted pairs"
         ops.fused_moe_wvSplitK_int4_tiled_down(
             x,
             w2.words,
@@ -778,23 +777,19 @@ def down(
         return
     # fork: end
     columns = _cdiv(w2.rows, tile.block_n)
-    if blocks is None:
-        count, sorting = _cdiv(out.shape[0], tile.block_m), (w2.words,) * 3
-    else:
-        count, sorting = blocks.expert_ids.shape[0], blocks
     weights = out if topk_weights is None else topk_weights
     x_stride, out_stride = x.stride(0), out.stride(0)
     constants = w2.constants
     _launch(
         moe_int4_prefill_down,
         w2.down_variants,
-        (count * columns, 1, 1),
+        (blocks.expert_ids.shape[0] * columns, 1, 1),
         (
             x,
             *w2.tensors,
             out,
             weights,
-            *sorting,
+            *blocks,
             out.shape[0],
             w2.rows,
             w2.columns,
@@ -803,13 +798,13 @@ def down(
             out_stride,
         ),
         (x, out),
-        (weights,) if blocks is None else (weights, *blocks),
+        (weights, *blocks),
         (x.dtype, out.dtype, weights.dtype, x_stride, out_stride),
         {
             "GROUP": constants["GROUP"],
             "HAS_ZEROS": constants["HAS_ZEROS"],
             "HAS_WEIGHTS": topk_weights is not None,
-            "SORTED": blocks is not None,
+            "SORTED": True,
             "EVEN_K": constants["EVEN_K"],
             "NATURAL": tile.natural,
             "BLOCK_M": tile.block_m,
@@ -936,20 +931,55 @@ def prefill_experts(
 
 
 # fork: begin lm_head
-def dense(x: torch.Tensor, w: Int4Matrix, tile: Tile) -> torch.Tensor:
+_dense_variants: Variants = {}
+
+
+def dense(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    group_size: int,
+    tile: Tile,
+) -> torch.Tensor:
     """``x @ w^.T`` [M, N] of many rows, without host synchronisation.
 
     One launch, and one more for plane order.
 
-    x fp16/bf16 [M, K], innermost stride 1; w [1, N, K//8].
+    x fp16/bf16 [M, K], innermost stride 1; words int32 [N, K//8], scales [N, K//G] and
+    zero_points int32 [N//8, K//G] as one expert of ``hybrid_w4a16_packing``.
     """
-    rows, k = x.shape
+    num_rows, k = x.shape
+    n = words.shape[0]
     if not tile.natural:
-        planes = x.new_empty(rows, _padded(k))
+        planes = x.new_empty(num_rows, _padded(k))
         to_planes(x, planes)
         x = planes
-    out = x.new_empty(rows, w.rows)
-    down(x, w, out, None, None, tile)
+    out = x.new_empty(num_rows, n)
+    zeros = words if zero_points is None else zero_points
+    strides = (0, words.stride(0), 0, scales.stride(0), 0, zeros.stride(0))
+    numbers = (n, k, x.stride(0), *strides, n)
+    _launch(
+        moe_int4_prefill_down,
+        _dense_variants,
+        (_cdiv(num_rows, tile.block_m) * _cdiv(n, tile.block_n), 1, 1),
+        # without sorted pairs: no router weights, ids and numbers of pairs
+        (x, words, scales, zeros, out, out, words, words, words, num_rows, *numbers),
+        (x, out, words, scales, zeros),
+        (),
+        (x.dtype, *numbers),
+        {
+            "GROUP": group_size,
+            "HAS_ZEROS": zero_points is not None,
+            "HAS_WEIGHTS": False,
+            "SORTED": False,
+            "EVEN_K": k % _STEP == 0,
+            "NATURAL": tile.natural,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+        },
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )
     return out
 
 
