@@ -138,6 +138,23 @@ def test_the_search_visits_all_neighbours_of_what_it_finds(op):
                     assert plans and plans <= set(measured.times)
 
 
+def test_an_optimum_behind_a_hill_is_found_along_an_axis_or_in_the_sibling():
+    """Many pairs per pass and few are fast, those between are not; kernel 3 is faster
+    than 2 at one point only."""
+    families = tune_search.plan_families("down", True)
+
+    def cost(plan):
+        kernel, waves, slices, slots = plan
+        if kernel < 2:
+            return 100.0
+        if plan == (3, 12, 1, 8):
+            return 8.0
+        hill = {1: 0, 2: 3, 3: 6, 4: 6, 8: -1}[slots]
+        return 10 + hill + abs(waves // slices - 12) / 4 + slices + 3 * (kernel == 3)
+
+    assert tune_search.search(families, Measured(cost))[0] == (3, 12, 1, 8)
+
+
 def test_an_optimum_off_the_axes_is_found():
     """A diagonal ridge: from most of its points no step along one axis goes down."""
     families = tune_search.plan_families("gate_up", True)

@@ -3,8 +3,8 @@
 """The candidate launch plans and tiles, and the search for the fastest.
 
 The launch plans of decode form one grid per kernel. ``search`` descends on the grids
-from several starts and measures all neighbours of its result. ``sweep`` measures every
-plan. ``finals`` decides between the best few and the current choice.
+from several starts, and looks farther from its result. ``sweep`` measures every plan.
+``finals`` decides between the best few and the current choice.
 """
 
 import itertools
@@ -24,7 +24,7 @@ FINALISTS = 3
 LEAST_GAIN = 0.01
 # The search descends from this many of the best starts. It also descends from the best
 # start of each kernel, unless that is slower than the overall best by this factor.
-STARTS, HOPELESS = 3, 2.0
+STARTS, HOPELESS = 2, 2.0
 
 Sampler = Callable[[Any, int], list[float]]
 """``sample(candidate, count)``: microseconds per call, ``count`` samples."""
@@ -72,6 +72,13 @@ class Family:
                 for axis in self.axes
             )
         )
+
+    def lines(self, point: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """The points that differ from ``point`` along one axis, at any distance."""
+        for i, axis in enumerate(self.axes):
+            for place in range(len(axis)):
+                if place != point[i]:
+                    yield (*point[:i], place, *point[i + 1 :])
 
     def neighbours(self, point: tuple[int, ...]) -> tuple[list, list]:
         """The points one move away along one axis, and those along several axes.
@@ -197,7 +204,9 @@ def search(families: Sequence[Family], measure: Measured) -> list[Plan]:
 
     Most of the grid is left out. The search goes from the best starts (see
     ``Family.starts``) to the fastest neighbour, first along one axis and then along
-    several, until no neighbour is faster.
+    several, until no neighbour is faster. From the best of all it looks farther: along
+    each axis to its end, and at the same point of kernels with the same axes. If one of
+    these is faster, it goes on from there.
     """
     begins: list[tuple[float, Family, tuple[int, ...]]] = []
     for family in families:
@@ -215,14 +224,23 @@ def search(families: Sequence[Family], measure: Measured) -> list[Plan]:
             and mine[0] < HOPELESS * begins[0][0]
         ):
             chosen.append(mine)
-    for us, family, point in chosen:
-        _descend(family, point, us, measure)
+    reached = [_descend(family, point, us, measure) for us, family, point in chosen]
+    best = min(reached, key=lambda end: end[0], default=None)
+    while best is not None:
+        us, family, point = best
+        far = [(family, other) for other in family.lines(point)]
+        far += [(other, point) for other in families if other.axes == family.axes]
+        times = [(_time(*place, measure), *place) for place in far]
+        faster = [(time, *place) for time, *place in times if time and time < us]
+        fastest = min(faster, key=lambda end: end[0], default=None)
+        best = fastest and _descend(fastest[1], fastest[2], fastest[0], measure)
     return measure.ranked()
 
 
 def _descend(
     family: Family, point: tuple[int, ...], us: float, measure: Measured
-) -> None:
+) -> tuple[float, Family, tuple[int, ...]]:
+    """Where no neighbour is faster, with its microseconds."""
     moved = True
     while moved:
         moved = False
@@ -234,6 +252,7 @@ def _descend(
                 us, point = fastest
                 moved = True
                 break
+    return us, family, point
 
 
 def _time(family: Family, point: tuple[int, ...], measure: Measured) -> float | None:
