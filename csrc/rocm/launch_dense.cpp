@@ -53,10 +53,12 @@ struct DensePlan {
     const int tiles = ceil_div(n, kRowsPerWave), units = cu_count * kBlocksPerUnit;
     // Few tiles: the waves of a block share k, so that there are as many waves.
     k_slices = tiles < units * kWaves / 2 ? kWaves : 1;
-    const int at_once = k_slices == 1 ? kWaves : 1, most = ceil_div(tiles, at_once);
+    const int at_once = k_slices == 1 ? kWaves : 1;
+    rounds = ceil_div(tiles, units * at_once);
+    // Many rounds: all waves end together. Few: all compute units begin.
+    const int most = ceil_div(k_slices == 1 ? ceil_div(tiles, rounds) : tiles, at_once);
     grid = most < units ? most : units;
     step = grid * at_once;
-    rounds = ceil_div(tiles, step);
   }
   // Results in LDS, of kRowsPerWave rows and a slot each.
   int results() const { return k_slices == 1 ? 0 : k_slices * rounds; }

@@ -291,3 +291,25 @@ def test_no_tokens_are_taken_over_where_the_limit_is_0(monkeypatch):
     runner, config = make_runner()
     calls = Calls(runner.shared_experts.module)
     assert forward(runner, config, 1).isfinite().all() and calls.count == 1
+
+
+@pytest.mark.parametrize("fused_up_to", [MAX_TOKENS, 0])
+def test_plans_are_for_calls_without_a_shared_expert(fused_up_to, monkeypatch):
+    """``tune`` measures them so."""
+    runner, config = make_runner()
+    runner.shared_experts.fused_up_to = fused_up_to
+    experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
+    plans = (1, 2, 0, 0), (1, 3, 1, 0)
+    tuned = types.SimpleNamespace(decode_plans=lambda tokens: plans)
+    monkeypatch.setattr(experts, "tuned", tuned)
+    seen = []
+    for name in ("gate_up", "down"):
+        op = getattr(ops, f"fused_moe_wvSplitK_int4_{name}")
+
+        def recording(*args, op=op, plan=None, **kwargs):
+            seen.append(plan)
+            return op(*args, **kwargs)  # the CPU's takes no plan
+
+        monkeypatch.setattr(ops, f"fused_moe_wvSplitK_int4_{name}", recording)
+    forward(runner, config, 3)
+    assert seen == ([None, None] if fused_up_to else list(plans))

@@ -291,7 +291,8 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         shared: tuple[ops.SharedTensors, ops.SharedTensors] = ops.NO_SHARED_EXPERT,
     ) -> None:
         plans: tuple[tuning.Plan | None, tuning.Plan | None] = (None, None)
-        if self.tuned is not None:
+        # plans are measured without a shared expert, for which the rule makes room
+        if self.tuned is not None and shared is ops.NO_SHARED_EXPERT:
             plans = self.tuned.decode_plans(x.shape[0])
         name, alpha, beta, limit = activation
         ops.fused_moe_wvSplitK_int4_gate_up(
