@@ -92,26 +92,39 @@ class DenseTile {
   // All threads of the block copy the `rows` activation rows to LDS. A block barrier has to follow.
   GPU_DEVICE void stage(const uint16_t* a, int64_t stride, int rows, int threads) {
     constexpr int kUnitsPerRow = kBlock / 8, kUnitsPerSum = kUnitsPerRow / kSums;
+    constexpr int kBatch = S < 4 ? S : Bits == 8 ? 2 : 4;  // loads in flight, by registers
     const int units = blocks_ * S * kUnitsPerRow;
     const int thread = gpu::wave() * gpu::kWaveSize + gpu::lane();
-    for (int begin = 0; begin < units; begin += threads) {  // whole waves, for the sums over lanes
-      const int i = begin + thread;
-      const int unit = i % kUnitsPerRow, row = i / kUnitsPerRow;  // row: block, slot
-      const int slot = row % S, block = row / S, at = block * kBlock + 8 * unit;
-      gpu::U32x4 values = {{0, 0, 0, 0}};
-      if (slot < rows && at < matrix_.k) values = gpu::load_16_any(a + slot * stride + at);
-      if (i < units) {
-        // The same unit of all lanes along k is contiguous.
-        const int place = unit % kUnits * kLanesPerRow + unit / kUnits;
-        *reinterpret_cast<gpu::U32x4*>(staged_ + block * kBlockBytes + slot * kRowBytes +
-                                       16 * place) = values;
+    // Whole waves, for the sums over lanes.
+    for (int begin = thread; begin - thread < units; begin += kBatch * threads) {
+      gpu::U32x4 values[kBatch];
+      GPU_UNROLL
+      for (int j = 0; j < kBatch; ++j) {
+        const Unit u(begin + j * threads);
+        values[j] = {{0, 0, 0, 0}};
+        if (u.slot < rows && u.at() < matrix_.k && u.block < blocks_) {
+          values[j] = gpu::load_16_any(a + u.slot * stride + u.at());
+        }
       }
-      if constexpr (Unpacked<DT, Bits>::kOffset != 0.0f || ZP) {
-        float sum = 0.0f;
-        GPU_UNROLL
-        for (int v = 0; v < 4; ++v) sum = gpu::dot2(DT{}, values.v[v], Format<DT>::kOnes, sum);
-        sum = sum_over_lanes<kUnitsPerSum>(sum);
-        if (i < units && unit % kUnitsPerSum == 0) sums_[row * kSums + unit / kUnitsPerSum] = sum;
+      GPU_UNROLL
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = begin + j * threads;
+        const Unit u(i);
+        if (i < units) {
+          // The same unit of all lanes along k is contiguous.
+          const int place = u.unit % kUnits * kLanesPerRow + u.unit / kUnits;
+          *reinterpret_cast<gpu::U32x4*>(staged_ + u.block * kBlockBytes + u.slot * kRowBytes +
+                                         16 * place) = values[j];
+        }
+        if constexpr (Unpacked<DT, Bits>::kOffset != 0.0f || ZP) {
+          float sum = 0.0f;
+          GPU_UNROLL
+          for (int v = 0; v < 4; ++v) sum = gpu::dot2(DT{}, values[j].v[v], Format<DT>::kOnes, sum);
+          sum = sum_over_lanes<kUnitsPerSum>(sum);
+          if (i < units && u.unit % kUnitsPerSum == 0) {
+            sums_[(u.block * S + u.slot) * kSums + u.unit / kUnitsPerSum] = sum;
+          }
+        }
       }
     }
   }
@@ -135,6 +148,14 @@ class DenseTile {
   }
 
  private:
+  // Eight activations of a slot, the i-th of those that a block stages.
+  struct Unit {
+    int unit, slot, block;
+    GPU_DEVICE explicit Unit(int i)
+        : unit(i % (kBlock / 8)), slot(i / (kBlock / 8) % S), block(i / (kBlock / 8) / S) {}
+    GPU_DEVICE int at() const { return block * kBlock + 8 * unit; }  // along k
+  };
+
   // Finds the rows of the next tile. Tiles and rows past the last one repeat it.
   GPU_DEVICE void enter_tile() {
     const int last = (matrix_.n - 1) / kRowsPerWave;
