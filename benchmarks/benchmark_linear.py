@@ -6,11 +6,13 @@
 Every kernel repacks the same random symmetric weights from GPTQ's layout, and is first
 compared with float32. Calls rotate over copies of the weights that exceed the
 last-level cache. On the CPU a sample is one call and the kernels alternate; on a GPU a
-sample is a replay of a graph, as in benchmark_moe.py.
+sample is a replay of a graph, as in benchmark_moe.py. ``--sweep`` adds our kernel for
+many rows with every tile that the tuning table may name.
 Exit status: 0; 1 if a kernel failed or gave wrong results; 2 for a bad argument.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -56,6 +58,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=128)
     parser.add_argument("--threads", type=positive, help="of the CPU; default: all")
+    parser.add_argument(
+        "--sweep", action="store_true", help="time every tile of our GEMM on a GPU"
+    )
     parser.add_argument("--json", type=Path, metavar="F", help="write the results")
     return parser.parse_args(arguments)
 
@@ -133,16 +138,16 @@ def kernels_for(config: Any) -> list[type]:
 
 
 def time_calls(
-    calls: dict[str, list[Callable[[Any], Any]]], x: Any
+    calls: dict[str, list[Callable[[Any], Any]]], x: Any, repeats: int = 40
 ) -> dict[str, list[float]]:
-    """Microseconds of single calls; the kernels alternate."""
+    """Microseconds of single calls; the kernels alternate. repeats: on a GPU."""
     if x.device.type != "cpu":
         from moe_bench.timing import time_on_gpu
 
         def step(copies: list[Callable[[Any], Any]], index: int) -> Any:
             return copies[index % len(copies)](x)
 
-        return time_on_gpu({n: partial(step, c) for n, c in calls.items()}, 40)
+        return time_on_gpu({n: partial(step, c) for n, c in calls.items()}, repeats)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end, turn = time.perf_counter() + SECONDS, -1
     while time.perf_counter() < end or turn < MIN_SAMPLES:
@@ -155,9 +160,42 @@ def time_calls(
     return samples
 
 
+def sweep(made: list[Callable[[Any], Any]], x: Any, expected: Any) -> dict[str, Any]:
+    """Samples of our kernel on many rows for each tile that gives the right result.
+
+    made: our layers; expected: float32, their result for ``x``.
+    """
+    from unittest import mock
+
+    from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_linear
+    from vllm.plugins.hybrid_w4a16.tune_search import tile_sizes
+
+    found: dict[str, list[float]] = {}
+    sizes = [m for m in (8, 16, 32, 64, 128) if m < 2 * len(x) or m == 8]
+    tiles = [tile for m in sizes for tile in tile_sizes(m)]
+    for tile in tiles:
+        if not tile.tiled and tile.num_stages != 3:
+            continue  # the stages matter little, and each takes seconds to compile
+        name = " ".join(map(str, ("tile", *dataclasses.astuple(tile))))
+        module, choice = hybrid_w4a16_dense_linear, lambda *_, tile=tile: tile
+        with mock.patch.object(module, "dense_tile", choice):
+            try:
+                y = made[0](x).float()
+            except Exception as failure:  # noqa: BLE001  # too large for the device
+                print(f"{name}: {type(failure).__name__}", file=sys.stderr)
+                continue
+            if float((y - expected).norm() / expected.norm()) < MAX_ERROR:
+                found |= time_calls({name: made}, x, 8)
+            else:
+                print(f"{name}: wrong result", file=sys.stderr)
+    return found
+
+
 def measure(options: argparse.Namespace, device: str, cache: int, say: Any) -> Any:
     """The rows of the result, and the failures."""
     import torch
+
+    from vllm.model_executor.layers.quantization.hybrid_w4a16_dense_ops import MAX_ROWS
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float16
     results, failures = [], []
@@ -180,9 +218,11 @@ def measure(options: argparse.Namespace, device: str, cache: int, say: Any) -> A
                 except Exception as failure:  # noqa: BLE001  # the others continue
                     failures.append(f"{kernel.__name__}, {model} {name}: {failure}")
             for rows in options.rows:
-                samples = time_calls(
-                    calls, torch.randn(rows, k, device=device).to(dtype)
-                )
+                x = torch.randn(rows, k, device=device).to(dtype)
+                samples = time_calls(calls, x)
+                if options.sweep and OURS in calls and rows > MAX_ROWS:
+                    expected = x.float() @ dense.to(x.device).T
+                    samples |= sweep(calls[OURS], x, expected)
                 ours = statistics.median(samples[OURS]) if OURS in samples else None
                 for kernel_name, us in samples.items():
                     median = statistics.median(us)
@@ -224,11 +264,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from moe_bench import ceilings, machine
     from moe_bench.vllm_experts import vllm_config
 
+    from vllm import distributed
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
     device = "cpu" if current_platform.is_cpu() else "cuda"
+    if options.sweep and device == "cpu":
+        print("--sweep: expected a GPU, whose tuning table has tiles", file=sys.stderr)
+        return 2
     threads = options.threads or len(os.sched_getaffinity(0))
 
     def say(row: dict[str, Any]) -> None:
@@ -250,6 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if device == "cpu":
             torch.set_num_threads(threads)  # last: importing vLLM sets it too
         rows, failures = measure(options, device, facts["cache_bytes"], say)
+        distributed.destroy_model_parallel()
+        distributed.destroy_distributed_environment()
     for failure in failures:
         print(f"FAILED: {failure}")
     if options.json is not None:

@@ -21,6 +21,11 @@ def test_a_bad_argument_ends_it(capsys):
     assert "expected at least 1, got 0" in capsys.readouterr().err
 
 
+def test_a_cpu_has_no_tiles(capsys):
+    assert benchmark_linear.main(["--models", "demo", "--sweep"]) == 2
+    assert "--sweep: expected a GPU" in capsys.readouterr().err
+
+
 @pytest.mark.nightly
 def test_a_short_run(tmp_path):
     """Every kernel that takes the layers is right and timed."""

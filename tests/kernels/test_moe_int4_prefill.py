@@ -22,7 +22,12 @@ import sys
 import pytest
 import torch
 
+# fork: begin overlay
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
+
+# fork: end
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
+    TILED,
     MoEShape,
     PrefillTiles,
     Tile,
@@ -205,11 +210,18 @@ def test_dense_against_float64(number):
     a = torch.randn(rows, k).to(family.dtype)
     words, scales, zeros = (None if t is None else t[0] for t in weights.args(DEVICE))
     x = sweep.strided_copy(sweep.odd_rows(a, family.gap), DEVICE)
-    tile = family.tiles[number % 2].down
-    y = prefill.dense(x, words, scales, zeros, family.group, tile)
+    tiles = [family.tiles[number % 2].down]
+    # fork: end
+    # fork: begin overlay
+    if ops.has_tiled():
+        tiles += [Tile(t, 64 * (1 + number % 2), 2, 2, TILED) for t in (8, 16, 32, 64)]
+    # fork: end
+    # fork: begin lm_head
     expected = a.double() @ weights.dense[0].T
-    error = (y.cpu().double() - expected).norm() / expected.norm()
-    assert error < sweep.TOLERANCE[family.dtype], (family.text, rows, n, k)
+    for tile in tiles:
+        y = prefill.dense(x, words, scales, zeros, family.group, tile)
+        error = (y.cpu().double() - expected).norm() / expected.norm()
+        assert error < sweep.TOLERANCE[family.dtype], (family.text, tile, rows, n, k)
 
 
 # fork: end

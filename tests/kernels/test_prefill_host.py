@@ -119,7 +119,6 @@ def asked(monkeypatch):
     return asked
 
 
-# fork: begin lm_head
 def test_linears_of_one_layout_share_a_variant_and_others_do_not(launched, asked):
     """Dense linears have no launches of their own per layer."""
     from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_triton import dense
@@ -153,7 +152,6 @@ def test_linears_of_one_layout_share_a_variant_and_others_do_not(launched, asked
     assert len(asked) - of_triton == 2, "only the weights that are not aligned"
 
 
-# fork: end
 def test_another_variant_is_never_reused(launched, asked):
     """Pointers, strides, dtypes and large storages for which Triton has another one."""
     from triton import knobs

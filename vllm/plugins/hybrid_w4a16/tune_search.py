@@ -208,7 +208,7 @@ def search(families: Sequence[Family], measure: Measured) -> list[Plan]:
     each axis to its end, and at the same point of kernels with the same axes. If one of
     these is faster, it goes on from there.
     """
-    begins: list[tuple[float, Family, tuple[int, ...]]] = []
+    begins: list[Place] = []
     for family in families:
         for point in family.starts():
             us = _time(family, point, measure)
@@ -224,23 +224,30 @@ def search(families: Sequence[Family], measure: Measured) -> list[Plan]:
             and mine[0] < HOPELESS * begins[0][0]
         ):
             chosen.append(mine)
-    reached = [_descend(family, point, us, measure) for us, family, point in chosen]
-    best = min(reached, key=lambda end: end[0], default=None)
-    while best is not None:
-        us, family, point = best
+    reached = [_descend(begin, measure) for begin in chosen]
+    while reached:
+        us, family, point = min(reached, key=lambda place: place[0])
         far = [(family, other) for other in family.lines(point)]
         far += [(other, point) for other in families if other.axes == family.axes]
-        times = [(_time(*place, measure), *place) for place in far]
-        faster = [(time, *place) for time, *place in times if time and time < us]
-        fastest = min(faster, key=lambda end: end[0], default=None)
-        best = fastest and _descend(fastest[1], fastest[2], fastest[0], measure)
+        faster = [
+            (time, other, near)
+            for other, near in far
+            if (time := _time(other, near, measure)) is not None and time < us
+        ]
+        reached = [
+            _descend(place, measure)
+            for place in sorted(faster, key=lambda place: place[0])[:1]
+        ]
     return measure.ranked()
 
 
-def _descend(
-    family: Family, point: tuple[int, ...], us: float, measure: Measured
-) -> tuple[float, Family, tuple[int, ...]]:
-    """Where no neighbour is faster, with its microseconds."""
+Place = tuple[float, Family, tuple[int, ...]]
+"""The microseconds of a plan, and where it is."""
+
+
+def _descend(begin: Place, measure: Measured) -> Place:
+    """Go to faster neighbours until there is none."""
+    us, family, point = begin
     moved = True
     while moved:
         moved = False

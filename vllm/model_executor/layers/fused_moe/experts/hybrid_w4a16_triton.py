@@ -33,6 +33,10 @@ rows, so that no two warps dequantize the same weight.
 Import this module only where Triton runs (a GPU, or Triton's interpreter).
 """
 
+# fork: begin overlay
+import functools
+
+# fork: end
 from typing import Any, NamedTuple
 
 import torch
@@ -930,6 +934,27 @@ def prefill_experts(
     sum_pairs(workspace.down_out, out, topk_ids, expert_map, w13.experts)
 
 
+# fork: begin overlay
+_MOST_ROWS = 1 << 16  # of a dense call whose lists are made in advance
+
+
+@functools.cache
+def _lists_of(device: torch.device, rows: int) -> tuple[torch.Tensor, ...]:
+    return (
+        torch.arange(_cdiv(rows, 64) * 64, dtype=torch.int32, device=device),
+        torch.zeros(_cdiv(rows, 8), dtype=torch.int32, device=device),
+        torch.full((1,), 2**31 - 1, dtype=torch.int32, device=device),
+    )
+
+
+def _rows_in_order(device: torch.device, rows: int, block_m: int) -> Blocks:
+    """The lists of ``rows`` rows that all go to expert 0."""
+    ids, experts, count = _lists_of(device, max(rows, _MOST_ROWS))
+    lists = _cdiv(rows, block_m)
+    return Blocks(ids[: lists * block_m], experts[:lists], count)
+
+
+# fork: end
 # fork: begin lm_head
 _dense_variants: Variants = {}
 
@@ -951,6 +976,26 @@ def dense(
     """
     num_rows, k = x.shape
     n = words.shape[0]
+    # fork: end
+    # fork: begin overlay
+    if tile.tiled:
+        if x.data_ptr() % 16 or x.stride(0) % 8:
+            x = x.contiguous()
+        out = x.new_empty(num_rows, n)
+        ops.fused_moe_wvSplitK_int4_tiled_down(
+            x,
+            words.unsqueeze(0),
+            scales.unsqueeze(0),
+            out,
+            _rows_in_order(x.device, num_rows, tile.block_m),
+            None,
+            group_size,
+            tile.launch(columns=32),
+            None if zero_points is None else zero_points.unsqueeze(0),
+        )
+        return out
+    # fork: end
+    # fork: begin lm_head
     if not tile.natural:
         planes = x.new_empty(num_rows, _padded(k))
         to_planes(x, planes)
