@@ -191,17 +191,21 @@ GPU_DEVICE void rescore_columns(const uint16_t* a, int64_t a_stride, int m, cons
   // Activation rows that do not exist repeat the last one; their results are discarded.
   const uint16_t* const a0 = a + (row < m ? row : m - 1) * a_stride;
   const uint16_t* const a1 = a + (row + 8 < m ? row + 8 : m - 1) * a_stride;
-  for (int base = 0; base < asked.total; base += kColumns) {
+  gpu::U32x4 weights[kTogether];
+  const auto request = [&](int base, int step) {
+    if (base >= asked.total || first >= last) return;
     const int place = base + row < asked.total ? base + row : asked.total - 1;
     const uint16_t* const column = w + asked.list[place] * w_stride;
+    GPU_UNROLL
+    for (int t = 0; t < kTogether; ++t) {
+      const int at = (step + t) * kStep + lane_k;
+      weights[t] = gpu::load_weights(column + (at < k ? at : k - 8));
+    }
+  };
+  request(0, first);
+  for (int base = 0; base < asked.total; base += kColumns) {
     float sum[4] = {};
     for (int step = first; step < last; step += kTogether) {
-      gpu::U32x4 weights[kTogether];
-      GPU_UNROLL
-      for (int t = 0; t < kTogether; ++t) {
-        const int at = (step + t) * kStep + lane_k;
-        weights[t] = gpu::load_weights(column + (at < k ? at : k - 8));
-      }
       GPU_UNROLL
       for (int t = 0; t < kTogether; ++t) {
         const int at = (step + t) * kStep + lane_k;
@@ -214,6 +218,9 @@ GPU_DEVICE void rescore_columns(const uint16_t* a, int64_t a_stride, int m, cons
         mma_16x8x16(DT{}, sum, {x.v[0], y.v[0], x.v[1], y.v[1]}, {b.v[0], b.v[1]});
         mma_16x8x16(DT{}, sum, {x.v[2], y.v[2], x.v[3], y.v[3]}, {b.v[2], b.v[3]});
       }
+      // The next weights are on their way during the sum over the waves.
+      const bool more = step + kTogether < last;
+      request(more ? base : base + kColumns, more ? step + kTogether : first);
     }
     float* const now = results + base / kColumns % 2 * (waves * kResults);
     float* const mine = now + gpu::wave() * kResults;

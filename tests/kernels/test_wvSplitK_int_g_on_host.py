@@ -204,13 +204,28 @@ RESCORED = [
 @pytest.mark.parametrize(("dtype", "mma", "rows", "window"), RESCORED)
 def test_rescoring_computes_what_is_asked_for(programs, dtype, mma, rows, window):
     rng = np.random.default_rng([SEED, mma, dtype, rows])
-    case = rescore_case(dtype, rows, 700, 264, window, rng)
+    run_rescoring(programs[mma], rescore_case(dtype, rows, 700, 264, window, rng))
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k"),
+    [(2, 4500, 72), pytest.param(9, 300, 2600, marks=pytest.mark.nightly)],
+    ids=["many columns", "long rows"],
+)
+def test_matrix_instructions_rescore_several_columns_at_a_time(programs, rows, n, k):
+    """A block has more than 8 columns, or a wave more than 128 of k."""
+    rng = np.random.default_rng([SEED, n])
+    run_rescoring(programs[True], rescore_case(BF16, rows, n, k, 1e6, rng))
+
+
+def run_rescoring(program, case):
+    """Run a ``rescore_case`` on the host and check it."""
     done = subprocess.run(
-        [programs[mma]], input=record(case[0]), capture_output=True, check=False
+        [program], input=record(case[0]), capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")[:4000]
     (reply,) = read_records(done.stdout)
-    check_rescored(case, dtype, reply["c"])
+    check_rescored(case, case[0]["dtype"], reply["c"])
 
 
 def check_rescored(case, dtype, written):
