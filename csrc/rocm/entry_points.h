@@ -118,6 +118,7 @@
 // fork: begin overlay
 #define MOE_INT4_FOR_T_grouped_gate_up(X, ...) X(__VA_ARGS__, 8) X(__VA_ARGS__, 16)
 #define MOE_INT4_FOR_T_grouped_down(X, ...) X(__VA_ARGS__, 8)
+#define MOE_INT4_FOR_T_multi_gate_up(X, ...) X(__VA_ARGS__, 1)
 #define MOE_INT4_FOR_T_wide_down(X, ...) X(__VA_ARGS__, 8)
 #define MOE_INT4_FOR_T_tiled_gate_up(X, ...) \
   X(__VA_ARGS__, 8) X(__VA_ARGS__, 16) X(__VA_ARGS__, 32) X(__VA_ARGS__, 64)
@@ -150,6 +151,8 @@ MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, gemm)
 #define MOE_INT4_DECLARE_grouped_gate_up MOE_INT4_GROUPED_GATE_UP_ARGS
 #define MOE_INT4_DECLARE_grouped_down MOE_INT4_GROUPED_DOWN_ARGS
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, grouped_gate_up)
+#define MOE_INT4_DECLARE_multi_gate_up MOE_INT4_GATE_UP_ARGS
+MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, multi_gate_up)
 #define MOE_INT4_DECLARE_wide_down MOE_INT4_GROUPED_DOWN_ARGS
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, grouped_down)
 MOE_INT4_FOR_ALL(MOE_INT4_DECLARE, wide_down)

@@ -74,7 +74,9 @@ constexpr int kWindowWeightBytes = kWindowBlocks * kBlockWeightBytes;
 constexpr int kWindowBytes = kWindowWeightBytes + kWindowBlocks * kBlockK * 2;
 constexpr int kStreamZeroBytes = kBlockK * 2;
 
-// LDS of one wave that multiplies `pairs` pairs over `blocks` blocks each.
+constexpr int kMaxStreamTiles = 16;  // of rows, in a gate_up block
+
+// LDS of one wave that multiplies `pairs` pairs (or tiles) over `blocks` blocks each.
 GPU_ANYWHERE constexpr int stream_lds_bytes_per_wave(int blocks, int pairs) {
   const int windows = pairs * ((blocks + kWindowBlocks - 1) / kWindowBlocks);
   return kSlotListBytes + result_bytes(1) +

@@ -16,6 +16,7 @@ MOE_INT4_LOOKUP(down)
 MOE_INT4_LOOKUP(gemm)
 #if GPU_HAS_MMA
 MOE_INT4_LOOKUP(grouped_gate_up)
+MOE_INT4_LOOKUP(multi_gate_up)
 MOE_INT4_LOOKUP(grouped_down)
 MOE_INT4_LOOKUP(wide_down)
 #endif
@@ -118,15 +119,23 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
   }
 #endif
 #if GPU_HAS_MMA
-  const int wave_lds = (lds - (plan.kernel == Kernel::kPairs ? kStreamZeroBytes : 0)) / plan.waves;
+  const bool streams = plan.kernel != Kernel::kEights;
+  const int wave_lds = streams ? gate_up_stream_lds(p, plan) : lds / plan.waves;
+  const int grid_x = ceil_div(inter, kRowGroups * (streams ? plan.stream_tiles() : 1));
 #else
-  const int wave_lds = lds / plan.waves;
+  const int wave_lds = lds / plan.waves, grid_x = ceil_div(inter, kRowGroups);
 #endif
-  const int grid_x = ceil_div(inter, kRowGroups), grid_z = grid_size(r.num_tokens, "tokens");
+  const int grid_z = grid_size(r.num_tokens, "tokens");
   const int shared_y = shared_rows(args.shared, r.num_tokens, false, grid_x, grid_z);
-  gpu::launch(gate_up_kernel(args.dtype, w, plan.kernel == Kernel::kPairs ? 1 : kMaxSlots),
-              {grid_x, grid_size(r.top_k + shared_y, "top_k"), grid_z, threads, lds, true}, queue,
-              args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
+#if GPU_HAS_MMA
+  auto& kernel = plan.kernel == Kernel::kWide
+                     ? multi_gate_up_kernel(args.dtype, w, 1)
+                     : gate_up_kernel(args.dtype, w, streams ? 1 : kMaxSlots);
+#else
+  auto& kernel = gate_up_kernel(args.dtype, w, plan.kernel == Kernel::kPairs ? 1 : kMaxSlots);
+#endif
+  gpu::launch(kernel, {grid_x, grid_size(r.top_k + shared_y, "top_k"), grid_z, threads, lds, true},
+              queue, args.a, args.a_stride_m, w.q, w.q_stride_e, small(w.q_stride_n, w.n),
               static_cast<const uint16_t*>(w.scales), w.s_stride_e, small(w.s_stride_n, w.n),
               w.zeros, w.z_stride_e, small(w.z_stride_n8, w.n / 8), w.num_experts, inter, w.k,
               args.c, args.c_stride_m, r.ids, r.ids_are_int64 ? 1 : 0, r.ids_stride_m, r.expert_map,

@@ -36,7 +36,8 @@ GPU_DEVICE void down_stream(MOE_INT4_DOWN_ARGS) {
   char* const lds = gpu::dynamic_lds();
   const WaveLds mine = wave_lds(lds + gpu::wave() * wave_lds_bytes, 1);
   char* const empty = lds + waves * wave_lds_bytes;
-  StreamTile<DT, G, ZP, false> tile(weights, row0, row1, first, last, k, mine.staged, empty);
+  StreamTile<DT, G, ZP, Items::kPairs> tile(weights, row0, row1, n, first, last, k, mine.staged,
+                                            empty);
   gpu::block_barrier();
 
   float sums[2] = {};

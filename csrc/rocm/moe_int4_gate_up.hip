@@ -6,6 +6,10 @@
 // size for one pair (token, t). A lane has gate row i and up row i + inter. The block's waves share
 // k and their sums are added in LDS, in wave order. If an earlier token of the same T tokens picked
 // the same expert, the block has nothing to do: that token's block computes both.
+// fork: begin overlay
+// multi_gate_up: a block of one pair computes several tiles of kRowGroups indices, so that the
+// weights of the next tile are on their way while one is multiplied.
+// fork: end
 #include "activation.cuh"
 #include "entry_points.h"
 // fork: begin token
@@ -62,7 +66,8 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
   if constexpr (T == 1 && kStreams) {
     char* const zeros = lds + waves * wave_lds_bytes;
     const auto row_of = [&](int) { return acts + token * a_stride_m; };
-    StreamTile<DT, G, ZP, true> tile(weights, row, row + inter, first, last, k, mine.staged, zeros);
+    StreamTile<DT, G, ZP, Items::kOnePair> tile(weights, row, row + inter, inter, first, last, k,
+                                                mine.staged, zeros);
     gpu::block_barrier();
     gpu::wait_previous_grid();
     gpu::allow_next_grid();
@@ -135,6 +140,69 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
   }
 }
 
+// fork: begin overlay
+#if GPU_HAS_MMA
+template <typename DT, int G, bool ZP>
+GPU_DEVICE void multi_gate_up(MOE_INT4_GATE_UP_ARGS) {
+  if (gpu::block_y() < shared_y) {
+    constexpr int kLanes = shared_gate_up_lanes(false);
+    return shared_gate_up<DT, kLanes>(a, a_stride_m, k, num_tokens, waves,
+                                      MOE_INT4_SHARED_GATE_UP_VALUES);
+  }
+  const WeightStack weights = MOE_INT4_WEIGHT_STACK;
+  const Router router = MOE_INT4_ROUTER;
+  const int token = gpu::block_z(), t = gpu::block_y() - shared_y;
+  const int all = (inter + kRowGroups - 1) / kRowGroups, per_block = (all + grid_x - 1) / grid_x;
+  const int begin = gpu::block_x() * per_block, left = all - begin;
+  const int tiles = left < per_block ? left : per_block;
+  if (tiles <= 0) return;
+  const int first = gpu::wave() * blocks_per_wave;
+  const int last = first + blocks_per_wave < blocks ? first + blocks_per_wave : blocks;
+  const uint32_t items = first < last ? (2u << (tiles - 1)) - 1 : 0;
+  char* const lds = gpu::dynamic_lds();
+  char* const empty = lds + waves * wave_lds_bytes;
+  float* const results = reinterpret_cast<float*>(empty + kStreamZeroBytes);  // [tile][wave]
+  const auto row_of = [&](int) { return static_cast<const uint16_t*>(a) + token * a_stride_m; };
+  const int index = begin * kRowGroups + lane_row(), row = index < inter ? index : inter - 1;
+  StreamTile<DT, G, ZP, Items::kTiles> tile(weights, row, row + inter, inter, first, last, k,
+                                            wave_lds(lds + gpu::wave() * wave_lds_bytes, 1).staged,
+                                            empty);
+  gpu::block_barrier();
+  gpu::wait_previous_grid();
+  gpu::allow_next_grid();
+  const int id = router.id(token, t);
+  tile.template request_activations<false>(items, row_of);
+  const int expert = gpu::uniform(router.local_expert(id));
+  if (expert < 0) return gpu::wait_all_copies();
+  tile.template request_weights<true>(items, expert);
+  const auto keep = [&](int i, const float (&sums)[2]) {
+    if (lane_k() != 0) return;
+    float* const of_tile = results + (i * waves + gpu::wave()) * kRowsPerWave;
+    of_tile[lane_row()] = sums[0];
+    of_tile[kRowGroups + lane_row()] = sums[1];
+  };
+  if (items == 0) {
+    for (int i = 0; i < tiles; ++i) keep(i, {0.0f, 0.0f});
+  }
+  tile.run(items, row_of, keep);
+  gpu::block_barrier();
+
+  auto* const out = static_cast<uint16_t*>(c) + (token * top_k + t) * c_stride_m;
+  const int thread = gpu::wave() * gpu::kWaveSize + gpu::lane();
+  for (int i = thread; i < tiles * kRowGroups; i += waves * gpu::kWaveSize) {
+    const int at = begin * kRowGroups + i;
+    if (at >= inter) continue;
+    float gate = 0.0f, up = 0.0f;
+    for (int w = 0; w < waves; ++w) {
+      const float* const sums = results + (i / kRowGroups * waves + w) * kRowsPerWave;
+      gate += sums[i % kRowGroups];
+      up += sums[i % kRowGroups + kRowGroups];
+    }
+    out[at] = Format<DT>::from_float(activate(activation, gate, up, alpha, beta, limit));
+  }
+}
+#endif
+// fork: end
 }  // namespace moe_int4
 
 #define MOE_INT4_DEFINE(OP, NAME, DT, G, ZNAME, ZP, T)                                           \
@@ -143,3 +211,13 @@ GPU_DEVICE void gate_up(MOE_INT4_GATE_UP_ARGS) {
     moe_int4::gate_up<DT, G, ZP, T>(MOE_INT4_GATE_UP_VALUES);                                    \
   }
 MOE_INT4_FOR_ALL(MOE_INT4_DEFINE, gate_up)
+// fork: begin overlay
+#if GPU_HAS_MMA
+#define MOE_INT4_DEFINE_MULTI(OP, NAME, DT, G, ZNAME, ZP, T)                  \
+  extern "C" GPU_KERNEL(moe_int4::kMaxWavesSharingK * 32) void MOE_INT4_NAME( \
+      OP, NAME, G, ZNAME, T)(MOE_INT4_GATE_UP_ARGS) {                         \
+    moe_int4::multi_gate_up<DT, G, ZP>(MOE_INT4_GATE_UP_VALUES);              \
+  }
+MOE_INT4_FOR_ALL(MOE_INT4_DEFINE_MULTI, multi_gate_up)
+#endif
+// fork: end

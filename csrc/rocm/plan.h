@@ -21,11 +21,13 @@ enum class Kernel {
   kEights = 1,  // _t8: eight tokens share them
   // fork: begin overlay
   kGrouped = 2,  // grouped: kGroupTokens tokens share them; needs matrix instructions
-  kWide = 3,     // as kGrouped with twice the rows per wave; down only
+  // down: as kGrouped with twice the rows per wave; gate_up: as kPairs, with several row tiles per
+  // block
+  kWide = 3,
   // fork: end
 };
 #if GPU_HAS_MMA
-constexpr Kernel kLastGateUp = Kernel::kGrouped, kLastDown = Kernel::kWide;
+constexpr Kernel kLastGateUp = Kernel::kWide, kLastDown = Kernel::kWide;
 #else
 constexpr Kernel kLastGateUp = Kernel::kEights, kLastDown = Kernel::kEights;
 #endif
@@ -37,7 +39,8 @@ struct GateUpPlan {
   int row_tiles;  // 0
   // fork: begin overlay
   // kGrouped: waves have row tiles of their own, `row_tiles` one after another; `slots` pairs of an
-  // expert share a pass over its weights.
+  // expert share a pass over its weights. kWide: `row_tiles` of a block.
+  int stream_tiles() const { return kernel == Kernel::kWide ? row_tiles : 1; }
   // fork: end
 };
 struct DownPlan {
@@ -88,6 +91,12 @@ struct Problem {
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// fork: begin overlay
+// Bytes of LDS of a wave of a stream, without the results of several tiles.
+inline int gate_up_stream_lds(const Problem& p, const GateUpPlan& plan) {
+  return stream_lds_bytes_per_wave(ceil_div(p.blocks, plan.waves), plan.stream_tiles());
+}
+// fork: end
 // Bytes of LDS per block.
 inline int gate_up_lds(const Problem& p, const GateUpPlan& plan) {
 #if GPU_HAS_MMA
@@ -95,9 +104,9 @@ inline int gate_up_lds(const Problem& p, const GateUpPlan& plan) {
     return plan.waves * kGroupWeightBytes + group_row_ring_bytes(kGateUpRows, plan.slots) +
            group_list_bytes(p.block_pairs(), p.experts, plan.slots);
   }
-  if (plan.kernel == Kernel::kPairs) {
-    return plan.waves * stream_lds_bytes_per_wave(ceil_div(p.blocks, plan.waves), 1) +
-           kStreamZeroBytes;
+  if (plan.kernel != Kernel::kEights) {
+    const int results = plan.kernel == Kernel::kWide ? plan.row_tiles * result_bytes(1) : 0;
+    return plan.waves * (gate_up_stream_lds(p, plan) + results) + kStreamZeroBytes;
   }
 #endif
   return plan.waves * lds_bytes_per_wave(plan.kernel == Kernel::kPairs ? 1 : kMaxSlots, p.tokens);
@@ -179,10 +188,13 @@ inline GateUpPlan parse_gate_up_plan(const Plan& plan, const Problem& p) {
   GateUpPlan out{};
   out.kernel = kernel(kOp, plan, p, kLastGateUp);
 #if GPU_HAS_MMA
-  const bool grouped = out.kernel == Kernel::kGrouped;
+  const bool grouped = out.kernel == Kernel::kGrouped, wide = out.kernel == Kernel::kWide;
   out.waves = value(kOp, plan, 1, "waves", 1, grouped ? kMaxGroupWaves : kMaxWavesSharingK);
   out.slots = value(kOp, plan, 2, "slots", grouped ? 1 : 0, grouped ? kGateUpSlots : 0);
-  out.row_tiles = value(kOp, plan, 3, "row_tiles", grouped ? 1 : 0, grouped ? 1024 : 0);
+  out.row_tiles = value(kOp, plan, 3, "row_tiles", grouped || wide ? 1 : 0,
+                        grouped ? 1024
+                        : wide  ? kMaxStreamTiles
+                                : 0);
 #else
   out.waves = value(kOp, plan, 1, "waves", 1, kMaxWavesSharingK);
   out.slots = value(kOp, plan, 2, "slots", 0, 0);

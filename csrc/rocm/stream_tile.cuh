@@ -3,9 +3,10 @@
 //
 // The product of wave_tile.cuh for one activation row per expert, where kStreams is true: one wave
 // multiplies kRowsPerWave rows of packed weights over a range of k, for one pair (token, expert)
-// after another. All pairs form one stream of windows of kWindowBlocks blocks. kRingWindows windows
-// are being copied to LDS or multiplied at a time. That takes no registers and does not stop
-// between pairs. Activation rows are 16-byte aligned.
+// after another, or one tile of rows after another for one pair. All items form one stream of
+// windows of kWindowBlocks blocks. kRingWindows windows are being copied to LDS or multiplied at a
+// time. That takes no registers and does not stop between items. Activation rows are 16-byte
+// aligned.
 //
 // The columns of the matrix instruction are the groups within a block; empty columns read zeros. A
 // second product, of -(offset + zero point) for every weight, removes those.
@@ -15,21 +16,29 @@
 
 namespace moe_int4 {
 
-// One: there is at most one pair.
-template <typename DT, int G, bool ZP, bool One>
+enum class Items {
+  kPairs,
+  kOnePair,  // there is at most one item
+  kTiles,    // of kRowGroups rows of each row set, for one pair
+};
+
+template <typename DT, int G, bool ZP, Items Of>
 class StreamTile {
   static constexpr int kGroups = kBlockK / G;            // in a block
   static constexpr int kColumns = kGroups == 1 ? 1 : 2;  // of a lane's two, those in use
 
  public:
-  // The row sets start at row0 and row1 of the lane. `ring` is the wave's LDS. `zeros` is the
-  // block's; its first wave fills it, so a block barrier has to follow.
-  GPU_DEVICE StreamTile(const WeightStack& weights, int row0, int row1, int first, int last, int k,
-                        char* ring, char* zeros)
+  // The row sets start at row0 and row1 of the lane. Rows of the first set from `rows` on repeat
+  // the last one before. `ring` is the wave's LDS. `zeros` is the block's; its first wave fills it,
+  // so a block barrier has to follow.
+  GPU_DEVICE StreamTile(const WeightStack& weights, int row0, int row1, int rows_of_set, int first,
+                        int last, int k, char* ring, char* zeros)
       : weights_(weights),
         first_(first),
         last_(last),
         k_(k),
+        row_(row0),
+        last_row_(rows_of_set - 1),
         ring_(gpu::lds_address(ring) + 16 * gpu::lane()) {
     if (gpu::wave() == 0 && gpu::lane() < kStreamZeroBytes / 16) {
       reinterpret_cast<gpu::U32x4*>(zeros)[gpu::lane()] = {{0, 0, 0, 0}};
@@ -62,8 +71,8 @@ class StreamTile {
               16 * (gpu::lane() / 16 * 16 + unit % 4 * kLanesPerRow + unit / 4);
   }
 
-  // Requests the first windows of `pairs` (one bit each): weights (`experts`: lane p has pair p's)
-  // and activations (`row_of(pair)`). Call both in any order, the second with Commit.
+  // Requests the first windows of the items (one bit each): weights (`experts`: lane p has pair
+  // p's) and activations (`row_of(item)`). Call both in any order, the second with Commit.
   template <bool Commit>
   GPU_DEVICE void request_weights(uint32_t pairs, int experts) {
     experts_ = experts;
@@ -73,9 +82,7 @@ class StreamTile {
     for (int w = 0; w < kRingWindows; ++w) {
       copy_weights<Commit>(ring_ + w * kWindowBytes);
       load_scales(w);
-      if (advance(at_)) {
-        if (!One && at_.pairs != 0) enter_weights();
-      }
+      if (advance(at_) && Of != Items::kOnePair && at_.pairs != 0) next_weights();
     }
   }
   template <bool Commit, typename RowOf>
@@ -86,13 +93,11 @@ class StreamTile {
     for (int w = 0; w < kRingWindows; ++w) {
       if (at.pairs != 0) copy_activations(ring_ + w * kWindowBytes, at.block);
       if constexpr (Commit) commit_window();
-      if (advance(at)) {
-        if (!One && at.pairs != 0) enter_activations(at, row_of);
-      }
+      if (advance(at) && Of != Items::kOnePair && at.pairs != 0) enter_activations(at, row_of);
     }
   }
 
-  // Multiplies. done(pair, sums) gets the pair's two results, in lanes with lane_k() == 0.
+  // Multiplies. done(item, sums) gets the item's two results, in lanes with lane_k() == 0.
   template <typename RowOf, typename Done>
   GPU_DEVICE void run(uint32_t pairs, const RowOf& row_of, const Done& done) {
     int w = 0;
@@ -112,11 +117,9 @@ class StreamTile {
         }
         copy_weights<true>(ring_ + w * kWindowBytes);
         load_scales(kRingWindows - 1);
-        if (advance(at_)) {
-          if (!One && at_.pairs != 0) {
-            enter_weights();
-            enter_activations(at_, row_of);
-          }
+        if (advance(at_) && Of != Items::kOnePair && at_.pairs != 0) {
+          next_weights();
+          enter_activations(at_, row_of);
         }
         w = w + 1 == kRingWindows ? 0 : w + 1;
       }
@@ -132,7 +135,7 @@ class StreamTile {
 
  private:
   struct Place {
-    uint32_t pairs;  // remaining; the lowest bit is the current pair
+    uint32_t pairs;  // remaining items; the lowest bit is the current one
     int block;
   };
 
@@ -142,7 +145,7 @@ class StreamTile {
     uint32_t zero[kGroups][2];
   };
 
-  // Moves to the next window; true if it belongs to another pair or does not exist.
+  // Moves to the next window; true if it belongs to another item or does not exist.
   GPU_DEVICE bool advance(Place& at) const {
     at.block += kWindowBlocks;
     if (at.block < last_) return false;
@@ -152,10 +155,11 @@ class StreamTile {
   }
 
   GPU_DEVICE void enter_weights() {
-    const int e = One ? experts_ : gpu::shuffle(experts_, gpu::first_bit(at_.pairs));
+    const int e =
+        Of != Items::kPairs ? experts_ : gpu::shuffle(experts_, gpu::first_bit(at_.pairs));
     GPU_UNROLL
     for (int r = 0; r < 2; ++r) {
-      if constexpr (One) {
+      if constexpr (Of != Items::kPairs) {
         q_[r] += e * weights_.q_stride_e;
         s_[r] += e * weights_.s_stride_e;
         if constexpr (ZP) z_[r] += e * weights_.z_stride_e;
@@ -163,6 +167,24 @@ class StreamTile {
         q_[r] = weights_.q + e * weights_.q_stride_e + q_at_[r];
         s_[r] = weights_.scales + e * weights_.s_stride_e + s_at_[r];
         if constexpr (ZP) z_[r] = weights_.zeros + e * weights_.z_stride_e + z_at_[r];
+      }
+    }
+  }
+
+  // Back to the first block, of the next pair or of the next rows.
+  GPU_DEVICE void next_weights() {
+    if constexpr (Of != Items::kTiles) {
+      enter_weights();
+    } else {
+      const int row = row_ + kRowGroups < last_row_ ? row_ + kRowGroups : last_row_;
+      const int down = row - row_, back = (last_ - first_ + kWindowBlocks - 1) / kWindowBlocks;
+      row_ = row;
+      GPU_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        q_[r] += down * weights_.q_stride_n - back * (kWindowBlocks * (kBlockK / 8));
+        s_[r] += down * weights_.s_stride_n - back * (kWindowBlocks * kGroups);
+        // With zero points the rows are a multiple of kRowGroups.
+        if constexpr (ZP) z_[r] += weights_.z_stride_n8 - back * (kWindowBlocks * kGroups);
       }
     }
   }
@@ -285,6 +307,7 @@ class StreamTile {
 
   const WeightStack& weights_;
   int first_, last_, k_;
+  int row_, last_row_;               // kTiles: of the first set, the lane's and the last
   int limit_;                        // first block in which the lane has no weights
   gpu::LdsAddress ring_;             // the lane's first 16 bytes
   int act_to_;                       // from there to the activations that the lane copies

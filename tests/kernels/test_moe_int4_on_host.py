@@ -153,6 +153,8 @@ class Maker:
             if size <= 2:
                 slots = self.pick(1, slots)
             row_tiles = self.pick(1, 2, 3)
+        if kernel == WIDE and self.op == "gate_up":  # row tiles of one pair
+            slots, row_tiles = 0, self.pick(1, 2, 3, 5)
         slices = self.pick(*(s for s in (1, 2, 4) if waves % s == 0))
         tail = (slots, row_tiles) if self.op == "gate_up" else (slices, slots)
         plan = (kernel, waves, *tail)
@@ -439,8 +441,8 @@ class Maker:
             long = size <= 2 and (every or self.group == 128)
             k = 1024 + self.group if long else self.pick(1, 2, 3, 5) * self.group
             yield getattr(self, self.op)(size, n, k, GROUPED)
-            if self.op == "down":
-                yield self.down(size, n, k, WIDE)
+            if self.op == "down" or size < (9 if every else 4):
+                yield getattr(self, self.op)(size, n, k, WIDE)
 
 
 def activate(kind, alpha, x):
@@ -507,7 +509,9 @@ def test_down_takes_fewer_waves_where_there_is_less_lds(programs):
     ("op", "mma", "plan", "message"),
     [
         ("gate_up", True, (2, 4, 8), "length: expected 4 integers, got 3"),
-        ("gate_up", True, (3, 4, 8, 1), "kernel (value 0): expected 0 to 2, got 3"),
+        ("gate_up", True, (3, 4, 8, 1), "slots (value 2): expected 0 to 0, got 8"),
+        ("gate_up", True, (4, 4, 0, 1), "kernel (value 0): expected 0 to 3, got 4"),
+        ("gate_up", True, (3, 4, 0, 17), "row_tiles (value 3): expected 1 to 16, got"),
         ("gate_up", True, (2, 17, 8, 1), "waves (value 1): expected 1 to 16, got 17"),
         ("gate_up", True, (2, 4, 17, 1), "slots (value 2): expected 1 to 16, got 17"),
         ("gate_up", True, (0, 4, 8, 0), "slots (value 2): expected 0 to 0, got 8"),

@@ -48,7 +48,13 @@ COVER_TOKENS = (1, 3, 33)
 # Launch plans that together run every kernel, whatever the rule would choose. The op
 # rejects those for which the device has no kernel.
 PLANS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "gate_up": ((0, 4, 0, 0), (1, 4, 0, 0), (2, 4, 8, 1), (2, 4, 16, 2)),
+    "gate_up": (
+        (0, 4, 0, 0),
+        (1, 4, 0, 0),
+        (2, 4, 8, 1),
+        (2, 4, 16, 2),
+        (3, 4, 0, 2),
+    ),
     "down": (
         (0, 4, 2, 0),
         (1, 4, 2, 0),

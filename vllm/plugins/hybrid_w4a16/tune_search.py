@@ -128,6 +128,8 @@ def plan_families(op: str, matrix_units: bool) -> list[Family]:
         if matrix_units:
             axes = ((1, 2, 3, 4, 6, 8, 12, 16), _SLOTS, (1, 2, 3, 4, 6, 8, 12, 16, 24))
             families.append(Family(axes, lambda *values: (2, *values)))
+            tiles = (tuple(range(1, 9)), (2, 3, 4, 6, 8, 12, 16))
+            families.append(Family(tiles, lambda waves, rows: (3, waves, 0, rows)))
         return families
 
     def down(kernel: int, shares: int, k_slices: int, slots: int = 0) -> Plan | None:
