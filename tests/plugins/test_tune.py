@@ -469,7 +469,9 @@ def test_candidates_fit_what_the_ops_accept():
     for matrix_units in (True, False):
         for kernel, waves, slots, row_tiles in plans("gate_up", matrix_units):
             assert waves <= (16 if kernel == 2 else 8)
-            assert (slots > 0) == (row_tiles > 0) == (kernel == 2) and slots <= 16
+            assert (slots > 0) == (kernel == 2) and slots <= 16
+            assert (row_tiles > 0) == (kernel in (2, 3))
+            assert row_tiles <= (16 if kernel == 3 else 1024)
         for kernel, waves, k_slices, slots in plans("down", matrix_units):
             assert waves <= 16 and waves % k_slices == 0
             assert (slots > 0) == (kernel >= 2) and slots <= 8
