@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """``tune`` with simulated timings: what it chooses, writes and looks up again."""
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -10,6 +11,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 # Binds device_family before a test replaces it.
 import vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe  # noqa: F401
@@ -20,7 +22,15 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     MoEShape,
     Tile,
 )
-from vllm.plugins.hybrid_w4a16 import cli, tune_command, tune_search, tune_shape
+from vllm.plugins.hybrid_w4a16 import (
+    cli,
+    explain_checkpoint,
+    random_layers,
+    tune_bench,
+    tune_command,
+    tune_search,
+    tune_shape,
+)
 from vllm.plugins.hybrid_w4a16.tune_search import Measured, choose
 
 BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
@@ -409,8 +419,8 @@ def test_on_the_cpu_there_is_nothing_to_tune(capsys):
 def test_the_command_loads_the_kernels_measures_and_writes(monkeypatch, capsys):
     calls = []
 
-    def bench(shape, cu_count, pool):
-        calls.append((shape.experts, cu_count, pool))
+    def bench(shape, cu_count, pool, shared):
+        calls.append((shape.experts, cu_count, pool, shared))
         return MadeUpBench()
 
     monkeypatch.setattr(devices, "device_family", lambda: GPU)
@@ -419,12 +429,83 @@ def test_the_command_loads_the_kernels_measures_and_writes(monkeypatch, capsys):
     monkeypatch.setattr(tune_command, "GpuBench", bench)
     words = ["--only", "decode", "--full", "--tokens", "2,1"]
     status, out, err = command(capsys, "--shape", "128,8,1024,768,128", *words)
-    assert status == 0 and calls == [GPU, (128, 132, None)]
+    assert status == 0 and calls == [GPU, (128, 132, None, 0)]
     assert "the search is at most 0." in out and "written: " in out
     assert "1 tokens: gate_up" in err
     (entry,) = tuning.owner_entries("sm_90")
     assert [row["tokens"] for row in entry["decode"]] == [1, 2]
     assert "tune on made up" in entry["source"]
+
+
+def test_a_shared_expert_has_entries_of_its_own(monkeypatch, capsys):
+    """Only decode of up to 8 tokens runs with it; the two do not replace each other."""
+    seen = []
+
+    def bench(shape, cu_count, pool, shared):
+        seen.append(shared)
+        return MadeUpBench()
+
+    monkeypatch.setattr(devices, "device_family", lambda: GPU)
+    monkeypatch.setattr(devices, "load_kernels", lambda family: None)
+    monkeypatch.setattr(tune_command.torch.cuda, "get_device_name", lambda: "made up")
+    monkeypatch.setattr(tune_command, "GpuBench", bench)
+    with_shared = "128,8,1024,768,128,512"
+    for shape, only in (("128,8,1024,768,128", "decode"), (with_shared, "prefill")):
+        assert command(capsys, "--shape", shape, "--only", only)[0] == 0
+    assert seen == [0]
+    words = ["--tokens", "1,8,16", "--only", "decode"]
+    status, out, _ = command(capsys, "--shape", with_shared, *words)
+    assert status == 0 and seen == [0, 512]
+    alone, shared = tuning.owner_entries("sm_90")
+    assert alone["shared"] == 0 and shared["shared"] == 512
+    assert [row["tokens"] for row in shared["decode"]] == [1, 8]
+    tuning.forget()
+    for size, tokens, exact in ((0, 32, True), (512, 8, True), (640, 8, False)):
+        shape = dataclasses.replace(SHAPE, shared=size)
+        tuned = tuning.lookup("sm_90", 132, shape)
+        assert tuned.exact == exact and max(tuned.decode) == tokens
+    far = dataclasses.replace(SHAPE, shared=4096)
+    assert tuning.lookup("sm_90", 132, far).origin == "rule"
+
+
+def test_a_checkpoint_with_a_shared_expert_gives_two_shapes(monkeypatch):
+    checkpoint = explain_checkpoint.read_checkpoint(str(BUNDLED))
+
+    def of(**entries):
+        return dataclasses.replace(checkpoint, config={**checkpoint.config, **entries})
+
+    assert checkpoint.shared_expert_size == 0
+    assert of(n_shared_experts=2, moe_intermediate_size=32).shared_expert_size == 64
+    made = of(shared_expert_intermediate_size=64)
+    monkeypatch.setattr(tune_command, "read_checkpoint", lambda name: made)
+    arguments = argparse.Namespace(checkpoint=["x"], shape=[], dtype=None, tp=1)
+    alone, shared = tune_command.shapes_of(arguments, GPU)
+    assert shared == dataclasses.replace(alone, shared=64) and alone.shared == 0
+
+
+def test_the_launches_that_are_timed_compute_the_shared_expert():
+    """The bench on the CPU, whose ops take no plan."""
+    shape = random_layers.LayerShape(4, 2, 128, 64, 32, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    bench = object.__new__(tune_bench.GpuBench)
+    bench.shape, bench.cu_count, bench.buffers = shape, 1, {}
+    bench.layers = [random_layers.random_layer(shape, generator)]
+    sizes = ((48, 128), (128, 24), (128,))
+    up, down, gate = (torch.randn(s, generator=generator).bfloat16() for s in sizes)
+    bench.shared = [(up, down, gate)]
+    ids, weights = random_layers.random_routing(3, shape, generator)
+    x = torch.randn(3, 128, generator=generator).bfloat16() / 12
+    middle = torch.zeros(6, 64).bfloat16()
+    bench.inputs = {3: [(x, ids, weights, middle)] * tune_bench.BATCHES}
+    bench.launch("gate_up", 3, 0, None, middle)
+    out = torch.zeros(3, 128).bfloat16()
+    bench.launch("down", 3, 0, None, out, middle)
+    a, b = (x.float() @ up.float().T).chunk(2, 1)
+    factors = (x.float() @ gate.float()).sigmoid()[:, None]
+    expected = factors * ((torch.nn.functional.silu(a) * b) @ down.float().T)
+    written = bench.buffers[3][2].float()
+    assert (written - expected).norm() < 0.02 * expected.norm()
+    assert out.abs().sum() > 0
 
 
 def test_show_prints_tables_and_choice(monkeypatch, capsys):
@@ -442,7 +523,7 @@ def test_show_prints_tables_and_choice(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("shape", "why"),
     [
-        ("1,2,3", "five numbers"),
+        ("1,2,3", "five or six numbers"),
         ("8,9,256,128,64", "top-9 of 8"),
         ("8,2,256,128,48", "group size 48"),
         ("8,2,250,128,64", "not multiples of 64"),

@@ -17,6 +17,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.activation import GeluAndMul
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_shared_expert
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
     MAX_TOKENS,
@@ -294,14 +295,14 @@ def test_no_tokens_are_taken_over_where_the_limit_is_0(monkeypatch):
 
 
 @pytest.mark.parametrize("fused_up_to", [MAX_TOKENS, 0])
-def test_plans_are_for_calls_without_a_shared_expert(fused_up_to, monkeypatch):
-    """``tune`` measures them so."""
+def test_calls_with_a_shared_expert_have_plans_of_their_own(fused_up_to, monkeypatch):
     runner, config = make_runner()
     runner.shared_experts.fused_up_to = fused_up_to
     experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
-    plans = (1, 2, 0, 0), (1, 3, 1, 0)
-    tuned = types.SimpleNamespace(decode_plans=lambda tokens: plans)
-    monkeypatch.setattr(experts, "tuned", tuned)
+    plans = {False: ((1, 2, 0, 0), (1, 3, 1, 0)), True: ((0, 4, 0, 0), None)}
+    for name, pair in (("tuned", plans[False]), ("tuned_with_shared", plans[True])):
+        tuned = types.SimpleNamespace(decode_plans=lambda tokens, pair=pair: pair)
+        monkeypatch.setattr(experts, name, tuned)
     seen = []
     for name in ("gate_up", "down"):
         op = getattr(ops, f"fused_moe_wvSplitK_int4_{name}")
@@ -312,4 +313,15 @@ def test_plans_are_for_calls_without_a_shared_expert(fused_up_to, monkeypatch):
 
         monkeypatch.setattr(ops, f"fused_moe_wvSplitK_int4_{name}", recording)
     forward(runner, config, 3)
-    assert seen == ([None, None] if fused_up_to else list(plans))
+    assert seen == list(plans[fused_up_to > 0])
+
+
+def test_the_plans_are_looked_up_by_the_size_of_the_shared_expert(monkeypatch):
+    runner, _ = make_runner()
+    experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
+    assert experts.tuned_with_shared is None  # a CPU has no plans
+    monkeypatch.setenv("VLLM_CONFIG_ROOT", "/nowhere")
+    shape = tuning.MoEShape(8, 2, 256, 128, 64, "bf16")
+    monkeypatch.setattr(experts, "tuned", tuning.lookup("sm_90", 132, shape))
+    runner.shared_experts.prepare(experts)
+    assert experts.tuned_with_shared.shape == dataclasses.replace(shape, shared=INTER)

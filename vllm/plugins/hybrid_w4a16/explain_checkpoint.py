@@ -82,6 +82,15 @@ class Checkpoint:
         """Size of the safetensors files."""
         return self.header_bytes + sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def shared_expert_size(self) -> int:
+        """Intermediate size of a layer's shared expert; 0: the model has none."""
+        size = self.value("shared_expert_intermediate_size", default=0)
+        if size:
+            return size
+        count = self.value("n_shared_experts", "num_shared_experts", default=0)
+        return count * self.value("moe_intermediate_size", default=0)
+
     def value(self, *names: str, default: Any = None) -> Any:
         """The language model's config entry under the first of ``names`` that exists.
 

@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         action="append",
         default=[],
-        metavar="E,TOP_K,H,I,G",
-        help="experts, top-k, hidden, intermediate, group size; may be repeated",
+        metavar="E,TOP_K,H,I,G[,S]",
+        help="experts, top-k, hidden, intermediate, group size; S: intermediate size "
+        "of a shared expert in the same launches; may be repeated",
     )
     add("--dtype", choices=DTYPES, help="activation dtype (default: the checkpoint's)")
     add("--tp", type=int, default=1, help="tensor-parallel GPUs (default: 1)")

@@ -16,6 +16,10 @@ import torch
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_graph_timing as timing
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_reference as reference
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
+    SharedDown,
+    SharedGateUp,
+)
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     Plan,
     PrefillTiles,
@@ -86,11 +90,15 @@ class GpuBench:
         shape: of the random layers.
         cu_count: compute units, passed to the ops.
         variants: pool that compiles prefill tiles in advance; ``None``: no pool.
+        shared: intermediate size of a 16-bit shared expert with a gate, which the
+            launches of decode compute as well; 0: none.
 
     Raises ``ValueError`` if one layer takes more than half of the free memory.
     """
 
-    def __init__(self, shape: LayerShape, cu_count: int, variants: Any = None) -> None:
+    def __init__(
+        self, shape: LayerShape, cu_count: int, variants: Any = None, shared: int = 0
+    ) -> None:
         self.shape, self.cu_count, self.pool = shape, cu_count, variants
         device = "cuda"
         generator = torch.Generator(device).manual_seed(0)
@@ -107,7 +115,20 @@ class GpuBench:
         self.layers = [
             random_layers.random_layer(shape, generator) for _ in range(copies)
         ]
+        self.shared = [
+            tuple(
+                torch.randn(*size, generator=generator, device=device).to(shape.dtype)
+                for size in (
+                    (2 * shared, shape.hidden),
+                    (shape.hidden, shared),
+                    (shape.hidden,),
+                )
+            )
+            for _ in self.layers
+            if shared
+        ]
         self.inputs: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+        self.buffers: dict[int, tuple[torch.Tensor, ...]] = {}
         self.right: dict[tuple[str, int], torch.Tensor] = {}
         self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         self.matrix_units = torch.version.hip is None
@@ -158,16 +179,58 @@ class GpuBench:
         layer = self.layers[call % len(self.layers)]
         x, ids, weights, own_middle = self.batches(tokens)[call % BATCHES]
         cu_count, group = self.cu_count, self.shape.group_size
+        of_gate_up, of_down = self.shared_arguments(tokens, call)
         if op == "gate_up":
             w, scales, zeros = layer.w13
             ops.fused_moe_wvSplitK_int4_gate_up(
-                x, w, scales, out, ids, "silu", cu_count, group, zeros, plan=plan
+                x,
+                w,
+                scales,
+                out,
+                ids,
+                "silu",
+                cu_count,
+                group,
+                zeros,
+                plan=plan,
+                shared=of_gate_up,
             )
             return
         w, scales, zeros = layer.w2
         a = own_middle if middle is None else middle
         ops.fused_moe_wvSplitK_int4_down(
-            a, w, scales, out, ids, weights, cu_count, group, zeros, plan=plan
+            a,
+            w,
+            scales,
+            out,
+            ids,
+            weights,
+            cu_count,
+            group,
+            zeros,
+            plan=plan,
+            shared=of_down,
+        )
+
+    def shared_arguments(
+        self, tokens: int, call: int
+    ) -> tuple[ops.SharedTensors, ops.SharedTensors]:
+        """The shared expert's arguments of call number ``call`` of gate_up and down."""
+        if not self.shared:
+            return ops.NO_SHARED_EXPERT
+        up, down, gate = self.shared[call % len(self.shared)]
+        if tokens not in self.buffers:  # for one number of tokens at a time
+            sizes = (down.shape[1], self.shape.hidden)
+            middle, out = (
+                torch.zeros(tokens, n, dtype=self.shape.dtype, device=up.device)
+                for n in sizes
+            )
+            factors = torch.zeros(tokens, device=up.device)
+            self.buffers = {tokens: (middle, factors, out)}
+        middle, factors, out = self.buffers[tokens]
+        return (
+            SharedGateUp(up, gate, middle, factors),
+            SharedDown(middle, down, factors, out),
         )
 
     def output(self, op: str, tokens: int) -> torch.Tensor:

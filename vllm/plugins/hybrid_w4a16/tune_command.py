@@ -14,6 +14,7 @@ import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import MAX_TOKENS
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     MoEShape,
     PrefillTiles,
@@ -35,11 +36,16 @@ from vllm.plugins.hybrid_w4a16.tune_shape import (
 
 
 def parse_shape(text: str, dtype: str) -> MoEShape:
-    """Parse ``E,TOP_K,H,I,G``; raises ``ValueError`` for anything else."""
+    """Parse ``E,TOP_K,H,I,G`` or ``E,TOP_K,H,I,G,SHARED``; raises ``ValueError`` for
+    anything else."""
     sizes = text.split(",")
-    if len(sizes) != 5 or not all(s.strip().isdecimal() and int(s) for s in sizes):
-        raise ValueError(f"--shape {text!r} is not E,TOP_K,H,I,G: five numbers above 0")
-    experts, top_k, hidden, inter, group = map(int, sizes)
+    numbers = all(s.strip().isdecimal() and int(s) for s in sizes)
+    if len(sizes) not in (5, 6) or not numbers:
+        raise ValueError(
+            f"--shape {text!r} is not E,TOP_K,H,I,G or E,TOP_K,H,I,G,SHARED: five or "
+            "six numbers above 0"
+        )
+    experts, top_k, hidden, inter, group, *shared = map(int, sizes)
     if top_k > experts:
         raise ValueError(f"--shape {text!r}: top-{top_k} of {experts} experts")
     if group not in random_layers.GROUP_SIZES:
@@ -48,7 +54,9 @@ def parse_shape(text: str, dtype: str) -> MoEShape:
         raise ValueError(
             f"--shape {text!r}: {hidden} and {inter} are not multiples of {group}"
         )
-    return MoEShape(experts, top_k, hidden, inter, group, dtype)
+    if shared and (shared[0] % 8 or hidden % 8):
+        raise ValueError(f"--shape {text!r}: {shared[0]} is not a multiple of 8")
+    return MoEShape(experts, top_k, hidden, inter, group, dtype, *shared)
 
 
 def parse_tokens(text: str | None) -> tuple[int, ...]:
@@ -72,16 +80,18 @@ def shapes_of(args: argparse.Namespace, family: Any) -> list[MoEShape]:
         dtype = explain_layers.activation_dtype(checkpoint)
         for layer in explain_layers.expert_layers(checkpoint, args.tp, family):
             if layer.bits == 4 and layer.group_size is not None:
-                shapes.append(
-                    MoEShape(
-                        layer.num_experts,
-                        layer.top_k,
-                        layer.hidden,
-                        layer.intermediate // args.tp,
-                        layer.group_size,
-                        args.dtype or random_layers.dtype_name(dtype),
-                    )
+                shape = MoEShape(
+                    layer.num_experts,
+                    layer.top_k,
+                    layer.hidden,
+                    layer.intermediate // args.tp,
+                    layer.group_size,
+                    args.dtype or random_layers.dtype_name(dtype),
                 )
+                shapes.append(shape)
+                shared = checkpoint.shared_expert_size // args.tp
+                if shared and shared % 8 == 0:
+                    shapes.append(dataclasses.replace(shape, shared=shared))
     return list(dict.fromkeys(shapes))
 
 
@@ -131,6 +141,8 @@ def measure(
     with Progress("tune") as progress:
         try:
             for shape in shapes:
+                if shape.shared and args.only == "prefill":
+                    continue  # prefill leaves the shared expert to vLLM
                 progress.say(f"{shape}")
                 layer = LayerShape(
                     shape.experts,
@@ -140,12 +152,13 @@ def measure(
                     shape.group_size,
                     DTYPES[shape.dtype],
                 )
-                if args.only != "decode":
+                prefill = args.only != "decode" and not shape.shared
+                if prefill:
                     tiles = [t for m in (16, 32, 64, 128) for t in tile_sizes(m)]
                     pool = prefill_kernels.CompilePool(
                         [(layer, PrefillTiles(tile, tile)) for tile in tiles]
                     )
-                bench = GpuBench(layer, family.cu_count, pool)
+                bench = GpuBench(layer, family.cu_count, pool, shape.shared)
                 tuning.forget()
                 current = tuning.lookup(family.name, family.cu_count, shape)
                 tuner = Tuner(
@@ -155,7 +168,7 @@ def measure(
                     source,
                     lambda e: tuning.write_owner_entry(family.name, e),
                     progress,
-                    decode_tokens,
+                    [t for t in decode_tokens if not shape.shared or t <= MAX_TOKENS],
                     args.full,
                 )
                 entries.append(tuner.entry)
@@ -164,9 +177,10 @@ def measure(
                 if args.only == "decode" and current.exact and current.entry:
                     tuner.entry["rows"] = current.entry["rows"]
                     tuner.entry["prefill_from"] = current.entry["prefill_from"]
-                tuner.run(args.only != "prefill", args.only != "decode")
+                tuner.run(args.only != "prefill", prefill)
                 if pool is not None:
                     pool.close()
+                    pool = None
         except KeyboardInterrupt:
             if pool is not None:
                 pool.close()

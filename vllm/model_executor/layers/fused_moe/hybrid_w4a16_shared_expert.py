@@ -139,6 +139,7 @@ class FusingSharedExperts(SharedExperts):
                 return
         self.fused_up_to = min(self._limit(), experts.decode_up_to)
         if self.fused_up_to > 0:
+            experts.shares_launches(_weights(self.module.gate_up_proj)[0].shape[0] // 2)
             how = f"{_format(self.module)} up to {self.fused_up_to} tokens"
             oracle.report_fused(_PART, self._layer_name, how)
         else:

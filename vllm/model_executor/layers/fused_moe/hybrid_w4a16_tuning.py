@@ -269,11 +269,14 @@ class MoEShape:
     group_size: int
     dtype: str
     """bf16 or fp16."""
+    shared: int = 0
+    """On this rank, intermediate size of the shared expert in the launches; 0: none."""
 
     def __str__(self) -> str:
         return (
             f"{self.experts} experts, top-{self.top_k}, {self.hidden} x "
             f"{self.intermediate}, g{self.group_size}, {self.dtype}"
+            + (f", shared expert {self.shared}" if self.shared else "")
         )
 
 
@@ -380,7 +383,13 @@ def _rule(arch: str, shape: MoEShape) -> int:
 
 
 def distance(entry: dict[str, Any], shape: MoEShape) -> float:
-    """Distance between an entry and a shape; 0 if the shapes are equal."""
+    """Distance between an entry and a shape; 0 if the shapes are equal.
+
+    Infinite if only one has a shared expert, which takes part of the device.
+    """
+    shared = entry.get("shared", 0)
+    if (shared > 0) != (shape.shared > 0):
+        return math.inf
     spread = entry["top_k"] * shape.experts / (entry["experts"] * shape.top_k)
     sizes = (
         spread,
@@ -389,6 +398,7 @@ def distance(entry: dict[str, Any], shape: MoEShape) -> float:
         entry["intermediate"] / shape.intermediate,
         # a quarter as many groups is only a little less work
         (entry["group_size"] / shape.group_size) ** 0.25,
+        (shared or 1) / (shape.shared or 1),
     )
     far = sum(abs(math.log(ratio)) for ratio in sizes)
     return far + 0.05 * (entry["dtype"] != shape.dtype)
@@ -425,7 +435,7 @@ def owner_entries(arch: str) -> list[dict[str, Any]]:
     return entries
 
 
-SHAPE_FIELDS = ("experts", "top_k", "hidden", "intermediate", "group_size", "dtype")
+_FIELDS = ("experts", "top_k", "hidden", "intermediate", "group_size", "dtype")
 
 
 # fork: begin overlay
@@ -434,11 +444,11 @@ def write_owner_entry(arch: str, entry: dict[str, Any]) -> Path:
 
     The file is replaced as a whole. Returns its path.
     """
-    key = ("compute_units", *SHAPE_FIELDS)
+    key = entry["compute_units"], entry_shape(entry)
     kept = [
         other
         for other in owner_entries(arch)
-        if any(other[name] != entry[name] for name in key)
+        if (other["compute_units"], entry_shape(other)) != key
     ]
     path = owner_table(arch)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -471,7 +481,8 @@ def shape_fields(shape: MoEShape) -> dict[str, Any]:
 # fork: end
 def entry_shape(entry: dict[str, Any]) -> MoEShape:
     """The shape of an entry."""
-    return MoEShape(**{name: entry[name] for name in SHAPE_FIELDS})
+    sizes = {name: entry[name] for name in _FIELDS}
+    return MoEShape(**sizes, shared=entry.get("shared", 0))
 
 
 def used_text() -> str | None:

@@ -9,6 +9,10 @@ activation, then down with the weighted sum over top-k. On a GPU many tokens (pr
 run through Triton instead, on the same weights.
 """
 
+# fork: begin token
+import dataclasses
+
+# fork: end
 import functools
 
 # fork: begin token
@@ -91,6 +95,9 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
                 "fp16" if moe_config.in_dtype == torch.float16 else "bf16",
             )
             self.tuned = tuning.lookup(family.name, family.cu_count, shape)
+        # fork: begin token
+        self.tuned_with_shared: tuning.Tuned | None = None
+        # fork: end
         self.prefill_from = None if self.tuned is None else self.tuned.prefill_from
         self._matrices: tuple[Any, Any] | None = None
 
@@ -160,6 +167,17 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         return (0,), (M * topk, N // 2), (M, K)
 
     # fork: begin token
+    def shares_launches(self, intermediate: int) -> None:
+        """A shared expert with this intermediate size comes into the launches.
+
+        It takes part of the device, so the launches have plans of their own.
+        """
+        if self.tuned is not None:
+            shape = dataclasses.replace(self.tuned.shape, shared=intermediate)
+            self.tuned_with_shared = tuning.lookup(
+                self.tuned.arch, self.cu_count, shape
+            )
+
     @property
     def decode_up_to(self) -> int:
         """Most tokens that run through the decode kernels."""
@@ -291,9 +309,13 @@ class HybridW4A16MoEExperts(mk.FusedMoEExpertsModular):
         shared: tuple[ops.SharedTensors, ops.SharedTensors] = ops.NO_SHARED_EXPERT,
     ) -> None:
         plans: tuple[tuning.Plan | None, tuning.Plan | None] = (None, None)
-        # plans are measured without a shared expert, for which the rule makes room
-        if self.tuned is not None and shared is ops.NO_SHARED_EXPERT:
-            plans = self.tuned.decode_plans(x.shape[0])
+        tuned = self.tuned
+        # fork: begin token
+        if shared is not ops.NO_SHARED_EXPERT:
+            tuned = self.tuned_with_shared
+        # fork: end
+        if tuned is not None:
+            plans = tuned.decode_plans(x.shape[0])
         name, alpha, beta, limit = activation
         ops.fused_moe_wvSplitK_int4_gate_up(
             x,
