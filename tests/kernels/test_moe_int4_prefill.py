@@ -27,7 +27,6 @@ from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops as ops
 
 # fork: end
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
-    TILED,
     MoEShape,
     PrefillTiles,
     Tile,
@@ -214,7 +213,9 @@ def test_dense_against_float64(number):
     # fork: end
     # fork: begin overlay
     if ops.has_tiled():
-        tiles += [Tile(t, 64 * (1 + number % 2), 2, 2, TILED) for t in (8, 16, 32, 64)]
+        tiles += [
+            Tile(t, 64 * (1 + number % 2), 2, 2, "tiled") for t in (8, 16, 32, 64)
+        ]
     # fork: end
     # fork: begin lm_head
     expected = a.double() @ weights.dense[0].T
