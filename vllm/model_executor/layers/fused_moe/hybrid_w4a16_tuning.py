@@ -269,15 +269,21 @@ class MoEShape:
     group_size: int
     dtype: str
     """bf16 or fp16."""
+    # fork: begin token
     shared: int = 0
     """On this rank, intermediate size of the shared expert in the launches; 0: none."""
+    # fork: end
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.experts} experts, top-{self.top_k}, {self.hidden} x "
             f"{self.intermediate}, g{self.group_size}, {self.dtype}"
-            + (f", shared expert {self.shared}" if self.shared else "")
         )
+        # fork: begin token
+        if self.shared:
+            text += f", shared expert {self.shared}"
+        # fork: end
+        return text
 
 
 @dataclass(frozen=True)
@@ -383,13 +389,7 @@ def _rule(arch: str, shape: MoEShape) -> int:
 
 
 def distance(entry: dict[str, Any], shape: MoEShape) -> float:
-    """Distance between an entry and a shape; 0 if the shapes are equal.
-
-    Infinite if only one has a shared expert, which takes part of the device.
-    """
-    shared = entry.get("shared", 0)
-    if (shared > 0) != (shape.shared > 0):
-        return math.inf
+    """Distance between an entry and a shape; 0 if the shapes are equal."""
     spread = entry["top_k"] * shape.experts / (entry["experts"] * shape.top_k)
     sizes = (
         spread,
@@ -398,9 +398,15 @@ def distance(entry: dict[str, Any], shape: MoEShape) -> float:
         entry["intermediate"] / shape.intermediate,
         # a quarter as many groups is only a little less work
         (entry["group_size"] / shape.group_size) ** 0.25,
-        (shared or 1) / (shape.shared or 1),
     )
     far = sum(abs(math.log(ratio)) for ratio in sizes)
+    # fork: begin token
+    shared = entry.get("shared", 0)
+    if (shared > 0) != (shape.shared > 0):
+        return math.inf  # a shared expert takes part of the device
+    if shared:
+        far += abs(math.log(shared / shape.shared))
+    # fork: end
     return far + 0.05 * (entry["dtype"] != shape.dtype)
 
 
@@ -481,8 +487,11 @@ def shape_fields(shape: MoEShape) -> dict[str, Any]:
 # fork: end
 def entry_shape(entry: dict[str, Any]) -> MoEShape:
     """The shape of an entry."""
-    sizes = {name: entry[name] for name in _FIELDS}
-    return MoEShape(**sizes, shared=entry.get("shared", 0))
+    shape = MoEShape(**{name: entry[name] for name in _FIELDS})
+    # fork: begin token
+    shape = MoEShape(**{**vars(shape), "shared": entry.get("shared", 0)})
+    # fork: end
+    return shape
 
 
 def used_text() -> str | None:
