@@ -5,7 +5,6 @@
 // depend on it only in the order of fp32 sums.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <stdexcept>
@@ -303,7 +302,7 @@ inline GateUpPlan grouped_gate_up_plan(const Problem& p) {
     // One window per wave, all of it requested at once, as long as the waves are few rounds.
     const int waves = ceil_div(p.blocks, kWindowBlocks);
     const double most = 96.0 * p.cu_count / (static_cast<double>(tiles) * p.pairs());
-    return {Kernel::kPairs, even_parts(p.blocks, clamp(std::min<double>(waves, most), 1, 8)), 0, 0};
+    return {Kernel::kPairs, even_parts(p.blocks, clamp(waves < most ? waves : most, 1, 8)), 0, 0};
   }
   GateUpPlan out{Kernel::kGrouped, 1, 0, 1};
   out.slots = p.tokens <= 4 ? p.tokens : p.pairs_per_expert() < 6 ? 8 : kGateUpSlots;
