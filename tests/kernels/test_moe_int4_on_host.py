@@ -415,11 +415,12 @@ class Maker:
             return
         sizes = [1, 2, 3, 4, 5]
         if self.op != "gemm":
-            sizes = [*sizes, 6, 7, 8, 9] if every else [1, self.pick(2, 3, 5, 7), 8, 9]
+            few = [1, self.pick(2, 3, 5, 7), self.pick(8, 9)]
+            sizes = [*sizes, 6, 7, 8, 9] if every else few
         step = 8 if self.zero_points else 1
         for size in sizes:
             both = (self.pick(1, 2, 3, 5) * self.group, 1024 + self.group)
-            for k in both if size in (1, 3, 8) else (self.pick(*both),):
+            for k in both if size == 1 or every else (self.pick(*both),):
                 n = step * int(self.rng.integers(1, 48 // step + 1))
                 # Some of the kernels for one row require aligned rows.
                 self.aligned = size == 1 or self.pick(True, False)
