@@ -21,13 +21,15 @@
 //        down    ceil(n / kRowsPerWave), ceil(num_tokens / T), 1
 //        gemm    ceil(n / kRowsPerWave), num_blocks, 1
 // fork: begin overlay
+//        multi_gate_up   ceil(inter / (row tiles of a block)), top_k, num_tokens; a block derives
+//                        its row tiles from grid_x
 //        grouped_gate_up ceil(inter / (waves * row_tiles tiles)), most lists of pairs,
 //                        ceil(num_tokens / kGroupTokens)
 //        grouped_down, wide_down  ceil(n / kRowsPerWave), ceil(n / (2 * kRowsPerWave));
 //                        ceil(num_tokens / kGroupTokens), 1
 //        tiled_gate_up   most lists of T pairs * ceil(inter / (waves * row_tiles tiles)), 1, 1
 //        tiled_down      most lists of T pairs * ceil(n / (waves * row_tiles tiles)), 1, 1
-// The last five exist only with matrix instructions; geometry.h has their LDS.
+// The last six exist only with matrix instructions; geometry.h has their LDS.
 // fork: end
 // With a shared expert the y dimension of these grids, except for gemm, starts with shared_y rows
 // of blocks for it (shared_expert.cuh); shared_y is 0 without one. grid_x is the size of x. Its

@@ -121,7 +121,7 @@ void launch_gate_up(const GateUpArgs& args, void* queue) {
 #if GPU_HAS_MMA
   const bool streams = plan.kernel != Kernel::kEights;
   const int wave_lds = streams ? gate_up_stream_lds(p, plan) : lds / plan.waves;
-  const int grid_x = ceil_div(inter, kRowGroups * (streams ? plan.stream_tiles() : 1));
+  const int grid_x = ceil_div(inter, kRowGroups * plan.stream_tiles());
 #else
   const int wave_lds = lds / plan.waves, grid_x = ceil_div(inter, kRowGroups);
 #endif

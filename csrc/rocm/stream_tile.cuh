@@ -28,9 +28,9 @@ class StreamTile {
   static constexpr int kColumns = kGroups == 1 ? 1 : 2;  // of a lane's two, those in use
 
  public:
-  // The row sets start at row0 and row1 of the lane. Rows of the first set from `rows` on repeat
-  // the last one before. `ring` is the wave's LDS. `zeros` is the block's; its first wave fills it,
-  // so a block barrier has to follow.
+  // The row sets start at row0 and row1 of the lane. Rows of the first set from `rows_of_set` on
+  // repeat the last one before. `ring` is the wave's LDS. `zeros` is the block's; its first wave
+  // fills it, so a block barrier has to follow.
   GPU_DEVICE StreamTile(const WeightStack& weights, int row0, int row1, int rows_of_set, int first,
                         int last, int k, char* ring, char* zeros)
       : weights_(weights),

@@ -54,7 +54,7 @@ def parse_shape(text: str, dtype: str) -> MoEShape:
         raise ValueError(
             f"--shape {text!r}: {hidden} and {inter} are not multiples of {group}"
         )
-    if shared and (shared[0] % 8 or hidden % 8):
+    if shared and shared[0] % 8:  # hidden is a multiple of the group size
         raise ValueError(f"--shape {text!r}: {shared[0]} is not a multiple of 8")
     return MoEShape(experts, top_k, hidden, inter, group, dtype, *shared)
 

@@ -935,7 +935,7 @@ def prefill_experts(
 
 
 # fork: begin overlay
-_MOST_ROWS = 1 << 16  # of a dense call whose lists are made in advance
+_MOST_ROWS = 1 << 16  # of a dense call without new lists
 
 
 @functools.cache
@@ -949,7 +949,8 @@ def _lists_of(device: torch.device, rows: int) -> tuple[torch.Tensor, ...]:
 
 def _rows_in_order(device: torch.device, rows: int, block_m: int) -> Blocks:
     """The lists of ``rows`` rows that all go to expert 0."""
-    ids, experts, count = _lists_of(device, max(rows, _MOST_ROWS))
+    made = max(_MOST_ROWS, 1 << (rows - 1).bit_length())  # few sizes, as they are kept
+    ids, experts, count = _lists_of(device, made)
     lists = _cdiv(rows, block_m)
     return Blocks(ids[: lists * block_m], experts[:lists], count)
 
@@ -980,7 +981,7 @@ def dense(
     # fork: begin overlay
     if tile.tiled:
         if x.data_ptr() % 16 or x.stride(0) % 8:
-            x = x.contiguous()
+            x = x.clone(memory_format=torch.contiguous_format)
         out = x.new_empty(num_rows, n)
         ops.fused_moe_wvSplitK_int4_tiled_down(
             x,
