@@ -12,10 +12,11 @@ Every setting is an engine of vLLM in a process of its own:
   stock                   stock vLLM as it chooses by itself
 
 Settings run one after the other. With --together all are loaded at once and take turns,
-so that a slow phase of the machine affects all of them. A turn measures all batch sizes
-and prompts; engines never run at the same time. The table has the median and deciles
-over the steps of all turns, and how many times as fast as the first stock setting they
-are. --trace adds the GPU's time by part of the model.
+so that a slow phase of the machine affects all of them. A turn measures all batch
+sizes, prompts and loads; engines never run at the same time. The table has the median
+and deciles over the steps of all turns, and how many times as fast as the first stock
+setting they are. --load adds tokens/s with requests that come and go, whose lengths
+differ. --trace adds the GPU's time by part of the model.
 
 No checkpoint is needed: weights are made at load. Random MTP layers predict nothing, so
 with --speculative a step costs what it would, but gains one token.
@@ -63,6 +64,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--batch", default="1,2,4", help="requests at a time (default 1,2,4)")
     add("--prompt", default="128,512,2048", help="tokens (default 128,512,2048)")
+    add(
+        "--load",
+        metavar="N,...",
+        help="also requests at a time that come and go; 256 of them need --kv-gib 24 "
+        "with qwen3.5-35b-a3b",
+    )
     add("--context", type=int, default=128, help="prompt of a decoding request")
     add("--tokens", type=int, default=128, help="new tokens per request (default 128)")
     add("--repeats", type=int, default=3, help="turns per setting (default 3)")
@@ -98,6 +105,8 @@ def _check(options: argparse.Namespace) -> None:
     options.settings = parse_settings(options.settings, options.device)
     options.batch = tuple(positive_numbers("--batch", options.batch))
     options.prompt = tuple(positive_numbers("--prompt", options.prompt))
+    load = positive_numbers("--load", options.load) if options.load else ()
+    options.load = tuple(load)
     for name in ("layers", "context", "repeats", "tensor_parallel", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -149,6 +158,7 @@ class Benchmark:
         self.logs: dict[str, list[str]] = {}
         self.decoded: dict[tuple[str, int], list[Any]] = defaultdict(list)
         self.prefilled: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self.loaded: dict[tuple[str, int], list[Any]] = defaultdict(list)
         self.traces: list[dict[str, Any]] = []
 
     def run(self) -> None:
@@ -185,7 +195,7 @@ class Benchmark:
         for old in traces.glob("*"):
             old.unlink()
         common = (
-            *("device", "batch", "prompt", "context", "tokens", "speculative"),
+            *("device", "batch", "prompt", "load", "context", "tokens", "speculative"),
             *("tensor_parallel", "eager", "trace", "threads", "kv_gib", "engine"),
         )
         return Job(
@@ -224,20 +234,26 @@ class Benchmark:
         self.logs[name] = engine.log_lines()
 
     def turn(self, engine: EngineProcess) -> None:
-        """Measure all batch sizes and prompts once."""
+        """Measure all batch sizes, prompts and loads once."""
         name = engine.job.setting.name
         for batch in self.options.batch:
             self.decoded[name, batch].append(engine.ask("decode", batch))
         for tokens in self.options.prompt:
             for _ in range(PROMPTS_PER_TURN):
                 self.prefilled[name, tokens].append(engine.ask("prefill", tokens))
+        for requests in self.options.load:
+            self.loaded[name, requests].append(engine.ask("load", requests))
 
     def trace(self, engine: EngineProcess) -> None:
-        """Trace decode steps at all batch sizes."""
-        for batch in self.options.batch:
-            found = engine.ask("trace", batch)
-            row = {"setting": engine.job.setting.name, "batch": batch, **found}
-            self.traces.append(row)
+        """Trace decode steps at all batch sizes, and steps under load."""
+        for kind, question, sizes in (
+            ("batch", "trace", self.options.batch),
+            ("load", "trace_load", self.options.load),
+        ):
+            for size in sizes:
+                found = engine.ask(question, size)
+                row = {"setting": engine.job.setting.name, kind: size, **found}
+                self.traces.append(row)
 
     def result(self) -> dict[str, Any]:
         """All results, in the form of the JSON file."""
@@ -256,6 +272,7 @@ class Benchmark:
             "failures": self.failures,
             "decode": [report.decode_row(*k, v) for k, v in self.decoded.items()],
             "prefill": [report.prefill_row(*k, v) for k, v in self.prefilled.items()],
+            "load": [report.load_row(*k, v) for k, v in self.loaded.items()],
             "traces": self.traces,
         }
 

@@ -133,7 +133,7 @@ def test_random_int4_has_mean_zero(dtype):
 
 
 def test_ratios_are_to_the_peer():
-    from token_bench.report import decode_row, prefill_row, time_table
+    from token_bench.report import decode_row, load_row, prefill_row, time_table
 
     def turn(ms, tokens=1.0):
         return {"ms": ms, "tokens": tokens, "distinct": 1.0}
@@ -142,6 +142,13 @@ def test_ratios_are_to_the_peer():
     result = {
         "decode": [decode_row(name, 1, found) for name, found in turns.items()],
         "prefill": [prefill_row("a", 16, [5.0])],
+        "load": [
+            load_row(name, 4, [{**found, "requests": 4.0, "first_ms": [7.0]}])
+            for name, found in (
+                ("a", {"ms": [2.0], "tokens_per_s": 300.0}),
+                ("b", {"ms": [3.0], "tokens_per_s": 200.0}),
+            )
+        ],
     }
     lines = time_table(["a", "b"], "b", result)
     assert lines[1].split("TPOT, batch 1")[1].split() == [
@@ -149,6 +156,12 @@ def test_ratios_are_to_the_peer():
         *("3.00", "(3.00-7.80)", "1.00x"),
     ]
     assert lines[2].split("TTFT, prompt 16")[1].split() == ["5.00", "(5.00-5.00)", "-"]
+    assert lines[3].split("step, load 4")[1].split()[:3] == [
+        *("2.00", "(2.00-2.00)", "1.50x")
+    ]
+    assert lines[4].split("tokens/s, load 4")[1].split() == [
+        *("300", "1.50x", "200", "1.00x")
+    ]
     # two tokens per step of 2 ms
     assert decode_row("c", 1, [turn([2.0, 2.0], tokens=2.0)])["ms"] == 1.0
 
@@ -160,6 +173,7 @@ def test_ratios_are_to_the_peer():
         ("--settings hybrid,hybrid", "--settings: names repeat: hybrid,hybrid"),
         ("--batch 1,0", "--batch: '0' is not a positive number"),
         ("--prompt x", "--prompt: 'x' is not a positive number"),
+        ("--load 4,x", "--load: 'x' is not a positive number"),
         ("--tokens 8", "--tokens: expected more than 8"),
         ("--layers 0", "--layers: 0 is not a positive number"),
         ("--tensor-parallel 9999", "--tensor-parallel: 9999 exceeds the "),
@@ -189,6 +203,7 @@ def test_tiny_models(tmp_path):
         command = [sys.executable, SCRIPT, "--model", model, "--tiny", "--eager"]
         command += ["--batch", "1,3", "--prompt", "16", "--context", "8"]
         command += ["--tokens", "24", "--repeats", "2", "--speculative", str(drafts)]
+        command += ["--load", "4"]
         command += ["--together", "--timeout", "300", "--json", file, "--out", tmp_path]
         done = subprocess.run(
             [*command, "--settings", "hybrid,hybrid+int4_rescored,stock"],
@@ -209,5 +224,9 @@ def test_tiny_models(tmp_path):
             assert all(row["distinct_tokens"] > 0.5 for row in rows)
             (prefill,) = (row for row in result["prefill"] if row["setting"] == name)
             assert prefill["samples"] == 6
+            (load,) = (row for row in result["load"] if row["setting"] == name)
+            # a request misses the step in which its predecessor's end is seen
+            assert 3 < load["requests_per_step"] <= 4
+            assert load["tokens_per_s"] > 0 and load["first_ms"]["ms"] > 0
         (log,) = (s["log"] for s in result["settings"] if s["name"] == "hybrid")
         assert any("HybridW4A16 MoE: 4/4 layers" in line for line in log)

@@ -49,12 +49,26 @@ def prefill_row(setting: str, prompt: int, times: list[float]) -> Row:
     }
 
 
+def load_row(setting: str, requests: int, turns: list[dict[str, Any]]) -> Row:
+    """Output tokens/s and time of a step, over all turns (``worker.Engine.load``)."""
+    return {
+        "setting": setting,
+        "load": requests,
+        **spread([ms for turn in turns for ms in turn["ms"]]),
+        "tokens_per_s": statistics.median(turn["tokens_per_s"] for turn in turns),
+        "turns_tokens_per_s": [turn["tokens_per_s"] for turn in turns],
+        "requests_per_step": statistics.mean(turn["requests"] for turn in turns),
+        "first_ms": spread([ms for turn in turns for ms in turn["first_ms"]]),
+    }
+
+
 def time_table(settings: list[str], peer: str | None, result: Row) -> list[str]:
-    """TPOT and TTFT of all settings as lines; ``peer``: the setting of the ratios."""
+    """All times of all settings as lines; ``peer``: the setting of the ratios."""
     lines = [_line("ms", settings)]
     for title, rows, key in (
         ("TPOT, batch", result["decode"], "batch"),
         ("TTFT, prompt", result["prefill"], "prompt"),
+        ("step, load", result["load"], "load"),
     ):
         for value in dict.fromkeys(row[key] for row in rows):
             mine = {row["setting"]: row for row in rows if row[key] == value}
@@ -69,16 +83,21 @@ def time_table(settings: list[str], peer: str | None, result: Row) -> list[str]:
                 for name in settings
             ]
             lines.append(_line(f"tokens/step, batch {batch}", cells))
+    for requests in dict.fromkeys(row["load"] for row in result["load"]):
+        mine = {r["setting"]: r for r in result["load"] if r["load"] == requests}
+        base = mine.get(peer or "")
+        cells = [_rate(mine.get(name), base) for name in settings]
+        lines.append(_line(f"tokens/s, load {requests}", cells))
     return lines
 
 
 def part_tables(settings: list[str], traces: list[Row]) -> list[str]:
-    """GPU time and launches by part as lines, a table for each batch size."""
+    """GPU time and launches by part as lines, a table for each batch size and load."""
     lines = []
-    for batch in dict.fromkeys(row["batch"] for row in traces):
-        mine = {row["setting"]: row for row in traces if row["batch"] == batch}
+    for title in dict.fromkeys(map(_traced, traces)):
+        mine = {row["setting"]: row for row in traces if _traced(row) == title}
         names = [name for name in settings if name in mine]
-        lines += ["", _line(f"GPU us, batch {batch}", names)]
+        lines += ["", _line(f"GPU us, {title}", names)]
         for part in PARTS:
             found = [mine[name]["parts"].get(part) for name in names]
             if any(found):
@@ -99,6 +118,19 @@ def _times(row: Row | None, base: Row | None) -> str:
         return "-"
     text = f"{row['ms']:.2f} ({row['ms_p10']:.2f}-{row['ms_p90']:.2f})"
     return text if base is None else f"{text} {base['ms'] / row['ms']:.2f}x"
+
+
+def _rate(row: Row | None, base: Row | None) -> str:
+    if row is None:
+        return "-"
+    text = f"{row['tokens_per_s']:.0f}"
+    if base is None:
+        return text
+    return f"{text} {row['tokens_per_s'] / base['tokens_per_s']:.2f}x"
+
+
+def _traced(row: Row) -> str:
+    return f"load {row['load']}" if "load" in row else f"batch {row['batch']}"
 
 
 def _part(part: dict[str, float] | None) -> str:

@@ -3,6 +3,7 @@
 """One engine in a process of its own, which answers questions about its speed."""
 
 import contextlib
+import itertools
 import os
 import random
 import sys
@@ -12,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from make_requests import length
 from serve_bench.cases import SWITCH
 
 from token_bench.parts import attribute, read_trace
@@ -21,7 +24,13 @@ from token_bench.settings import LM_HEAD, Setting
 
 SKIPPED_STEPS = 8  # of each request, so that all requests of a batch decode
 TRACED_STEPS = 16
+LOAD_STEPS = 96  # measured, after as many requests have ended as run at a time
 _WARM_UP_TOKENS = SKIPPED_STEPS + 4
+# Tokens of prompts and completions under load: make_requests.py's log-normal lengths.
+_PROMPT_MEDIAN, _OUTPUT_MEDIAN, _LONGEST = 110, 130, 1024
+_LENGTHS = SimpleNamespace(spread=1.0, longest=_LONGEST)
+# Of a step with prompts under load, as in vLLM's server on GPUs with 70 GiB or more.
+_LOAD_BATCHED_TOKENS = 8192
 # vLLM captures graphs up to this many tokens by itself
 _LARGEST_GRAPH = 512
 # A fraction of the GPU that is free in any case: --kv-gib decides instead.
@@ -48,6 +57,7 @@ class Job:
     device: str
     batch: tuple[int, ...]
     prompt: tuple[int, ...]
+    load: tuple[int, ...]
     context: int
     tokens: int
     speculative: int
@@ -67,7 +77,7 @@ class Engine:
         from vllm import LLM
 
         self.job = job
-        self.calls = 0
+        self.calls = self.requests = 0
         self.llm = LLM(
             str(job.model),
             load_format="dummy",
@@ -81,6 +91,8 @@ class Engine:
             self._run(batch, self.job.context, _WARM_UP_TOKENS)
         for tokens in self.job.prompt * 2:
             self.prefill(tokens)
+        for requests in self.job.load:
+            self.load(requests)
 
     def decode(self, batch: int) -> dict[str, Any]:
         """Decode ``batch`` requests at a time.
@@ -103,9 +115,81 @@ class Engine:
         times, _, _ = self._run(1, tokens, 1)
         return 1e3 * (times[0] - begin)
 
+    def load(
+        self, requests: int, on_step: Callable[[int], None] = lambda step: None
+    ) -> dict[str, Any]:
+        """Answer ``requests`` requests at a time; one that ends is followed by another.
+
+        Their lengths differ, so most steps under load decode and process a prompt.
+        Every call answers the same requests.
+
+        Returns, for ``LOAD_STEPS`` steps, "ms", the time of each; "tokens_per_s" of
+        output; "requests", the mean with a token in a step; "first_ms", from the
+        arrival to the first token of each request. ``on_step`` is called with the
+        number of measured steps so far.
+        """
+        engine, generator = self.llm.llm_engine, random.Random(requests)
+        waiting: dict[str, float] = {}  # when each request came
+        running: set[str] = set()
+
+        def begin() -> None:
+            lengths = [
+                length(generator, median, _LENGTHS)
+                for median in (_PROMPT_MEDIAN, _OUTPUT_MEDIAN)
+            ]
+            name = self._add(generator, *lengths)
+            waiting[name] = time.perf_counter()
+            running.add(name)
+
+        for _ in range(requests):
+            begin()
+        ended = 0
+        times: list[float] = []
+        first: list[float] = []
+        counts: list[tuple[int, int]] = []  # of requests and tokens
+        while len(times) <= LOAD_STEPS:
+            outputs = engine.step()
+            if not outputs:
+                continue
+            now = time.perf_counter()
+            if ended >= requests:
+                on_step(len(times))
+                times.append(now)
+                tokens = [len(output.outputs[0].token_ids) for output in outputs]
+                counts.append((len(tokens), sum(tokens)))
+            for output in outputs:
+                came = waiting.pop(output.request_id, None)
+                if came is not None and times:
+                    first.append(1e3 * (now - came))
+                if output.finished:
+                    ended += 1
+                    running.discard(output.request_id)
+                    begin()
+        engine.abort_request(list(running))
+        while engine.has_unfinished_requests():
+            engine.step()
+        return {
+            "ms": [1e3 * (b - a) for a, b in itertools.pairwise(times)],
+            "tokens_per_s": sum(n for _, n in counts[1:]) / (times[-1] - times[0]),
+            "requests": sum(n for n, _ in counts[1:]) / LOAD_STEPS,
+            "first_ms": first,
+        }
+
     def trace(self, batch: int) -> dict[str, Any]:
         """GPU time of decode steps by part, as ``parts.attribute`` returns it."""
+        tokens = (SKIPPED_STEPS + TRACED_STEPS + 4) * (1 + self.job.speculative)
         name = f"batch{batch}"
+        self._run(batch, self.job.context, tokens, self._profiler(name))
+        return self._attributed(name)
+
+    def trace_load(self, requests: int) -> dict[str, Any]:
+        """GPU time of steps under load by part, as ``parts.attribute`` returns it."""
+        name = f"load{requests}"
+        self.load(requests, self._profiler(name))
+        return self._attributed(name)
+
+    def _profiler(self, name: str) -> Callable[[int], None]:
+        """What traces ``TRACED_STEPS`` steps if called with the number of each step."""
 
         def switch(step: int) -> None:
             if step == SKIPPED_STEPS:
@@ -113,12 +197,32 @@ class Engine:
             elif step == SKIPPED_STEPS + TRACED_STEPS:
                 self.llm.stop_profile()
 
-        tokens = (SKIPPED_STEPS + TRACED_STEPS + 4) * (1 + self.job.speculative)
-        self._run(batch, self.job.context, tokens, switch)
+        return switch
+
+    def _attributed(self, name: str) -> dict[str, Any]:
         first_rank = min(self.job.traces.glob(f"{name}_*.json*"))
-        return attribute(
-            read_trace(first_rank), TRACED_STEPS, heads=1 + self.job.speculative
+        heads = 1 + self.job.speculative
+        return attribute(read_trace(first_rank), TRACED_STEPS, heads)
+
+    def _add(
+        self, generator: random.Random, prompt_tokens: int, new_tokens: int
+    ) -> str:
+        """Add a random request and return its name."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=new_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
         )
+        ids = generator.choices(range(1, self.job.vocabulary), k=prompt_tokens)
+        self.requests += 1
+        name = str(self.requests)
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+        return name
 
     def _run(
         self,
@@ -133,23 +237,11 @@ class Engine:
         requests and tokens in it, and all tokens. ``on_step`` is called with the number
         of steps so far.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         self.calls += 1
         generator = random.Random(self.calls)
         engine = self.llm.llm_engine
-        sampling = SamplingParams(
-            temperature=0,
-            max_tokens=new_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        for i in range(batch):
-            ids = generator.choices(range(1, self.job.vocabulary), k=prompt_tokens)
-            name = f"{self.calls}-{i}"
-            engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+        for _ in range(batch):
+            self._add(generator, prompt_tokens, new_tokens)
         times: list[float] = []
         counts: list[tuple[int, int]] = []
         seen: list[int] = []
@@ -169,12 +261,16 @@ def engine_arguments(job: Job) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` for the job."""
     drafts = job.speculative
     longest = max(*job.prompt, job.context + job.tokens)
+    batched = max(longest + 64, max(job.batch) * job.context)
+    if job.load:
+        longest = max(longest, 2 * _LONGEST)
+        batched = max(batched, _LOAD_BATCHED_TOKENS)
     arguments: dict[str, Any] = {
         "dtype": "bfloat16",
         "skip_tokenizer_init": True,
         "max_model_len": longest + 64,
-        "max_num_seqs": max(job.batch),
-        "max_num_batched_tokens": max(longest + 64, max(job.batch) * job.context),
+        "max_num_seqs": max(*job.batch, *job.load),
+        "max_num_batched_tokens": batched,
         "enable_prefix_caching": False,
         "enforce_eager": job.eager,
         "seed": 0,
@@ -190,7 +286,7 @@ def engine_arguments(job: Job) -> dict[str, Any]:
     if job.device != "cpu":
         arguments["gpu_memory_utilization"] = _GPU_FRACTION
         arguments["kv_cache_memory_bytes"] = int(job.kv_gib * 2**30)
-        if not job.eager:
+        if not job.eager and not job.load:  # under load, vLLM's own sizes
             sizes = {batch * (1 + drafts) for batch in job.batch}
             sizes |= {tokens for tokens in job.prompt if tokens <= _LARGEST_GRAPH}
             arguments["compilation_config"] = {"cudagraph_capture_sizes": sorted(sizes)}

@@ -300,8 +300,8 @@ SHAPE = r"(gpu::launch\(\s*gemm_kernel\([^;]*?)"
 DENSE = r"(gpu::launch\(\s*kernel\.entry[^;]*?)"
 RESCORE = r"(rescore_rows_f16 : rescore_rows_bf16[^;]*?)"
 
-# What a kernel shows that reads other memory than it should: wrong numbers, a read outside of
-# an array, or numbers that change with the order in which the blocks run.
+# What a kernel shows that reads other memory than it should: wrong numbers, a read
+# outside of an array, or numbers that change with the order in which the blocks run.
 WRONG = "relative error|AddressSanitizer|another one in order"
 
 PLANTED = {
