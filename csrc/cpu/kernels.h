@@ -65,6 +65,18 @@ struct Kernel {
 
 // The step after a product.
 constexpr int32_t kDotBlock = 256;
+
+// fork: begin lm_head
+// kDotBlock products of one activation row. Product i differs from its 16-bit counterpart by at
+// most norm * errors[i] + kRounding * |values[i]|. One with a negative error does not count.
+struct Products {
+  const float *values, *errors;
+  float norm;
+};
+// Rounding to 16 bits changes a product by less than this fraction in bf16; fp16 is finer.
+constexpr float kRounding = 0x1p-7f;
+
+// fork: end
 struct Epilogue {
   // c[i] = act(min(gate[i], limit)) * (clamp(up[i], -limit, limit) + beta), i < n.
   void (*activate)(const GateUpArgs& args, const float* gate, const float* up, int32_t n, void* c);
@@ -75,6 +87,13 @@ struct Epilogue {
   // zeros to a multiple of kDotBlock.
   void (*dot)(DType dtype, const uint16_t* w, const float* const* a, int32_t rows, int32_t k,
               float* out);
+  // fork: begin lm_head
+  // Raises `largest` to the largest product and `reached` to the largest lower bound of one.
+  void (*raise_bounds)(const Products& products, float* largest, float* reached);
+  // asked[i] |= bit for the products that are at least `from`, or whose upper bound is at least
+  // `reached`.
+  void (*ask)(const Products& products, float from, float reached, uint32_t bit, uint32_t* asked);
+  // fork: end
 };
 
 // kernels_fma.h. "Few": the path for few rows, whatever their number.

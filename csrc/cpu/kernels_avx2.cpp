@@ -12,6 +12,15 @@ const Kernel kAvx2 = {"avx2", row_bytes, as_many_rows, scratch_bytes, prepare, m
 const Kernel kAvx2Few = {"avx2_few",    row_bytes, as_many_rows,
                          scratch_bytes, prepare,   multiply_as_few};
 
-const Epilogue kAvx2Epilogue = {activate, store, load, dot};
+const Epilogue kAvx2Epilogue = {
+    activate,
+    store,
+    load,
+    dot,
+    // fork: begin lm_head
+    raise_bounds,
+    ask,
+    // fork: end
+};
 
 }  // namespace moe_int4::cpu

@@ -12,6 +12,15 @@ const Kernel kAvx512 = {"avx512", row_bytes, as_many_rows, scratch_bytes, prepar
 const Kernel kAvx512Few = {"avx512_few",  row_bytes, as_many_rows,
                            scratch_bytes, prepare,   multiply_as_few};
 
-const Epilogue kAvx512Epilogue = {activate, store, load, dot};
+const Epilogue kAvx512Epilogue = {
+    activate,
+    store,
+    load,
+    dot,
+    // fork: begin lm_head
+    raise_bounds,
+    ask,
+    // fork: end
+};
 
 }  // namespace moe_int4::cpu

@@ -297,6 +297,43 @@ void dot(DType dtype, const uint16_t* w, const float* const* a, int32_t rows, in
   }
 }
 
+// fork: begin lm_head
+struct ProductVector {
+  Floats value, reach;
+  Ints counts;  // all bits or none
+};
+
+inline ProductVector load(const Products& products, int32_t i) {
+  const Floats value = load<Floats>(products.values + i);
+  const Floats error = load<Floats>(products.errors + i);
+  const Floats size = value < 0.0f ? -value : value;
+  return {value, products.norm * error + kRounding * size, error >= 0.0f};
+}
+
+void raise_bounds(const Products& products, float* largest, float* reached) {
+  Floats top = Floats{} + *largest, bound = Floats{} + *reached;
+  for (int32_t i = 0; i < kDotBlock; i += kLanes) {
+    const auto [value, reach, counts] = load(products, i);
+    const Floats low = value - reach;
+    top = counts & (value > top) ? value : top;
+    bound = counts & (low > bound) ? low : bound;
+  }
+  for (int32_t i = 0; i < kLanes; ++i) {
+    *largest = top[i] > *largest ? top[i] : *largest;
+    *reached = bound[i] > *reached ? bound[i] : *reached;
+  }
+}
+
+void ask(const Products& products, float from, float reached, uint32_t bit, uint32_t* asked) {
+  for (int32_t i = 0; i < kDotBlock; i += kLanes) {
+    const auto [value, reach, counts] = load(products, i);
+    const Ints matters = counts & ((value + reach >= reached) | (value >= from));
+    const Words now = load<Words>(asked + i) | (reinterpret_cast<Words>(matters) & bit);
+    memcpy(asked + i, &now, sizeof(now));
+  }
+}
+
+// fork: end
 void multiply(const Tile& t) { t.bits == 8 ? multiply_tile<8>(t) : multiply_tile<4>(t); }
 
 void multiply_as_few(const Tile& t) {

@@ -12,6 +12,15 @@ const Kernel kPortable = {"portable", row_bytes, as_many_rows, scratch_bytes, pr
 const Kernel kPortableFew = {"portable_few", row_bytes, as_many_rows,
                              scratch_bytes,  prepare,   multiply_as_few};
 
-const Epilogue kPortableEpilogue = {activate, store, load, dot};
+const Epilogue kPortableEpilogue = {
+    activate,
+    store,
+    load,
+    dot,
+    // fork: begin lm_head
+    raise_bounds,
+    ask,
+    // fork: end
+};
 
 }  // namespace moe_int4::cpu

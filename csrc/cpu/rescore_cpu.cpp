@@ -23,8 +23,6 @@ namespace moe_int4::cpu {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-// Rounding to 16 bits changes a product by less than this fraction in bf16; fp16 is finer.
-constexpr float kRounding = 0x1p-7f;
 
 class Rescoring {
  public:
@@ -59,8 +57,6 @@ class Rescoring {
   }
 
  private:
-  static constexpr int32_t kColumns = 256;  // products converted together
-
   template <typename Work>
   static void for_each_part(const Work& work) {
     std::atomic<int32_t> next{0};
@@ -81,48 +77,40 @@ class Rescoring {
     return static_cast<uint16_t*>(args_.c) + m * args_.c_stride_m + n;
   }
 
-  // Bound on the error of a product: the quantization's bound plus the rounding.
-  float reach(int32_t m, int32_t n, float product) const {
-    return norms_[m] * args_.errors[n] + kRounding * std::fabs(product);
-  }
-
-  // Runs visit(n, product) over a part's columns, without those whose error bound is negative.
+  // Runs visit(products, i) over blocks of a part's columns; i is a block's place in the part.
   template <typename Visit>
-  void for_each_product(int32_t part, int32_t m, const Visit& visit) const {
-    const int32_t end = begin_of(part + 1);
-    for (int32_t n = begin_of(part); n < end; n += kColumns) {
-      float values[kColumns];
-      const int32_t count = std::min(kColumns, end - n);
+  void for_each_block(int32_t part, int32_t m, const Visit& visit) const {
+    const int32_t begin = begin_of(part), end = begin_of(part + 1);
+    for (int32_t n = begin; n < end; n += kDotBlock) {
+      const int32_t count = std::min(kDotBlock, end - n);
+      float values[kDotBlock] = {}, errors[kDotBlock];
       kernels_.load(args_.dtype, products(m, n), count, values);
-      for (int32_t i = 0; i < count; ++i) {
-        if (args_.errors[n + i] >= 0) visit(n + i, values[i]);
-      }
+      std::copy_n(args_.errors + n, count, errors);
+      std::fill(errors + count, errors + kDotBlock, -1.0f);
+      visit(Products{values, errors, norms_[m]}, n - begin);
     }
   }
 
   void find_largest(int32_t part) const {
     for (int32_t m = 0; m < args_.m; ++m) {
-      float largest = kLowest, reached = kLowest;
-      for_each_product(part, m, [&](int32_t n, float product) {
-        largest = std::max(largest, product);
-        reached = std::max(reached, product - reach(m, n, product));
-      });
       float* partials = args_.partials + m * args_.p_stride_m + 2 * part;
-      partials[0] = largest;
-      partials[1] = reached;
+      partials[0] = partials[1] = kLowest;
+      for_each_block(part, m, [&](const Products& block, int32_t) {
+        kernels_.raise_bounds(block, partials, partials + 1);
+      });
     }
   }
 
   void rescore(int32_t part) const {
     const int32_t begin = begin_of(part), count = begin_of(part + 1) - begin;
-    std::vector<uint16_t> asked(count, 0);  // one bit per activation row
+    std::vector<uint32_t> asked(count + kDotBlock, 0);  // one bit per activation row
     for (int32_t m = 0; m < args_.m; ++m) {
-      for_each_product(part, m, [&](int32_t n, float product) {
-        const bool may_win = product + reach(m, n, product) >= reached_[m];
-        if (may_win || product >= largest_[m] - args_.window) asked[n - begin] |= 1u << m;
+      for_each_block(part, m, [&](const Products& block, int32_t at) {
+        kernels_.ask(block, largest_[m] - args_.window, reached_[m], 1u << m, asked.data() + at);
       });
     }
     for (int32_t i = 0; i < count; ++i) {
+      if (asked[i] == 0) continue;
       const float* rows[kDenseRows];
       int32_t of_row[kDenseRows], together = 0;
       for (int32_t m = 0; m < args_.m; ++m) {
@@ -130,7 +118,6 @@ class Rescoring {
         rows[together] = a_.data() + m * stride_;
         of_row[together++] = m;
       }
-      if (together == 0) continue;
       float exact[kDenseRows];
       kernels_.dot(args_.dtype,
                    static_cast<const uint16_t*>(args_.w) + (begin + i) * args_.w_stride_n, rows,
