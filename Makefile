@@ -31,7 +31,7 @@ clang:
 quick: venv  ## the tests to run after every edit, under 3 minutes
 	@$(PYTEST) -m "not slow and not e2e and not packaging and not nightly" $(ARGS)
 
-test: clang venv lint pytest  ## everything that CI runs, under 15 minutes
+test: clang venv lint pytest  ## everything that CI runs, under 20 minutes
 
 pytest: venv  ## only the tests of CI; ARGS goes to pytest (ARGS="-k packaging")
 	@$(PYTEST) $(ARGS)
