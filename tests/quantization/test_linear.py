@@ -201,7 +201,7 @@ def test_the_summary_counts_them(monkeypatch, caplog):
         assert not HybridW4A16LinearKernel.can_implement(layer_config(**changes))[0]
     with caplog.at_level(logging.INFO):
         oracle._sum_up()
-    (line,) = (m for m in caplog.messages if m.startswith("HybridW4A16 MoE: 1/1"))
+    (line,) = {m for m in caplog.messages if m.startswith("HybridW4A16 MoE: 1/1")}
     assert line.endswith(
         "0 declined; linears: 2 int4; left to vLLM: 1 int4 linear (group size 256, "
         "supported: (32, 64, 128))"

@@ -212,7 +212,7 @@ def test_others_are_left_to_vllm(options, reason, monkeypatch, caplog):
     fresh_gate_records(monkeypatch)
     with caplog.at_level(logging.INFO):
         runner, _, config = make_runner(**options)
-    (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
+    (line,) = {m for m in caplog.messages if "1/1 layers" in m}
     pattern = rf", 0 declined; left to vLLM: router \(.*{reason}.*\)$"
     assert re.search(pattern, line), line
     assert "router fused" not in line
@@ -231,7 +231,7 @@ def test_the_log_says_what_routes(on_cpu, monkeypatch, caplog):
     monkeypatch.setattr(hybrid_w4a16_router, "ON_CPU", on_cpu)
     with caplog.at_level(logging.INFO):
         runner, _, _ = make_runner()
-    (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
+    (line,) = {m for m in caplog.messages if "1/1 layers" in m}
     if on_cpu or DEVICE != "cpu":
         assert ", router fused up to 8 tokens, prefill: " in line
         assert line.endswith("0 declined")

@@ -251,7 +251,7 @@ def test_others_are_left_to_vllm(options, reason, monkeypatch, caplog):
     monkeypatch.setenv("VLLM_HYBRID_W4A16_LINEAR", "0")
     with caplog.at_level(logging.INFO):
         runner, config = make_runner(**options)
-    (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
+    (line,) = {m for m in caplog.messages if "1/1 layers" in m}
     assert re.search(rf"0 declined; left to vLLM: .*shared expert \({reason}\)", line)
     assert "shared expert fused" not in line
     ours = runner.shared_experts
@@ -282,7 +282,7 @@ def test_the_tuning_table_limits_large_weights(most_bytes, tokens, monkeypatch, 
     with caplog.at_level(logging.INFO):
         runner, _ = make_runner()
     assert runner.shared_experts.fused_up_to == tokens
-    (line,) = [r.message for r in caplog.records if "1/1 layers" in r.message]
+    (line,) = {m for m in caplog.messages if "1/1 layers" in m}
     assert f", shared expert fused bfloat16 up to {tokens} tokens, prefill: " in line
 
 

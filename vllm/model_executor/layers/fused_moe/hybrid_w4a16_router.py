@@ -20,6 +20,7 @@ from vllm.model_executor.layers.fused_moe.experts.hybrid_w4a16_moe import (
     HybridW4A16MoEExperts,
 )
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_shared_expert import (
+    keep_weight_on_cpu,
     misfit_of_tokens,
 )
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16 as oracle
@@ -263,9 +264,7 @@ def runner_built(runner: "MoERunner") -> None:
         return
     if current_platform.is_cpu():
         _register_op()
-        # else vLLM frees the weights in favour of a packed copy
-        runner.gate._cpu_skip_gemm_dispatch = True
-        runner.gate.cpu_linear = torch.nn.functional.linear
+        keep_weight_on_cpu(runner.gate)
     method.fused_router = FusedRouter(runner)
 
 

@@ -255,12 +255,19 @@ def runner_built(runner: "MoERunner") -> None:
         _register_op()
         for linear in _linears(replaced._layer):
             if _is_unquantized(linear):
-                # else vLLM frees the weights in favour of a packed copy
-                linear._cpu_skip_gemm_dispatch = True
-                linear.cpu_linear = torch.nn.functional.linear
+                keep_weight_on_cpu(linear)
     runner._shared_experts = method.shared_experts = FusingSharedExperts(
         replaced, runner.layer_name
     )
+
+
+def keep_weight_on_cpu(linear: torch.nn.Module) -> None:
+    """Have vLLM keep the weights of a 16-bit linear whose weights are not loaded yet; it
+    would free them in favour of a packed copy.
+    """
+    linear._cpu_skip_gemm_dispatch = True
+    linear.skip_weight_relayout = True  # the name in vLLM 0.30
+    linear.cpu_linear = torch.nn.functional.linear
 
 
 def misfit(runner: "MoERunner") -> str | None:
