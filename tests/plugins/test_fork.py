@@ -28,6 +28,9 @@ from vllm.plugins.hybrid_w4a16.fork_series import SERIES
 from . import fork_tree
 from .fork_tree import OUR_LIBRARY, SCRIPTS, git, run
 
+BEFORE = f"series~{len(SERIES)}"
+"""What the series was made on."""
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 CLANG = shutil.which("clang++-22")
 CMAKE = SCRIPTS / "cmake"
@@ -113,7 +116,7 @@ def test_the_series_is_on_its_branch(made):
 def test_commits_are_small_and_change_little_of_vllms_own(made):
     sizes = {step.name: step.lines() for step in made.plan.steps}
     assert max(code for code, _, _ in sizes.values()) <= MAXIMUM_LINES, sizes
-    own = git(made.tree, "diff", "--numstat", "series~8", "series", "--", *edited())
+    own = git(made.tree, "diff", "--numstat", BEFORE, "series", "--", *edited())
     added = sum(int(line.split()[0]) for line in own.splitlines())
     assert added == sum(lines for _, _, lines in sizes.values())
     assert 0 < added < MAXIMUM_OWN_LINES
@@ -137,7 +140,7 @@ def test_patches_apply_with_git_am_and_have_texts(made, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     clean = tmp_path / "clean"
     run("git", "clone", "--quiet", "--no-checkout", made.tree, clean, cwd=tmp_path)
-    git(clean, "checkout", "--quiet", "series~8")
+    git(clean, "checkout", "--quiet", BEFORE)
     patches = sorted(made.patches.glob("*.patch"))
     assert len(patches) == len(SERIES)
     git(clean, "am", "--quiet", *patches)
@@ -156,7 +159,7 @@ def test_patches_apply_with_git_am_and_have_texts(made, tmp_path, monkeypatch):
 
 def test_vllms_linters_accept_every_file(made):
     """ruff with vLLM's pyproject.toml, clang-format with its .clang-format."""
-    paths = git(made.tree, "diff", "--name-only", "series~8", "series").splitlines()
+    paths = git(made.tree, "diff", "--name-only", BEFORE, "series").splitlines()
     python = [path for path in paths if path.endswith(".py")]
     assert len(python) > 30
     # D417 wants each argument on a row of its own, D403 "VLLM" where a sentence starts.
@@ -293,7 +296,7 @@ def outcomes(tree: Path, report: Path) -> dict[str, str]:
 @NIGHTLY
 def test_vllms_own_tests_have_the_same_result_before_and_after(made, tmp_path):
     after = outcomes(made.tree, tmp_path / "after.xml")
-    git(made.tree, "checkout", "--quiet", "series~8")
+    git(made.tree, "checkout", "--quiet", BEFORE)
     try:
         before = outcomes(made.tree, tmp_path / "before.xml")
     finally:

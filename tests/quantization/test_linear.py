@@ -74,22 +74,33 @@ def _asked_for(monkeypatch):
 class Linear:
     """A layer, and the random checkpoint that it loads."""
 
-    def __init__(self, format, symmetric, group_size=64, dtype=torch.bfloat16, seed=0):
+    def __init__(
+        self,
+        format,
+        symmetric,
+        group_size=64,
+        dtype=torch.bfloat16,
+        seed=0,
+        *,
+        sizes=SIZES,
+        prefix=PREFIX,
+        has_bias=True,
+    ):
         self.format, self.symmetric = FORMATS[format], symmetric
-        self.group_size, self.dtype = group_size, dtype
+        self.group_size, self.dtype, self.sizes = group_size, dtype, sizes
         config = quant_config(format, group_size, symmetric)
         config.packed_modules_mapping = {}
         if hasattr(config, "modules_in_block_to_quantize"):
             # as vLLM reads it from a checkpoint; 0.31 takes an empty list for "none"
-            config.modules_in_block_to_quantize = [PREFIX]
+            config.modules_in_block_to_quantize = [prefix]
         with set_current_vllm_config(VllmConfig()), torch.device(DEVICE):
             self.layer = MergedColumnParallelLinear(
                 INPUTS,
-                list(SIZES),
-                bias=True,
+                list(sizes),
+                bias=has_bias,
                 params_dtype=dtype,
                 quant_config=config,
-                prefix=PREFIX,
+                prefix=prefix,
             )
         self.model = torch.nn.ModuleDict({"linear": self.layer})
         with torch.device(DEVICE):
@@ -100,7 +111,7 @@ class Linear:
     def load(self, seed):
         rng = np.random.default_rng(seed)
         dense = []
-        for shard, rows in enumerate(SIZES):
+        for shard, rows in enumerate(self.sizes):
             tensors = self.format.random_linear(
                 rng, rows, INPUTS, self.group_size, self.symmetric
             )
@@ -113,10 +124,12 @@ class Linear:
             for suffix, array in tensors.items():
                 parameter = getattr(self.layer, suffix)
                 parameter.weight_loader(parameter, torch.from_numpy(array), shard)
-        bias = torch.from_numpy(rng.standard_normal(sum(SIZES))).to(self.dtype)
-        for shard, part in enumerate(bias.split(SIZES)):
-            self.layer.bias.weight_loader(self.layer.bias, part, shard)
-        self.dense, self.bias = torch.from_numpy(np.concatenate(dense)), bias
+        self.dense = torch.from_numpy(np.concatenate(dense))
+        self.bias = torch.zeros(sum(self.sizes), dtype=self.dtype)
+        if self.layer.bias is not None:
+            self.bias.copy_(torch.from_numpy(rng.standard_normal(sum(self.sizes))))
+            for shard, part in enumerate(self.bias.split(self.sizes)):
+                self.layer.bias.weight_loader(self.layer.bias, part, shard)
 
     def process(self):
         self.layer.quant_method.process_weights_after_loading(self.layer)
@@ -124,7 +137,10 @@ class Linear:
     def error(self, *shape):
         x = torch.randn(*shape, INPUTS, device=DEVICE).to(self.dtype)
         y, _ = self.layer(x)
-        assert y.shape == (*shape, sum(SIZES)) and y.dtype == self.dtype
+        assert y.shape == (*shape, sum(self.sizes)) and y.dtype == self.dtype
+        return self.error_of(y, x)
+
+    def error_of(self, y, x):
         expected = x.cpu().double() @ self.dense.T + self.bias.double()
         return relative_error(y.cpu(), expected)
 

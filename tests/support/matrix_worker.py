@@ -93,11 +93,14 @@ def garbage_then_checkpoint(llm: Any, checkpoint: Path) -> None:
     llm.reset_prefix_cache()
 
 
-def our_linears(model: torch.nn.Module) -> tuple[list[str], list[str]]:
+def our_linears(model: torch.nn.Module) -> tuple[list[str], list[str], int]:
     """Names of linears on ``HybridW4A16LinearKernel``, and of those that were quantized
-    at load."""
+    at load; how many share a launch with another."""
     from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16 import (
         HybridW4A16LinearKernel,
+    )
+    from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16_pair import (
+        pair_of,
     )
     from vllm.model_executor.layers.quantization.hybrid_w4a16_online_linear import (
         HybridW4A16OnlineLinearMethod,
@@ -115,7 +118,8 @@ def our_linears(model: torch.nn.Module) -> tuple[list[str], list[str]]:
                     found.append(name)
                 inner = getattr(holder, "scheme", None)
                 holder = inner or getattr(holder, "linear_method", None)
-    return found, quantized
+    paired = sum(pair_of(module) is not None for module in model.modules())
+    return found, quantized, paired
 
 
 def sleep_and_wake(llm: Any) -> None:
@@ -260,8 +264,10 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
     if at_load:  # whose names are checked before plugins are loaded
         load_general_plugins()
     llm = LLM(str(checkpoint), **arguments)
-    ((linears, quantized),) = llm.apply_model(our_linears)
+    ((linears, quantized, paired),) = llm.apply_model(our_linears)
     assert bool(linears) == cell.recipe.int4_attention, linears
+    has_gdn = cell.recipe.model == "qwen3_5_moe"
+    assert bool(paired) == (has_gdn and cell.recipe.int4_attention), paired
     assert bool(quantized) == at_load, quantized
     if deployment.reload:
         os.environ["MATRIX_CELL"] = json.dumps(cell.to_json())

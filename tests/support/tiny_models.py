@@ -39,10 +39,8 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 256, 4, 2
 # Large enough that logits differ by several nats and tokens do not tie.
 INITIALIZER_RANGE = 0.1
 _EXPERT_WEIGHT = re.compile(r"(.*\.experts\.\d+\.\w+)\.weight")
-# Not in_proj_a and in_proj_b, whose few rows here do not fill a word of zero points.
 _ATTENTION_WEIGHT = re.compile(
-    r"(.*(?:self_attn\.[qkvo]_proj|linear_attn\.(?:in_proj_qkv|in_proj_z|out_proj)))"
-    r"\.weight"
+    r"(.*(?:self_attn\.[qkvo]_proj|linear_attn\.(?:in_proj_\w+|out_proj)))\.weight"
 )
 
 _COMMON = {
@@ -106,7 +104,7 @@ def _qwen3_5_moe() -> PretrainedConfig:
         "num_experts": EXPERTS,
         "num_experts_per_tok": EXPERTS,  # every expert is chosen, so bf16 has no ties
         "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
+        "linear_num_value_heads": 16,  # in_proj_a has as many rows; 8 are a word
         "linear_key_head_dim": 64,
         "linear_value_head_dim": 64,
     }
@@ -216,7 +214,7 @@ def _write_checkpoint(recipe: Recipe, folder: Path, seed: int) -> None:
     config = json.loads((dense / "config.json").read_text())
     attention = ["self_attn", "linear_attn"]
     if recipe.int4_attention:
-        attention = ["linear_attn.in_proj_[ab]+$"]
+        attention = []
     skipped = [
         *attention,
         "mlp.gate$",

@@ -8,6 +8,11 @@ On the CPU: op calls. One token; what vLLM's kernels and the lm_head add is not 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from vllm.model_executor.kernels.linear.mixed_precision.hybrid_w4a16_pair import (
+    FIRST,
+    SECOND,
+)
+
 from .explain_bytes import ROUTED, ROUTER, SHARED, part_of
 from .explain_checkpoint import Checkpoint
 from .explain_layers import ExpertsLayer
@@ -54,6 +59,8 @@ def launches(
             counts[SHARED][module] = 0
     depth = checkpoint.value("num_hidden_layers", "n_layer", "num_layers")
     for (module, name), linear in linears.items():
+        if _shares_a_launch(linear, linears.get((module, FIRST))):
+            continue
         if linear.hybrid and shared_experts.get(module, "") is not None:
             counts[part_of(f"{module}.{name}.weight", depth)][module] += 1
     return {
@@ -62,3 +69,14 @@ def launches(
         )
         for part, of_layers in counts.items()
     }
+
+
+def _shares_a_launch(linear: LinearGroup, first: LinearGroup | None) -> bool:
+    """Whether hybrid_w4a16_pair.py computes ``linear`` with ``first``."""
+    return (
+        linear.name == SECOND
+        and first is not None
+        and linear.hybrid
+        and first.hybrid
+        and (linear.inputs, linear.group_size) == (first.inputs, first.group_size)
+    )

@@ -29,6 +29,7 @@ COMMITS = (
     "cpu_avx512",
     "lm_head",
     "token",
+    "pair",
 )
 
 _MOE = "vllm/model_executor/layers/fused_moe"
@@ -37,6 +38,7 @@ _QUANTIZATION = "vllm/model_executor/layers/quantization"
 # (commit, names of files in this project). A name without a folder matches in any.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # Rules for what the later commits bring, by name.
+    ("pair", ("hybrid_w4a16_pair.py", "test_linear_pair.py")),
     (
         "token",
         (

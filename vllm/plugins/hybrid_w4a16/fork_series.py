@@ -261,6 +261,22 @@ shared expert in the launches and the router were not timed on any GPU.""",
             f"{_QUANTIZATION_TESTS}/test_linear_kernel.py",
         ),
     ),
+    "pair": Commit(
+        title="[CPU][Kernel] One int4 product for the input of Gated DeltaNet",
+        why="""\
+A Gated DeltaNet layer multiplies its input with in_proj_qkvz and with in_proj_ba. The
+second has 64 rows where the first has 12288, and is a launch of its own.""",
+        what="""\
+Joins the weights of the two at load, where both run on HybridW4A16LinearKernel and have
+no bias. The parameters become views of the joint tensors, so weights can be loaded
+again. The first linear computes both products and the second takes its part.""",
+        tested="""\
+Both products against float64 with one call of the kernel, in eager and compiled mode,
+on the CPU.""",
+        not_measured=f"""\
+{_NO_RDNA} The gain was not measured on any GPU.""",
+        tests=(f"{_QUANTIZATION_TESTS}/test_linear_pair.py",),
+    ),
 }
 
 assert tuple(SERIES) == fork_files.COMMITS

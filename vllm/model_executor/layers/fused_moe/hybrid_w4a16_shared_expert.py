@@ -261,9 +261,10 @@ def runner_built(runner: "MoERunner") -> None:
     )
 
 
-def keep_weight_on_cpu(linear: torch.nn.Module) -> None:
-    """Have vLLM keep the weights of a 16-bit linear whose weights are not loaded yet; it
-    would free them in favour of a packed copy.
+def keep_weight_on_cpu(linear: Any) -> None:
+    """Have vLLM keep the weights of a 16-bit linear, which are not loaded yet.
+
+    It would free them in favour of a packed copy.
     """
     linear._cpu_skip_gemm_dispatch = True
     linear.skip_weight_relayout = True  # the name in vLLM 0.30

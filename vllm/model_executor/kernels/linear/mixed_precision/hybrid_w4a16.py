@@ -14,6 +14,10 @@ from vllm import envs
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
+# fork: begin pair
+from .hybrid_w4a16_pair import pair_of, pair_up
+
+# fork: end
 from .MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
 
 if TYPE_CHECKING:
@@ -108,6 +112,9 @@ class HybridW4A16LinearKernel(MPLinearKernel):
         hybrid_w4a16_ops.set_dense_parameters(
             layer, self.w_q_name, self.w_s_name, self.w_zp_name
         )
+        # fork: begin pair
+        pair_up(layer)
+        # fork: end
 
     def apply_weights(
         self,
@@ -116,15 +123,29 @@ class HybridW4A16LinearKernel(MPLinearKernel):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``x @ w^.T + bias`` in ``x``'s dtype, [..., N] for ``x`` [..., K]."""
-        from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_linear
-
-        weights, scales, zeros = self._get_weight_params(layer)
-        out = hybrid_w4a16_dense_linear.multiply(
-            x, weights, scales, zeros, 4, self.config.group_size, self._family
-        )
+        # fork: begin pair
+        pair = pair_of(layer)
+        both = None if pair is None else pair.product(layer, x, self._multiply)
+        if both is not None:
+            return both
+        # fork: end
+        out = self._multiply(x, *self._get_weight_params(layer))
         if bias is not None:
             out.add_(bias)
         return out
+
+    def _multiply(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        scales: torch.Tensor,
+        zero_points: torch.Tensor | None,
+    ) -> torch.Tensor:
+        from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_linear
+
+        return hybrid_w4a16_dense_linear.multiply(
+            x, weights, scales, zero_points, 4, self.config.group_size, self._family
+        )
 
 
 def incompatibility_reason(
