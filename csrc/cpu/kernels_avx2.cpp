@@ -3,7 +3,6 @@
 //
 // The fp32 kernel for AVX2 and FMA.
 #define MOE_INT4_LANES 8
-#include "epilogue.h"
 #include "kernels_fma.h"
 
 namespace moe_int4::cpu {
@@ -12,15 +11,6 @@ const Kernel kAvx2 = {"avx2", row_bytes, as_many_rows, scratch_bytes, prepare, m
 const Kernel kAvx2Few = {"avx2_few",    row_bytes, as_many_rows,
                          scratch_bytes, prepare,   multiply_as_few};
 
-const Epilogue kAvx2Epilogue = {
-    activate,
-    store,
-    load,
-    dot,
-    // fork: begin lm_head
-    raise_bounds,
-    ask,
-    // fork: end
-};
+const Epilogue kAvx2Epilogue = kEpilogue;
 
 }  // namespace moe_int4::cpu

@@ -3,7 +3,6 @@
 //
 // The fp32 kernel for AVX-512.
 #define MOE_INT4_LANES 16
-#include "epilogue.h"
 #include "kernels_fma.h"
 
 namespace moe_int4::cpu {
@@ -12,15 +11,6 @@ const Kernel kAvx512 = {"avx512", row_bytes, as_many_rows, scratch_bytes, prepar
 const Kernel kAvx512Few = {"avx512_few",  row_bytes, as_many_rows,
                            scratch_bytes, prepare,   multiply_as_few};
 
-const Epilogue kAvx512Epilogue = {
-    activate,
-    store,
-    load,
-    dot,
-    // fork: begin lm_head
-    raise_bounds,
-    ask,
-    // fork: end
-};
+const Epilogue kAvx512Epilogue = kEpilogue;
 
 }  // namespace moe_int4::cpu

@@ -15,6 +15,7 @@
 // dequantized to fp32, then multiplied with all activation rows.
 #pragma once
 
+#include "epilogue.h"
 #include "kernels_common.h"
 
 namespace moe_int4::cpu {
@@ -340,6 +341,17 @@ void multiply_as_few(const Tile& t) {
   const Scratch scratch(t);
   t.bits == 8 ? multiply_few<8>(t, scratch) : multiply_few<4>(t, scratch);
 }
+
+constexpr Epilogue kEpilogue = {
+    activate,
+    store,
+    load,
+    dot,
+    // fork: begin lm_head
+    raise_bounds,
+    ask,
+    // fork: end
+};
 
 }  // namespace
 }  // namespace moe_int4::cpu

@@ -3,7 +3,6 @@
 //
 // The fp32 kernel in portable C++; the compiler's vector extensions map it to SSE2 or NEON.
 #define MOE_INT4_LANES 4
-#include "epilogue.h"
 #include "kernels_fma.h"
 
 namespace moe_int4::cpu {
@@ -12,15 +11,6 @@ const Kernel kPortable = {"portable", row_bytes, as_many_rows, scratch_bytes, pr
 const Kernel kPortableFew = {"portable_few", row_bytes, as_many_rows,
                              scratch_bytes,  prepare,   multiply_as_few};
 
-const Epilogue kPortableEpilogue = {
-    activate,
-    store,
-    load,
-    dot,
-    // fork: begin lm_head
-    raise_bounds,
-    ask,
-    // fork: end
-};
+const Epilogue kPortableEpilogue = kEpilogue;
 
 }  // namespace moe_int4::cpu
