@@ -48,14 +48,14 @@ def test_layers_that_do_not_fit_are_declined(changes, reason):
     assert not fits and found is not None and reason in found
 
 
-def test_product(tmp_path):
-    become_the_only_rank(tmp_path)
-    torch.manual_seed(0)
-    q = torch.randint(0, 16, (N, K))
-    scales = torch.rand(N, K // GROUP).to(torch.float16)
+def make_linear(rows, name="linear"):
+    """A loaded layer with its kernel, and its weights."""
+    q = torch.randint(0, 16, (rows, K))
+    scales = torch.rand(rows, K // GROUP).to(torch.float16)
     words = sum(q.unflatten(1, (-1, 8))[..., i] << (4 * i) for i in range(8))
     words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     layer = torch.nn.Module()
+    layer.prefix, layer.bias = f"model.layers.0.linear_attn.{name}", None
     names = {"input_dim": 1, "output_dim": 0, "weight_loader": lambda *_: None}
     layer.w = PackedvLLMParameter(data=words, packed_dim=1, packed_factor=8, **names)
     layer.s = GroupQuantScaleParameter(data=scales, **names)
@@ -63,8 +63,17 @@ def test_product(tmp_path):
         config(act_type=torch.float16), w_q_param_name="w", w_s_param_name="s"
     )
     kernel.process_weights_after_loading(layer)
-    x = torch.randn(3, K).half()
-    dense = (q - 8).double() * scales.double().repeat_interleave(GROUP, 1)
+    return layer, kernel, (q - 8).double() * scales.double().repeat_interleave(GROUP, 1)
+
+
+def assert_product(product, x, dense):
     expected = x.double() @ dense.T
-    error = (kernel.apply_weights(layer, x).double() - expected).norm()
-    assert error < 2e-3 * expected.norm()
+    assert (product.double() - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_product(tmp_path):
+    become_the_only_rank(tmp_path)
+    torch.manual_seed(0)
+    layer, kernel, dense = make_linear(N)
+    x = torch.randn(3, K).half()
+    assert_product(kernel.apply_weights(layer, x), x, dense)
