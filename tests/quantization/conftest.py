@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.oracle import (
 )
 from vllm.plugins.hybrid_w4a16 import register
 
-from ..support.moe_layers import is_opt_in
+from ..support.moe_layers import become_the_only_rank, is_opt_in
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,3 +19,14 @@ def hooks_applied():
     register()
     if is_opt_in():
         os.environ.setdefault(switch.NAME, "1")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    become_the_only_rank(tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture
+def linear_kernel_asked_for(monkeypatch):
+    """On every device: the default depends on the processor."""
+    monkeypatch.setenv(switch.LINEAR_NAME, "1")

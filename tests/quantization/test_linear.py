@@ -33,10 +33,11 @@ from vllm.scalar_type import scalar_types
 from ..support.int4_formats import FORMATS
 from ..support.moe_layers import (
     DEVICE,
-    become_the_only_rank,
     quant_config,
     relative_error,
 )
+
+pytestmark = pytest.mark.usefixtures("one_process", "linear_kernel_asked_for")
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 SIZES = (72, 56)  # rows of two projections in one layer; neither a multiple of 32
@@ -58,17 +59,6 @@ every_format = pytest.mark.parametrize(
     CASES,
     ids=[f"{name}-{'sym' if symmetric else 'asym'}" for name, symmetric in CASES],
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_process(tmp_path_factory):
-    become_the_only_rank(tmp_path_factory.mktemp("distributed"))
-
-
-@pytest.fixture(autouse=True)
-def _asked_for(monkeypatch):
-    """On every device: the default depends on the processor."""
-    monkeypatch.setenv(switch.LINEAR_NAME, "1")
 
 
 class Linear:

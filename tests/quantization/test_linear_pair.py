@@ -19,21 +19,13 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from ..support.moe_layers import DEVICE, become_the_only_rank
-from .test_linear import INPUTS, TOLERANCE, Linear, every_format, switch
+from ..support.moe_layers import DEVICE
+from .test_linear import INPUTS, TOLERANCE, Linear, every_format
+
+pytestmark = pytest.mark.usefixtures("one_process", "linear_kernel_asked_for")
 
 ABOVE = "model.layers.0.linear_attn"
 OF_FIRST, OF_SECOND = (64, 72), (16, 8)  # rows of their projections
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_process(tmp_path_factory):
-    become_the_only_rank(tmp_path_factory.mktemp("distributed"))
-
-
-@pytest.fixture(autouse=True)
-def _asked_for(monkeypatch):
-    monkeypatch.setenv(switch.LINEAR_NAME, "1")
 
 
 @pytest.fixture

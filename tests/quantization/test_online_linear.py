@@ -25,7 +25,6 @@ from vllm.model_executor.layers.quantization.online.base import OnlineQuantizati
 
 from ..support.moe_layers import (
     DEVICE,
-    become_the_only_rank,
     inc_config,
     relative_error,
 )
@@ -33,13 +32,10 @@ from ..support.moe_layers import (
 PREFIX = "model.layers.0.mlp.shared_expert.gate_up_proj"
 SIZES = (48, 40)
 NAMES = [name for name, scheme in SCHEMES.items() if not scheme.rescored]
+pytestmark = pytest.mark.usefixtures("one_process")
+
 # What rounding costs, relative to the product of the 16-bit weights.
 LOSS = {8: 0.01, 4: 0.15}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_process(tmp_path_factory):
-    become_the_only_rank(tmp_path_factory.mktemp("distributed"))
 
 
 def make_linear(
