@@ -67,8 +67,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--load",
         metavar="N,...",
-        help="also requests at a time that come and go; 256 of them need --kv-gib 24 "
-        "with qwen3.5-35b-a3b",
+        help="also requests at a time that come and go; 256 of them need about "
+        "--kv-gib 18 with qwen3.5-35b-a3b, by arithmetic",
     )
     add("--context", type=int, default=128, help="prompt of a decoding request")
     add("--tokens", type=int, default=128, help="new tokens per request (default 128)")
