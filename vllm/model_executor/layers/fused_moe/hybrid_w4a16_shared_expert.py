@@ -47,8 +47,9 @@ MAX_TOKENS = 8
 
 Read when weights are loaded, so an experiment can set another value before; with 0
 vLLM runs every shared expert. On the CPU a layer of Qwen3.5-35B-A3B's sizes takes as
-long either way at 8 tokens (Zen 4, 2 threads, 16-bit weights). Not timed on a GPU. Its
-kernels read the weights once per 4 tokens, or once per 2 if they are quantized.
+long either way at 8 tokens (Zen 4, 2 threads, 16-bit weights). On an H200 its whole MoE
+block takes 70 us instead of 79 at 8 tokens. The kernels for GPUs read the weights once
+per 4 tokens, or once per 2 if they are quantized.
 """
 
 _PART = "shared expert"  # in the log
