@@ -7,7 +7,7 @@ Every kernel repacks the same random symmetric weights from GPTQ's layout, and i
 compared with float32. Calls rotate over copies of the weights that exceed the
 last-level cache. On the CPU a sample is one call and the kernels alternate; on a GPU a
 sample is a replay of a graph, as in benchmark_moe.py. ``--sweep`` adds our kernel for
-many rows with every tile that the tuning table may name.
+many rows with every tile that the tuning table may name, and with dequantized weights.
 Exit status: 0; 1 if a kernel failed or gave wrong results; 2 for a bad argument.
 """
 
@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, choices=(32, 64, 128), default=128)
     parser.add_argument("--threads", type=positive, help="of the CPU; default: all")
     parser.add_argument(
-        "--sweep", action="store_true", help="time every tile of our GEMM on a GPU"
+        "--sweep", action="store_true", help="time all ways of our kernel on a GPU"
     )
     parser.add_argument("--json", type=Path, metavar="F", help="write the results")
     return parser.parse_args(arguments)
@@ -161,10 +161,12 @@ def time_calls(
 
 
 def sweep(made: list[Callable[[Any], Any]], x: Any, expected: Any) -> dict[str, Any]:
-    """Samples of our kernel on many rows for each tile that gives the right result.
+    """Samples of our kernel on many rows with each tile that gives the right result,
+    and with a 16-bit GEMM after dequantizing.
 
     made: our layers; expected: float32, their result for ``x``.
     """
+    from contextlib import ExitStack
     from unittest import mock
 
     from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_linear
@@ -172,13 +174,23 @@ def sweep(made: list[Callable[[Any], Any]], x: Any, expected: Any) -> dict[str, 
 
     found: dict[str, list[float]] = {}
     sizes = [m for m in (8, 16, 32, 64, 128) if m < 2 * len(x) or m == 8]
-    tiles = [tile for m in sizes for tile in tile_sizes(m)]
-    for tile in tiles:
-        if not tile.tiled and tile.num_stages != 3:
-            continue  # the stages matter little, and each takes seconds to compile
-        name = " ".join(map(str, ("tile", *dataclasses.astuple(tile))))
-        module, choice = hybrid_w4a16_dense_linear, lambda *_, tile=tile: tile
-        with mock.patch.object(module, "dense_tile", choice):
+    tiles: list[Any] = [tile for m in sizes for tile in tile_sizes(m)]
+    for tile in [None, *tiles]:
+        # the stages matter little, and each takes seconds to compile
+        if tile is not None and not tile.tiled and tile.num_stages != 3:
+            continue
+        if tile is None:
+            name, choices = "dequantized", {"dequantize_from": lambda _: 0}
+        else:
+            name = " ".join(map(str, ("tile", *dataclasses.astuple(tile))))
+            choices = {
+                "dense_tile": lambda *_, tile=tile: tile,
+                "dequantize_from": lambda _: float("inf"),
+            }
+        with ExitStack() as stack:
+            for function, choice in choices.items():
+                patch = mock.patch.object(hybrid_w4a16_dense_linear, function, choice)
+                stack.enter_context(patch)
             try:
                 y = made[0](x).float()
             except Exception as failure:  # noqa: BLE001  # too large for the device

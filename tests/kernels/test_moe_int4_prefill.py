@@ -225,6 +225,45 @@ def test_dense_against_float64(number):
         assert error < sweep.TOLERANCE[family.dtype], (family.text, tile, rows, n, k)
 
 
+@needs_triton
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("number", range(3 if INTERPRETED else FAMILIES))
+def test_dequantized_weights_are_exact(number, bits, monkeypatch):
+    """Each is rounded once; torch's GEMM then multiplies with a part at a time."""
+    from vllm.model_executor.layers.quantization import (
+        hybrid_w4a16_dense_linear,
+        hybrid_w4a16_dense_ops,
+        hybrid_w4a16_dense_triton,
+    )
+
+    family = Family(number)
+    rng = random.Random(SEED + number)
+    torch.manual_seed(SEED + number)
+    k, n, rows = family.sizes[0][0], 8 * rng.randint(1, 20), rng.randint(17, 100)
+    if bits == 4:
+        experts = sweep.Experts(1, n, k, family.group, family.dtype, family.zeros, 4)
+        w, s, z = (None if t is None else t[0] for t in experts.args(DEVICE))
+        dense = experts.dense[0]
+    else:
+        weight = torch.randn(n, k, device=DEVICE).to(family.dtype)
+        w, s, _ = hybrid_w4a16_dense_ops.quantize(weight, 8, family.group)
+        z, dense = None, hybrid_w4a16_dense_ops.dequantize(w, s, 8)
+    made = hybrid_w4a16_dense_triton.dequantize(w, s, z, bits, family.group)
+    assert torch.equal(made.cpu(), dense.float().cpu().to(family.dtype)), family.text
+
+    module = hybrid_w4a16_dense_linear
+    monkeypatch.setattr(module, "dequantize_from", lambda name: rows)
+    monkeypatch.setattr(module, "_AT_ONCE", 24 * k)  # the last part is smaller
+    monkeypatch.setattr(prefill, "dense", None)
+    x = sweep.strided_copy(
+        sweep.odd_rows(torch.randn(rows, k).to(family.dtype), family.gap), DEVICE
+    )
+    y = module._multiply_on_gpu(x, w, s, z, 1, family.group, bits, "sm_90")
+    expected = x.cpu().double() @ dense.double().cpu().T
+    error = (y.cpu().double() - expected).norm() / expected.norm()
+    assert error < sweep.TOLERANCE[family.dtype], family.text
+
+
 # fork: end
 # fork: begin token
 @needs_triton

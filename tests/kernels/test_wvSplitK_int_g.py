@@ -132,6 +132,21 @@ def test_what_is_asked_for_is_exact(device, every_isa, dtype, rows, window):
         assert off[asked].max() < 1e-5, isa
 
 
+def test_a_product_has_the_same_bits_whatever_else_is_asked(device, every_isa):
+    """A GPU shares k among waves for few columns of a part, and columns for many."""
+    w, a, packed, scales, errors = head(3, 80000, 384, torch.bfloat16, 30)
+    exact = a.double() @ w.double().T
+    for isa in every_isa():
+        args = w, a, packed, scales, errors
+        before, few = rescored(*args, 0.5, 7.0, device)
+        _, all_ = rescored(*args, 1e9, 7.0, device)
+        asked = ops.rescored_rows(a, errors, before, 0.5, 7.0)
+        assert 0 < asked.sum() < 3000, isa
+        assert torch.equal(few[asked], all_[asked]), isa
+        off = (all_.double() - exact).abs() - exact.abs() * 2**-8
+        assert off.max() < 1e-5, isa
+
+
 def test_first_tokens_are_those_of_the_16_bit_head(device):
     """Even if rows nearly tie: every other row is its neighbour plus a little."""
     lost_without = 0

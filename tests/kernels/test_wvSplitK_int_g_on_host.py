@@ -209,11 +209,15 @@ def test_rescoring_computes_what_is_asked_for(programs, dtype, mma, rows, window
 
 @pytest.mark.parametrize(
     ("rows", "n", "k"),
-    [(2, 4500, 72), pytest.param(9, 300, 2600, marks=pytest.mark.nightly)],
-    ids=["many columns", "long rows"],
+    [
+        (2, 4500, 72),
+        pytest.param(9, 300, 2600, marks=pytest.mark.nightly),
+        pytest.param(9, 80000, 40, marks=pytest.mark.nightly),
+    ],
+    ids=["many columns", "long rows", "columns for each wave"],
 )
 def test_matrix_instructions_rescore_several_columns_at_a_time(programs, rows, n, k):
-    """A block has more than 8 columns, or a wave more than 128 of k."""
+    """A block has more than 8 columns, or more than 256, or a wave over 128 of k."""
     rng = np.random.default_rng([SEED, n])
     run_rescoring(programs[True], rescore_case(BF16, rows, n, k, 1e6, rng))
 

@@ -224,6 +224,14 @@ def dense_tile(name: str, rows: int, outputs: int, inputs: int) -> Tile:
     return nearest_tiles(cases, rows, 1, outputs, inputs).down
 
 
+def dequantize_from(name: str) -> float:
+    """Lowest number of rows for which a dense linear's weights are dequantized first.
+
+    Infinite where it was not measured. name: of the table, see ``table_name``.
+    """
+    return table(name).get("dequantize_from", float("inf"))
+
+
 # fork: end
 def nearest_tiles(
     rows: list[dict[str, Any]],

@@ -3,9 +3,11 @@
 """Linears on the weights of the dense ops, for any number of activation rows.
 
 On the CPU one C++ op handles any number. On a GPU the skinny GEMM handles up to
-``hybrid_w4a16_dense_ops.MAX_ROWS`` rows. More rows use the Triton GEMM of the MoE
-prefill (4 bits) or a 16-bit GEMM on dequantized weights (8 bits); in vLLM's
-batch-invariant mode, the skinny GEMM on that many rows at a time.
+``hybrid_w4a16_dense_ops.MAX_ROWS`` rows. More rows use the GEMM of the MoE prefill.
+With 8 bits, and from the number of rows on that the tuning table names, the weights are
+dequantized first and torch's GEMM multiplies: that takes time per weight, which many
+rows share. In vLLM's batch-invariant mode the skinny GEMM runs on ``MAX_ROWS`` rows at
+a time.
 """
 
 import functools
@@ -14,9 +16,15 @@ import torch
 
 from vllm.model_executor.layers.fused_moe import hybrid_w4a16_ops
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
-from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import dense_tile
+from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
+    dense_tile,
+    dequantize_from,
+)
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 from vllm.utils.torch_utils import direct_register_custom_op
+
+# Weights to dequantize at a time: 64 MiB in 16 bits, which most linears stay below.
+_AT_ONCE = 1 << 25
 
 
 def multiply(
@@ -91,9 +99,8 @@ def _multiply_on_gpu(
             for few in x.split(ops.MAX_ROWS)
         ]
         return torch.cat(parts)
-    if bits == 8:
-        dense = ops.dequantize(weights, scales, bits).to(x.dtype)
-        return torch.nn.functional.linear(x, dense)
+    if bits == 8 or rows >= dequantize_from(tuning):
+        return _multiply_dequantized(x, weights, scales, zero_points, bits, group_size)
     # imported here because a CPU machine may not have Triton
     from vllm.model_executor.layers.fused_moe.experts import (
         hybrid_w4a16_triton as prefill,
@@ -101,6 +108,31 @@ def _multiply_on_gpu(
 
     tile = dense_tile(tuning, rows, weights.shape[0], inputs)
     return prefill.dense(x, weights, scales, zero_points, group_size, tile)
+
+
+def _multiply_dequantized(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+) -> torch.Tensor:
+    """Dequantize ``_AT_ONCE`` weights at a time and multiply them with torch's GEMM."""
+    # imported here because a CPU machine may not have Triton
+    from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_triton
+
+    outputs = weights.shape[0]
+    at_once = max(8, _AT_ONCE // x.shape[1] // 8 * 8)  # 8 rows share words of zeros
+    out = x.new_empty(x.shape[0], outputs)
+    for begin in range(0, outputs, at_once):
+        end = begin + at_once
+        zeros = None if zero_points is None else zero_points[begin // 8 : end // 8]
+        dense = hybrid_w4a16_dense_triton.dequantize(
+            weights[begin:end], scales[begin:end], zeros, bits, group_size
+        )
+        torch.mm(x, dense.t(), out=out[:, begin:end])
+    return out
 
 
 def _output_on_gpu(x: torch.Tensor, weights: torch.Tensor, *_: object) -> torch.Tensor:

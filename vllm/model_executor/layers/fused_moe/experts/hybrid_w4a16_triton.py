@@ -546,7 +546,7 @@ _INFINITY = float("inf")
 Variants = dict[tuple[Any, ...], Any]  # see hybrid_w4a16_launch
 
 
-def _launch(
+def launch_kernel(
     kernel: Any,
     variants: Variants,
     grid: tuple[int, int, int],
@@ -666,7 +666,7 @@ def to_planes(x: torch.Tensor, out: torch.Tensor) -> None:
     tokens, k = x.shape
     steps = min(8, 1 << (_cdiv(k, _STEP) - 1).bit_length())
     numbers = k, x.stride(0), out.stride(0)
-    _launch(
+    launch_kernel(
         moe_int4_prefill_to_planes,
         _to_planes_variants,
         (tokens, _cdiv(k, steps * _STEP), 1),
@@ -715,7 +715,7 @@ def gate_up(
     columns = _cdiv(_padded(intermediate), tile.block_n)
     limit = _INFINITY if activation.limit is None else float(activation.limit)
     x_stride, out_stride = x.stride(0), out.stride(0)
-    _launch(
+    launch_kernel(
         moe_int4_prefill_gate_up,
         w13.gate_up_variants,
         (blocks.expert_ids.shape[0] * columns, 1, 1),
@@ -784,7 +784,7 @@ def down(
     weights = out if topk_weights is None else topk_weights
     x_stride, out_stride = x.stride(0), out.stride(0)
     constants = w2.constants
-    _launch(
+    launch_kernel(
         moe_int4_prefill_down,
         w2.down_variants,
         (blocks.expert_ids.shape[0] * columns, 1, 1),
@@ -838,7 +838,7 @@ def sum_pairs(
     num_ids = num_experts if expert_map is None else expert_map.shape[0]
     map_ = topk_ids if expert_map is None else expert_map
     strides = out.stride(0), topk_ids.stride(0)
-    _launch(
+    launch_kernel(
         moe_int4_prefill_sum,
         _sum_variants,
         (tokens, _cdiv(hidden, 1024), 1),
@@ -1005,7 +1005,7 @@ def dense(
     zeros = words if zero_points is None else zero_points
     strides = (0, words.stride(0), 0, scales.stride(0), 0, zeros.stride(0))
     numbers = (n, k, x.stride(0), *strides, n)
-    _launch(
+    launch_kernel(
         moe_int4_prefill_down,
         _dense_variants,
         (_cdiv(num_rows, tile.block_m) * _cdiv(n, tile.block_n), 1, 1),
