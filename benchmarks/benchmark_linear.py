@@ -180,7 +180,7 @@ def sweep(made: list[Callable[[Any], Any]], x: Any, expected: Any) -> dict[str, 
         if tile is not None and not tile.tiled and tile.num_stages != 3:
             continue
         if tile is None:
-            name, choices = "dequantized", {"dequantize_from": lambda _: 0}
+            name, choices = "dequantized", {"dequantize_from": lambda _: 0.0}
         else:
             name = " ".join(map(str, ("tile", *dataclasses.astuple(tile))))
             choices = {

@@ -112,6 +112,27 @@ def test_kernels_of_the_rescored_head_and_split_gemms():
     assert dict(zip(names, classify(kernels), strict=True)) == names
 
 
+def test_kernels_of_a_prompt():
+    from token_bench.parts import Kernel, classify
+
+    names = [
+        ("dequantize_int_g", "dense linears"),
+        ("nvjet_tst_128x64", "dense linears"),
+        ("_causal_conv1d_fwd_kernel", "attention, GDN"),
+        ("moe_int4_prefill_to_planes", "dense linears"),
+        ("moe_int4_prefill_down", "dense linears"),
+        ("rms_norm_kernel", "norms"),
+        ("moe_int4_tiled_down_bf16", "dense linears"),
+        ("moe_align_block_size_kernel", "routed experts"),
+        ("moe_int4_prefill_to_planes", "routed experts"),
+        ("moe_int4_prefill_gate_up", "routed experts"),
+        ("moe_int4_tiled_down_bf16", "routed experts"),
+        ("moe_int4_prefill_sum", "routed experts"),
+    ]
+    kernels = [Kernel(name, i, 1, 0) for i, (name, _) in enumerate(names)]
+    assert classify(kernels) == [part for _, part in names]
+
+
 def test_trace_without_kernels_is_rejected(write_trace):
     from token_bench.parts import read_trace
 

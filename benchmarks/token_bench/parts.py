@@ -84,6 +84,10 @@ _LOGITS = (
 
 # The first rule that matches counts.
 RULES = (
+    # A dense int4 linear of many rows runs a down kernel, but nothing before it.
+    Rule(LINEARS, r"(prefill|tiled)_down", before=r"^(?!.*gate_up)"),
+    Rule(LINEARS, r"prefill_to_planes", after=r"prefill_down"),
+    Rule(LINEARS, r"dequantize_int_g"),
     Rule(EXPERTS, _EXPERTS),
     Rule(EXPERTS, r"moe_align|count_and_sort_expert|moe_sum"),
     Rule(EXPERTS, _SILU, before=_EXPERTS),

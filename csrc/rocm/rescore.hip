@@ -174,140 +174,68 @@ GPU_DEVICE int bits_set(uint32_t x) {
 
 constexpr int kColumns = 8;  // rows of weights at a time, the columns of the matrix instruction
 constexpr int kResults = kMaxRows * kColumns;
-// Rounds of a wave with columns of its own from which that is faster than sharing them.
-constexpr int kManyRounds = 2;
 
-// Products of kColumns rows of weights with all activation rows. Always in the same order: k has a
-// range for each wave of the block, and the sums of the ranges are added in order.
+// All products to recompute, by one block: each wave multiplies a range of k of kColumns rows of
+// weights with all activation rows, then the sums of the waves are added in order. `results` is
+// [2][wave][row][column].
 template <typename DT>
-class ColumnsTile {
- public:
-  GPU_DEVICE ColumnsTile(const uint16_t* a, int64_t a_stride, int m, const uint16_t* w,
-                         int64_t w_stride, int k, const Asked& asked, int waves)
-      : a_(a), w_(w), w_stride_(w_stride), k_(k), list_(asked.list), total_(asked.total) {
-    // Activation rows that do not exist repeat the last one; their results are discarded.
-    a0_ = static_cast<int>((row() < m ? row() : m - 1) * a_stride);
-    a1_ = m > 8 ? static_cast<int>((row() + 8 < m ? row() + 8 : m - 1) * a_stride) : -1;
-    steps_ = (k + kStep - 1) / kStep;
-    of_range_ = (steps_ + waves - 1) / waves;
-  }
-
-  static constexpr int kTogether = 4;  // steps
-
-  GPU_DEVICE int begin(int range) const { return range * of_range_; }
-  GPU_DEVICE int end(int range) const {
-    return begin(range + 1) < steps_ ? begin(range + 1) : steps_;
-  }
-
-  // Requests the weights of steps step..step+kTogether-1 of columns base..base+kColumns-1.
-  GPU_DEVICE void request(int base, int step) {
-    if (base >= total_) return;
-    const int place = base + row() < total_ ? base + row() : total_ - 1;
-    const uint16_t* const column = w_ + list_[place] * w_stride_;
+GPU_DEVICE void rescore_columns(const uint16_t* a, int64_t a_stride, int m, const uint16_t* w,
+                                int64_t w_stride, int k, const Asked& asked, int waves,
+                                float* results, uint16_t* c, int64_t c_stride) {
+  constexpr int kTogether = 4;
+  constexpr int kStep = 32;  // along k, 8 per lane
+  const int row = gpu::lane() / 4, lane_k = gpu::lane() % 4 * 8;
+  const int steps = (k + kStep - 1) / kStep, of_wave = (steps + waves - 1) / waves;
+  const int first = gpu::wave() * of_wave;
+  const int last = first + of_wave < steps ? first + of_wave : steps;
+  // Activation rows that do not exist repeat the last one; their results are discarded.
+  const uint16_t* const a0 = a + (row < m ? row : m - 1) * a_stride;
+  const uint16_t* const a1 = a + (row + 8 < m ? row + 8 : m - 1) * a_stride;
+  gpu::U32x4 weights[kTogether];
+  const auto request = [&](int base, int step) {
+    if (base >= asked.total || first >= last) return;
+    const int place = base + row < asked.total ? base + row : asked.total - 1;
+    const uint16_t* const column = w + asked.list[place] * w_stride;
     GPU_UNROLL
     for (int t = 0; t < kTogether; ++t) {
-      const int at = position(step + t);
-      weights_[t] = gpu::load_weights(column + (at < k_ ? at : k_ - 8));
+      const int at = (step + t) * kStep + lane_k;
+      weights[t] = gpu::load_weights(column + (at < k ? at : k - 8));
     }
-  }
-
-  // Adds the products of what was requested, up to step `last`. sum: as mma_16x8x16 has them.
-  GPU_DEVICE void multiply(int step, int last, float (&sum)[4]) const {
-    GPU_UNROLL
-    for (int t = 0; t < kTogether; ++t) {
-      const int at = position(step + t);
-      gpu::U32x4 x = {{0, 0, 0, 0}}, y = {{0, 0, 0, 0}};
-      if (step + t < last && at < k_) {
-        x = gpu::load_16_any(a_ + a0_ + at);
-        if (a1_ >= 0) y = gpu::load_16_any(a_ + a1_ + at);
-      }
-      const gpu::U32x4& b = weights_[t];
-      mma_16x8x16(DT{}, sum, {x.v[0], y.v[0], x.v[1], y.v[1]}, {b.v[0], b.v[1]});
-      mma_16x8x16(DT{}, sum, {x.v[2], y.v[2], x.v[3], y.v[3]}, {b.v[2], b.v[3]});
-    }
-  }
-
-  static GPU_DEVICE int row() { return gpu::lane() / 4; }
-
- private:
-  static constexpr int kStep = 32;  // along k, 8 per lane
-
-  static GPU_DEVICE int position(int step) { return step * kStep + gpu::lane() % 4 * 8; }
-
-  const uint16_t *a_, *w_;
-  int64_t w_stride_;
-  int a0_, a1_;  // where the lane's activation rows are; a1_ < 0: none
-  int k_, steps_, of_range_;
-  const uint32_t* list_;
-  int total_;
-  gpu::U32x4 weights_[kTogether];
-};
-
-template <typename DT>
-GPU_DEVICE void write_product(const Asked& asked, int m, int i, int j, float product, uint16_t* c,
-                              int64_t c_stride) {
-  if (i >= m || j >= asked.total || (asked.bits[asked.list[j]] >> i & 1) == 0) return;
-  c[i * c_stride + asked.list[j]] = Format<DT>::from_float(product);
-}
-
-// All products to recompute, by one block: a wave multiplies a range of k, for few columns.
-// `results` is [2][wave][row][column].
-template <typename DT>
-GPU_DEVICE void rescore_together(ColumnsTile<DT>& tile, const Asked& asked, int m, int waves,
-                                 float* results, uint16_t* c, int64_t c_stride) {
-  constexpr int kTogether = ColumnsTile<DT>::kTogether;
-  const int first = tile.begin(gpu::wave()), last = tile.end(gpu::wave());
-  if (first < last) tile.request(0, first);
+  };
+  request(0, first);
   for (int base = 0; base < asked.total; base += kColumns) {
     float sum[4] = {};
     for (int step = first; step < last; step += kTogether) {
-      tile.multiply(step, last, sum);
+      GPU_UNROLL
+      for (int t = 0; t < kTogether; ++t) {
+        const int at = (step + t) * kStep + lane_k;
+        gpu::U32x4 x = {{0, 0, 0, 0}}, y = {{0, 0, 0, 0}};
+        if (step + t < last && at < k) {
+          x = gpu::load_16_any(a0 + at);
+          if (m > 8) y = gpu::load_16_any(a1 + at);
+        }
+        const gpu::U32x4& b = weights[t];
+        mma_16x8x16(DT{}, sum, {x.v[0], y.v[0], x.v[1], y.v[1]}, {b.v[0], b.v[1]});
+        mma_16x8x16(DT{}, sum, {x.v[2], y.v[2], x.v[3], y.v[3]}, {b.v[2], b.v[3]});
+      }
       // The next weights are on their way during the sum over the waves.
       const bool more = step + kTogether < last;
-      tile.request(more ? base : base + kColumns, more ? step + kTogether : first);
+      request(more ? base : base + kColumns, more ? step + kTogether : first);
     }
     float* const now = results + base / kColumns % 2 * (waves * kResults);
     float* const mine = now + gpu::wave() * kResults;
-    const int at = tile.row() * kColumns + gpu::lane() % 4 * 2;
+    const int at = row * kColumns + gpu::lane() % 4 * 2;
     mine[at] = sum[0];
     mine[at + 1] = sum[1];
     mine[at + 8 * kColumns] = sum[2];
     mine[at + 8 * kColumns + 1] = sum[3];
     gpu::block_barrier();
     if (thread() >= kResults) continue;
+    const int i = thread() / kColumns, j = base + thread() % kColumns;
+    if (i >= m || j >= asked.total || (asked.bits[asked.list[j]] >> i & 1) == 0) continue;
     float total = 0.0f;
     for (int v = 0; v < waves; ++v) total += now[v * kResults + thread()];
-    write_product<DT>(asked, m, thread() / kColumns, base + thread() % kColumns, total, c,
-                      c_stride);
-  }
-}
-
-// The same, and the same bits: a wave multiplies all of k, for many columns. No wave waits for
-// another.
-template <typename DT>
-GPU_DEVICE void rescore_alone(ColumnsTile<DT>& tile, const Asked& asked, int m, int waves,
-                              uint16_t* c, int64_t c_stride) {
-  constexpr int kTogether = ColumnsTile<DT>::kTogether;
-  tile.request(kColumns * gpu::wave(), 0);
-  for (int base = kColumns * gpu::wave(); base < asked.total; base += kColumns * waves) {
-    float total[4] = {};
-    for (int range = 0; range < waves; ++range) {
-      const int last = tile.end(range);
-      float sum[4] = {};
-      for (int step = tile.begin(range); step < last; step += kTogether) {
-        tile.multiply(step, last, sum);
-        const int next = step + kTogether < last ? step + kTogether : last;
-        const bool more = next < tile.end(waves - 1);
-        tile.request(more ? base : base + kColumns * waves, more ? next : 0);
-      }
-      GPU_UNROLL
-      for (int i = 0; i < 4; ++i) total[i] += sum[i];
-    }
-    const int i = tile.row(), j = base + gpu::lane() % 4 * 2;
-    write_product<DT>(asked, m, i, j, total[0], c, c_stride);
-    write_product<DT>(asked, m, i, j + 1, total[1], c, c_stride);
-    write_product<DT>(asked, m, i + 8, j, total[2], c, c_stride);
-    write_product<DT>(asked, m, i + 8, j + 1, total[3], c, c_stride);
+    c[i * c_stride + asked.list[j]] = Format<DT>::from_float(total);
   }
 }
 #endif
@@ -381,12 +309,8 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
     asked.total += bits_set(found);
   }
   gpu::block_barrier();
-  ColumnsTile<DT> tile(activations, a_stride_m, m, weights, w_stride_n, k, asked, waves);
-  if (asked.total < kManyRounds * kColumns * waves) {
-    rescore_together(tile, asked, m, waves, results, products, c_stride_m);
-  } else {
-    rescore_alone(tile, asked, m, waves, products, c_stride_m);
-  }
+  rescore_columns<DT>(activations, a_stride_m, m, weights, w_stride_n, k, asked, waves, results,
+                      products, c_stride_m);
 #else
   for (int base = gpu::wave() * gpu::kWaveSize; base < padded; base += waves * gpu::kWaveSize) {
     for (uint32_t left = counts[base / gpu::kWaveSize]; left != 0; left &= left - 1) {
