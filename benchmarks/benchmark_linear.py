@@ -17,7 +17,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -65,78 +64,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-class Linear:
-    """Random weights [N, K], and the layers that kernels made from copies of them."""
-
-    def __init__(self, n: int, k: int, group_size: int, dtype: Any, device: str):
-        import torch
-
-        from vllm.model_executor.kernels.linear import MPLinearLayerConfig
-        from vllm.scalar_type import scalar_types
-
-        self.n, self.k, self.device, self.dtype = n, k, device, dtype
-        self.words = torch.randint(-(2**31), 2**31 - 1, (k // 8, n), dtype=torch.int32)
-        scales = (0.5 + torch.rand(k // group_size, n)) / (5 * k**0.5)
-        self.scales = scales.to(dtype)
-        self.nbytes = n * k // 2 + 2 * self.scales.numel()
-        self.config = MPLinearLayerConfig(
-            full_weight_shape=(k, n),
-            partition_weight_shape=(k, n),
-            weight_type=scalar_types.uint4b8,
-            act_type=dtype,
-            group_size=group_size,
-            zero_points=False,
-        )
-
-    def dense(self) -> Any:
-        """float32 [N, K]."""
-        import torch
-
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-        q = (self.words[:, None] >> shifts[:, None]) & 15
-        scales = self.scales.float().repeat_interleave(self.config.group_size, 0)
-        return ((q.reshape(self.k, self.n) - 8) * scales).T
-
-    def build(self, kernel_type: type) -> Callable[[Any], Any]:
-        """A new layer with its own copy of the weights, as a function of ``x``."""
-        import torch
-
-        from vllm.model_executor import parameter
-
-        common = {"weight_loader": lambda *_: None, "input_dim": 0, "output_dim": 1}
-        packed = {"packed_dim": 0, "packed_factor": 8, **common}
-        layer: Any = torch.nn.Module()
-        layer.bias = None
-        layer.qweight = parameter.PackedvLLMParameter(
-            data=self.words.to(self.device, copy=True), **packed
-        )
-        layer.scales = parameter.GroupQuantScaleParameter(
-            data=self.scales.to(self.device, copy=True), **common
-        )
-        zeros = torch.full_like(self.scales[:, ::8], 0x77777777, dtype=torch.int32)
-        layer.qzeros = parameter.PackedvLLMParameter(
-            data=zeros.to(self.device), **{**packed, "packed_dim": 1}
-        )
-        kernel = kernel_type(self.config, "qweight", "scales", "qzeros")
-        kernel.process_weights_after_loading(layer)
-        return partial(kernel.apply_weights, layer)
-
-
-def kernels_for(config: Any) -> list[type]:
-    """Our kernel, then those in vLLM's list that support the layer."""
-    from vllm.model_executor.kernels.linear import _POSSIBLE_KERNELS
-    from vllm.platforms import current_platform
-
-    capability = current_platform.get_device_capability()
-    number = -1 if capability is None else capability.to_int()
-    return [
-        kernel
-        for kernel in _POSSIBLE_KERNELS[current_platform._enum]
-        if (number < 0 or kernel.get_min_capability() <= number)
-        and kernel.can_implement(config)[0]
-    ]
-
-
 def time_calls(
     calls: dict[str, list[Callable[[Any], Any]]], x: Any, repeats: int = 40
 ) -> dict[str, list[float]]:
@@ -172,6 +99,8 @@ def sweep(made: list[Callable[[Any], Any]], x: Any, expected: Any) -> dict[str, 
     from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_linear
     from vllm.plugins.hybrid_w4a16.tune_search import tile_sizes
 
+    owner = hybrid_w4a16_dense_linear.linear_table
+
     found: dict[str, list[float]] = {}
     sizes = [m for m in (8, 16, 32, 64, 128) if m < 2 * len(x) or m == 8]
     tiles: list[Any] = [tile for m in sizes for tile in tile_sizes(m)]
@@ -191,6 +120,8 @@ def sweep(made: list[Callable[[Any], Any]], x: Any, expected: Any) -> dict[str, 
             for function, choice in choices.items():
                 patch = mock.patch.object(hybrid_w4a16_dense_linear, function, choice)
                 stack.enter_context(patch)
+            nothing = mock.patch.object(owner, "dequantize_from", lambda *_: None)
+            stack.enter_context(nothing)
             try:
                 y = made[0](x).float()
             except Exception as failure:  # noqa: BLE001  # too large for the device
@@ -208,18 +139,19 @@ def measure(options: argparse.Namespace, device: str, cache: int, say: Any) -> A
     import torch
 
     from vllm.model_executor.layers.quantization.hybrid_w4a16_dense_ops import MAX_ROWS
+    from vllm.plugins.hybrid_w4a16.random_linears import RandomLinear, kernels_for
 
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float16
     results, failures = [], []
     for model, linears in ((model, MODELS[model]) for model in options.models):
         for name, (n, k) in linears.items():
-            linear = Linear(n, k, options.group_size, dtype, device)
+            linear = RandomLinear(n, k, options.group_size, dtype, device)
             copies = max(2, min(64, -(-2 * cache // linear.nbytes)))
             dense = linear.dense()
             calls = {}
             for kernel in kernels_for(linear.config):
                 try:
-                    made = [linear.build(kernel) for _ in range(copies)]
+                    made = [linear.build(kernel)[0] for _ in range(copies)]
                     x = torch.randn(3, k).to(dtype)
                     expected = x.float() @ dense.T
                     y = made[-1](x.to(device)).cpu().float()
@@ -256,15 +188,6 @@ def measure(options: argparse.Namespace, device: str, cache: int, say: Any) -> A
     return results, failures
 
 
-def one_rank(folder: str, backend: str) -> None:
-    """Initialize one rank, which vLLM's parameter classes require."""
-    from vllm import distributed
-
-    store = f"file://{folder}/store"
-    distributed.init_distributed_environment(1, 0, store, 0, backend)
-    distributed.initialize_model_parallel(1, 1)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns its exit status."""
     options = parse(arguments)
@@ -276,9 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from moe_bench import ceilings, machine
     from moe_bench.vllm_experts import vllm_config
 
-    from vllm import distributed
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
+    from vllm.plugins.hybrid_w4a16.random_linears import one_rank
 
     load_general_plugins()
     device = "cpu" if current_platform.is_cpu() else "cuda"
@@ -294,8 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ratio = "" if ratio is None else f"{ratio:.2f}"
         print(COLUMNS.format(*cells, row["kernel"], *numbers, ratio), flush=True)
 
-    with torch.inference_mode(), vllm_config(), tempfile.TemporaryDirectory() as folder:
-        one_rank(folder, "gloo" if device == "cpu" else "nccl")
+    with torch.inference_mode(), vllm_config(), one_rank():
         found = ceilings.measure_ceilings(torch.device(device), threads)
         facts = machine.describe(device, threads)
         print(
@@ -306,8 +228,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if device == "cpu":
             torch.set_num_threads(threads)  # last: importing vLLM sets it too
         rows, failures = measure(options, device, facts["cache_bytes"], say)
-        distributed.destroy_model_parallel()
-        distributed.destroy_distributed_environment()
     for failure in failures:
         print(f"FAILED: {failure}")
     if options.json is not None:

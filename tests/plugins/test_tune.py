@@ -514,7 +514,7 @@ def test_show_prints_tables_and_choice(monkeypatch, capsys):
     tuning.write_owner_entry("sm_90", entry(compute_units=78))
     status, out, _ = command(capsys, "--show", "--shape", "128,8,1024,768,128")
     assert status == 0
-    assert f"owner    {tuning.owner_table('sm_90')} (2 shapes)" in out
+    assert f"owner    {tuning.owner_table('sm_90')} (2 shapes, 0 linears)" in out
     assert "not used" in out and "made up" in out
     assert "from owner\n  prefill from 40 tokens on" in out
     assert "up to 4 tokens: gate_up, down [0, 2, 0, 0], rule" in out

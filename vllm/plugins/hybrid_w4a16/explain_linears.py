@@ -56,6 +56,7 @@ class LinearGroup:
     hybrid: bool
     reason: str | None
     """Why not."""
+    zero_points: bool
 
 
 def linears(
@@ -159,7 +160,8 @@ def _merged(
             zero_points=zeros,
         )
         reason = incompatibility_reason(config, family)
-    return LinearGroup(name, 1, outputs, inputs, group_size, reason is None, reason)
+    hybrid = reason is None
+    return LinearGroup(name, 1, outputs, inputs, group_size, hybrid, reason, zeros)
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -72,6 +72,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "hybrid_w4a16_switch.py",
             "hybrid_w4a16_guard*.py",
             "hybrid_w4a16_online_linear.py",
+            "hybrid_w4a16_linear_table.py",
             "hybrid_w4a16_graph_timing.py",
             "hybrid_w4a16_reference.py",
             # vLLM's own methods of these formats ask the oracle

@@ -8,6 +8,10 @@ of every candidate before it times the candidate. A candidate replaces the curre
 choice only if it is faster beyond the noise in both of two passes, in which the two
 alternate. The table is saved after every step, so Ctrl-C keeps what was measured.
 
+It also times the checkpoint's dense int4 linears beside the kernel that vLLM would
+choose for them. On AMD GPUs such a linear runs on our kernel by default only if the
+table says that it is faster.
+
 Exit status: 0; 1 when nothing could be measured; 2 for a bad argument; 130 after
 Ctrl-C.
 """
@@ -31,7 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", choices=DTYPES, help="activation dtype (default: the checkpoint's)")
     add("--tp", type=int, default=1, help="tensor-parallel GPUs (default: 1)")
-    add("--only", choices=("decode", "prefill"), help="measure only this")
+    add(
+        "--linear",
+        action="append",
+        default=[],
+        metavar="N,K,G",
+        help="outputs, inputs and group size of a symmetric dense int4 linear; may be "
+        "repeated",
+    )
+    add("--only", choices=("decode", "prefill", "linears"), help="measure only this")
     add(
         "--tokens",
         metavar="N,N",

@@ -3,11 +3,13 @@
 """The steps of ``vllm-hybrid-w4a16 tune``: shapes, measurements, tables."""
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +23,24 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     Tile,
 )
 from vllm.model_executor.layers.fused_moe.oracle import hybrid_w4a16_switch as switch
-from vllm.plugins.hybrid_w4a16 import explain_layers, prefill_kernels, random_layers
+from vllm.model_executor.layers.quantization import (
+    hybrid_w4a16_linear_table as linear_table,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_linear_table import (
+    LinearShape,
+)
+from vllm.plugins.hybrid_w4a16 import (
+    explain_layers,
+    explain_linears,
+    prefill_kernels,
+    random_layers,
+    random_linears,
+)
 from vllm.plugins.hybrid_w4a16.explain_checkpoint import read_checkpoint
 from vllm.plugins.hybrid_w4a16.progress import Progress, quiet
 from vllm.plugins.hybrid_w4a16.random_layers import DTYPES, LayerShape
 from vllm.plugins.hybrid_w4a16.tune_bench import GpuBench
+from vllm.plugins.hybrid_w4a16.tune_linear import GpuLinearBench, tune_linear
 from vllm.plugins.hybrid_w4a16.tune_search import tile_sizes
 from vllm.plugins.hybrid_w4a16.tune_shape import (
     DECODE_TOKENS,
@@ -57,6 +72,22 @@ def parse_shape(text: str, dtype: str) -> MoEShape:
     if shared and shared[0] % 8:  # hidden is a multiple of the group size
         raise ValueError(f"--shape {text!r}: {shared[0]} is not a multiple of 8")
     return MoEShape(experts, top_k, hidden, inter, group, dtype, *shared)
+
+
+def parse_linear(text: str, dtype: str) -> LinearShape:
+    """Parse ``N,K,G``; raises ``ValueError`` for anything else."""
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(s.strip().isdecimal() and int(s) for s in sizes):
+        raise ValueError(f"--linear {text!r} is not N,K,G: three numbers above 0")
+    outputs, inputs, group = map(int, sizes)
+    if group not in random_layers.GROUP_SIZES:
+        raise ValueError(f"--linear {text!r}: group size {group}, known: 32, 64, 128")
+    if inputs % group or outputs % 8:
+        raise ValueError(
+            f"--linear {text!r}: {outputs} and {inputs} are not multiples of 8 and "
+            f"{group}"
+        )
+    return LinearShape(outputs, inputs, group, False, dtype)
 
 
 def parse_tokens(text: str | None) -> tuple[int, ...]:
@@ -95,6 +126,28 @@ def shapes_of(args: argparse.Namespace, family: Any) -> list[MoEShape]:
     return list(dict.fromkeys(shapes))
 
 
+def linears_of(args: argparse.Namespace, family: Any) -> list[LinearShape]:
+    """The linears of ``--linear`` and the checkpoints' int4 linears, without repeats.
+
+    Raises ``ValueError`` for a bad shape or a checkpoint that cannot be read.
+    """
+    found = [parse_linear(text, args.dtype or "bf16") for text in args.linear]
+    for name in args.checkpoint:
+        checkpoint = read_checkpoint(name)
+        dtype = explain_layers.activation_dtype(checkpoint)
+        dtype_name = args.dtype or random_layers.dtype_name(dtype)
+        for linear in explain_linears.linears(checkpoint, args.tp, family).values():
+            shape = LinearShape(
+                linear.outputs,
+                linear.inputs,
+                linear.group_size,
+                linear.zero_points,
+                dtype_name,
+            )
+            found.append(shape)
+    return list(dict.fromkeys(found))
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status."""
     switch.register()
@@ -103,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
         tokens = parse_tokens(args.tokens)
         with quiet():
             shapes = shapes_of(args, family)
+            linears = linears_of(args, family)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -110,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {family}", file=sys.stderr)
         return 1
     if args.show:
-        print("\n".join(show(family, shapes)))
+        print("\n".join(show(family, shapes, linears)))
         return 0
     if family.tuning is None:
         print(
@@ -119,10 +173,14 @@ def run(args: argparse.Namespace) -> int:
             "size and the processor's instruction set."
         )
         return 0
-    if not shapes:
-        print("error: give a checkpoint or --shape", file=sys.stderr)
+    if args.only == "linears":
+        shapes = []
+    elif args.only is not None:
+        linears = []
+    if not shapes and not linears:
+        print("error: give a checkpoint, --shape or --linear", file=sys.stderr)
         return 2
-    return measure(args, family, shapes, tokens)
+    return measure(args, family, shapes, tokens, linears)
 
 
 def measure(
@@ -130,8 +188,9 @@ def measure(
     family: Any,
     shapes: list[MoEShape],
     decode_tokens: tuple[int, ...],
+    linears: list[LinearShape],
 ) -> int:
-    """Tune the shapes on the GPU; returns the exit status."""
+    """Tune the shapes and measure the linears on the GPU; returns the exit status."""
     devices.load_kernels(family)
     entries: list[dict[str, Any]] = []
     device = torch.cuda.get_device_name()
@@ -181,6 +240,8 @@ def measure(
                 if pool is not None:
                     pool.close()
                     pool = None
+                del bench, tuner  # gigabytes
+            entries += measure_linears(family, linears, source, progress)
         except KeyboardInterrupt:
             if pool is not None:
                 pool.close()
@@ -196,7 +257,7 @@ def measure(
     if args.json:
         print(json.dumps(entries, indent=1))
     out = sys.stderr if args.json else sys.stdout
-    behind = farthest_behind(entries)
+    behind = farthest_behind([entry for entry in entries if "decode" in entry])
     if behind is not None:
         share, where = behind
         print(
@@ -212,16 +273,45 @@ def measure(
     return 0
 
 
-def show(family: Any, shapes: list[MoEShape]) -> list[str]:
-    """Lines for ``--show``: the tables, and the current choice for ``shapes``."""
+def measure_linears(
+    family: Any, linears: list[LinearShape], source: str, progress: Any
+) -> list[dict[str, Any]]:
+    """Measure dense int4 linears on the GPU; returns their entries."""
+    entries = []
+    with random_linears.one_rank() if linears else contextlib.nullcontext():
+        for shape in linears:
+            progress.say(f"{shape}")
+            try:
+                bench = GpuLinearBench(shape, family)
+            except ValueError as error:  # vLLM has other kernels for it
+                progress.say(f"  left out: {error}")
+                continue
+            entry = tune_linear(
+                bench,
+                shape,
+                family.cu_count,
+                source,
+                lambda entry: linear_table.write(family.name, entry),
+                progress,
+            )
+            entries.append(entry)
+            del bench
+    return entries
+
+
+def show(
+    family: Any, shapes: list[MoEShape], linears: Sequence[LinearShape] = ()
+) -> list[str]:
+    """Lines for ``--show``: the tables, and the current choice for the shapes."""
     arch = family.name
     if family.tuning is None:
         return [f"{arch}: no tables, the CPU ops have nothing to tune"]
     owner = tuning.owner_table(arch)
     entries = tuning.owner_entries(arch)
+    count = len(linear_table.entries(arch))
     shipped = tuning.TABLES / f"{family.tuning}.json"
     lines = [
-        f"owner    {owner} ({len(entries)} shapes)"
+        f"owner    {owner} ({len(entries)} shapes, {count} linears)"
         if owner.is_file()
         else f"owner    {owner} (not there)",
         f"shipped  {shipped}"
@@ -253,7 +343,25 @@ def show(family: Any, shapes: list[MoEShape]) -> list[str]:
                 str(list(dataclasses.astuple(tile))) for tile in tiles_of(tiles)
             )
             lines.append(f"  prefill of {tokens}: {', '.join(sizes_text)}")
+    for linear in linears:
+        entry_found = linear_table.find(arch, family.cu_count, linear)
+        origin = "not measured" if entry_found is None else "from owner"
+        lines += ["", f"{linear}: {origin}"]
+        if entry_found is not None:
+            lines += linear_lines(entry_found)
     return lines
+
+
+def linear_lines(entry: dict[str, Any]) -> list[str]:
+    """Lines about what was measured of a linear."""
+    lines = []
+    for row in entry["rows"]:
+        text = f"  {row['rows']} rows: {row['way']} {row['us']} us"
+        if row["peer_us"] is not None:
+            text += f", {entry['peer']} {row['peer_us']} us"
+        lines.append(text)
+    reason = linear_table.why_not(entry)
+    return lines if reason is None else [*lines, f"  {reason}"]
 
 
 def tiles_of(tiles: PrefillTiles) -> tuple[Tile, Tile]:

@@ -288,19 +288,15 @@ class Choice(NamedTuple):
     """The lowest time of all candidates, even if the gain is within the noise."""
 
 
-def finals(
-    current: Any,
-    finalists: Sequence[Any],
+def alternate(
+    entrants: Sequence[Any],
     sample: Sampler,
     step: Callable[[str], None] = lambda name: None,
-) -> Choice:
-    """Decide whether one of ``finalists`` replaces ``current``.
+) -> list[dict[int, list[float]]]:
+    """Samples in microseconds of each entrant, by its index, in each of two passes.
 
-    All candidates alternate in two passes, in opposite orders. A finalist wins if in
-    each pass it is faster by more than ``LEAST_GAIN`` and more than the interquartile
-    spread of both.
+    The entrants alternate, in the second pass in the opposite order.
     """
-    entrants = [current, *(f for f in finalists if f != current)]
     samples: list[dict[int, list[float]]] = []
     for order in (range(len(entrants)), range(len(entrants) - 1, -1, -1)):
         step("finals")
@@ -309,6 +305,22 @@ def finals(
             for index in order:
                 taken[index] += sample(entrants[index], 3)
         samples.append(taken)
+    return samples
+
+
+def finals(
+    current: Any,
+    finalists: Sequence[Any],
+    sample: Sampler,
+    step: Callable[[str], None] = lambda name: None,
+) -> Choice:
+    """Decide whether one of ``finalists`` replaces ``current``.
+
+    All candidates ``alternate``. A finalist wins if in each pass it is faster by more
+    than ``LEAST_GAIN`` and more than the interquartile spread of both.
+    """
+    entrants = [current, *(f for f in finalists if f != current)]
+    samples = alternate(entrants, sample, step)
     medians = [
         statistics.median(samples[0][index] + samples[1][index])
         for index in range(len(entrants))

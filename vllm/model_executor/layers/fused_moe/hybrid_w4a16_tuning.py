@@ -15,11 +15,16 @@ same form, are in ``VLLM_CONFIG_ROOT/hybrid_w4a16`` and take precedence::
     shapes        measurements for one shape, see ``MoEShape``: compute_units and
                   kernel_version, prefill_from, rows as above, and decode: by tokens
                   the plans of gate_up and down, as the ops take them, or null
+    linears       in an owner's table: see ``hybrid_w4a16_linear_table``
 
 A lookup uses the nearest shape. If none is near, the rule in the op library plans
 decode, and prefill begins at the device's ``prefill_from``.
 """
 
+# fork: begin overlay
+import contextlib
+
+# fork: end
 import functools
 import json
 import math
@@ -456,7 +461,7 @@ _FIELDS = ("experts", "top_k", "hidden", "intermediate", "group_size", "dtype")
 def write_owner_entry(arch: str, entry: dict[str, Any]) -> Path:
     """Add an entry to the owner's table; it replaces an entry with the same key.
 
-    The file is replaced as a whole. Returns its path.
+    Returns the table's path.
     """
     key = entry["compute_units"], entry_shape(entry)
     kept = [
@@ -464,13 +469,28 @@ def write_owner_entry(arch: str, entry: dict[str, Any]) -> Path:
         for other in owner_entries(arch)
         if (other["compute_units"], entry_shape(other)) != key
     ]
+    return write_owner_list(arch, "shapes", [*kept, entry])
+
+
+def write_owner_list(arch: str, name: str, entries: list[dict[str, Any]]) -> Path:
+    """Replace the list ``name`` of the owner's table, "shapes" or "linears".
+
+    The other list is kept, and the file is replaced as a whole. Returns its path.
+    """
     path = owner_table(arch)
+    lists: dict[str, list[dict[str, Any]]] = {"shapes": [], "linears": []}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        other = "linears" if name == "shapes" else "shapes"
+        members = json.loads(path.read_text())[other]
+        lists[other] = [entry for entry in members if isinstance(entry, dict)]
+    lists[name] = entries
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = ",\n".join(_entry_text(e) for e in [*kept, entry])
+    text = [f'{{\n "arch": {json.dumps(arch)}']
+    for key, listed in lists.items():
+        entries_text = ",\n".join(map(_entry_text, listed))
+        text.append(f' "{key}": [\n{entries_text}\n ]')
     new = path.with_suffix(".new")
-    new.write_text(
-        f'{{\n "arch": {json.dumps(arch)},\n "shapes": [\n{entries}\n ]\n}}\n'
-    )
+    new.write_text(",\n".join(text) + "\n}\n")
     new.replace(path)
     return path
 

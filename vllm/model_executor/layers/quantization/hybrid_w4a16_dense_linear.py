@@ -19,8 +19,16 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamil
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     dense_tile,
     dequantize_from,
+    table_name,
 )
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
+
+# fork: begin overlay
+from vllm.model_executor.layers.quantization import (
+    hybrid_w4a16_linear_table as linear_table,
+)
+
+# fork: end
 from vllm.utils.torch_utils import direct_register_custom_op
 
 # Weights to dequantize at a time: 64 MiB in 16 bits, which most linears stay below.
@@ -47,7 +55,7 @@ def multiply(
         out = _multiply_few(rows, weights, scales, zero_points, *sizes)
     else:
         out = torch.ops.vllm.hybrid_w4a16_linear(
-            rows, weights, scales, zero_points, *sizes, family.tuning
+            rows, weights, scales, zero_points, *sizes, family.name
         )
     return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -85,9 +93,9 @@ def _multiply_on_gpu(
     cu_count: int,
     group_size: int,
     bits: int,
-    tuning: str,
+    arch: str,
 ) -> torch.Tensor:
-    """Choose a kernel by the number of rows; ``tuning``: the table of Triton tiles."""
+    """Choose a kernel by the number of rows; ``arch``: such as "gfx1151"."""
     rows, inputs = x.shape
     if rows <= ops.MAX_ROWS:
         return _multiply_few(
@@ -99,18 +107,37 @@ def _multiply_on_gpu(
             for few in x.split(ops.MAX_ROWS)
         ]
         return torch.cat(parts)
-    if bits == 8 or rows >= dequantize_from(tuning):
-        return _multiply_dequantized(x, weights, scales, zero_points, bits, group_size)
+    outputs = weights.shape[0]
+    begin = None
+    # fork: begin overlay
+    begin = linear_table.dequantize_from(arch, cu_count, outputs, inputs)
+    # fork: end
+    if begin is None:
+        begin = dequantize_from(table_name(arch))
+    if bits == 8 or rows >= begin:
+        return multiply_dequantized(x, weights, scales, zero_points, bits, group_size)
+    return multiply_in_tiles(x, weights, scales, zero_points, group_size, arch)
+
+
+def multiply_in_tiles(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    group_size: int,
+    arch: str,
+) -> torch.Tensor:
+    """Multiply 4-bit weights with the GEMM of the MoE prefill on a GPU, [M, N]."""
     # imported here because a CPU machine may not have Triton
     from vllm.model_executor.layers.fused_moe.experts import (
         hybrid_w4a16_triton as prefill,
     )
 
-    tile = dense_tile(tuning, rows, weights.shape[0], inputs)
+    tile = dense_tile(table_name(arch), x.shape[0], weights.shape[0], x.shape[1])
     return prefill.dense(x, weights, scales, zero_points, group_size, tile)
 
 
-def _multiply_dequantized(
+def multiply_dequantized(
     x: torch.Tensor,
     weights: torch.Tensor,
     scales: torch.Tensor,
@@ -118,7 +145,10 @@ def _multiply_dequantized(
     bits: int,
     group_size: int,
 ) -> torch.Tensor:
-    """Dequantize ``_AT_ONCE`` weights at a time and multiply them with torch's GEMM."""
+    """Dequantize on a GPU and multiply with torch's GEMM, [M, N].
+
+    ``_AT_ONCE`` weights at a time, so that the 16-bit copy stays small.
+    """
     # imported here because a CPU machine may not have Triton
     from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_triton
 

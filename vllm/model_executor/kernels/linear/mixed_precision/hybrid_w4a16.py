@@ -23,6 +23,12 @@ from .MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamily
 
+    # fork: begin overlay
+    from vllm.model_executor.layers.quantization.hybrid_w4a16_linear_table import (
+        LinearShape,
+    )
+    # fork: end
+
 _QUANT_TYPES = (scalar_types.uint4, scalar_types.uint4b8)
 # The skinny GEMM keeps a row of activations in a block's shared memory. At this size it
 # takes 39 KiB; every device has at least 48.
@@ -152,11 +158,11 @@ def incompatibility_reason(
     c: MPLinearLayerConfig, family: "DeviceFamily"
 ) -> str | None:
     """Why the kernel does not support a layer on a device; ``None`` if it does."""
-    return _layer_reason(c, family) or _switch_reason(c.act_type, family)
+    return layer_reason(c, family) or _switch_reason(c, family)
 
 
-def _layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
-    """Why the ops do not support such a layer; ``None`` if they do."""
+def layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
+    """Why the ops do not support such a layer on a device; ``None`` if they do."""
     from vllm.model_executor.layers.fused_moe.hybrid_w4a16_packing import GROUP_SIZES
 
     if c.weight_type not in _QUANT_TYPES:
@@ -179,11 +185,14 @@ def _layer_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
     return None
 
 
-def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
+def _switch_reason(c: MPLinearLayerConfig, family: "DeviceFamily") -> str | None:
     """Why the kernel is not enabled on a device; ``None`` if it is."""
     # fork: begin overlay
     from vllm.model_executor.layers.fused_moe.oracle import (
         hybrid_w4a16_switch as switch,
+    )
+    from vllm.model_executor.layers.quantization import (
+        hybrid_w4a16_linear_table as linear_table,
     )
 
     if switch.value() == "0":
@@ -197,13 +206,14 @@ def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
     if family.opt_in and switch.value() == "auto":
         return f"on {family.name} it is opt-in, set {switch.NAME}=1"
     if family.tuning is not None and not family.opt_in:  # an AMD GPU
-        return f"not compared with vLLM's RDNA kernel yet{otherwise}"
+        reason = linear_table.reason(family.name, family.cu_count, _shape_of(c))
+        return None if reason is None else reason + otherwise
     # fork: end
     # There vLLM computes in int8. On a Xeon with two threads that took 1.1 to 1.9 times
     # as long as this kernel at 1 and 4 rows, but 0.8 to 0.9 times as long at 512.
     if (
         family.tuning is None
-        and act_type == torch.bfloat16
+        and c.act_type == torch.bfloat16
         and torch.cpu._is_amx_tile_supported()
         and envs.VLLM_CPU_INT4_W4A8
     ):
@@ -215,6 +225,18 @@ def _switch_reason(act_type: torch.dtype, family: "DeviceFamily") -> str | None:
     return None
 
 
+# fork: begin overlay
+def _shape_of(c: MPLinearLayerConfig) -> "LinearShape":
+    from vllm.model_executor.layers.quantization.hybrid_w4a16_linear_table import (
+        LinearShape,
+    )
+
+    inputs, outputs = c.partition_weight_shape
+    dtype = "bf16" if c.act_type == torch.bfloat16 else "fp16"
+    return LinearShape(outputs, inputs, c.group_size, bool(c.zero_points), dtype)
+
+
+# fork: end
 def _rows_first(parameter: Any) -> torch.Tensor:
     """The scales or zero points with N as the first dimension, contiguous."""
     data = parameter.data
