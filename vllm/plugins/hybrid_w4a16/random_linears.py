@@ -106,17 +106,18 @@ def kernels_for(config: MPLinearLayerConfig) -> list[type]:
 
 
 @contextlib.contextmanager
-def one_rank(backend: str = "gloo") -> Iterator[None]:
-    """One rank and a config, which vLLM's parameters and kernels require."""
-    with (
-        set_current_vllm_config(VllmConfig()),
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        store = f"file://{folder}/store"
-        distributed.init_distributed_environment(1, 0, store, 0, backend)
-        distributed.initialize_model_parallel(1, 1)
-        try:
-            yield
-        finally:
-            distributed.destroy_model_parallel()
-            distributed.destroy_distributed_environment()
+def one_rank() -> Iterator[None]:
+    """One rank and a config, which vLLM's parameters and kernels require.
+
+    Ranks that the process has already are kept.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(set_current_vllm_config(VllmConfig()))
+        if not distributed.model_parallel_is_initialized():
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            store = f"file://{folder}/store"
+            distributed.init_distributed_environment(1, 0, store, 0, "gloo")
+            stack.callback(distributed.destroy_distributed_environment)
+            distributed.initialize_model_parallel(1, 1)
+            stack.callback(distributed.destroy_model_parallel)
+        yield

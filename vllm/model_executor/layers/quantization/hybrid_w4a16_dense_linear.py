@@ -96,7 +96,7 @@ def _multiply_on_gpu(
     arch: str,
 ) -> torch.Tensor:
     """Choose a kernel by the number of rows; ``arch``: such as "gfx1151"."""
-    rows, inputs = x.shape
+    rows = x.shape[0]
     if rows <= ops.MAX_ROWS:
         return _multiply_few(
             x, weights, scales, zero_points, cu_count, group_size, bits
@@ -107,10 +107,9 @@ def _multiply_on_gpu(
             for few in x.split(ops.MAX_ROWS)
         ]
         return torch.cat(parts)
-    outputs = weights.shape[0]
     begin = None
     # fork: begin overlay
-    begin = linear_table.dequantize_from(arch, cu_count, outputs, inputs)
+    begin = linear_table.dequantize_from(arch, cu_count, weights.shape[0], x.shape[1])
     # fork: end
     if begin is None:
         begin = dequantize_from(table_name(arch))
