@@ -120,7 +120,7 @@ def sweep(made: list[Callable[[Any], Any]], x: Any, expected: Any) -> dict[str, 
             for function, choice in choices.items():
                 patch = mock.patch.object(hybrid_w4a16_dense_linear, function, choice)
                 stack.enter_context(patch)
-            nothing = mock.patch.object(owner, "dequantize_from", lambda *_: None)
+            nothing = mock.patch.object(owner, "way", lambda *_: None)
             stack.enter_context(nothing)
             try:
                 y = made[0](x).float()

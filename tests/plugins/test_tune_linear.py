@@ -46,13 +46,16 @@ def own_table(tmp_path, monkeypatch):
 class MadeUpBench:
     """Times by rule; ``wrong``: numbers of rows for which our results are wrong."""
 
-    def __init__(self, few=1.0, many=1.0, wrong=(), peer="StockKernel"):
+    def __init__(self, few=1.0, many=1.0, wrong=(), peer="StockKernel", **other):
         self.few, self.many, self.wrong, self.peer = few, many, wrong, peer
+        self.skinny_up_to = other.get("skinny_up_to", 16)
 
     def ways(self, rows):
         if rows in self.wrong:
             return []
-        return [table.SKINNY] if rows <= 16 else [table.TILES, table.DEQUANTIZED]
+        if rows <= 16:
+            return [table.SKINNY, table.TILES]
+        return [table.TILES, table.DEQUANTIZED]
 
     def runs_peer(self, rows):
         return self.peer is not None
@@ -60,10 +63,12 @@ class MadeUpBench:
     def sample(self, rows):
         us = {
             table.SKINNY: 10 * self.few,
-            table.TILES: rows * self.many,
+            table.TILES: max(rows, 11) * self.many,
             table.DEQUANTIZED: (100 + rows / 2) * self.many,
             tune_linear.PEER: 12 if rows <= 16 else min(rows, 100 + rows / 2),
         }
+        if rows > self.skinny_up_to:
+            us[table.SKINNY] *= 3
         return lambda way, count: [us[way]] * count
 
 
@@ -109,7 +114,10 @@ def test_a_linear_runs_on_our_kernel_where_it_was_measured_to_be_faster():
 @pytest.mark.parametrize(
     ("bench", "why"),
     [
-        (MadeUpBench(few=1.5), "StockKernel was faster in `tune`: 48 against 60 us"),
+        (
+            MadeUpBench(few=1.5, many=1.5),
+            "StockKernel was faster in `tune`: 48 against 60 us",
+        ),
         (MadeUpBench(many=1.2), "StockKernel was faster in `tune` for 64 rows"),
         (MadeUpBench(many=1.05), None),
         (MadeUpBench(few=9, peer=None), None),
@@ -136,30 +144,36 @@ def test_what_was_measured_in_part_or_elsewhere_does_not_count():
     assert "not compared" in decision()
 
 
-def test_many_rows_are_multiplied_as_measured(monkeypatch):
-    """Dequantized from 256 rows on; at 64 rows tiles were faster."""
+def test_rows_are_multiplied_as_measured(monkeypatch):
+    """As the nearest number of rows that was measured, else as the tables say."""
     ways = []
 
     def way(name):
         return lambda x, *_: ways.append(name) or x.new_empty(len(x), SHAPE.outputs)
 
+    monkeypatch.setattr(dense, "multiply_few", way(table.SKINNY))
     monkeypatch.setattr(dense, "multiply_in_tiles", way(table.TILES))
     monkeypatch.setattr(dense, "multiply_dequantized", way(table.DEQUANTIZED))
     w = torch.empty(SHAPE.outputs, SHAPE.inputs // 8, dtype=torch.int32)
 
-    def multiply(rows, bits=4):
-        x = torch.empty(rows, SHAPE.inputs, dtype=torch.bfloat16)
-        units = GFX1151.cu_count
-        dense._multiply_on_gpu(x, w, w, None, units, 128, bits, "gfx1151")
+    def asked(*numbers, bits=4):
+        ways.clear()
+        for rows in numbers:
+            x = torch.empty(rows, SHAPE.inputs, dtype=torch.bfloat16)
+            units = GFX1151.cu_count
+            dense._multiply_on_gpu(x, w, w, None, units, 128, bits, "gfx1151")
+        return "".join(name[0] for name in ways)
 
-    for rows in (64, 255, 256, 1000):  # nothing was measured
-        multiply(rows)
+    assert asked(0, 1, 16, 17, 1000) == "ssstt"  # nothing measured
+    assert asked(16, 17, bits=8) == "sd"
     measure(MadeUpBench())
-    for rows in (64, 255, 256, 1000):
-        multiply(rows)
-    multiply(64, bits=8)
-    tiles, dequantized = [table.TILES], [table.DEQUANTIZED]
-    assert ways == 4 * tiles + 2 * tiles + 2 * dequantized + dequantized
+    # tiles win at 64 rows, dequantizing at 256, and the bound is at 128
+    assert asked(0, 1, 16, 17, 32, 127, 129, 1000) == "sssttt" + "dd"
+    assert asked(16, 17, bits=8) == "sd"
+    measure(MadeUpBench(skinny_up_to=4))
+    assert asked(1, 5, 6, 16, 17) == "ssttt"
+    monkeypatch.setattr(dense.hybrid_w4a16_ops, "row_invariant", lambda: True)
+    assert asked(8, 16, 33) == "ss" + "sss"
 
 
 def moe_entry():

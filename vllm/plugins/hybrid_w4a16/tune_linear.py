@@ -3,8 +3,8 @@
 """Times a dense int4 linear for ``tune``: our kernel beside the one vLLM would choose.
 
 On AMD GPUs our kernel runs by default only where this has found it faster
-(``hybrid_w4a16_linear_table``). More than ``MAX_ROWS`` rows have two ways; the faster
-one is recorded. The weights are cold, as in ``tune_bench``.
+(``hybrid_w4a16_linear_table``). Of our ways for a number of rows the fastest is
+recorded. The weights are cold, as in ``tune_bench``.
 """
 
 import statistics
@@ -33,7 +33,8 @@ from vllm.plugins.hybrid_w4a16.random_layers import DTYPES
 from vllm.plugins.hybrid_w4a16.tune_bench import CALLS, LEAST_CACHE, ROTATE_CACHES
 from vllm.plugins.hybrid_w4a16.tune_search import Sampler, alternate
 
-ROWS = (1, 2, 4, 8, 64, 256, 1024)
+ROWS = (1, 2, 4, 8, 16, 64, 256, 1024)
+MANY = 4  # rows from which the GEMM for many is tried
 PEER = "peer"
 MOST_COPIES = 64
 
@@ -125,11 +126,17 @@ class GpuLinearBench:
             return dense.multiply_dequantized(x, w, scales, zeros, 4, group)
         if way == table.TILES:
             return dense.multiply_in_tiles(x, w, scales, zeros, group, self.family.name)
-        return dense.multiply(x, w, scales, zeros, 4, group, self.family)
+        return dense.multiply_few(
+            x, w, scales, zeros, self.family.cu_count, group, bits=4
+        )
 
     def ways(self, rows: int) -> list[str]:
         """Our ways for this number of rows whose result is right."""
-        ways = [table.TILES, table.DEQUANTIZED] if rows > MAX_ROWS else [table.SKINNY]
+        ways = [table.SKINNY] if rows <= MAX_ROWS else []
+        if rows >= MANY and self.family.tuning is not None:
+            ways += [table.TILES]
+        if rows > MAX_ROWS:
+            ways += [table.DEQUANTIZED]
         expected = self._x(rows).float() @ self.weights.T
         right = []
         for way in ways:

@@ -52,7 +52,7 @@ def multiply(
     rows = x.reshape(-1, x.shape[-1])
     sizes = family.cu_count, group_size, bits
     if family.tuning is None:
-        out = _multiply_few(rows, weights, scales, zero_points, *sizes)
+        out = multiply_few(rows, weights, scales, zero_points, *sizes)
     else:
         out = torch.ops.vllm.hybrid_w4a16_linear(
             rows, weights, scales, zero_points, *sizes, family.name
@@ -71,7 +71,7 @@ def register_gpu_op() -> None:
     )
 
 
-def _multiply_few(
+def multiply_few(
     x: torch.Tensor,
     weights: torch.Tensor,
     scales: torch.Tensor,
@@ -80,6 +80,7 @@ def _multiply_few(
     group_size: int,
     bits: int,
 ) -> torch.Tensor:
+    """Multiply with the skinny GEMM, [M, N]; on a GPU M is up to ``ops.MAX_ROWS``."""
     out = x.new_empty(x.shape[0], weights.shape[0])
     ops.wvSplitK_int_g(x, weights, scales, out, cu_count, group_size, bits, zero_points)
     return out
@@ -97,23 +98,24 @@ def _multiply_on_gpu(
 ) -> torch.Tensor:
     """Choose a kernel by the number of rows; ``arch``: such as "gfx1151"."""
     rows = x.shape[0]
-    if rows <= ops.MAX_ROWS:
-        return _multiply_few(
-            x, weights, scales, zero_points, cu_count, group_size, bits
-        )
-    if hybrid_w4a16_ops.row_invariant():
+    invariant = hybrid_w4a16_ops.row_invariant()
+    few = rows <= ops.MAX_ROWS
+    dequantized = bits == 8 or rows >= dequantize_from(table_name(arch))
+    # fork: begin overlay
+    way = linear_table.way(arch, cu_count, weights.shape[0], x.shape[1], rows)
+    if way is not None and bits == 4 and not invariant:
+        few = few and way == linear_table.SKINNY
+        dequantized = way == linear_table.DEQUANTIZED
+    # fork: end
+    if few:
+        return multiply_few(x, weights, scales, zero_points, cu_count, group_size, bits)
+    if invariant:
         parts = [
-            _multiply_few(few, weights, scales, zero_points, cu_count, group_size, bits)
-            for few in x.split(ops.MAX_ROWS)
+            multiply_few(part, weights, scales, zero_points, cu_count, group_size, bits)
+            for part in x.split(ops.MAX_ROWS)
         ]
         return torch.cat(parts)
-    begin = None
-    # fork: begin overlay
-    begin = linear_table.dequantize_from(arch, cu_count, weights.shape[0], x.shape[1])
-    # fork: end
-    if begin is None:
-        begin = dequantize_from(table_name(arch))
-    if bits == 8 or rows >= begin:
+    if dequantized:
         return multiply_dequantized(x, weights, scales, zero_points, bits, group_size)
     return multiply_in_tiles(x, weights, scales, zero_points, group_size, arch)
 

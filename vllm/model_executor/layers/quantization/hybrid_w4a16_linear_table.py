@@ -13,7 +13,9 @@ each linear and device::
             result was wrong; peer_us is null if there is no peer for these rows
 """
 
+import bisect
 import functools
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -70,7 +72,7 @@ def entries(arch: str) -> list[dict[str, Any]]:
         for entry in found:
             entry_shape(entry), entry["compute_units"], entry["kernel_version"]
             why_not(entry)
-            _dequantize_from(entry)
+            _bounds(entry)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning(
             "HybridW4A16 MoE: linears in %s are not used (%s: %s); "
@@ -115,34 +117,44 @@ def find(arch: str, compute_units: int, shape: LinearShape) -> dict[str, Any] | 
     return None
 
 
-@functools.lru_cache(maxsize=1024)
-def dequantize_from(
-    arch: str, compute_units: int, outputs: int, inputs: int
-) -> float | None:
-    """Lowest number of rows from which dequantizing first was always faster.
+def way(
+    arch: str, compute_units: int, outputs: int, inputs: int, rows: int
+) -> str | None:
+    """Our fastest way for the nearest measured number of rows, on a logarithmic scale.
 
-    Infinite if it was not; ``None`` if no linear of these sizes was measured.
+    ``None`` if no linear of these sizes was measured. ``SKINNY`` may be the answer for
+    more rows than it takes.
     """
+    found = _ways(arch, compute_units, outputs, inputs)
+    if found is None:
+        return None
+    bounds, ways = found
+    return ways[bisect.bisect(bounds, rows)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _ways(
+    arch: str, compute_units: int, outputs: int, inputs: int
+) -> tuple[list[float], list[str | None]] | None:
+    """Bounds between numbers of rows, and the ways between the bounds."""
     for entry in entries(arch):
         sizes = entry["outputs"], entry["inputs"]
         if sizes == (outputs, inputs) and is_usable(entry, compute_units):
-            return _dequantize_from(entry)
+            return _bounds(entry)
     return None
 
 
-def _dequantize_from(entry: dict[str, Any]) -> float:
-    begin = math.inf
-    for row in sorted(entry["rows"], key=lambda row: -row["rows"]):
-        if row["way"] != DEQUANTIZED:
-            break
-        begin = row["rows"]
-    return begin
+def _bounds(entry: dict[str, Any]) -> tuple[list[float], list[str | None]] | None:
+    rows = sorted(entry["rows"], key=lambda row: row["rows"])
+    pairs = itertools.pairwise(row["rows"] for row in rows)
+    bounds = [math.sqrt(fewer * more) for fewer, more in pairs]
+    return (bounds, [row["way"] for row in rows]) if rows else None
 
 
 def forget() -> None:
     """Read the owner's table again at the next question."""
     find.cache_clear()
-    dequantize_from.cache_clear()
+    _ways.cache_clear()
 
 
 def why_not(entry: dict[str, Any]) -> str | None:
