@@ -172,8 +172,27 @@ def test_rows_are_multiplied_as_measured(monkeypatch):
     assert asked(16, 17, bits=8) == "sd"
     measure(MadeUpBench(skinny_up_to=4))
     assert asked(1, 5, 6, 16, 17) == "ssttt"
+    measure(MadeUpBench(), numbers=(8, 64))  # fewer than 8 were not measured
+    assert asked(1, 7, 8, 64, 999) == "sss" + "tt"
     monkeypatch.setattr(dense.hybrid_w4a16_ops, "row_invariant", lambda: True)
     assert asked(8, 16, 33) == "ss" + "sss"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "rows", "way"),
+    [
+        (12288, 2048, 8, table.SKINNY),
+        (12288, 2048, 14, table.TILES),
+        (12288 + 64, 2048, 14, table.TILES),  # a pair in one launch
+        (12288, 2048, 500, table.DEQUANTIZED),
+        (9216, 2048, 14, None),  # not alike
+        (4096, 12288, 8, None),  # not measured
+        (4096, 12288, 16, table.TILES),
+    ],
+)
+def test_shipped_linears(outputs, inputs, rows, way):
+    assert table.way("sm_90", 132, outputs, inputs, rows) == way
+    assert table.way("sm_90", 78, outputs, inputs, rows) is None
 
 
 def moe_entry():
@@ -237,7 +256,7 @@ def test_the_command_measures_shows_and_explains(monkeypatch, capsys):
     assert decision() is None
     status, out, _ = command(capsys, "--show", *words)
     assert status == 0 and "(0 shapes, 1 linears)" in out
-    assert "linear 1024 x 512, g128, bf16, sym: from owner" in out
+    assert "linear 1024 x 512, g128, bf16, sym: vllm-hybrid-w4a16 tune on" in out
     assert "  256 rows: dequantized 228.0 us, StockKernel 228.0 us" in out
     assert "linear 64 x 32768, g128, bf16, sym: not measured" in out
     # --only leaves the other kind out

@@ -345,7 +345,7 @@ def show(
             lines.append(f"  prefill of {tokens}: {', '.join(sizes_text)}")
     for linear in linears:
         entry_found = linear_table.find(arch, family.cu_count, linear)
-        origin = "not measured" if entry_found is None else "from owner"
+        origin = "not measured" if entry_found is None else entry_found["source"]
         lines += ["", f"{linear}: {origin}"]
         if entry_found is not None:
             lines += linear_lines(entry_found)

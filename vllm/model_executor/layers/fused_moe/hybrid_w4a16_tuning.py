@@ -15,7 +15,7 @@ same form, are in ``VLLM_CONFIG_ROOT/hybrid_w4a16`` and take precedence::
     shapes        measurements for one shape, see ``MoEShape``: compute_units and
                   kernel_version, prefill_from, rows as above, and decode: by tokens
                   the plans of gate_up and down, as the ops take them, or null
-    linears       in an owner's table: see ``hybrid_w4a16_linear_table``
+    linears       dense int4 linears, see ``hybrid_w4a16_linear_table``; optional
 
 A lookup uses the nearest shape. If none is near, the rule in the op library plans
 decode, and prefill begins at the device's ``prefill_from``.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
-"""What ``vllm-hybrid-w4a16 tune`` measured of dense int4 linears on this machine.
+"""What was measured of dense int4 linears, by ``vllm-hybrid-w4a16 tune`` for example.
 
-``linears`` in the owner's table (``hybrid_w4a16_tuning``) is a list of entries, one for
-each linear and device::
+``linears`` in a table (``hybrid_w4a16_tuning``) is a list of entries, one for each
+linear and device. The owner's precede shipped ones::
 
     outputs, inputs, group_size, zero_points, dtype   the linear on one rank
     compute_units, kernel_version, source
@@ -32,6 +32,9 @@ FEW = 8
 """Rows of a decode step, for which our kernel has to be the faster one."""
 MOST = 1.1
 """Times the peer's time that our kernel may take for any other number of rows."""
+ALIKE = 1.1
+"""Ratio of outputs up to which linears are alike: a pair of linears in one launch has
+some more outputs than the larger one."""
 
 
 @dataclass(frozen=True)
@@ -100,19 +103,22 @@ def write(arch: str, entry: dict[str, Any]) -> Path:
     return tuning.write_owner_list(arch, "linears", [*kept, entry])
 
 
-def is_usable(entry: dict[str, Any], compute_units: int) -> bool:
-    """Whether an entry is of this device and of these kernels."""
-    return (
-        entry["compute_units"] == compute_units
+def usable_entries(arch: str, compute_units: int) -> list[dict[str, Any]]:
+    """The entries of this device and of these kernels: the owner's, then shipped."""
+    shipped = tuning.table(tuning.table_name(arch)).get("linears", [])
+    return [
+        entry
+        for entry in [*entries(arch), *shipped]
+        if entry["compute_units"] == compute_units
         and entry["kernel_version"] == tuning.KERNEL_VERSION
-    )
+    ]
 
 
 @functools.lru_cache(maxsize=1024)
 def find(arch: str, compute_units: int, shape: LinearShape) -> dict[str, Any] | None:
     """The entry of a linear on a device, if there is one."""
-    for entry in entries(arch):
-        if entry_shape(entry) == shape and is_usable(entry, compute_units):
+    for entry in usable_entries(arch, compute_units):
+        if entry_shape(entry) == shape:
             return entry
     return None
 
@@ -122,33 +128,37 @@ def way(
 ) -> str | None:
     """Our fastest way for the nearest measured number of rows, on a logarithmic scale.
 
-    ``None`` if no linear of these sizes was measured. ``SKINNY`` may be the answer for
-    more rows than it takes.
+    That of the linear with as many inputs and the nearest number of outputs; ``None``
+    if no number was within ``ALIKE``, or for fewer rows than were measured. ``SKINNY``
+    may be the answer for more rows than it takes.
     """
-    found = _ways(arch, compute_units, outputs, inputs)
-    if found is None:
-        return None
-    bounds, ways = found
+    bounds, ways = _ways(arch, compute_units, outputs, inputs)
     return ways[bisect.bisect(bounds, rows)]
 
 
 @functools.lru_cache(maxsize=1024)
 def _ways(
     arch: str, compute_units: int, outputs: int, inputs: int
-) -> tuple[list[float], list[str | None]] | None:
+) -> tuple[list[float], list[str | None]]:
     """Bounds between numbers of rows, and the ways between the bounds."""
-    for entry in entries(arch):
-        sizes = entry["outputs"], entry["inputs"]
-        if sizes == (outputs, inputs) and is_usable(entry, compute_units):
-            return _bounds(entry)
-    return None
+
+    def distance(entry: dict[str, Any]) -> float:
+        return abs(math.log(entry["outputs"] / outputs))
+
+    alike = [
+        entry
+        for entry in usable_entries(arch, compute_units)
+        if entry["inputs"] == inputs and distance(entry) <= math.log(ALIKE)
+    ]
+    return _bounds(min(alike, key=distance)) if alike else ([], [None])
 
 
-def _bounds(entry: dict[str, Any]) -> tuple[list[float], list[str | None]] | None:
+def _bounds(entry: dict[str, Any]) -> tuple[list[float], list[str | None]]:
+    """``None`` is the way of fewer rows than were measured."""
     rows = sorted(entry["rows"], key=lambda row: row["rows"])
-    pairs = itertools.pairwise(row["rows"] for row in rows)
-    bounds = [math.sqrt(fewer * more) for fewer, more in pairs]
-    return (bounds, [row["way"] for row in rows]) if rows else None
+    numbers = [row["rows"] for row in rows]
+    bounds = [math.sqrt(fewer * more) for fewer, more in itertools.pairwise(numbers)]
+    return [*numbers[:1], *bounds], [None, *(row["way"] for row in rows)]
 
 
 def forget() -> None:
@@ -171,7 +181,7 @@ def why_not(entry: dict[str, Any]) -> str | None:
         )
     measured = [row["rows"] for row in entry["rows"]]
     if min(measured, default=FEW + 1) > FEW or max(measured, default=0) <= FEW:
-        return "`tune` was interrupted before it had compared all numbers of rows"
+        return "`tune` did not compare all numbers of rows, it was interrupted"
     both = [row for row in entry["rows"] if row["peer_us"] is not None]
     few = [row for row in both if row["rows"] <= FEW]
     ours, peers = (sum(row[key] for row in few) for key in ("us", "peer_us"))
