@@ -117,19 +117,20 @@ class Benchmark:
         }
 
     def run(self) -> None:
-        """Measure everything; results are written after every shape."""
+        """Measure everything; results are written after every number of tokens."""
         for shape in self.args.shapes:
             for group_size in self.args.group_size:
                 dtype = getattr(torch, DTYPES[self.args.dtype])
                 self._run_case(Case(shape, dtype, group_size, self.device))
                 _free_memory()
-                if self.args.json is not None:
-                    write_json(self.args.json, self.result)
         self._measure_ceilings_again()
-        if self.args.json is not None:
-            write_json(self.args.json, self.result)
+        self._save()
         if self.args.plot is not None and self.result["rows"]:
             write_plot(self.args.plot, self.result)
+
+    def _save(self) -> None:
+        if self.args.json is not None:
+            write_json(self.args.json, self.result)
 
     def _measure_ceilings_again(self) -> None:
         """Use the better of two measurements of the ceilings for all rows: the machine
@@ -165,6 +166,7 @@ class Benchmark:
         for routing in self.args.routing:
             for tokens in self.args.tokens:
                 self._run_cell(case, layer, running, routing, tokens)
+                self._save()
 
     def _build(self, case: Case, layer: Int4Layer, names: list[str]) -> Rotation:
         """Build the first of the backends that remain.
