@@ -69,10 +69,32 @@ def gpu_target(arch: str) -> Any:
 def compile_kernel(
     arch: str, name: str, tile: tuple[Any, ...], dtype: str, group: int, zeros: bool
 ) -> dict[str, Any]:
-    """Compile one kernel; return its row of the report."""
-    import triton
-    from triton.compiler import ASTSource
+    """Compile one kernel; return its row of the report. "dequantize" has no tile."""
+    if name == "dequantize":
+        compiled, counts = compile_dequantize(arch, dtype, group, zeros), {}
+    else:
+        compiled = compile_gemm(arch, name, tile, dtype, group, zeros)
+        weights = group if tile[-1] == "natural" else 128
+        counts = main_loop(arch, compiled, weights)
+    registers, spilled = resources(arch, compiled)
+    return {
+        "arch": arch,
+        "kernel": name,
+        "tile": list(tile),
+        "dtype": dtype,
+        "group_size": group,
+        "zero_points": bool(zeros),
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": compiled.metadata.shared,
+        **counts,
+    }
 
+
+def compile_gemm(
+    arch: str, name: str, tile: tuple[Any, ...], dtype: str, group: int, zeros: bool
+) -> Any:
+    """Compile gate_up, down, or down of a dense linear."""
     from vllm.model_executor.layers.fused_moe.experts import hybrid_w4a16_triton
 
     of_experts = "down" if name == "dense" else name  # a dense linear is one expert
@@ -91,6 +113,41 @@ def compile_kernel(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
+    multiples = {
+        argument
+        for argument in kernel.arg_names
+        if argument.endswith("_ptr")
+        or argument in ("I", "H")
+        or argument[:7] == "stride_"
+        if argument not in ("stride_zn", "stride_sn", "stride_ze")
+    }
+    options = {"num_warps": warps, "num_stages": stages}
+    return compile_source(arch, kernel, constants, dtype, multiples, options)
+
+
+def compile_dequantize(arch: str, dtype: str, group: int, zeros: bool) -> Any:
+    """Compile the kernel that writes a linear's int4 weights in 16 bits."""
+    from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_triton
+
+    kernel = hybrid_w4a16_dense_triton.dequantize_int_g
+    constants = hybrid_w4a16_dense_triton.constants(4, group, bool(zeros))
+    multiples = {name for name in kernel.arg_names if name.endswith("_ptr")}
+    multiples |= {"N", "K", "stride_wn"}
+    return compile_source(arch, kernel, constants, dtype, multiples, {"num_warps": 4})
+
+
+def compile_source(
+    arch: str,
+    kernel: Any,
+    constants: dict[str, Any],
+    dtype: str,
+    multiples: set[str],
+    options: dict[str, int],
+) -> Any:
+    """Compile a kernel as a launch would, with arguments that are multiples of 16."""
+    import triton
+    from triton.compiler import ASTSource
+
     floats = {
         "x_ptr": dtype,
         "out_ptr": dtype,
@@ -106,36 +163,14 @@ def compile_kernel(
             signature[argument] = f"*{floats.get(argument, 'i32')}"
         else:
             signature[argument] = scalars.get(argument, "i32")
-    # Specialize like a launch: these are multiples of a real layer's sizes.
-    multiples = [
-        (i,)
-        for i, argument in enumerate(kernel.arg_names)
-        if argument.endswith("_ptr")
-        or argument in ("I", "H")
-        or argument[:7] == "stride_"
-        if argument not in ("stride_zn", "stride_sn", "stride_ze")
-    ]
+    places = [i for i, name in enumerate(kernel.arg_names) if name in multiples]
     source = ASTSource(
         kernel,
         signature,
         constexprs={n: v for n, v in constants.items() if n in kernel.arg_names},
-        attrs={place: [["tt.divisibility", 16]] for place in multiples},
+        attrs={(place,): [["tt.divisibility", 16]] for place in places},
     )
-    options = {"num_warps": warps, "num_stages": stages}
-    compiled = triton.compile(source, target=gpu_target(arch), options=options)
-    registers, spilled = resources(arch, compiled)
-    return {
-        "arch": arch,
-        "kernel": name,
-        "tile": list(tile),
-        "dtype": dtype,
-        "group_size": group,
-        "zero_points": bool(zeros),
-        "registers": registers,
-        "spilled_bytes": spilled,
-        "shared_bytes": compiled.metadata.shared,
-        **main_loop(arch, compiled, group if natural else 128),
-    }
+    return triton.compile(source, target=gpu_target(arch), options=options)
 
 
 def main_loop(arch: str, compiled: Any, weights: int) -> dict[str, float]:
@@ -176,7 +211,7 @@ def faults(row: dict[str, Any]) -> list[str]:
     if row["arch"].startswith("gfx"):
         if row["shared_bytes"] > LDS_LIMIT:
             found.append(f"{row['shared_bytes']} bytes of shared memory")
-        block_m, *_, order = row["tile"]
+        block_m, *_, order = row["tile"] or (0, "")
         if order == "natural" and block_m >= 32 and row["group_size"] == 128:
             found += [
                 f"{row[name]} {name}, at most {most:g} expected"
@@ -239,11 +274,12 @@ def main() -> int:
             for row in rows
             for name in ("gate_up", "down", *(["dense"] if args.all else []))
         }
+        tiles.add(("dequantize", ()))
         for name, tile in sorted(tiles):
             for variant in ALL_VARIANTS if args.all else VARIANTS:
                 jobs.append((arch, name, tile, *variant))
 
-    columns = "{:8} {:8} {:>27} {:>6} {:>5} {!s:>5} {:>5} {:>6} {:>6}"
+    columns = "{:8} {:10} {:>27} {:>6} {:>5} {!s:>5} {:>5} {:>6} {:>6}"
     counts = " {:>4} {:>5} {:>5} {:>8} {:>5}"
     names = (
         "block_m n warps stages",

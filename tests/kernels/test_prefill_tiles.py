@@ -152,6 +152,7 @@ def test_default_tiles_compile_within_the_limits():
     for arch in ("gfx1151", "gfx1201"):
         for kernel in ("gate_up", "down"):
             assert kernels.count((arch, kernel)) >= 8
+        assert kernels.count((arch, "dequantize")) == 4
 
 
 @pytest.mark.nightly

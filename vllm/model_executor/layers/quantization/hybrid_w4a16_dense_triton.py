@@ -5,6 +5,8 @@
 Import this module only where Triton runs (a GPU, or Triton's interpreter).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -83,13 +85,18 @@ def dequantize(
         (weights, scales, zeros, out),
         (),
         (scales.dtype, *numbers),
-        {
-            "BITS": bits,
-            "GROUP": group_size,
-            "HAS_ZEROS": zero_points is not None,
-            "BLOCK_N": _BLOCK_N,
-            "BLOCK_K": _BLOCK_K,
-        },
+        constants(bits, group_size, zero_points is not None),
         {"num_warps": 4},
     )
     return out
+
+
+def constants(bits: int, group_size: int, has_zeros: bool) -> dict[str, Any]:
+    """The kernel's ``tl.constexpr`` arguments."""
+    return {
+        "BITS": bits,
+        "GROUP": group_size,
+        "HAS_ZEROS": has_zeros,
+        "BLOCK_N": _BLOCK_N,
+        "BLOCK_K": _BLOCK_K,
+    }
