@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Runs the cases of test_moe_int4_on_host.py on an NVIDIA GPU, with compute-sanitizer.
 
-And those of test_router_on_host.py.
+And those of test_wvSplitK_int_g_on_host.py and test_router_on_host.py.
 
 ``python tests/kernels/sanitize_gpu.py [--arch sm_90] [--tools memcheck,racecheck,...]
 [--amd-path]``
@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.kernels import test_moe_int4_on_host as host  # noqa: E402
 from tests.kernels import test_router_on_host as router  # noqa: E402
+from tests.kernels import test_wvSplitK_int_g_on_host as dense  # noqa: E402
 from tests.support.kernels_on_host import SEED, read_records, record  # noqa: E402
 
 ROCM = ROOT / "csrc" / "rocm"
@@ -59,10 +60,21 @@ def build(nvcc, arch, folder, amd_path):
     return program
 
 
-def run(command, combinations):
-    """Runs all cases in one process; returns (wrong results, printed text)."""
-    cases = [case for key in combinations for case in host.Maker(*key).cases()]
-    cases += router.cases(router.SHAPES, (1, 5))
+def cases_of(mma):
+    """All calls for a program with or without matrix instructions."""
+    for key in host.COMBINATIONS:
+        if key[0] == mma:
+            yield from host.Maker(*key).cases()
+    for key in dense.COMBINATIONS:
+        if key[0] == mma:
+            yield from dense.Maker(*key[1:]).cases(every=False)
+    yield from dense.rescorings(mma)
+    yield from router.cases(router.SHAPES, (1, 5))
+
+
+def run(command, mma):
+    """Runs all cases in one process; returns (wrong results, printed text, cases)."""
+    cases = list(cases_of(mma))
     calls = b"".join(record(case.fields) for case in cases)
     done = subprocess.run(command, input=calls, capture_output=True, check=False)
     text = done.stderr.decode(errors="replace")
@@ -102,16 +114,15 @@ def main():
         if options.build:
             print(program)
             return 0
-    combinations = [key for key in host.COMBINATIONS if key[0] != options.amd_path]
     options.logs.mkdir(parents=True, exist_ok=True)
-    print(f"seed {SEED}, {len(combinations)} combinations")
+    print(f"seed {SEED}")
 
     def check(tool):
         command = [program.resolve()]
         if tool != "none":
             sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
             command = [*sanitizer, "--log-file", options.logs / f"{tool}.log", *command]
-        wrong, text, count = run(command, combinations)
+        wrong, text, count = run(command, not options.amd_path)
         log = options.logs / f"{tool}.log"
         report = log.read_text().splitlines()[-1] if log.exists() else text[-300:]
         verdict = "ok" if not wrong else f"FAILED: {wrong[:3]} {text[-500:]}"

@@ -222,6 +222,29 @@ def test_matrix_instructions_rescore_several_columns_at_a_time(programs, rows, n
     run_rescoring(programs[True], rescore_case(BF16, rows, n, k, 1e6, rng))
 
 
+class Rescoring:
+    """A ``rescore_case``, checked like a ``Case``."""
+
+    def __init__(self, *arguments):
+        self.case = rescore_case(*arguments)
+        self.fields = self.case[0]
+
+    def check_reply(self, reply):
+        """Assert that the products of a reply were recomputed, and nothing else."""
+        check_rescored(self.case, self.fields["dtype"], reply["c"])
+
+
+def rescorings(mma):
+    """Calls with few and with many products to recompute, for sanitize_gpu.py."""
+    rng = np.random.default_rng([SEED, mma])
+    for dtype in (HALF, BF16):
+        for rows, n, k, window in (
+            *((1, 700, 264, 0.5), (3, 700, 264, 1.0), (2, 4500, 72, 1e6)),
+            (9, 300, 2600, 1e6),
+        ):
+            yield Rescoring(dtype, rows, n, k, window, rng)
+
+
 def run_rescoring(program, case):
     """Run a ``rescore_case`` on the host and check it."""
     done = subprocess.run(
