@@ -456,6 +456,8 @@ def test_a_shared_expert_has_entries_of_its_own(monkeypatch, capsys):
     words = ["--tokens", "1,8,16", "--only", "decode"]
     status, out, _ = command(capsys, "--shape", with_shared, *words)
     assert status == 0 and seen == [0, 512]
+    status, _, err = command(capsys, "--shape", with_shared, "--tokens", "16,32")
+    assert status == 0 and seen == [0, 512] and "left out: decode takes up to 8" in err
     alone, shared = tuning.owner_entries("sm_90")
     assert alone["shared"] == 0 and shared["shared"] == 512
     assert [row["tokens"] for row in shared["decode"]] == [1, 8]

@@ -203,6 +203,12 @@ def measure(
                 if shape.shared and args.only == "prefill":
                     continue  # prefill leaves the shared expert to vLLM
                 progress.say(f"{shape}")
+                tokens = [
+                    t for t in decode_tokens if not shape.shared or t <= MAX_TOKENS
+                ]
+                if shape.shared and not tokens:
+                    progress.say(f"  left out: decode takes up to {MAX_TOKENS} tokens")
+                    continue
                 layer = LayerShape(
                     shape.experts,
                     shape.top_k,
@@ -227,7 +233,7 @@ def measure(
                     source,
                     lambda e: tuning.write_owner_entry(family.name, e),
                     progress,
-                    [t for t in decode_tokens if not shape.shared or t <= MAX_TOKENS],
+                    tokens,
                     args.full,
                 )
                 entries.append(tuner.entry)
@@ -240,7 +246,7 @@ def measure(
                 if pool is not None:
                     pool.close()
                     pool = None
-                del bench, tuner  # gigabytes
+                del bench, tuner  # gigabytes of weights
             entries += measure_linears(family, linears, source, progress)
         except KeyboardInterrupt:
             if pool is not None:
