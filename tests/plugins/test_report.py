@@ -10,6 +10,13 @@ from pathlib import Path
 import pytest
 
 from tools import merge_reports
+from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+from vllm.model_executor.layers.quantization import (
+    hybrid_w4a16_linear_table as linear_table,
+)
+from vllm.model_executor.layers.quantization.hybrid_w4a16_linear_table import (
+    LinearShape,
+)
 from vllm.plugins.hybrid_w4a16 import cli, compare, report, selftest_run
 
 BUNDLED = Path(__file__).resolve().parents[2] / "demo/int4-autoround-g128"
@@ -73,6 +80,31 @@ def test_a_report_of_everything(made_up, tmp_path, capsys):
         owners = {(m.uid, m.uname) for m in tar}
     assert {"machine/report.json", "machine/report.md"} <= names
     assert "machine/serve-stock-1.log" in names and owners == {(0, "")}
+
+
+def test_the_report_has_the_table_in_use(made_up, monkeypatch, tmp_path, capsys):
+    """Entries as tune wrote them, so that they can be shipped."""
+    monkeypatch.setenv("VLLM_CONFIG_ROOT", str(tmp_path / "config"))
+    rows = [(1, 10.0, 12.0), (4, 11.0, 14.0), (64, 50.0, 90.0)]
+    entry = {
+        **linear_table.shape_fields(LinearShape(1024, 512, 128, False, "bf16")),
+        "compute_units": 40,
+        "kernel_version": tuning.KERNEL_VERSION,
+        "source": "made up",
+        "peer": "StockKernel",
+        "rows": [
+            {"rows": n, "way": "tiles", "us": us, "peer_us": peer}
+            for n, us, peer in rows
+        ],
+    }
+    linear_table.write("cpu", entry)
+    _, archive = run(tmp_path)
+    found = merge_reports.read_report(archive)
+    assert found["table"] == {"shapes": [], "linears": [entry]}
+    assert (
+        "* linear 1024 x 512, g128, bf16, sym: 10.0 us (12.0), 11.0 us (14.0) at 1 and "
+        "4 rows (StockKernel); used\n"
+    ) in capsys.readouterr().out
 
 
 def test_a_server_that_does_not_start_is_part_of_the_report(made_up, tmp_path, capsys):

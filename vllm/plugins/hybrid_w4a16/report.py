@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         for name in STEPS:
             report["steps"].setdefault(name, "not run: interrupted")
         status = 130
+    report["table"] = table_in_use(report["environment"]["device"])
     archive = write(report, args.out)
     print(f"\n{as_markdown(report)}\nsend {archive}, and paste the lines above")
     return status
@@ -183,7 +184,6 @@ def environment() -> dict[str, Any]:
 
     import vllm
     from vllm.model_executor.layers.fused_moe import hybrid_w4a16_device as devices
-    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
     from vllm.platforms import current_platform
 
     family = devices.device_family()
@@ -194,7 +194,6 @@ def environment() -> dict[str, Any]:
     gpu = None
     if not current_platform.is_cpu() and torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
-    entries = tuning.owner_entries(known.name) if known and known.tuning else []
     return {
         "date": datetime.date.today().isoformat(),
         "device": known.name if known else None,
@@ -208,8 +207,22 @@ def environment() -> dict[str, Any]:
         "vllm": vllm.__version__,
         "project": _version(doctor.DISTRIBUTION),
         "commit": commit(),
-        "tuned_shapes": len(entries),
         **machine.as_facts(memory),
+    }
+
+
+def table_in_use(arch: str | None) -> dict[str, list[dict[str, Any]]]:
+    """What the owner's tuning table has, in the form in which it can be shipped."""
+    from vllm.model_executor.layers.fused_moe import hybrid_w4a16_tuning as tuning
+    from vllm.model_executor.layers.quantization import (
+        hybrid_w4a16_linear_table as linear_table,
+    )
+
+    if arch is None:
+        return {"shapes": [], "linears": []}
+    return {
+        "shapes": tuning.owner_entries(arch),
+        "linears": linear_table.entries(arch),
     }
 
 
@@ -275,8 +288,10 @@ def as_markdown(report: dict[str, Any]) -> str:
         print(f"* {', '.join(versions)}")
         print(
             f"* vllm-hybrid-w4a16 {facts['project']}, commit "
-            f"{str(facts['commit'])[:12]}; {facts['tuned_shapes']} tuned shapes"
+            f"{str(facts['commit'])[:12]}; {len(report['table']['shapes'])} tuned "
+            "shapes"
         )
+        _print_linears(report["table"]["linears"])
         for name, text in report["steps"].items():
             print(f"* {name}: {text}")
         if results.get("explain"):
@@ -284,6 +299,24 @@ def as_markdown(report: dict[str, Any]) -> str:
         if results.get("compare"):
             _print_compare(results["compare"])
     return out.getvalue()
+
+
+def _print_linears(entries: list[dict[str, Any]]) -> None:
+    from vllm.model_executor.layers.quantization import (
+        hybrid_w4a16_linear_table as linear_table,
+    )
+
+    for entry in entries:
+        times = [
+            f"{row['us']} us ({row['peer_us']})"
+            for row in entry["rows"]
+            if row["rows"] in (1, 4)
+        ]
+        reason = linear_table.why_not(entry)
+        print(
+            f"* {linear_table.entry_shape(entry)}: {', '.join(times)} at 1 and 4 rows "
+            f"({entry['peer']}); {'used' if reason is None else f'not used: {reason}'}"
+        )
 
 
 def _print_explain(found: dict[str, Any]) -> None:
