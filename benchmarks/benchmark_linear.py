@@ -93,13 +93,13 @@ def sweep(made: list[Callable[[Any], Any]], x: Any, expected: Any) -> dict[str, 
 
     made: our layers; expected: float32, their result for ``x``.
     """
-    from contextlib import ExitStack
     from unittest import mock
 
     from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_linear
+    from vllm.model_executor.layers.quantization import (
+        hybrid_w4a16_linear_table as table,
+    )
     from vllm.plugins.hybrid_w4a16.tune_search import tile_sizes
-
-    owner = hybrid_w4a16_dense_linear.linear_table
 
     found: dict[str, list[float]] = {}
     sizes = [m for m in (8, 16, 32, 64, 128) if m < 2 * len(x) or m == 8]
@@ -109,19 +109,16 @@ def sweep(made: list[Callable[[Any], Any]], x: Any, expected: Any) -> dict[str, 
         if tile is not None and not tile.tiled and tile.num_stages != 3:
             continue
         if tile is None:
-            name, choices = "dequantized", {"dequantize_from": lambda _: 0.0}
+            name = way = table.DEQUANTIZED
         else:
+            way = table.TILES
             name = " ".join(map(str, ("tile", *dataclasses.astuple(tile))))
-            choices = {
-                "dense_tile": lambda *_, tile=tile: tile,
-                "dequantize_from": lambda _: float("inf"),
-            }
-        with ExitStack() as stack:
-            for function, choice in choices.items():
-                patch = mock.patch.object(hybrid_w4a16_dense_linear, function, choice)
-                stack.enter_context(patch)
-            nothing = mock.patch.object(owner, "way", lambda *_: None)
-            stack.enter_context(nothing)
+        with (
+            mock.patch.object(table, "way", lambda *_, way=way: way),
+            mock.patch.object(
+                hybrid_w4a16_dense_linear, "dense_tile", lambda *_, tile=tile: tile
+            ),
+        ):
             try:
                 y = made[0](x).float()
             except Exception as failure:  # noqa: BLE001  # too large for the device

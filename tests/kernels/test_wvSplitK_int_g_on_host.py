@@ -204,7 +204,7 @@ RESCORED = [
 @pytest.mark.parametrize(("dtype", "mma", "rows", "window"), RESCORED)
 def test_rescoring_computes_what_is_asked_for(programs, dtype, mma, rows, window):
     rng = np.random.default_rng([SEED, mma, dtype, rows])
-    run_rescoring(programs[mma], rescore_case(dtype, rows, 700, 264, window, rng))
+    run_rescoring(programs[mma], Rescoring(dtype, rows, 700, 264, window, rng))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_rescoring_computes_what_is_asked_for(programs, dtype, mma, rows, window
 def test_matrix_instructions_rescore_several_columns_at_a_time(programs, rows, n, k):
     """A block has more than 8 columns, or more than 256, or a wave over 128 of k."""
     rng = np.random.default_rng([SEED, n])
-    run_rescoring(programs[True], rescore_case(BF16, rows, n, k, 1e6, rng))
+    run_rescoring(programs[True], Rescoring(BF16, rows, n, k, 1e6, rng))
 
 
 class Rescoring:
@@ -246,13 +246,13 @@ def rescorings(mma):
 
 
 def run_rescoring(program, case):
-    """Run a ``rescore_case`` on the host and check it."""
+    """Run a ``Rescoring`` on the host and check it."""
     done = subprocess.run(
-        [program], input=record(case[0]), capture_output=True, check=False
+        [program], input=record(case.fields), capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")[:4000]
     (reply,) = read_records(done.stdout)
-    check_rescored(case, case[0]["dtype"], reply["c"])
+    case.check_reply(reply)
 
 
 def check_rescored(case, dtype, written):

@@ -470,7 +470,7 @@ def test_a_shared_expert_has_entries_of_its_own(monkeypatch, capsys):
     assert tuning.lookup("sm_90", 132, far).origin == "rule"
 
 
-def test_a_checkpoint_with_a_shared_expert_gives_two_shapes(monkeypatch):
+def test_a_checkpoint_with_a_shared_expert_gives_two_shapes():
     checkpoint = explain_checkpoint.read_checkpoint(str(BUNDLED))
 
     def of(**entries):
@@ -479,9 +479,8 @@ def test_a_checkpoint_with_a_shared_expert_gives_two_shapes(monkeypatch):
     assert checkpoint.shared_expert_size == 0
     assert of(n_shared_experts=2, moe_intermediate_size=32).shared_expert_size == 64
     made = of(shared_expert_intermediate_size=64)
-    monkeypatch.setattr(tune_command, "read_checkpoint", lambda name: made)
-    arguments = argparse.Namespace(checkpoint=["x"], shape=[], dtype=None, tp=1)
-    alone, shared = tune_command.shapes_of(arguments, GPU)
+    arguments = argparse.Namespace(shape=[], dtype=None, tp=1)
+    alone, shared = tune_command.shapes_of(arguments, [made], GPU)
     assert shared == dataclasses.replace(alone, shared=64) and alone.shared == 0
 
 

@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization.hybrid_w4a16_linear_table import (
 )
 from vllm.plugins.hybrid_w4a16 import (
     cli,
+    explain_checkpoint,
     random_linears,
     tune_command,
     tune_linear,
@@ -278,10 +279,9 @@ def test_bad_linears_are_explained(text, why, capsys):
 
 
 def test_linears_come_from_a_checkpoint():
-    arguments = argparse.Namespace(
-        checkpoint=[str(BUNDLED)], linear=["1024,512,128"], dtype=None, tp=2
-    )
-    found = tune_command.linears_of(arguments, GFX1151)
+    arguments = argparse.Namespace(linear=["1024,512,128"], dtype=None, tp=2)
+    checkpoint = explain_checkpoint.read_checkpoint(str(BUNDLED))
+    found = tune_command.linears_of(arguments, [checkpoint], GFX1151)
     assert found == [
         SHAPE,
         LinearShape(256, 256, 128, False, "bf16"),  # qkv_proj of one of two ranks

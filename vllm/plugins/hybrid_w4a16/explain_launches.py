@@ -74,8 +74,7 @@ def launches(
 def _shares_a_launch(linear: LinearGroup, first: LinearGroup | None) -> bool:
     """Whether hybrid_w4a16_pair.py computes ``linear`` with ``first``.
 
-    A checkpoint's headers do not say whether a linear has a bias; no such model is
-    known.
+    Biases and AITER's kernels, which keep linears apart, are not considered.
     """
     if linear.name != SECOND or first is None:
         return False

@@ -36,7 +36,7 @@ from vllm.plugins.hybrid_w4a16 import (
     random_layers,
     random_linears,
 )
-from vllm.plugins.hybrid_w4a16.explain_checkpoint import read_checkpoint
+from vllm.plugins.hybrid_w4a16.explain_checkpoint import Checkpoint, read_checkpoint
 from vllm.plugins.hybrid_w4a16.progress import Progress, quiet
 from vllm.plugins.hybrid_w4a16.random_layers import DTYPES, LayerShape
 from vllm.plugins.hybrid_w4a16.tune_bench import GpuBench
@@ -100,15 +100,21 @@ def parse_tokens(text: str | None) -> tuple[int, ...]:
     return tuple(sorted({int(word) for word in words}))
 
 
-def shapes_of(args: argparse.Namespace, family: Any) -> list[MoEShape]:
+def dtype_of(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    """Name of the activation dtype: of ``--dtype``, else the checkpoint's."""
+    dtype = explain_layers.activation_dtype(checkpoint)
+    return args.dtype or random_layers.dtype_name(dtype)
+
+
+def shapes_of(
+    args: argparse.Namespace, checkpoints: Sequence[Checkpoint], family: Any
+) -> list[MoEShape]:
     """The shapes of ``--shape`` and of the checkpoints' hybrid layers, without repeats.
 
-    Raises ``ValueError`` for a bad shape or a checkpoint that cannot be read.
+    Raises ``ValueError`` for a bad shape.
     """
     shapes = [parse_shape(text, args.dtype or "bf16") for text in args.shape]
-    for name in args.checkpoint:
-        checkpoint = read_checkpoint(name)
-        dtype = explain_layers.activation_dtype(checkpoint)
+    for checkpoint in checkpoints:
         for layer in explain_layers.expert_layers(checkpoint, args.tp, family):
             if layer.bits == 4 and layer.group_size is not None:
                 shape = MoEShape(
@@ -117,7 +123,7 @@ def shapes_of(args: argparse.Namespace, family: Any) -> list[MoEShape]:
                     layer.hidden,
                     layer.intermediate // args.tp,
                     layer.group_size,
-                    args.dtype or random_layers.dtype_name(dtype),
+                    dtype_of(args, checkpoint),
                 )
                 shapes.append(shape)
                 shared = checkpoint.shared_expert_size // args.tp
@@ -126,23 +132,22 @@ def shapes_of(args: argparse.Namespace, family: Any) -> list[MoEShape]:
     return list(dict.fromkeys(shapes))
 
 
-def linears_of(args: argparse.Namespace, family: Any) -> list[LinearShape]:
+def linears_of(
+    args: argparse.Namespace, checkpoints: Sequence[Checkpoint], family: Any
+) -> list[LinearShape]:
     """The linears of ``--linear`` and the checkpoints' int4 linears, without repeats.
 
-    Raises ``ValueError`` for a bad shape or a checkpoint that cannot be read.
+    Raises ``ValueError`` for a bad shape.
     """
     found = [parse_linear(text, args.dtype or "bf16") for text in args.linear]
-    for name in args.checkpoint:
-        checkpoint = read_checkpoint(name)
-        dtype = explain_layers.activation_dtype(checkpoint)
-        dtype_name = args.dtype or random_layers.dtype_name(dtype)
+    for checkpoint in checkpoints:
         for linear in explain_linears.linears(checkpoint, args.tp, family).values():
             shape = LinearShape(
                 linear.outputs,
                 linear.inputs,
                 linear.group_size,
                 linear.zero_points,
-                dtype_name,
+                dtype_of(args, checkpoint),
             )
             found.append(shape)
     return list(dict.fromkeys(found))
@@ -155,8 +160,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         tokens = parse_tokens(args.tokens)
         with quiet():
-            shapes = shapes_of(args, family)
-            linears = linears_of(args, family)
+            checkpoints = [read_checkpoint(name) for name in args.checkpoint]
+            shapes = shapes_of(args, checkpoints, family)
+            linears = linears_of(args, checkpoints, family)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -326,13 +332,9 @@ def show(
         f"         {tuning.table(family.tuning).get('source', 'no source')}",
     ]
     for entry in entries:
-        usable = (
-            entry["compute_units"] == family.cu_count
-            and entry["kernel_version"] == tuning.KERNEL_VERSION
-        )
         shape = tuning.entry_shape(entry)
         text = f"  {shape}: {entry.get('source', 'no source')}"
-        if not usable:
+        if not tuning.is_usable(entry, family.cu_count):
             text += " (for other kernels or another device: not used)"
         lines.append(text)
     for shape in shapes:

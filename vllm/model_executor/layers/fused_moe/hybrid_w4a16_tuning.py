@@ -28,6 +28,11 @@ import contextlib
 import functools
 import json
 import math
+
+# fork: begin overlay
+from collections.abc import Callable
+
+# fork: end
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,23 +223,24 @@ def prefill_tiles(
 
 # fork: begin lm_head
 @functools.lru_cache(maxsize=4096)
-def dense_tile(name: str, rows: int, outputs: int, inputs: int) -> Tile:
+def dense_tile(arch: str, rows: int, outputs: int, inputs: int) -> Tile:
     """The tile of a dense linear ``outputs x inputs`` for ``rows`` rows.
 
     From the table's ``dense_rows``, which have the form of ``rows``, if it has any.
-    name: of the table, see ``table_name``.
+    arch: such as "gfx1151".
     """
-    entry = table(name)
+    entry = table(table_name(arch))
     cases = entry.get("dense_rows", entry["rows"])
     return nearest_tiles(cases, rows, 1, outputs, inputs).down
 
 
-def dequantize_from(name: str) -> float:
+@functools.cache
+def dequantize_from(arch: str) -> float:
     """Lowest number of rows for which a dense linear's weights are dequantized first.
 
-    Infinite where it was not measured. name: of the table, see ``table_name``.
+    Infinite where it was not measured. arch: such as "gfx1151".
     """
-    return table(name).get("dequantize_from", float("inf"))
+    return table(table_name(arch)).get("dequantize_from", float("inf"))
 
 
 # fork: end
@@ -368,6 +374,7 @@ def forget() -> None:
     table.cache_clear()
     prefill_tiles.cache_clear()
     dense_tile.cache_clear()
+    dequantize_from.cache_clear()
 
 
 # fork: end
@@ -458,37 +465,46 @@ _FIELDS = ("experts", "top_k", "hidden", "intermediate", "group_size", "dtype")
 
 
 # fork: begin overlay
+def is_usable(entry: dict[str, Any], compute_units: int) -> bool:
+    """Whether an entry is of this device and of these kernels."""
+    return (
+        entry["compute_units"] == compute_units
+        and entry["kernel_version"] == KERNEL_VERSION
+    )
+
+
 def write_owner_entry(arch: str, entry: dict[str, Any]) -> Path:
-    """Add an entry to the owner's table; it replaces an entry with the same key.
+    """Add an entry of an MoE shape to the owner's table, see ``write_to_list``."""
+    return write_to_list(arch, "shapes", owner_entries(arch), entry, entry_shape)
 
-    Returns the table's path.
+
+def write_to_list(
+    arch: str,
+    name: str,
+    entries: list[dict[str, Any]],
+    entry: dict[str, Any],
+    shape_of: Callable[[dict[str, Any]], Any],
+) -> Path:
+    """Add an entry to ``entries``, the list ``name`` of the owner's table.
+
+    It replaces one of the same shape and compute units. The table's other list of
+    "shapes" and "linears" is kept, and the file is replaced as a whole. Returns its
+    path.
     """
-    key = entry["compute_units"], entry_shape(entry)
-    kept = [
-        other
-        for other in owner_entries(arch)
-        if (other["compute_units"], entry_shape(other)) != key
-    ]
-    return write_owner_list(arch, "shapes", [*kept, entry])
-
-
-def write_owner_list(arch: str, name: str, entries: list[dict[str, Any]]) -> Path:
-    """Replace the list ``name`` of the owner's table, "shapes" or "linears".
-
-    The other list is kept, and the file is replaced as a whole. Returns its path.
-    """
+    key = entry["compute_units"], shape_of(entry)
+    kept = [e for e in entries if (e["compute_units"], shape_of(e)) != key]
     path = owner_table(arch)
     lists: dict[str, list[dict[str, Any]]] = {"shapes": [], "linears": []}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         other = "linears" if name == "shapes" else "shapes"
         members = json.loads(path.read_text())[other]
         lists[other] = [entry for entry in members if isinstance(entry, dict)]
-    lists[name] = entries
+    lists[name] = [*kept, entry]
     path.parent.mkdir(parents=True, exist_ok=True)
     text = [f'{{\n "arch": {json.dumps(arch)}']
-    for key, listed in lists.items():
+    for title, listed in lists.items():
         entries_text = ",\n".join(map(_entry_text, listed))
-        text.append(f' "{key}": [\n{entries_text}\n ]')
+        text.append(f' "{title}": [\n{entries_text}\n ]')
     new = path.with_suffix(".new")
     new.write_text(",\n".join(text) + "\n}\n")
     new.replace(path)

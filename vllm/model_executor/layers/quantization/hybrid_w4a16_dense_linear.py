@@ -19,7 +19,6 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_device import DeviceFamil
 from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import (
     dense_tile,
     dequantize_from,
-    table_name,
 )
 from vllm.model_executor.layers.quantization import hybrid_w4a16_dense_ops as ops
 
@@ -100,7 +99,7 @@ def _multiply_on_gpu(
     rows = x.shape[0]
     invariant = hybrid_w4a16_ops.row_invariant()
     few = rows <= ops.MAX_ROWS
-    dequantized = bits == 8 or rows >= dequantize_from(table_name(arch))
+    dequantized = bits == 8 or rows >= dequantize_from(arch)
     # fork: begin overlay
     way = linear_table.way(arch, cu_count, weights.shape[0], x.shape[1], rows)
     if way is not None and bits == 4 and not invariant:
@@ -134,7 +133,7 @@ def multiply_in_tiles(
         hybrid_w4a16_triton as prefill,
     )
 
-    tile = dense_tile(table_name(arch), x.shape[0], weights.shape[0], x.shape[1])
+    tile = dense_tile(arch, x.shape[0], weights.shape[0], x.shape[1])
     return prefill.dense(x, weights, scales, zero_points, group_size, tile)
 
 

@@ -93,14 +93,8 @@ def write(arch: str, entry: dict[str, Any]) -> Path:
 
     Returns the table's path.
     """
-    key = entry["compute_units"], entry_shape(entry)
-    kept = [
-        other
-        for other in entries(arch)
-        if (other["compute_units"], entry_shape(other)) != key
-    ]
     forget()
-    return tuning.write_owner_list(arch, "linears", [*kept, entry])
+    return tuning.write_to_list(arch, "linears", entries(arch), entry, entry_shape)
 
 
 def usable_entries(arch: str, compute_units: int) -> list[dict[str, Any]]:
@@ -109,8 +103,7 @@ def usable_entries(arch: str, compute_units: int) -> list[dict[str, Any]]:
     return [
         entry
         for entry in [*entries(arch), *shipped]
-        if entry["compute_units"] == compute_units
-        and entry["kernel_version"] == tuning.KERNEL_VERSION
+        if tuning.is_usable(entry, compute_units)
     ]
 
 
