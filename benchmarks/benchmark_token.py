@@ -76,7 +76,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--speculative", type=int, default=0, metavar="K", help="MTP drafts per step")
     add("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs per engine")
     add("--together", action="store_true", help="load all engines and take turns")
-    add("--trace", action="store_true", help="also trace decode steps on the GPU")
+    add(
+        "--trace",
+        action="store_true",
+        help="also trace decode steps and prompts on the GPU",
+    )
     add("--eager", action="store_true", help="without torch.compile and graphs")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU only")
     add("--kv-gib", type=float, default=1.5, help="KV cache per GPU and engine")
@@ -245,9 +249,10 @@ class Benchmark:
             self.loaded[name, requests].append(engine.ask("load", requests))
 
     def trace(self, engine: EngineProcess) -> None:
-        """Trace decode steps at all batch sizes, and steps under load."""
+        """Trace decode steps at all batch sizes, prompts, and steps under load."""
         for kind, question, sizes in (
             ("batch", "trace", self.options.batch),
+            ("prompt", "trace_prefill", self.options.prompt),
             ("load", "trace_load", self.options.load),
         ):
             for size in sizes:

@@ -29,7 +29,6 @@ from serve_bench.cases import (
     Point,
     Variant,
     check_checkpoint,
-    mean_lengths,
     parse_image,
     parse_points,
     parse_variant,
@@ -60,18 +59,27 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     add("--mode", default="eager", help="eager, compiled or eager,compiled")
     add(
-        "--lengths", default="100:128", help="INPUT:OUTPUT tokens,... (default 100:128)"
+        "--lengths",
+        metavar="INPUT:OUTPUT[@N],...",
+        help="tokens, at every --concurrency or at N alone (default 100:128, none with "
+        "--requests)",
     )
     add("--concurrency", default="1", help="requests at a time, e.g. 1,4 (default 1)")
     add(
         "--requests",
         type=Path,
         metavar="FILE",
-        help="prompts and lengths from a file of make_requests.py instead of --lengths",
+        help="prompts and lengths from a file of make_requests.py, after --lengths",
     )
     add("--image", help="WIDTHxHEIGHT: one synthetic image per request, e.g. 640x480")
     add(
         "--prompts", type=int, default=8, help="requests per slot and point (default 8)"
+    )
+    add(
+        "--most-prompts",
+        type=int,
+        metavar="N",
+        help="requests per point at most, but two per slot (default: no limit)",
     )
     add("--warmups", type=int, default=2, help="requests before each point (default 2)")
     add("--repeats", type=int, default=3, help="rounds (default 3)")
@@ -103,15 +111,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         for mode in options.modes:
             if mode not in MODES:
                 raise ValueError(f"--mode: {mode!r} is none of {', '.join(MODES)}")
-        if options.requests is not None:
-            options.lengths = mean_lengths(options.requests)
-        options.points = parse_points(options.lengths, options.concurrency)
+        if options.lengths is None:
+            options.lengths = "" if options.requests else "100:128"
+        options.points = parse_points(
+            options.lengths, options.concurrency, options.requests
+        )
         options.size = parse_image(options.image) if options.image else None
         if options.requests is not None and options.size is not None:
             raise ValueError("--requests and --image exclude each other")
-        for name in ("prompts", "repeats"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name} is at least 1")
+        for name in ("prompts", "repeats", "most_prompts"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is at least 1")
         for variant in options.variants:
             check_checkpoint(variant.model)
         _make_folder(options.out)
@@ -234,16 +245,19 @@ class Comparison:
         """Run one load point; returns its metrics. Raises ``ServerError``."""
         options = self.options
         result = options.out / "bench.json"
+        count = options.prompts * point.concurrency
+        if options.most_prompts is not None:
+            count = min(count, max(options.most_prompts, 2 * point.concurrency))
         words = load.command(
             server.program,
             server.url,
             variant.model,
             point,
-            options.prompts,
+            count,
             options.warmups,
             options.size,
             result,
-            options.requests,
+            options.requests if point.from_file else None,
         )
         return load.drive(words, result, options.out / "bench.log")
 
@@ -257,6 +271,7 @@ class Comparison:
             "settings": {
                 "repeats": options.repeats,
                 "prompts": options.prompts,
+                "most_prompts": options.most_prompts,
                 "warmups": options.warmups,
                 "image": options.image,
                 "requests": options.requests and options.requests.name,

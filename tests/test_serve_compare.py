@@ -13,6 +13,7 @@ import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from subprocess import Popen
+from types import SimpleNamespace
 
 import pytest
 import serve_compare
@@ -69,6 +70,8 @@ def test_presets_of_the_lm_head_are_what_vllm_takes():
         (["o/m", "--mode", "lazy"], "'lazy' is none of eager, compiled"),
         (["o/m", "--lengths", "100"], "'100' is not INPUT:OUTPUT"),
         (["o/m", "--lengths", "0:5"], "'0:5' is not INPUT:OUTPUT"),
+        (["o/m", "--lengths", "5:5@0"], "'5:5@0' is not INPUT:OUTPUT"),
+        (["o/m", "--most-prompts", "0"], "--most-prompts is at least 1"),
         (["o/m", "--concurrency", "1,x"], "is not a list of counts"),
         (["o/m", "--image", "640"], "is not WIDTHxHEIGHT"),
         (["o/m", "--repeats", "0"], "--repeats is at least 1"),
@@ -102,7 +105,7 @@ def test_bench_command_is_one_that_vllm_takes(tool, image, tmp_path):
         "http://127.0.0.1:9",
         "tok",
         point,
-        3,
+        12,
         1,
         image,
         tmp_path / "r.json",
@@ -136,7 +139,7 @@ def test_requests_from_a_file(tool, tmp_path):
     (point,) = options.points
     assert str(point) == "20/30 x4"
     words = tool.load.command(
-        Path("vllm"), "http://x:9", "tok", point, 3, 1, None, tmp_path / "r", path
+        Path("vllm"), "http://x:9", "tok", point, 12, 1, None, tmp_path / "r", path
     )
     from vllm.benchmarks.serve import add_cli_args
 
@@ -146,6 +149,31 @@ def test_requests_from_a_file(tool, tmp_path):
     assert (args.dataset_name, args.dataset_path) == ("sharegpt", str(path))
     assert args.disable_shuffle
     assert (args.num_prompts, args.max_concurrency) == (12, 4)
+
+
+def test_lengths_with_a_number_of_requests_and_a_file(tool, tmp_path):
+    path = write_requests(tmp_path)
+    options = tool.parse_arguments(
+        ["o/m", "--requests", str(path), "--concurrency", "4,8"]
+        + ["--lengths", "128:8@1,512:8"]
+    )
+    points = ["128/8 x1", "512/8 x4", "512/8 x8", "20/30 x4", "20/30 x8"]
+    assert [str(point) for point in options.points] == points
+    assert [point.from_file for point in options.points] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize(("concurrency", "count"), [(1, 15), (16, 100), (64, 128)])
+def test_prompts_per_point_are_limited(tool, concurrency, count, tmp_path, monkeypatch):
+    options = tool.parse_arguments(
+        ["o/m", "--prompts=15", "--most-prompts=100", f"--out={tmp_path}"]
+    )
+    monkeypatch.setattr(tool.load, "drive", lambda words, *rest: words)
+    server = SimpleNamespace(program=Path("vllm"), url="http://x:9")
+    comparison = tool.Comparison(options, None)
+    words = comparison.drive(
+        server, options.variants[0], tool.Point(100, 128, concurrency)
+    )
+    assert words[words.index("--num-prompts") + 1] == str(count)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[{}]", "no json"])

@@ -224,7 +224,8 @@ class Benchmark:
         tokens: int,
     ) -> None:
         on_cpu = case.device.type == "cpu"
-        count = min(self.args.repeats, MAX_BATCHES) if on_cpu else timing.GRAPH_CALLS
+        calls = timing.graph_calls(tokens)  # of a GPU's graph
+        count = min(self.args.repeats, MAX_BATCHES) if on_cpu else calls
         batches = make_batches(case, routing, tokens, count)
         expected = reference_rows(layer, batches[0])
         errors = {}
@@ -236,7 +237,7 @@ class Benchmark:
                 self._fail(case, name, error)
         steps = {name: rotation.step(batches) for name, rotation in running.items()}
         if self.read_now is None:
-            samples = timing.time_on_gpu(steps, self.args.repeats)
+            samples = timing.time_on_gpu(steps, self.args.repeats, calls)
             read_now = None
         else:
             self.read_now.gbps.clear()

@@ -24,8 +24,11 @@ ROUND_SECONDS = 0.5
 MIN_SAMPLES = 2
 # On the CPU, a backend runs this long before the first round.
 WARM_UP_SECONDS = 0.5
-# Calls per graph: enough that the launch of the graph itself does not matter.
+# Calls per graph: enough that the launch of the graph itself does not matter. From
+# LONG_CALL_TOKENS on a call is long itself: fewer do, in proportion, down to the least.
 GRAPH_CALLS = 64
+LEAST_GRAPH_CALLS = 8
+LONG_CALL_TOKENS = 512
 
 
 def time_on_cpu(
@@ -51,21 +54,29 @@ def _warm_up(step: Step) -> None:
             break
 
 
-def time_on_gpu(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
-    """Microseconds per call from replays of a graph of ``GRAPH_CALLS`` calls.
+def graph_calls(tokens: int) -> int:
+    """Calls per graph of a layer with this many tokens."""
+    calls = GRAPH_CALLS * LONG_CALL_TOKENS // max(tokens, LONG_CALL_TOKENS)
+    return max(LEAST_GRAPH_CALLS, calls)
+
+
+def time_on_gpu(
+    steps: dict[str, Step], repeats: int, calls: int = GRAPH_CALLS
+) -> dict[str, list[float]]:
+    """Microseconds per call from replays of a graph of ``calls`` calls.
 
     Times each replay with device events; about ``repeats`` replays per backend.
     """
-    graphs = {name: capture(step, GRAPH_CALLS) for name, step in steps.items()}
+    graphs = {name: capture(step, calls) for name, step in steps.items()}
     counts = {}
     for name, graph in graphs.items():
-        seconds = max(replay(graph, MIN_SAMPLES, GRAPH_CALLS)) * GRAPH_CALLS / 1e6
+        seconds = max(replay(graph, MIN_SAMPLES, calls)) * calls / 1e6
         in_time = max(MIN_SAMPLES, int(ROUND_SECONDS / seconds))
         counts[name] = min(in_time, samples_per_round(repeats))
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
         for name, graph in graphs.items():
-            samples[name] += replay(graph, counts[name], GRAPH_CALLS)
+            samples[name] += replay(graph, counts[name], calls)
     return samples
 
 

@@ -46,6 +46,7 @@ class Point:
     input_len: int
     output_len: int
     concurrency: int
+    from_file: bool = False  # prompts of --requests; the lengths are means
 
     def __str__(self) -> str:
         return f"{self.input_len}/{self.output_len} x{self.concurrency}"
@@ -87,32 +88,41 @@ def parse_variant(text: str, model: str | None) -> Variant:
     return Variant(name, model, tuple(arguments), environment)
 
 
-def parse_points(lengths: str, concurrency: str) -> list[Point]:
-    """Parse ``100:128,1000:128`` and ``1,4``: every length at every concurrency.
+def parse_points(
+    lengths: str, concurrency: str, requests: Path | None = None
+) -> list[Point]:
+    """Parse ``100:128,2048:8@1`` and ``1,4``.
 
-    Raises ``ValueError``.
+    Every length is taken at every concurrency, one with ``@N`` at N alone. With
+    ``requests``, a file of make_requests.py, its requests come last, at every
+    concurrency. Raises ``ValueError``.
     """
-    pairs = []
-    for pair in lengths.split(","):
-        sizes = pair.split(":")
-        if len(sizes) != 2 or not all(s.isdecimal() and int(s) for s in sizes):
-            raise ValueError(f"--lengths: {pair!r} is not INPUT:OUTPUT tokens")
-        pairs.append((int(sizes[0]), int(sizes[1])))
     counts = concurrency.split(",")
     if not all(count.isdecimal() and int(count) for count in counts):
         raise ValueError(f"--concurrency: {concurrency!r} is not a list of counts")
-    return [Point(*pair, int(count)) for pair in pairs for count in counts]
+    points = []
+    for text in lengths.split(",") if lengths else ():
+        found = re.fullmatch(r"(\d+):(\d+)(?:@(\d+))?", text)
+        if not found or not all(int(number or 1) for number in found.groups()):
+            raise ValueError(f"--lengths: {text!r} is not INPUT:OUTPUT[@N] tokens")
+        for count in [found[3]] if found[3] else counts:
+            points.append(Point(int(found[1]), int(found[2]), int(count)))
+    if requests is not None:
+        means = mean_lengths(requests)
+        points += [Point(*means, int(count), from_file=True) for count in counts]
+    return points
 
 
-def mean_lengths(requests: Path) -> str:
-    """The mean prompt and completion of a file of make_requests.py, as ``parse_points``
-    takes them. Raises ``ValueError`` if it is no such file.
+def mean_lengths(requests: Path) -> tuple[int, int]:
+    """The mean prompt and completion of a file of make_requests.py, in tokens.
+
+    Raises ``ValueError`` if it is no such file.
     """
     try:
         rows = json.loads(requests.read_text())
         sizes = [(row["input_tokens"], row["output_tokens"]) for row in rows]
-        means = [round(statistics.mean(column)) for column in zip(*sizes, strict=True)]
-        return f"{means[0]}:{means[1]}"
+        prompt, completion = zip(*sizes, strict=True)
+        return round(statistics.mean(prompt)), round(statistics.mean(completion))
     except OSError as error:
         raise ValueError(f"--requests {requests}: {error.strerror}") from None
     except (LookupError, TypeError, ValueError):

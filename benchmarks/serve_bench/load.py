@@ -39,7 +39,7 @@ def command(
     result: Path,
     requests: Path | None = None,
 ) -> list[str]:
-    """The ``vllm bench serve`` command line of a load point.
+    """The ``vllm bench serve`` command line of a load point with ``prompts`` requests.
 
     Random prompts of exactly the point's length, greedy, ignoring end of text; with
     ``image`` each request has one synthetic image (width, height). With ``requests``,
@@ -49,7 +49,7 @@ def command(
         "base-url": url,
         "model": MODEL_NAME,
         "tokenizer": tokenizer,
-        "num-prompts": prompts * point.concurrency,
+        "num-prompts": prompts,
         "num-warmups": warmups,
         "max-concurrency": point.concurrency,
         "percentile-metrics": "ttft,tpot,itl",

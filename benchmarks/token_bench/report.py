@@ -92,7 +92,7 @@ def time_table(settings: list[str], peer: str | None, result: Row) -> list[str]:
 
 
 def part_tables(settings: list[str], traces: list[Row]) -> list[str]:
-    """GPU time and launches by part as lines, a table for each batch size and load."""
+    """GPU time and launches by part as lines, a table for each trace."""
     lines = []
     for title in dict.fromkeys(map(_traced, traces)):
         mine = {row["setting"]: row for row in traces if _traced(row) == title}
@@ -130,7 +130,8 @@ def _rate(row: Row | None, base: Row | None) -> str:
 
 
 def _traced(row: Row) -> str:
-    return f"load {row['load']}" if "load" in row else f"batch {row['batch']}"
+    kind = next(kind for kind in ("batch", "prompt", "load") if kind in row)
+    return f"{kind} {row[kind]}"
 
 
 def _part(part: dict[str, float] | None) -> str:

@@ -24,6 +24,7 @@ from token_bench.settings import LM_HEAD, Setting
 
 SKIPPED_STEPS = 8  # of each request, so that all requests of a batch decode
 TRACED_STEPS = 16
+TRACED_PROMPTS = 5
 LOAD_STEPS = 96  # measured, after as many requests have ended as run at a time
 _WARM_UP_TOKENS = SKIPPED_STEPS + 4
 # Tokens of prompts and completions under load: make_requests.py's log-normal lengths.
@@ -182,6 +183,15 @@ class Engine:
         self._run(batch, self.job.context, tokens, self._profiler(name))
         return self._attributed(name)
 
+    def trace_prefill(self, tokens: int) -> dict[str, Any]:
+        """GPU time of prompts by part, as ``parts.attribute`` returns it."""
+        name = f"prompt{tokens}"
+        self.llm.start_profile(name)
+        for _ in range(TRACED_PROMPTS):
+            self.prefill(tokens)
+        self.llm.stop_profile()
+        return self._attributed(name, TRACED_PROMPTS)
+
     def trace_load(self, requests: int) -> dict[str, Any]:
         """GPU time of steps under load by part, as ``parts.attribute`` returns it."""
         name = f"load{requests}"
@@ -199,10 +209,10 @@ class Engine:
 
         return switch
 
-    def _attributed(self, name: str) -> dict[str, Any]:
+    def _attributed(self, name: str, steps: int = TRACED_STEPS) -> dict[str, Any]:
         first_rank = min(self.job.traces.glob(f"{name}_*.json*"))
         heads = 1 + self.job.speculative
-        return attribute(read_trace(first_rank), TRACED_STEPS, heads)
+        return attribute(read_trace(first_rank), steps, heads)
 
     def _add(
         self, generator: random.Random, prompt_tokens: int, new_tokens: int
