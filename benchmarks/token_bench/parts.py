@@ -73,6 +73,8 @@ class Rule:
 _LINEAR = r"[Gg]emm|GEMM|gemv|nvjet|marlin::|machete|wvSplitK|LLMM|Cijk_|dot_kernel"
 _ATTENTION = (
     r"[Ff]lash|attention|attn|reshape_and_cache|rope|rotary|gated_delta|gdn|causal_conv"
+    # Gated DeltaNet in prompts
+    r"|chunk_\w+_kernel|recompute_w_u|merge_16x16|fused_post_conv"
 )
 _EXPERTS = r"moe_int4|marlin_moe|fused_moe_kernel|moe_wna16"
 _TOP_K = r"topkGating|topk_?(softmax|sigmoid)|grouped_topk"
@@ -183,23 +185,25 @@ def busy_by_part(kernels: Sequence[Kernel], parts: Sequence[str]) -> dict[str, f
     return busy
 
 
-def attribute(kernels: Sequence[Kernel], steps: int, heads: int = 1) -> dict[str, Any]:
+def attribute(kernels: Sequence[Kernel], steps: int) -> dict[str, Any]:
     """Means per decode step: time and launches of each part, and kernels of the rest.
 
     Args:
         kernels: a trace, ordered by start.
         steps: the steps that the trace was started for.
-        heads: how often a step runs the head: once, and once more per draft.
 
-    Steps are cut behind the head, and incomplete ones are left out. Where the trace
-    shows fewer than two heads, it is taken as a whole, as ``steps`` steps.
+    Steps are cut behind the head, and incomplete ones are left out. A step with drafts
+    may run the head more than once: it is cut behind as many as there are per step.
+    Where the trace shows fewer than two heads, it is taken as a whole, as ``steps``
+    steps.
     """
     parts = classify(kernels)
     ends = [
         i + 1
         for i, part in enumerate(parts)
         if part == HEAD and HEAD not in parts[i + 1 : i + 2]
-    ][::heads]
+    ]
+    ends = ends[:: max(1, round(len(ends) / steps))]
     if len(ends) > 1:
         steps = len(ends) - 1
         starts = [kernels[end - 1].end for end in ends]

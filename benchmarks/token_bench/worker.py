@@ -211,8 +211,7 @@ class Engine:
 
     def _attributed(self, name: str, steps: int = TRACED_STEPS) -> dict[str, Any]:
         first_rank = min(self.job.traces.glob(f"{name}_*.json*"))
-        heads = 1 + self.job.speculative
-        return attribute(read_trace(first_rank), steps, heads)
+        return attribute(read_trace(first_rank), steps)
 
     def _add(
         self, generator: random.Random, prompt_tokens: int, new_tokens: int

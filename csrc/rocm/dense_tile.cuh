@@ -91,6 +91,13 @@ class DenseTile {
 
   // All threads of the block copy the `rows` activation rows to LDS. A block barrier has to follow.
   GPU_DEVICE void stage(const uint16_t* a, int64_t stride, int rows, int threads) {
+    with_alignment(a, stride, [&](auto aligned) {
+      copy_rows<decltype(aligned)::kValue>(a, stride, rows, threads);
+    });
+  }
+
+  template <bool Aligned>
+  GPU_DEVICE void copy_rows(const uint16_t* a, int64_t stride, int rows, int threads) {
     constexpr int kUnitsPerRow = kBlock / 8, kUnitsPerSum = kUnitsPerRow / kSums;
     constexpr int kBatch = S < 4 ? S : Bits == 8 ? 2 : 4;  // loads in flight, by registers
     const int units = blocks_ * S * kUnitsPerRow;
@@ -103,7 +110,7 @@ class DenseTile {
         const Unit u(begin + j * threads);
         values[j] = {{0, 0, 0, 0}};
         if (u.slot < rows && u.at() < matrix_.k && u.block < blocks_) {
-          values[j] = gpu::load_16_any(a + u.slot * stride + u.at());
+          values[j] = load_activations<Aligned>(a + u.slot * stride + u.at());
         }
       }
       GPU_UNROLL

@@ -15,6 +15,28 @@ namespace moe_int4 {
 
 constexpr int kSymmetricZeroPoint = 8;
 
+template <bool Value>
+struct Flag {
+  static constexpr bool kValue = Value;
+};
+
+// Calls use(flag): whether load_activations<flag> reads rows of 16 bits from p on, `stride` apart,
+// without a branch per load.
+template <typename Use>
+GPU_DEVICE void with_alignment(const void* p, int64_t stride, const Use& use) {
+  if (gpu::takes_load_16(p, 2 * stride)) return use(Flag<true>{});
+  use(Flag<false>{});
+}
+
+template <bool Aligned>
+GPU_DEVICE gpu::U32x4 load_activations(const uint16_t* p) {
+  if constexpr (Aligned) {
+    return gpu::load_16(p);
+  } else {
+    return gpu::load_16_any(p);
+  }
+}
+
 template <typename DT>
 struct Format;
 

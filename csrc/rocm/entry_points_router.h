@@ -24,7 +24,7 @@
       log2_together, blocks
 
 // X(dtype name, dtype tag, bits of a weight, T)
-#define ROUTER_FOR_T(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 8)
+#define ROUTER_FOR_T(X, ...) X(__VA_ARGS__, 1) X(__VA_ARGS__, 4) X(__VA_ARGS__, 8)
 #define ROUTER_FOR_ALL(X)             \
   ROUTER_FOR_T(X, f16, gpu::Half, 16) \
   ROUTER_FOR_T(X, f16, gpu::Half, 32) \

@@ -51,6 +51,9 @@
 //  U32x4 load_16(p)         16 bytes from global memory or LDS, 16-byte
 //                           aligned, cached
 //  U32x4 load_16_any(p)     the same, 2-byte aligned
+//  bool takes_load_16(p, bytes)
+//                           whether load_16 is the faster of the two and
+//                           reads rows from p on, bytes apart
 //  float half_to_float(uint16_t), uint16_t float_to_half(float)
 //                           fp16 bits, round to nearest even
 //  float exp2_fast(float), rcp_fast(float), sqrt_of(float)
@@ -286,6 +289,10 @@ GPU_DEVICE U32x4 load_16(const void* p) {
   return {{r.x, r.y, r.z, r.w}};
 }
 
+// load_16_any branches on the address.
+GPU_DEVICE bool takes_load_16(const void* p, int64_t bytes) {
+  return ((reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(bytes)) & 15) == 0;
+}
 GPU_DEVICE U32x4 load_16_any(const uint16_t* p) {
   if ((reinterpret_cast<uintptr_t>(p) & 15) == 0) return load_16(p);
   U32x4 r;
@@ -489,6 +496,7 @@ GPU_DEVICE U32x4 load_weights(const void* p) {
 GPU_DEVICE U32x4 load_16(const void* p) {
   return __builtin_bit_cast(U32x4, *static_cast<const Vec4*>(p));
 }
+GPU_DEVICE constexpr bool takes_load_16(const void*, int64_t) { return false; }
 GPU_DEVICE U32x4 load_16_any(const uint16_t* p) {  // one instruction: unaligned access is enabled
   using Unaligned = Vec4 __attribute__((aligned(2)));
   return __builtin_bit_cast(U32x4, *reinterpret_cast<const Unaligned*>(p));

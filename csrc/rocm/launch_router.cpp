@@ -14,7 +14,7 @@ static_assert(kWaves >= kRouterTokens, "one wave selects the experts of each tok
 
 decltype(ROUTER_NAME(f16, 16, 1))& kernel_for(const RouterArgs& args) {
   const bool half = args.dtype == DType::kHalf;
-  const int bits = args.w_is_float ? 32 : 16, slots = args.m == 1 ? 1 : 8;
+  const int bits = args.w_is_float ? 32 : 16, slots = args.m == 1 ? 1 : args.m <= 4 ? 4 : 8;
 #define ROUTER_CASE(NAME, DT, BITS, T)                                       \
   if (half == std::is_same_v<DT, gpu::Half> && bits == BITS && slots == T) { \
     return ROUTER_NAME(NAME, BITS, T);                                       \

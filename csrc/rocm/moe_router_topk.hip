@@ -67,11 +67,13 @@ struct EightWeights {
 };
 
 // The products of a wave's part of a row with all tokens, in all lanes. Requests the first weights
-// before it waits for the previous grid.
-template <typename DT, int Bits, int T>
+// before it waits for the previous grid, and the activations of all tokens before it uses one.
+// Aligned: of with_alignment.
+template <typename DT, int Bits, int T, bool Aligned>
 GPU_DEVICE void products(const void* a, int64_t a_stride, int m, int k, const void* row, int slice,
                          int k_slices, float (&sums)[T]) {
   constexpr int kTogether = Bits == 16 ? 4 : 2;  // steps whose weights are requested at once
+  constexpr int kSteps = T == 8 ? 2 : kTogether;  // and whose activations are, by registers
   const int step = 8 * gpu::kWaveSize * k_slices;
   const uint16_t* const acts = static_cast<const uint16_t*>(a);
   GPU_UNROLL
@@ -92,20 +94,32 @@ GPU_DEVICE void products(const void* a, int64_t a_stride, int m, int k, const vo
       waited = true;
     }
     GPU_UNROLL
-    for (int i = 0; i < T; ++i) {
-      if (T > 1 && i >= m) continue;
+    for (int begin = 0; begin < kTogether; begin += kSteps) {
+      if (base + begin * step >= k) break;
+      gpu::U32x4 values[T][kSteps];
       GPU_UNROLL
-      for (int t = 0; t < kTogether; ++t) {
-        const int from = at + t * step;
-        if (from >= k) continue;
-        sums[i] = weights[t].dot(gpu::load_16_any(acts + i * a_stride + from), sums[i]);
+      for (int i = 0; i < T; ++i) {
+        const uint16_t* const of = acts + (i < m ? i : m - 1) * a_stride;
+        GPU_UNROLL
+        for (int t = 0; t < kSteps; ++t) {
+          const int from = at + (begin + t) * step;
+          values[i][t] = load_activations<Aligned>(of + (from < k ? from : k - 8));
+        }
+      }
+      gpu::order_requests();
+      GPU_UNROLL
+      for (int t = 0; t < kSteps; ++t) {
+        const bool real = at + (begin + t) * step < k;
+        GPU_UNROLL
+        for (int i = 0; i < T; ++i) {
+          const float sum = weights[begin + t].dot(values[i][t], sums[i]);
+          sums[i] = real ? sum : sums[i];
+        }
       }
     }
   }
   GPU_UNROLL
-  for (int i = 0; i < T; ++i) {
-    if (T == 1 || i < m) sums[i] = sum_of_wave(sums[i]);
-  }
+  for (int i = 0; i < T; ++i) sums[i] = sum_of_wave(sums[i]);
 }
 
 template <typename DT>
@@ -204,8 +218,11 @@ GPU_DEVICE void route(ROUTER_ARGS) {
   // A wave past the last expert repeats it; its results are discarded.
   const int64_t from = (expert < experts ? expert : experts - 1) * w_stride_e;
   float sums[T];
-  products<DT, Bits, T>(a, a_stride_m, m, k, static_cast<const char*>(w) + from * (Bits / 8), slice,
-                        k_slices, sums);
+  const char* const weights = static_cast<const char*>(w) + from * (Bits / 8);
+  with_alignment(a, a_stride_m, [&](auto aligned) {
+    products<DT, Bits, T, decltype(aligned)::kValue>(a, a_stride_m, m, k, weights, slice, k_slices,
+                                                     sums);
+  });
   if (gpu::lane() == 0) {
     GPU_UNROLL
     for (int i = 0; i < T; ++i) parts[gpu::wave() * kRouterTokens + i] = sums[i];

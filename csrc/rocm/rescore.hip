@@ -178,7 +178,7 @@ constexpr int kResults = kMaxRows * kColumns;
 // All products to recompute, by one block: each wave multiplies a range of k of kColumns rows of
 // weights with all activation rows, then the sums of the waves are added in order. `results` is
 // [2][wave][row][column].
-template <typename DT>
+template <typename DT, bool Aligned>
 GPU_DEVICE void rescore_columns(const uint16_t* a, int64_t a_stride, int m, const uint16_t* w,
                                 int64_t w_stride, int k, const Asked& asked, int waves,
                                 float* results, uint16_t* c, int64_t c_stride) {
@@ -211,8 +211,8 @@ GPU_DEVICE void rescore_columns(const uint16_t* a, int64_t a_stride, int m, cons
         const int at = (step + t) * kStep + lane_k;
         gpu::U32x4 x = {{0, 0, 0, 0}}, y = {{0, 0, 0, 0}};
         if (step + t < last && at < k) {
-          x = gpu::load_16_any(a0 + at);
-          if (m > 8) y = gpu::load_16_any(a1 + at);
+          x = load_activations<Aligned>(a0 + at);
+          if (m > 8) y = load_activations<Aligned>(a1 + at);
         }
         const gpu::U32x4& b = weights[t];
         mma_16x8x16(DT{}, sum, {x.v[0], y.v[0], x.v[1], y.v[1]}, {b.v[0], b.v[1]});
@@ -309,8 +309,10 @@ GPU_DEVICE void rows(RESCORE_ROWS_ARGS) {
     asked.total += bits_set(found);
   }
   gpu::block_barrier();
-  rescore_columns<DT>(activations, a_stride_m, m, weights, w_stride_n, k, asked, waves, results,
-                      products, c_stride_m);
+  with_alignment(a, a_stride_m, [&](auto aligned) {
+    rescore_columns<DT, decltype(aligned)::kValue>(activations, a_stride_m, m, weights, w_stride_n,
+                                                   k, asked, waves, results, products, c_stride_m);
+  });
 #else
   for (int base = gpu::wave() * gpu::kWaveSize; base < padded; base += waves * gpu::kWaveSize) {
     for (uint32_t left = counts[base / gpu::kWaveSize]; left != 0; left &= left - 1) {

@@ -72,8 +72,8 @@ struct SharedTile {
 
   float acc[2][S] = {};
 
-  // Multiplies this wave's part of k. row_of(s): activation row s.
-  template <typename RowOf>
+  // Multiplies this wave's part of k. row_of(s): activation row s. Aligned: of with_alignment.
+  template <bool Aligned, typename RowOf>
   GPU_DEVICE void run(const SharedRow& row0, const SharedRow& row1, int log2_group, bool symmetric,
                       int k, int waves, const RowOf& row_of) {
     const int units = (k + kUnitK - 1) / kUnitK, each = (units + waves - 1) / waves;
@@ -102,7 +102,7 @@ struct SharedTile {
         for (int i = 0; i < kTogether; ++i) {
           const int at = column(unit + (begin + i) / kPieces, k) + 8 * ((begin + i) % kPieces);
           GPU_UNROLL
-          for (int s = 0; s < S; ++s) act[i][s] = gpu::load_16_any(row_of(s) + at);
+          for (int s = 0; s < S; ++s) act[i][s] = load_activations<Aligned>(row_of(s) + at);
         }
         gpu::order_requests();
         GPU_UNROLL
@@ -249,7 +249,10 @@ GPU_DEVICE void shared_gate_up(const void* a, int64_t a_stride_m, int k, int num
   SharedRow row1 = shared_row(row + shared_inter, MOE_INT4_SHARED_WEIGHT_VALUES);
   if (is_gate) row0.q = row1.q = reinterpret_cast<const uint32_t*>(shared_gate);
   with_shared_tile<DT, Lanes>(is_gate ? 16 : shared_bits, num_tokens, [&](auto product) {
-    product.run(row0, row1, shared_log2_group, shared_zeros == nullptr, k, waves, row_of);
+    with_alignment(a, a_stride_m, [&](auto aligned) {
+      product.template run<decltype(aligned)::kValue>(
+          row0, row1, shared_log2_group, shared_zeros == nullptr, k, waves, row_of);
+    });
     product.reduce(count, waves, [&](int s, int r, float gate, float up) {
       const int at = tile * kRows + r, token = first_token + s;
       if (is_gate) {
@@ -275,7 +278,10 @@ GPU_DEVICE void shared_down(int n, int num_tokens, int waves, MOE_INT4_SHARED_DO
   const SharedRow row0 = shared_row(index0 < n ? index0 : n - 1, MOE_INT4_SHARED_WEIGHT_VALUES);
   const SharedRow row1 = shared_row(index1 < n ? index1 : n - 1, MOE_INT4_SHARED_WEIGHT_VALUES);
   with_shared_tile<DT, kLanesPerRow>(shared_bits, num_tokens, [&](auto product) {
-    product.run(row0, row1, shared_log2_group, shared_zeros == nullptr, shared_k, waves, row_of);
+    with_alignment(shared_a, shared_a_stride, [&](auto aligned) {
+      product.template run<decltype(aligned)::kValue>(
+          row0, row1, shared_log2_group, shared_zeros == nullptr, shared_k, waves, row_of);
+    });
     product.reduce(count, waves, [&](int s, int r, float sum0, float sum1) {
       const int at = tile * kRowsPerWave + r, token = first_token + s;
       const float factor = shared_factors != nullptr ? shared_factors[token] : 1.0f;

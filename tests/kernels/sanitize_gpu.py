@@ -69,7 +69,7 @@ def cases_of(mma):
         if key[0] == mma:
             yield from dense.Maker(*key[1:]).cases(every=False)
     yield from dense.rescorings(mma)
-    yield from router.cases(router.SHAPES, (1, 5))
+    yield from router.cases(router.SHAPES, (1, 3, 5))
 
 
 def run(command, mma):

@@ -44,6 +44,9 @@ inline U32x4 load_16(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) gpu_host::fail("misaligned 16-byte load");
   return *static_cast<const U32x4*>(p);
 }
+inline bool takes_load_16(const void* p, int64_t bytes) {
+  return ((reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(bytes)) & 15) == 0;
+}
 inline U32x4 load_16_any(const uint16_t* p) {
   U32x4 r;
   for (int i = 0; i < 4; ++i) r.v[i] = p[2 * i] | static_cast<uint32_t>(p[2 * i + 1]) << 16;
