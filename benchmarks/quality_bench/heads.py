@@ -83,9 +83,14 @@ def _hidden_states(model: str, sequences: list[list[int]], dtype: str) -> Any:
         for tokens in sequences:
             seen.clear()
             llm.generate(TokensPrompt(prompt_token_ids=tokens), scoring, use_tqdm=False)
-            # the other call is for the next token to sample
-            (rows,) = [rows for rows in seen if len(rows) == len(tokens) - 1]
-            found.append(rows)
+            # the other call is for the next token to sample; one of vLLM's two runners
+            # also passes the last token
+            rows, count = max(seen, key=len), len(tokens) - 1
+            if len(rows) not in (count, count + 1):
+                raise RuntimeError(
+                    f"expected {count} rows or one more, got {len(rows)}"
+                )
+            found.append(rows[:count])
     finally:
         llm.llm_engine.engine_core.shutdown()
     return torch.cat(found), weights[0]

@@ -72,7 +72,7 @@ struct EightWeights {
 template <typename DT, int Bits, int T, bool Aligned>
 GPU_DEVICE void products(const void* a, int64_t a_stride, int m, int k, const void* row, int slice,
                          int k_slices, float (&sums)[T]) {
-  constexpr int kTogether = Bits == 16 ? 4 : 2;  // steps whose weights are requested at once
+  constexpr int kTogether = Bits == 16 ? 4 : 2;   // steps whose weights are requested at once
   constexpr int kSteps = T == 8 ? 2 : kTogether;  // and whose activations are, by registers
   const int step = 8 * gpu::kWaveSize * k_slices;
   const uint16_t* const acts = static_cast<const uint16_t*>(a);

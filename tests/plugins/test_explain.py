@@ -319,7 +319,7 @@ def test_routers_are_decided_by_the_code_that_serves(monkeypatch):
     report = explain(str(BUNDLED), device="gfx1151")
     assert (report["routers"]["fused"], report["launches"]["router"]) == (6, 6)
     assert explain(str(BUNDLED), device="cpu")["routers"]["reason"].startswith("on the")
-    monkeypatch.setattr(hybrid_w4a16_router, "_MOST_LOGITS", 5 * 16)
+    monkeypatch.setattr(hybrid_w4a16_router, "MAX_TOKENS", 5)
     assert explain(str(BUNDLED), device="gfx1151")["routers"]["most_tokens"] == 5
     monkeypatch.setattr(hybrid_w4a16_router, "_misfit_of_router", decline)
     report = explain(str(BUNDLED), device="gfx1151")

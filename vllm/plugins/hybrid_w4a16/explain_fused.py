@@ -143,14 +143,8 @@ def most_router_tokens(
         layers: of ``expert_layers``.
         reasons: of ``routers``.
     """
-    return min(
-        (
-            hybrid_w4a16_router.most_tokens(layer.num_experts)
-            for layer in layers
-            if reasons.get(layer.index, "") is None
-        ),
-        default=None,
-    )
+    fused = any(reasons.get(layer.index, "") is None for layer in layers)
+    return hybrid_w4a16_router.MAX_TOKENS if fused else None
 
 
 def _blocks(layers: list[ExpertsLayer]) -> dict[str, int]:

@@ -49,9 +49,6 @@ if TYPE_CHECKING:
 MAX_TOKENS = 8
 MAX_EXPERTS = 512
 MAX_TOP_K = 32
-# Tokens times experts up to which the op was not slower than vLLM's gate and top-k on
-# an H200: 8 tokens of 256 experts, 4 of 512.
-_MOST_LOGITS = 2048
 
 # vLLM's router for the CPU picks other experts among equals and rounds weights to 16
 # bits. Tests set this.
@@ -183,7 +180,7 @@ class FusedRouter:
                 return
             self._arrived = torch.zeros(1, dtype=torch.int32, device=weight.device)
             self._cu_count = experts.cu_count
-            self.fused_up_to = most_tokens(weight.shape[0])
+            self.fused_up_to = MAX_TOKENS
         # A buffer, which vLLM's sleep mode preserves. Reloading removes those that were
         # registered after the model was built; captured graphs have this one's address.
         self._runner.register_buffer("router_arrived", self._arrived, persistent=False)
@@ -282,11 +279,6 @@ def planned_misfit(runner: "MoERunner", on_cpu: bool) -> str | None:
     return misfit(runner, on_cpu) or _misfit_of_weights(
         runner.gate, runner.router, runner.moe_config.in_dtype
     )
-
-
-def most_tokens(experts: int) -> int:
-    """Most tokens that a router with so many experts takes in one launch."""
-    return min(MAX_TOKENS, _MOST_LOGITS // experts)
 
 
 @functools.cache
