@@ -58,8 +58,13 @@ def default_switch(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def vision_models_can_be_imported(monkeypatch):
-    """With a stand-in where torchvision is not installed."""
+    """With a stand-in where torchvision is not installed.
+
+    vLLM imports a model that it has not seen before in a process of its own.
+    """
     monkeypatch.setattr(sys, "path", [*sys.path, str(STAND_INS)])
+    paths = filter(None, [os.environ.get("PYTHONPATH"), str(STAND_INS)])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 
 @pytest.fixture
