@@ -145,19 +145,15 @@ GPU_DEVICE void rescore_row(const uint16_t* a, int64_t a_stride, const uint16_t*
     GPU_UNROLL
     for (int i = 0; i < kMaxRows; ++i) {
       if ((bits >> i & 1) == 0) continue;
-      gpu::U32x4 values[kTogether];
       GPU_UNROLL
       for (int t = 0; t < kTogether; ++t) {
         const int from = at + t * kStep;
-        values[t] = gpu::load_16_any(a + i * a_stride + (from < k ? from : k - 8));
-      }
-      gpu::order_requests();
-      GPU_UNROLL
-      for (int t = 0; t < kTogether; ++t) {
-        float next = sum[i];
+        if (from >= k) continue;
+        const gpu::U32x4 values = gpu::load_16_any(a + i * a_stride + from);
         GPU_UNROLL
-        for (int v = 0; v < 4; ++v) next = gpu::dot2(DT{}, weights[t].v[v], values[t].v[v], next);
-        sum[i] = at + t * kStep < k ? next : sum[i];
+        for (int v = 0; v < 4; ++v) {
+          sum[i] = gpu::dot2(DT{}, weights[t].v[v], values.v[v], sum[i]);
+        }
       }
     }
   }

@@ -257,7 +257,7 @@ def test_rescoring_is_right(program, launched, dtype, rows, window):
 
 
 def test_results_of_the_router_are_right(program, launched):
-    check_results(program, launched, list(router_cases(None, (1, 5))))
+    check_results(program, launched, list(router_cases(None, (1, 3, 5))))
 
 
 def test_every_kernel_was_started(library, launched):
