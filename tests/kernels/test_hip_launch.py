@@ -326,8 +326,8 @@ PLANTED = {
     "too little LDS": (
         "launch.cpp",
         SHAPE + r"waves \* wave_lds, false",
-        r"\1waves * wave_lds - 256, false",
-        "AddressSanitizer: heap-buffer-overflow",
+        r"\1waves * wave_lds / 4, false",
+        WRONG + "|LDS race",
     ),
     "too much LDS": (
         "launch.cpp",
