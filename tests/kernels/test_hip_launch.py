@@ -327,7 +327,7 @@ PLANTED = {
         "launch.cpp",
         SHAPE + r"waves \* wave_lds, false",
         r"\1waves * wave_lds / 4, false",
-        WRONG + "|LDS race",
+        "AddressSanitizer: heap-buffer-overflow",
     ),
     "too much LDS": (
         "launch.cpp",
