@@ -5,7 +5,7 @@
 
 Each round starts every variant's server once, warms it up and runs all load points; the
 order alternates between rounds. With --together all servers start once, side by side,
-and take turns. Writes DIR/serve.json, serve.md and serve.png. Exit status: 0; 1 if a
+and take turns at each load point. Writes DIR/serve.json, serve.md and serve.png. Exit status: 0; 1 if a
 variant did not run; 2 for a bad argument; 130 after Ctrl-C, which stops the servers.
 """
 
@@ -154,7 +154,7 @@ class Comparison:
         self.facts: dict[str, Any] = {}
 
     def run(self) -> None:
-        """Run all rounds; results are written after each."""
+        """Run all rounds; results are written after each, or after each point."""
         options = self.options
         self.progress.say("looking at the machine and the checkpoints")
         contexts = sorted({p.input_len + p.output_len // 2 for p in options.points})
@@ -164,19 +164,29 @@ class Comparison:
         with contextlib.ExitStack() as kept:
             servers = self.start_all(cases, kept) if options.together else {}
             for number in range(options.repeats):
-                for case in cases if number % 2 == 0 else cases[::-1]:
+                order = cases if number % 2 == 0 else cases[::-1]
+                if options.together:
+                    for point in options.points:
+                        self.say_round(number, str(point))
+                        for case in order:
+                            if _name(case) not in self.failures:
+                                with self.noting_failure(case):
+                                    server = servers[_name(case)]
+                                    self.measure(number, case, server, [point])
+                        self.write()
+                    continue
+                for case in order:
                     if _name(case) in self.failures:
                         continue
-                    self.progress.say(
-                        f"round {number + 1}/{options.repeats}: {_name(case)}"
-                    )
-                    with self.noting_failure(case), contextlib.ExitStack() as stack:
-                        server = servers.get(_name(case))
-                        if server is None:
-                            server = stack.enter_context(self.server(case, number))
-                            self.wait_ready(server)
-                        self.measure(number, case, server)
+                    self.say_round(number, _name(case))
+                    with self.noting_failure(case), self.server(case, number) as server:
+                        self.wait_ready(server)
+                        self.measure(number, case, server, options.points)
                 self.write()
+
+    def say_round(self, number: int, what: str) -> None:
+        """Say what is about to be measured in round ``number``, from 0."""
+        self.progress.say(f"round {number + 1}/{self.options.repeats}: {what}")
 
     def server(self, case: Case, number: int) -> VllmServer:
         """A server that starts when the context is entered."""
@@ -218,10 +228,12 @@ class Comparison:
         )
         self.progress.say("  the server is ready")
 
-    def measure(self, number: int, case: Case, server: VllmServer) -> None:
-        """Run all load points on a server that is ready. Raises ``ServerError``."""
+    def measure(
+        self, number: int, case: Case, server: VllmServer, points: list[Point]
+    ) -> None:
+        """Run load points on a server that is ready. Raises ``ServerError``."""
         variant, mode = case
-        for point in self.options.points:
+        for point in points:
             values = self.drive(server, variant, point)
             self.samples.append(
                 {
@@ -233,7 +245,7 @@ class Comparison:
                 }
             )
             self.progress.say(
-                f"  {point}: TTFT {values['ttft_ms']:.1f} ms, TPOT "
+                f"  {variant.name}, {point}: TTFT {values['ttft_ms']:.1f} ms, TPOT "
                 f"{values['tpot_ms']:.2f} ms, "
                 f"{values['output_tokens_per_s']:.1f} tokens/s"
             )

@@ -373,6 +373,15 @@ def test_one_that_fails_leaves_the_others(stand_in, together, tmp_path, capsys):
     assert not users_of(tmp_path)
 
 
+def test_servers_side_by_side_take_turns_at_each_point(stand_in, tmp_path):
+    variants = ["--variant=hybrid", "--variant=stock"]
+    assert stand_in(*variants, "--together", "--lengths=16:8,32:8", "--repeats=2") == 0
+    samples = json.loads((tmp_path / "serve.json").read_text())["samples"]
+    there, back = ["hybrid", "stock"] * 2, ["stock", "hybrid"] * 2
+    assert [sample["variant"] for sample in samples] == there + back
+    assert [sample["input_len"] for sample in samples] == [16, 16, 32, 32] * 2
+
+
 INTERRUPTED = """
 import sys, serve_compare
 serve_compare.facts.gather = lambda *_: {}
