@@ -5,8 +5,9 @@
 
 Each round starts every variant's server once, warms it up and runs all load points; the
 order alternates between rounds. With --together all servers start once, side by side,
-and take turns at each load point. Writes DIR/serve.json, serve.md and serve.png. Exit status: 0; 1 if a
-variant did not run; 2 for a bad argument; 130 after Ctrl-C, which stops the servers.
+and take turns at each load point. Writes DIR/serve.json, serve.md and serve.png. Exit
+status: 0; 1 if a variant did not run; 2 for a bad argument; 130 after Ctrl-C, which
+stops the servers.
 """
 
 import argparse
