@@ -2,9 +2,10 @@
 # SPDX-FileCopyrightText: Copyright contributors to the hybrid-w4a16 project
 """Compares the kernels on a layer's own weights with plain torch, for the guard."""
 
+import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -46,6 +47,32 @@ class _Run(NamedTuple):
     """[M, H]"""
 
 
+class _Parts(NamedTuple):
+    """Which rows of a comparison belong to which run."""
+
+    run: torch.Tensor
+    """int64 [R], ascending."""
+    sizes: torch.Tensor
+    """fp32 [runs, 1]: the number of rows of each run, at least 1."""
+
+    def means(self, values: torch.Tensor) -> torch.Tensor:
+        """The means of fp32 [R, N] over each run's rows: fp32 [runs, N]."""
+        sums = values.new_zeros(len(self.sizes), values.shape[1])
+        return sums.index_add_(0, self.run, values) / self.sizes
+
+
+class _Comparison(NamedTuple):
+    """What kernels wrote for some rows of a matrix, and what plain torch has."""
+
+    got: torch.Tensor
+    """fp32 [R, N]: all runs' results for N rows of the matrix."""
+    want: torch.Tensor
+    """fp32 [R, N]"""
+    allowed: torch.Tensor
+    """fp32 [N] or [runs, N]: the size of an error of 1."""
+    parts: _Parts
+
+
 class KernelCheck:
     """Runs the kernels on a few tokens that all pick the same two experts."""
 
@@ -84,6 +111,8 @@ class KernelCheck:
         # slots alternate; the second expert comes first in every other token
         local = torch.tensor([0, expert])
         slots = (torch.arange(tokens)[:, None] + torch.arange(self.top_k)) % 2
+        self.slots: list[list[int]] = local[slots].tolist()
+        """The local expert of each slot of each token."""
         self.local = local[slots].to(self.device)
         self.experts = sorted({0, expert})
         self.expert_map = layer.expert_map
@@ -226,102 +255,140 @@ class KernelCheck:
         return _Run(f"prefill, {tiles}", tokens, middle, out)
 
     def _gate_up_problem(self, runs: list[_Run]) -> str | None:
-        most = max(run.tokens for run in runs)
-        x, local = self.x[:most].float(), self.local[:most].flatten()
-        name, alpha, beta, limit = self.activation
+        middle = torch.cat([run.middle for run in runs])
         for expert in self.experts:
-            pairs = (local == expert).nonzero()[:, 0]
-            if not len(pairs):
-                continue
-            inputs = x[pairs // self.top_k]
-            size = _rms(inputs)
-            for rows in self._chunks(self.inter, self.hidden):
-                gate, gate_norm = self._product(self.w13, expert, rows, inputs)
-                up_rows = rows + self.inter
-                up, up_norm = self._product(self.w13, expert, up_rows, inputs)
-                want = reference.activate(gate, up, *self.activation)
-                acted = reference.activate(
-                    gate, torch.ones_like(up), name, alpha, 0.0, limit
-                )
-                # the error of the product, given the errors of gate and up
-                gate_size, up_size = gate_norm * size, up_norm * size
-                allowed = (_rms(up + beta, 0) + TOLERANCE * up_size) * gate_size
-                allowed += _rms(acted, 0) * up_size + _rms(want, 0)
-                for run in runs:
-                    mine = pairs < run.tokens * self.top_k
-                    if not bool(mine.any()):
-                        continue
-                    got = run.middle[pairs[mine]][:, rows].float()
-                    wrong = self._wrong(got, want[mine], allowed, rows)
-                    if wrong is not None:
-                        return f"gate_up ({run.how}), local expert {expert}, {wrong}"
+            # of every run, the rows of ``middle`` that this expert wrote
+            mine: list[list[int]] = []
+            tokens: list[int] = []
+            first = 0
+            for run in runs:
+                pairs = [
+                    (token, token * self.top_k + slot)
+                    for token in range(run.tokens)
+                    for slot in range(self.top_k)
+                    if self.slots[token][slot] == expert
+                ]
+                mine.append([first + pair for _, pair in pairs])
+                tokens += [token for token, _ in pairs]
+                first += run.tokens * self.top_k
+            compare = functools.partial(
+                self._compare_gate_up,
+                expert,
+                middle[self._index(sum(mine, []))],
+                self._index(tokens),
+                self._runs(list(map(len, mine))),
+            )
+            wrong = self._wrong(compare, self._chunks(self.inter, self.hidden))
+            if wrong is not None:
+                run_index, text = wrong
+                how = runs[run_index].how
+                return f"gate_up ({how}), local expert {expert}, {text}"
         return None
+
+    def _compare_gate_up(
+        self,
+        expert: int,
+        got: torch.Tensor,
+        of_token: torch.Tensor,
+        parts: _Parts,
+        rows: torch.Tensor,
+    ) -> _Comparison:
+        """``got[i]``, [R, I], is what gate_up wrote for token ``of_token[i]``."""
+        name, alpha, beta, limit = self.activation
+        x = self.x.float()
+        gate, gate_norm = self._product(self.w13, expert, rows, x)
+        up, up_norm = self._product(self.w13, expert, rows + self.inter, x)
+        want = reference.activate(gate, up, *self.activation)
+        acted = reference.activate(gate, torch.ones_like(up), name, alpha, 0.0, limit)
+        # the error of the product, given the errors of gate and up
+        size = _rms(x)
+        gate_size, up_size = gate_norm * size, up_norm * size
+        allowed = (_rms(up + beta, 0) + TOLERANCE * up_size) * gate_size
+        allowed += _rms(acted, 0) * up_size + _rms(want, 0)
+        return _Comparison(got[:, rows].float(), want[of_token], allowed, parts)
 
     def _down_problem(self, runs: list[_Run]) -> str | None:
         """The first wrong row of down, given what gate_up wrote in the same run."""
-        mixed: dict[int, list[torch.Tensor]] = {expert: [] for expert in self.experts}
-        for run in runs:
-            slots = run.middle.view(run.tokens, self.top_k, self.inter).float()
-            for expert in self.experts:
-                factors = self.weights[: run.tokens] * (
-                    self.local[: run.tokens] == expert
-                )
-                mixed[expert].append(torch.einsum("mti,mt->mi", slots, factors))
-        inputs = {expert: torch.cat(parts) for expert, parts in mixed.items()}
+        factors = {
+            expert: (self.weights * (self.local == expert))[:, :, None]
+            for expert in self.experts
+        }
+        inputs = {
+            expert: torch.cat(
+                [
+                    (run.middle.view(run.tokens, self.top_k, -1) * f[: run.tokens]).sum(
+                        1
+                    )
+                    for run in runs
+                ]
+            )
+            for expert, f in factors.items()
+        }
+        input_sizes = {expert: _rms(x, 1)[:, None] for expert, x in inputs.items()}
         got = torch.cat([run.out for run in runs])
-        ends = [run.tokens for run in runs]
-        for rows in self._chunks(self.hidden, self.inter):
-            want = torch.zeros(
-                len(got), len(rows), dtype=torch.float32, device=self.device
-            )
-            sizes = torch.zeros(
-                len(got), len(rows), dtype=torch.float32, device=self.device
-            )
+        parts = self._runs([run.tokens for run in runs])
+
+        def compare(rows: torch.Tensor) -> _Comparison:
+            want = sizes = torch.zeros((), dtype=torch.float32, device=self.device)
             for expert in self.experts:
                 part, norm = self._product(self.w2, expert, rows, inputs[expert])
-                want += part
-                sizes += part.abs() + norm * _rms(inputs[expert], 1)[:, None]
-            for run, mine, expected, size in zip(
-                runs, got.split(ends), want.split(ends), sizes.split(ends), strict=True
-            ):
-                wrong = self._wrong(
-                    mine[:, rows].float(), expected, _rms(size, 0), rows
-                )
-                if wrong is not None:
-                    return f"down ({run.how}), {wrong}"
-        return None
+                want = want + part
+                sizes = sizes + part.abs() + norm * input_sizes[expert]
+            allowed = parts.means(sizes.square()).sqrt()
+            return _Comparison(got[:, rows].float(), want, allowed, parts)
+
+        wrong = self._wrong(compare, self._chunks(self.hidden, self.inter))
+        return None if wrong is None else f"down ({runs[wrong[0]].how}), {wrong[1]}"
+
+    def _index(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.device)
+
+    def _runs(self, counts: list[int]) -> "_Parts":
+        ends = [run for run, count in enumerate(counts) for _ in range(count)]
+        sizes = torch.tensor(counts, dtype=torch.float32).clamp_(min=1)
+        return _Parts(self._index(ends), sizes.to(self.device)[:, None])
 
     def _wrong(
         self,
-        got: torch.Tensor,
-        want: torch.Tensor,
-        allowed: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> str | None:
-        """The first row whose error is larger than ``TOLERANCE * allowed``."""
-        limit = torch.finfo(self.dtype).max
-        inside = want.abs() < limit  # fp16 may overflow even if the model is sound
-        error = _rms(torch.where(inside, got - want, 0.0), 0)
-        wrong = ~(error <= TOLERANCE * allowed + 1e-30)
-        if not bool(wrong.any()):
+        compare: "Callable[[torch.Tensor], _Comparison]",
+        chunks: Sequence[torch.Tensor],
+    ) -> tuple[int, str] | None:
+        """The run and the first row whose error is larger than ``TOLERANCE * allowed``.
+
+        The device is waited for once, not once per chunk.
+        """
+        found = torch.stack([self._errors(compare(rows))[1].any() for rows in chunks])
+        if not bool(found.any()):
             return None
-        at = int(wrong.nonzero()[0, 0])
-        ratio = float(error[at] / allowed[at].clamp(min=1e-30))
-        token = int((got[:, at] - want[:, at]).abs().nan_to_num(math.inf).argmax())
-        return (
+        rows = chunks[int(found.nonzero()[0, 0])]
+        compared = compare(rows)
+        error, wrong = self._errors(compared)
+        run, at = wrong.nonzero()[0].tolist()
+        allowed = compared.allowed.expand_as(error)[run, at].clamp(min=1e-30)
+        mine = compared.parts.run == run
+        got, want = compared.got[mine, at], compared.want[mine, at]
+        worst = int((got - want).abs().nan_to_num(math.inf).argmax())
+        return run, (
             f"row {int(rows[at])} differs from plain torch: relative error "
-            f"{ratio:.2g}, allowed {TOLERANCE}; token {token} is "
-            f"{float(got[token, at]):.6g}, "
-            f"expected {float(want[token, at]):.6g}"
+            f"{float(error[run, at] / allowed):.2g}, allowed {TOLERANCE}; one element "
+            f"is {float(got[worst]):.6g}, expected {float(want[worst]):.6g}"
         )
 
-    def _chunks(self, rows: int, k: int) -> Iterator[torch.Tensor]:
+    def _errors(self, compared: "_Comparison") -> tuple[torch.Tensor, torch.Tensor]:
+        """[runs, rows]: the errors, and whether they are too large."""
+        got, want, allowed, parts = compared
+        inside = want.abs() < torch.finfo(self.dtype).max
+        # fp16 may overflow even if the model is sound
+        error = parts.means(torch.where(inside, got - want, 0.0).square()).sqrt()
+        return error, ~(error <= TOLERANCE * allowed + 1e-30)
+
+    def _chunks(self, rows: int, k: int) -> Sequence[torch.Tensor]:
         """The rows to compare, in chunks so that temporaries stay small."""
         every = some_rows(rows, k, self.device)
         expert_bytes = 3 * self.hidden * self.inter // 2
         # two temporaries of 4 bytes each per weight
         count = max(8, expert_bytes // _CHUNK_SHARE // (8 * k) // 8 * 8)
-        return iter(every.split(count))
+        return every.split(count)
 
     def _product(
         self,

@@ -150,16 +150,21 @@ def _checksums(
     """
     count, device = scales.shape[0], scales.device
     sums = torch.zeros(count, dtype=torch.int32, device=device)
-    totals: dict[str, int] = {}
+    parts_of: dict[str, list[torch.Tensor]] = {}
     step = max(8, _CHUNK_WEIGHTS // k // 8 * 8)
     # the share of an expert allowed for temporaries, 12 bytes per weight
     step = min(step, max(8, count // 24 // 8 * 8))
     place = torch.arange(k, dtype=torch.int32, device=device)
     factors = (place * 40503).remainder_(32749).add_(1)
     for rows in some_rows(count, k, device).split(step):
+        mixed: torch.Tensor | None = None
         for what, values in parts(rows):
             part = (values * factors[: values.shape[1]]).sum(1, dtype=torch.int64)
-            part.remainder_(2**31 - 1)
-            totals[what] = totals.get(what, 0) + int(part.sum())
-            sums[rows] ^= part.to(torch.int32)
+            part = part.remainder_(2**31 - 1).to(torch.int32)
+            parts_of.setdefault(what, []).append(part)
+            mixed = part if mixed is None else mixed ^ part
+        assert mixed is not None
+        sums[rows] = mixed
+    # read once, so that the device does not wait for the host after each chunk
+    totals = {what: int(torch.cat(found).sum()) for what, found in parts_of.items()}
     return Sums(sums, totals)
