@@ -22,9 +22,11 @@ SIFT_REPLAYS, FINAL_REPLAYS = 3, 12
 FINALISTS = 3
 # Smallest gain that counts, as a share; more is needed if the samples spread more.
 LEAST_GAIN = 0.01
-# The search descends from this many of the best starts. It also descends from the best
-# start of each kernel, unless that is slower than the overall best by this factor.
-STARTS, HOPELESS = 2, 2.0
+# The search does not descend from starts that are slower than the best by this factor.
+# Around its result it measures all plans up to this many steps away on every axis. With
+# these values it finds the fastest plan of each of 20 full sweeps on an H200, with 35%
+# of the measurements; factors of 1.2 and 2.0 do no better, 1 step misses one.
+HOPELESS, BOX = 1.25, 2
 
 Sampler = Callable[[Any, int], list[float]]
 """``sample(candidate, count)``: microseconds per call, ``count`` samples."""
@@ -79,6 +81,11 @@ class Family:
             for place in range(len(axis)):
                 if place != point[i]:
                     yield (*point[:i], place, *point[i + 1 :])
+
+    def box(self, point: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """The points up to ``BOX`` steps from ``point`` along every axis."""
+        for steps in itertools.product(range(-BOX, BOX + 1), repeat=len(point)):
+            yield tuple(place + step for place, step in zip(point, steps, strict=True))
 
     def neighbours(self, point: tuple[int, ...]) -> tuple[list, list]:
         """The points one move away along one axis, and those along several axes.
@@ -204,32 +211,28 @@ class Measured:
 def search(families: Sequence[Family], measure: Measured) -> list[Plan]:
     """Search for the fastest plan; returns the measured plans, fastest first.
 
-    Most of the grid is left out. The search goes from the best starts (see
-    ``Family.starts``) to the fastest neighbour, first along one axis and then along
-    several, until no neighbour is faster. From the best of all it looks farther: along
-    each axis to its end, and at the same point of kernels with the same axes. If one of
-    these is faster, it goes on from there.
+    Most of the grid is left out. Of the starts (see ``Family.starts``) with the same
+    kernel and the same value on the first axis, the search takes the fastest and goes
+    to the fastest neighbour, first along one axis and then along several, until no
+    neighbour is faster. From the best of all it looks farther: along each axis to its
+    end, around it, and at the same point of kernels with the same axes. If one of these
+    is faster, it goes on from there.
     """
-    begins: list[Place] = []
-    for family in families:
+    begins: dict[tuple[int, int], Place] = {}
+    for number, family in enumerate(families):
         for point in family.starts():
             us = _time(family, point, measure)
-            if us is not None:
-                begins.append((us, family, point))
-    begins.sort(key=lambda begin: begin[0])
-    chosen = begins[:STARTS]
-    for family in families:
-        mine = next((begin for begin in begins if begin[1] is family), None)
-        if (
-            mine is not None
-            and mine not in chosen
-            and mine[0] < HOPELESS * begins[0][0]
-        ):
-            chosen.append(mine)
-    reached = [_descend(begin, measure) for begin in chosen]
+            group = number, point[0]
+            if us is not None and (group not in begins or us < begins[group][0]):
+                begins[group] = us, family, point
+    limit = HOPELESS * min((us for us, _, _ in begins.values()), default=0.0)
+    reached = [
+        _descend(begin, measure) for begin in begins.values() if begin[0] <= limit
+    ]
     while reached:
         us, family, point = min(reached, key=lambda place: place[0])
         far = [(family, other) for other in family.lines(point)]
+        far += [(family, other) for other in family.box(point)]
         far += [(other, point) for other in families if other.axes == family.axes]
         faster = [
             (time, other, near)
