@@ -47,20 +47,6 @@ class _Run(NamedTuple):
     """[M, H]"""
 
 
-class _Parts(NamedTuple):
-    """Which rows of a comparison belong to which run."""
-
-    run: torch.Tensor
-    """int64 [R], ascending."""
-    sizes: torch.Tensor
-    """fp32 [runs, 1]: the number of rows of each run, at least 1."""
-
-    def means(self, values: torch.Tensor) -> torch.Tensor:
-        """The means of fp32 [R, N] over each run's rows: fp32 [runs, N]."""
-        sums = values.new_zeros(len(self.sizes), values.shape[1])
-        return sums.index_add_(0, self.run, values) / self.sizes
-
-
 class _Comparison(NamedTuple):
     """What kernels wrote for some rows of a matrix, and what plain torch has."""
 
@@ -69,8 +55,9 @@ class _Comparison(NamedTuple):
     want: torch.Tensor
     """fp32 [R, N]"""
     allowed: torch.Tensor
-    """fp32 [N] or [runs, N]: the size of an error of 1."""
-    parts: _Parts
+    """fp32 [1, N] or [runs, N]: the size of an error of 1."""
+    counts: list[int]
+    """How many of the R rows each run has, in order."""
 
 
 class KernelCheck:
@@ -249,7 +236,7 @@ class KernelCheck:
         if not tiles.down.natural:
             # from plane order back to the order of the intermediate's columns
             place = 128 * (place // 128) + 16 * (place % 8) + (place % 128) // 8
-        middle = workspace.middle.index_select(1, place)
+        middle = workspace.middle[:, place]
         self.compiled += 2
         self.compile_s += time.monotonic() - start
         return _Run(f"prefill, {tiles}", tokens, middle, out)
@@ -276,7 +263,7 @@ class KernelCheck:
                 expert,
                 middle[self._index(sum(mine, []))],
                 self._index(tokens),
-                self._runs(list(map(len, mine))),
+                list(map(len, mine)),
             )
             wrong = self._wrong(compare, self._chunks(self.inter, self.hidden))
             if wrong is not None:
@@ -290,7 +277,7 @@ class KernelCheck:
         expert: int,
         got: torch.Tensor,
         of_token: torch.Tensor,
-        parts: _Parts,
+        counts: list[int],
         rows: torch.Tensor,
     ) -> _Comparison:
         """``got[i]``, [R, I], is what gate_up wrote for token ``of_token[i]``."""
@@ -305,7 +292,7 @@ class KernelCheck:
         gate_size, up_size = gate_norm * size, up_norm * size
         allowed = (_rms(up + beta, 0) + TOLERANCE * up_size) * gate_size
         allowed += _rms(acted, 0) * up_size + _rms(want, 0)
-        return _Comparison(got[:, rows].float(), want[of_token], allowed, parts)
+        return _Comparison(got[:, rows].float(), want[of_token], allowed[None], counts)
 
     def _down_problem(self, runs: list[_Run]) -> str | None:
         """The first wrong row of down, given what gate_up wrote in the same run."""
@@ -326,7 +313,7 @@ class KernelCheck:
         }
         input_sizes = {expert: _rms(x, 1)[:, None] for expert, x in inputs.items()}
         got = torch.cat([run.out for run in runs])
-        parts = self._runs([run.tokens for run in runs])
+        counts = [run.tokens for run in runs]
 
         def compare(rows: torch.Tensor) -> _Comparison:
             want = sizes = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -334,19 +321,14 @@ class KernelCheck:
                 part, norm = self._product(self.w2, expert, rows, inputs[expert])
                 want = want + part
                 sizes = sizes + part.abs() + norm * input_sizes[expert]
-            allowed = parts.means(sizes.square()).sqrt()
-            return _Comparison(got[:, rows].float(), want, allowed, parts)
+            allowed = _rms_of_runs(sizes, counts)
+            return _Comparison(got[:, rows].float(), want, allowed, counts)
 
         wrong = self._wrong(compare, self._chunks(self.hidden, self.inter))
         return None if wrong is None else f"down ({runs[wrong[0]].how}), {wrong[1]}"
 
     def _index(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device)
-
-    def _runs(self, counts: list[int]) -> "_Parts":
-        ends = [run for run, count in enumerate(counts) for _ in range(count)]
-        sizes = torch.tensor(counts, dtype=torch.float32).clamp_(min=1)
-        return _Parts(self._index(ends), sizes.to(self.device)[:, None])
 
     def _wrong(
         self,
@@ -365,8 +347,10 @@ class KernelCheck:
         error, wrong = self._errors(compared)
         run, at = wrong.nonzero()[0].tolist()
         allowed = compared.allowed.expand_as(error)[run, at].clamp(min=1e-30)
-        mine = compared.parts.run == run
-        got, want = compared.got[mine, at], compared.want[mine, at]
+        got, want = (
+            part.split(compared.counts)[run][:, at]
+            for part in (compared.got, compared.want)
+        )
         worst = int((got - want).abs().nan_to_num(math.inf).argmax())
         return run, (
             f"row {int(rows[at])} differs from plain torch: relative error "
@@ -376,11 +360,11 @@ class KernelCheck:
 
     def _errors(self, compared: "_Comparison") -> tuple[torch.Tensor, torch.Tensor]:
         """[runs, rows]: the errors, and whether they are too large."""
-        got, want, allowed, parts = compared
-        inside = want.abs() < torch.finfo(self.dtype).max
+        limit = torch.finfo(self.dtype).max
         # fp16 may overflow even if the model is sound
-        error = parts.means(torch.where(inside, got - want, 0.0).square()).sqrt()
-        return error, ~(error <= TOLERANCE * allowed + 1e-30)
+        got, want = (part.clamp(-limit, limit) for part in compared[:2])
+        error = _rms_of_runs(got - want, compared.counts)
+        return error, ~(error <= TOLERANCE * compared.allowed + 1e-30)
 
     def _chunks(self, rows: int, k: int) -> Sequence[torch.Tensor]:
         """The rows to compare, in chunks so that temporaries stay small."""
@@ -399,7 +383,7 @@ class KernelCheck:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x [M, K] times ``rows`` of the expert, fp32 [M, rows], and the rows' norms.
 
-        A row's norm is at least that of weights one step from zero.
+        To a row's norm, that of weights one step from zero is added: neither is zero.
         """
         words, scales, zero_points = (None if t is None else t[expert] for t in matrix)
         assert words is not None and scales is not None
@@ -410,11 +394,23 @@ class KernelCheck:
             reference.packed_weights(words[rows]), scales[rows], zeros, torch.float32
         )
         group_size = w.shape[1] // scales.shape[1]
-        step = scales[rows].float().norm(dim=1) * group_size**0.5
-        return x @ w.T, torch.maximum(w.norm(dim=1), step)
+        steps = scales[rows].float()
+        square = (w * w).sum(1) + (steps * steps).sum(1) * group_size
+        return x @ w.T, square.sqrt()
 
 
 def _rms(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Root mean square over all elements, or along ``dim``."""
-    square = x.float().square()
-    return (square.mean() if dim is None else square.mean(dim)).sqrt()
+    """Root mean square over all elements, or along ``dim``.
+
+    Here and above, as few different operations as possible: on a GPU the first call of
+    each loads its kernel, which takes longer than all calls together.
+    """
+    square = x.float() * x.float()
+    count = x.numel() if dim is None else x.shape[dim]
+    return ((square.sum() if dim is None else square.sum(dim)) / count).sqrt()
+
+
+def _rms_of_runs(x: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Root mean square over the rows of each run: [R, N] to [len(counts), N]."""
+    means = [(part * part).sum(0) / max(1, len(part)) for part in x.split(counts)]
+    return torch.stack(means).sqrt()

@@ -129,7 +129,7 @@ def _row_words(
 ) -> torch.Tensor:
     """The stored words of ``rows``, in whole blocks of 8; ``along_k``: one row each."""
     index = rows if along_k else rows[::8] // 8
-    return words.index_select(1 if packing.k_first else 0, index)
+    return words[:, index] if packing.k_first else words[index]
 
 
 def _reduction(packing: CheckpointPacking, words: torch.Tensor) -> int:
@@ -155,12 +155,13 @@ def _checksums(
     # the share of an expert allowed for temporaries, 12 bytes per weight
     step = min(step, max(8, count // 24 // 8 * 8))
     place = torch.arange(k, dtype=torch.int32, device=device)
-    factors = (place * 40503).remainder_(32749).add_(1)
+    # different within 32768 columns, whose product with a 16-bit value fits in an int32
+    factors = ((place * 40503) & 0x7FFF) + 1
     for rows in some_rows(count, k, device).split(step):
         mixed: torch.Tensor | None = None
         for what, values in parts(rows):
             part = (values * factors[: values.shape[1]]).sum(1, dtype=torch.int64)
-            part = part.remainder_(2**31 - 1).to(torch.int32)
+            part = (part & 0x7FFFFFFF).to(torch.int32)
             parts_of.setdefault(what, []).append(part)
             mixed = part if mixed is None else mixed ^ part
         assert mixed is not None
