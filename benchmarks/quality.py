@@ -197,6 +197,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return compare(scores, completions, len(windows))
 
 
+def machine_facts() -> dict[str, Any]:
+    """Facts about the machine and the device that vLLM uses on it."""
+    import torch
+
+    return describe("cuda" if torch.cuda.is_available() else "cpu", 0)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison; returns its exit status."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
@@ -207,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print("\n".join(as_lines(result)) if options.heads else as_text(result))
     if options.json:
-        facts = in_process(describe, "cpu", 0)
+        facts = in_process(machine_facts)
         document = {"command": options.command, "machine": facts, **result}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
