@@ -131,7 +131,7 @@ def test_the_search_comes_within_three_percent_of_the_sweep(op, matrix_units):
         assert cost(found) <= 1.03 * cost(best), (seed, found, best)
         shares.append(len(searched.times) / len(swept.times))
     if matrix_units:
-        assert sum(shares) / len(shares) < 0.45
+        assert sum(shares) / len(shares) < 0.5
 
 
 @pytest.mark.parametrize("op", ["gate_up", "down"])
@@ -163,6 +163,21 @@ def test_an_optimum_behind_a_hill_is_found_along_an_axis_or_in_the_sibling():
         return 10 + hill + abs(waves // slices - 12) / 4 + slices + 3 * (kernel == 3)
 
     assert tune_search.search(families, Measured(cost))[0] == (3, 12, 1, 8)
+
+
+def test_a_fast_plan_that_stands_alone_is_found():
+    """As MiniMax-M2's gate_up with 2 tokens on an H200: 8 slots are fast for one wave,
+    the plans around it are slower than another kernel's."""
+    families = tune_search.plan_families("gate_up", True)
+
+    def cost(plan):
+        kernel, waves, slots, tiles = plan
+        if kernel < 2:
+            return 28.3 + abs(waves - 3) / 2
+        alone = plan == (2, 1, 8, 1)
+        return 27.5 if alone else 33.3 + tiles + waves / 100
+
+    assert tune_search.search(families, Measured(cost))[0] == (2, 1, 8, 1)
 
 
 def test_an_optimum_off_the_axes_is_found():
