@@ -240,7 +240,9 @@ def _merge(
 def judge(
     cells: dict[Cell, dict[str, Any]], folder: Path
 ) -> dict[Cell, dict[str, Any]]:
-    """``{"ok", "difference", "worst_tie", "same_tokens", "problem"}`` of each cell."""
+    """``{"ok", "difference", "worst_tie", "same_tokens", "problem"}`` of each cell, and
+    ``parting`` where its tokens are not those of one rank.
+    """
     references: dict[Path, DenseReference] = {}
     verdicts: dict[Cell, dict[str, Any]] = {}
     one_rank = {
@@ -265,22 +267,44 @@ def judge(
         same = one_rank.get((cell.recipe, cell.dtype))
         if same is not None and same is not answer:
             # with data parallelism only the first rank runs these prompts
-            verdict["same_tokens"] = all(
-                one["tokens"] == other["tokens"]
-                for one, other in zip(same["answers"], answer["answers"], strict=False)
-            )
+            pairs = list(zip(same["answers"], answer["answers"], strict=False))
+            different = [
+                pair for pair in pairs if pair[0]["tokens"] != pair[1]["tokens"]
+            ]
+            verdict["same_tokens"] = not different
+            if different:
+                gaps = [_parting(references[path], *pair) for pair in different]
+                verdict["parting"] = round(max(gaps), 4)
         verdict["ok"] = is_good(cell, verdict)
         verdicts[cell] = verdict
     return verdicts
 
 
 def is_good(cell: Cell, verdict: dict[str, Any]) -> bool:
-    """Whether a cell is close to the reference and, in fp16, has one rank's tokens."""
+    """Whether a cell is close to the reference and, in fp16, has one rank's tokens.
+
+    Tokens may part where the reference's two log-probabilities tie. Data parallelism
+    pads batches, which changes the order of sums, and so which of two equals wins.
+    """
     return (
         verdict["difference"] < MAX_DIFFERENCE[cell.dtype]
         and verdict["worst_tie"] < MAX_TIE[cell.dtype]
-        and (cell.dtype == "bfloat16" or verdict.get("same_tokens", True))
+        and (
+            cell.dtype == "bfloat16"
+            or verdict.get("parting", 0.0) < MAX_TIE[cell.dtype]
+        )
     )
+
+
+def _parting(
+    reference: DenseReference, one: dict[str, Any], other: dict[str, Any]
+) -> float:
+    """How far apart the reference sees the first two tokens that differ, in nats."""
+    pairs = zip(one["tokens"], other["tokens"], strict=True)
+    at = next(i for i, (mine, theirs) in enumerate(pairs) if mine != theirs)
+    logprobs = reference.logprobs(one["prompt"] + one["tokens"][: at + 1])[-2]
+    gap = logprobs[one["tokens"][at]] - logprobs[other["tokens"][at]]
+    return gap.abs().item()
 
 
 def _distance(
