@@ -20,7 +20,7 @@ from vllm.model_executor.layers.fused_moe.hybrid_w4a16_tuning import TILED, Plan
 
 SIFT_REPLAYS, FINAL_REPLAYS = 3, 12
 FINALISTS = 3
-# Smallest gain that counts, as a share; more is needed if the samples spread more.
+# Smallest gain that counts, as a share; more is needed if the gains spread more.
 LEAST_GAIN = 0.01
 # The search does not descend from starts that are slower than the best by this factor.
 # Around its result it measures all plans up to this many steps away on every axis. With
@@ -332,7 +332,8 @@ def finals(
     """Decide whether one of ``finalists`` replaces ``current``.
 
     All candidates ``alternate``. A finalist wins if in each pass it is faster by more
-    than ``LEAST_GAIN`` and more than the interquartile spread of both.
+    than ``LEAST_GAIN`` and more than the noise. Both come from pairs of samples of the
+    same round, because a GPU's clock can fall by several percent within a pass.
     """
     entrants = [current, *(f for f in finalists if f != current)]
     samples = alternate(entrants, sample, step)
@@ -342,11 +343,7 @@ def finals(
     ]
     best = 0
     for index in range(1, len(entrants)):
-        wins = all(
-            _median_gain(taken[0], taken[index])
-            > max(LEAST_GAIN, _spread(taken[0]), _spread(taken[index]))
-            for taken in samples
-        )
+        wins = all(_gains(taken[0], taken[index]) for taken in samples)
         if wins and medians[index] < medians[best]:
             best = index
     return Choice(entrants[best], medians[best], medians[0], min(medians))
@@ -375,11 +372,11 @@ def sifting(sample: Sampler, step: Callable[[str], None]) -> Measure:
     return measure
 
 
-def _median_gain(old: list[float], new: list[float]) -> float:
-    return 1 - statistics.median(new) / statistics.median(old)
+def _gains(old: list[float], new: list[float]) -> bool:
+    """Whether ``new`` takes less time than ``old`` beyond the noise.
 
-
-def _spread(samples: list[float]) -> float:
-    """Half the interquartile range, relative to the median."""
-    low, middle, high = statistics.quantiles(samples, n=4)
-    return (high - low) / 2 / middle
+    The noise is half the interquartile range of the gains.
+    """
+    gains = [1 - after / before for before, after in zip(old, new, strict=True)]
+    low, middle, high = statistics.quantiles(gains, n=4)
+    return middle > max(LEAST_GAIN, (high - low) / 2)
