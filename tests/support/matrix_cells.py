@@ -132,8 +132,11 @@ class Cell:
         return f"{self.recipe.folder_name} {self.dtype} {self.deployment}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return a dictionary for ``from_json``."""
-        return dataclasses.asdict(self)
+        """Return a dictionary for ``from_json``, without defaults of the recipe."""
+        usual = dataclasses.asdict(Recipe())
+        recipe = dataclasses.asdict(self.recipe)
+        own = {key: value for key, value in recipe.items() if value != usual[key]}
+        return {**dataclasses.asdict(self), "recipe": own}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Cell":
