@@ -164,6 +164,27 @@ def test_other_activations_pass(activation):
     load(activation=activation)
 
 
+def test_fp16_may_overflow(monkeypatch):
+    """Random activations can be too large for a sound model's fp16."""
+    finite = []
+    decode = kernels.KernelCheck._decode
+
+    def noted(self, tokens):
+        run = decode(self, tokens)
+        finite.append(bool(run.middle.isfinite().all() and run.out.isfinite().all()))
+        return run
+
+    monkeypatch.setattr(kernels.KernelCheck, "_decode", noted)
+    config = quant_config("auto_round:auto_gptq", SHAPE.group_size, True)
+    layer = make_layer(SHAPE, config, torch.float16)
+    checkpoint = Checkpoint(SHAPE)
+    for expert in checkpoint.experts:
+        for linear in expert.values():
+            linear["scales"] = linear["scales"] * linear["scales"].dtype.type(1000)
+    checkpoint.load_into(layer)
+    assert finite == [False] * len(kernels._DECODE_TOKENS)
+
+
 def test_under_expert_parallelism():
     config = quant_config("auto_round:auto_gptq", SHAPE.group_size, True)
     layer = make_layer(SHAPE, config, ep=(2, 1))
