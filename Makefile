@@ -11,6 +11,8 @@ ARGS ?=
 # pytest processes. Each file runs in one of them, and the files of tests/e2e start first, because
 # they take longest.
 WORKERS ?= 2
+# Where it is set, as in many containers, each process compiles what it imports: 10 s with vLLM.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(VENV)/bin/pytest --numprocesses=$(WORKERS) --dist=loadfile \
     --no-loadscope-reorder
 

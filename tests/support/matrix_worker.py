@@ -245,6 +245,7 @@ def run(cell: Cell, checkpoints: Path) -> list[dict[str, Any]]:
         "max_num_seqs": 4,
         "max_num_batched_tokens": 128,
         "kv_cache_memory_bytes": 1 << 26,
+        **({} if torch.cuda.is_available() else {"num_gpu_blocks_override": 64}),
         "dtype": cell.dtype,
         **deployment.arguments,
         **json.loads(os.environ.get("MATRIX_ARGUMENTS", "{}")),

@@ -194,7 +194,7 @@ class RaceDetector {
     constexpr size_t kChunk = 256;
     for (size_t at = 0; at < units_; at += kChunk) {
       const size_t end = std::min(at + kChunk, units_);
-      unsigned differ = 0;
+      uint16_t differ = 0;
       for (size_t i = at; i < end; ++i) differ |= lds_[i] ^ before_[i];
       if (differ == 0) continue;
       for (size_t i = at; i < end; ++i) {
