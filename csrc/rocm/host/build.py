@@ -43,9 +43,10 @@ SANITIZE = [
     "-ftrivial-auto-var-init=pattern",
 ]
 INCLUDES = f"-I{CSRC_DIR} -I{ROCM_DIR} -I{HOST_DIR}"
-# vLLM needs AVX2 too. Its conversions and FMA round like the library's functions.
-ARCH = "-march=x86-64-v3 -ffp-contract=off"
-FLAGS = f"-std=c++17 -g1 -fPIC {ARCH} {INCLUDES} -Wall -Wextra".split()
+FLAGS = f"-std=c++17 -g1 -fPIC -ffp-contract=off {INCLUDES} -Wall -Wextra".split()
+if platform.machine() == "x86_64":
+    # vLLM needs AVX2 too. Its conversions and FMA round like the library's functions.
+    FLAGS.append("-march=x86-64-v3")
 SCHEDULER = HOST_DIR / "scheduler.cpp"
 
 
