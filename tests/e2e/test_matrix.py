@@ -121,6 +121,39 @@ def test_a_damaged_expert_would_show(tmp_path):
     assert torch.stack(differences).mean() > 2 * max(matrix.MAX_DIFFERENCE.values())
 
 
+def test_fp16_tokens_may_part_at_a_tie_alone(tmp_path):
+    """A stand-in for the reference sees tokens 1 and 2 tie, and 3 far below."""
+    logprobs = torch.tensor([-0.7, -0.705, -5.0]).log_softmax(0)
+
+    class Reference:
+        def __init__(self, folder):
+            pass
+
+        def logprobs(self, tokens):
+            row = torch.cat([torch.tensor([-20.0]), logprobs])
+            return row.expand(len(tokens), 4)
+
+    def answer(*tokens):
+        said = [row.item() for row in logprobs[torch.tensor(tokens) - 1]]
+        one = {"prompt": [3], "tokens": list(tokens), "said": said, "seen": None}
+        return {"answers": [one]}
+
+    def verdict(dtype, *tokens):
+        alone, cell = Cell(DEPLOYED, dtype), Cell(DEPLOYED, dtype, "TP 2")
+        answers = {alone: answer(1, 1, 1), cell: answer(*tokens)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(matrix, "DenseReference", Reference)
+            return matrix.judge(answers, tmp_path)[cell]
+
+    same = verdict("float16", 1, 1, 1)
+    assert same["ok"] and same["same_tokens"] and "parting" not in same
+    tie = verdict("float16", 1, 2, 1)
+    assert tie["ok"] and not tie["same_tokens"]
+    assert tie["parting"] == pytest.approx(0.005, abs=1e-3)
+    other = verdict("float16", 1, 3, 1)
+    assert not other["ok"] and other["parting"] > 4
+
+
 def test_the_table_is_that_of_the_results():
     results = matrix.load_results()
     cells = full()
