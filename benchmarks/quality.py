@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_bench.machine import describe
+from moe_bench.machine import describe, device_here
 from quality_bench.dequantize import dequantize_checkpoint
 from quality_bench.engines import Score, transformers_scores, vllm_scores
 from quality_bench.heads import as_lines, compare_heads
@@ -199,9 +199,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def machine_facts() -> dict[str, Any]:
     """Facts about the machine and the device that vLLM uses on it."""
-    import torch
-
-    return describe("cuda" if torch.cuda.is_available() else "cpu", 0)
+    return describe(device_here(), 0)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -162,32 +162,29 @@ class Comparison:
         models = list(dict.fromkeys(v.model for v in options.variants))
         self.facts = facts.gather(models, contexts, options.bandwidth)
         cases = [(v, mode) for mode in options.modes for v in options.variants]
+        every = options.points
+        turns = [[point] for point in every] if options.together else [every]
         with contextlib.ExitStack() as kept:
             servers = self.start_all(cases, kept) if options.together else {}
             for number in range(options.repeats):
-                order = cases if number % 2 == 0 else cases[::-1]
-                if options.together:
-                    for point in options.points:
-                        self.say_round(number, str(point))
-                        for case in order:
-                            if _name(case) not in self.failures:
-                                with self.noting_failure(case):
-                                    server = servers[_name(case)]
-                                    self.measure(number, case, server, [point])
-                        self.write()
-                    continue
-                for case in order:
-                    if _name(case) in self.failures:
-                        continue
-                    self.say_round(number, _name(case))
-                    with self.noting_failure(case), self.server(case, number) as server:
-                        self.wait_ready(server)
-                        self.measure(number, case, server, options.points)
-                self.write()
+                for points in turns:
+                    for case in cases if number % 2 == 0 else cases[::-1]:
+                        if _name(case) not in self.failures:
+                            server = servers.get(_name(case))
+                            self.take_turn(number, case, server, points)
+                    self.write()
 
-    def say_round(self, number: int, what: str) -> None:
-        """Say what is about to be measured in round ``number``, from 0."""
-        self.progress.say(f"round {number + 1}/{self.options.repeats}: {what}")
+    def take_turn(
+        self, number: int, case: Case, running: VllmServer | None, points: list[Point]
+    ) -> None:
+        """Run load points on the case's server, which is started unless it runs."""
+        self.progress.say(f"round {number + 1}/{self.options.repeats}: {_name(case)}")
+        with self.noting_failure(case), contextlib.ExitStack() as stack:
+            server = running
+            if server is None:
+                server = stack.enter_context(self.server(case, number))
+                self.wait_ready(server)
+            self.measure(number, case, server, points)
 
     def server(self, case: Case, number: int) -> VllmServer:
         """A server that starts when the context is entered."""
@@ -246,7 +243,7 @@ class Comparison:
                 }
             )
             self.progress.say(
-                f"  {variant.name}, {point}: TTFT {values['ttft_ms']:.1f} ms, TPOT "
+                f"  {point}: TTFT {values['ttft_ms']:.1f} ms, TPOT "
                 f"{values['tpot_ms']:.2f} ms, "
                 f"{values['output_tokens_per_s']:.1f} tokens/s"
             )

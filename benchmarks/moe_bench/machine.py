@@ -32,6 +32,13 @@ def load_kernels(device: str) -> int:
     return family.cu_count
 
 
+def device_here() -> str:
+    """The device that vLLM uses on this machine: "rocm", "cuda" or "cpu"."""
+    if torch.version.hip:
+        return "rocm"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def describe(device: str, threads: int) -> dict[str, Any]:
     """Facts about the machine and the software; ``None`` for what is unknown."""
     facts: dict[str, Any] = {

@@ -50,16 +50,11 @@ def gather(
 def _gather(
     models: list[str], contexts: list[int], bandwidth: float | None
 ) -> dict[str, Any]:
-    import torch
-    from moe_bench.machine import describe
+    from moe_bench.machine import describe, device_here
 
-    if torch.version.hip:
-        device = "rocm"
-    else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "machine": {
-            **describe(device, len(os.sched_getaffinity(0))),
+            **describe(device_here(), len(os.sched_getaffinity(0))),
             "power": power(),
             "packages": {name: _version(name) for name in _PACKAGES},
             "environment": switches(),

@@ -138,19 +138,19 @@ def test_fp16_tokens_may_part_at_a_tie_alone(tmp_path):
         one = {"prompt": [3], "tokens": list(tokens), "said": said, "seen": None}
         return {"answers": [one]}
 
-    def verdict(dtype, *tokens):
-        alone, cell = Cell(DEPLOYED, dtype), Cell(DEPLOYED, dtype, "TP 2")
+    def verdict(*tokens):
+        alone, cell = (Cell(DEPLOYED, "float16", name) for name in SHARDINGS[:2])
         answers = {alone: answer(1, 1, 1), cell: answer(*tokens)}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(matrix, "DenseReference", Reference)
             return matrix.judge(answers, tmp_path)[cell]
 
-    same = verdict("float16", 1, 1, 1)
+    same = verdict(1, 1, 1)
     assert same["ok"] and same["same_tokens"] and "parting" not in same
-    tie = verdict("float16", 1, 2, 1)
+    tie = verdict(1, 2, 1)
     assert tie["ok"] and not tie["same_tokens"]
     assert tie["parting"] == pytest.approx(0.005, abs=1e-3)
-    other = verdict("float16", 1, 3, 1)
+    other = verdict(1, 3, 1)
     assert not other["ok"] and other["parting"] > 4
 
 

@@ -3,6 +3,7 @@
 """Compares the kernels on a layer's own weights with plain torch, for the guard."""
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -58,6 +59,8 @@ class _Comparison(NamedTuple):
     """fp32 [1, N] or [runs, N]: the size of an error of 1."""
     counts: list[int]
     """How many of the R rows each run has, in order."""
+    tokens: torch.Tensor
+    """int64 [R], on the CPU: the token of each row."""
 
 
 class KernelCheck:
@@ -98,9 +101,9 @@ class KernelCheck:
         # slots alternate; the second expert comes first in every other token
         local = torch.tensor([0, expert])
         slots = (torch.arange(tokens)[:, None] + torch.arange(self.top_k)) % 2
-        self.slots: list[list[int]] = local[slots].tolist()
-        """The local expert of each slot of each token."""
-        self.local = local[slots].to(self.device)
+        self.slots = local[slots].cpu()
+        """int64 [M, top_k]: the local expert of each slot; ``local`` on the device."""
+        self.local = self.slots.to(self.device)
         self.experts = sorted({0, expert})
         self.expert_map = layer.expert_map
         ids = self.local
@@ -243,26 +246,18 @@ class KernelCheck:
 
     def _gate_up_problem(self, runs: list[_Run]) -> str | None:
         middle = torch.cat([run.middle for run in runs])
+        ends = itertools.accumulate(len(run.middle) for run in runs)
+        firsts = [0, *ends][:-1]
         for expert in self.experts:
-            # of every run, the rows of ``middle`` that this expert wrote
-            mine: list[list[int]] = []
-            tokens: list[int] = []
-            first = 0
-            for run in runs:
-                pairs = [
-                    (token, token * self.top_k + slot)
-                    for token in range(run.tokens)
-                    for slot in range(self.top_k)
-                    if self.slots[token][slot] == expert
-                ]
-                mine.append([first + pair for _, pair in pairs])
-                tokens += [token for token, _ in pairs]
-                first += run.tokens * self.top_k
+            # of every run, the pairs of this expert: token * top_k + slot
+            pairs = (self.slots.flatten() == expert).nonzero()[:, 0]
+            mine = [pairs[pairs < run.tokens * self.top_k] for run in runs]
+            places = [m + first for m, first in zip(mine, firsts, strict=True)]
             compare = functools.partial(
                 self._compare_gate_up,
                 expert,
-                middle[self._index(sum(mine, []))],
-                self._index(tokens),
+                middle[torch.cat(places).to(self.device)],
+                torch.cat(mine) // self.top_k,
                 list(map(len, mine)),
             )
             wrong = self._wrong(compare, self._chunks(self.inter, self.hidden))
@@ -276,11 +271,11 @@ class KernelCheck:
         self,
         expert: int,
         got: torch.Tensor,
-        of_token: torch.Tensor,
+        tokens: torch.Tensor,
         counts: list[int],
         rows: torch.Tensor,
     ) -> _Comparison:
-        """``got[i]``, [R, I], is what gate_up wrote for token ``of_token[i]``."""
+        """``got[i]``, [R, I], is what gate_up wrote for ``tokens[i]``."""
         name, alpha, beta, limit = self.activation
         x = self.x.float()
         gate, gate_norm = self._product(self.w13, expert, rows, x)
@@ -292,7 +287,8 @@ class KernelCheck:
         gate_size, up_size = gate_norm * size, up_norm * size
         allowed = (_rms(up + beta, 0) + TOLERANCE * up_size) * gate_size
         allowed += _rms(acted, 0) * up_size + _rms(want, 0)
-        return _Comparison(got[:, rows].float(), want[of_token], allowed[None], counts)
+        want = want[tokens.to(self.device)]
+        return _Comparison(got[:, rows].float(), want, allowed[None], counts, tokens)
 
     def _down_problem(self, runs: list[_Run]) -> str | None:
         """The first wrong row of down, given what gate_up wrote in the same run."""
@@ -303,9 +299,7 @@ class KernelCheck:
         inputs = {
             expert: torch.cat(
                 [
-                    (run.middle.view(run.tokens, self.top_k, -1) * f[: run.tokens]).sum(
-                        1
-                    )
+                    (run.middle.unflatten(0, (-1, self.top_k)) * f[: run.tokens]).sum(1)
                     for run in runs
                 ]
             )
@@ -314,6 +308,7 @@ class KernelCheck:
         input_sizes = {expert: _rms(x, 1)[:, None] for expert, x in inputs.items()}
         got = torch.cat([run.out for run in runs])
         counts = [run.tokens for run in runs]
+        tokens = torch.cat([torch.arange(count, device="cpu") for count in counts])
 
         def compare(rows: torch.Tensor) -> _Comparison:
             want = sizes = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -322,13 +317,10 @@ class KernelCheck:
                 want = want + part
                 sizes = sizes + part.abs() + norm * input_sizes[expert]
             allowed = _rms_of_runs(sizes, counts)
-            return _Comparison(got[:, rows].float(), want, allowed, counts)
+            return _Comparison(got[:, rows].float(), want, allowed, counts, tokens)
 
         wrong = self._wrong(compare, self._chunks(self.hidden, self.inter))
         return None if wrong is None else f"down ({runs[wrong[0]].how}), {wrong[1]}"
-
-    def _index(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device)
 
     def _wrong(
         self,
@@ -347,15 +339,16 @@ class KernelCheck:
         error, wrong = self._errors(compared)
         run, at = wrong.nonzero()[0].tolist()
         allowed = compared.allowed.expand_as(error)[run, at].clamp(min=1e-30)
-        got, want = (
-            part.split(compared.counts)[run][:, at]
-            for part in (compared.got, compared.want)
+        got, want, tokens = (
+            part.split(compared.counts)[run]
+            for part in (compared.got[:, at], compared.want[:, at], compared.tokens)
         )
         worst = int((got - want).abs().nan_to_num(math.inf).argmax())
         return run, (
             f"row {int(rows[at])} differs from plain torch: relative error "
-            f"{float(error[run, at] / allowed):.2g}, allowed {TOLERANCE}; one element "
-            f"is {float(got[worst]):.6g}, expected {float(want[worst]):.6g}"
+            f"{float(error[run, at] / allowed):.2g}, allowed {TOLERANCE}; token "
+            f"{int(tokens[worst])} is {float(got[worst]):.6g}, "
+            f"expected {float(want[worst]):.6g}"
         )
 
     def _errors(self, compared: _Comparison) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ The guard keeps sums rather than copies because the conversion may itself need r
 a whole expert.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -158,14 +159,13 @@ def _checksums(
     # different within 32768 columns, whose product with a 16-bit value fits in an int32
     factors = ((place * 40503) & 0x7FFF) + 1
     for rows in some_rows(count, k, device).split(step):
-        mixed: torch.Tensor | None = None
         for what, values in parts(rows):
             part = (values * factors[: values.shape[1]]).sum(1, dtype=torch.int64)
             part = (part & 0x7FFFFFFF).to(torch.int32)
             parts_of.setdefault(what, []).append(part)
-            mixed = part if mixed is None else mixed ^ part
-        assert mixed is not None
-        sums[rows] = mixed
+        sums[rows] = functools.reduce(
+            torch.bitwise_xor, (found[-1] for found in parts_of.values())
+        )
     # read once, so that the device does not wait for the host after each chunk
     totals = {what: int(torch.cat(found).sum()) for what, found in parts_of.items()}
     return Sums(sums, totals)
